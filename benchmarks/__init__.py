@@ -1,0 +1,1 @@
+"""What a model takes on a device, measured. Imported as ``edge_gemma.benchmarks``."""

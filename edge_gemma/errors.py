@@ -1,0 +1,84 @@
+"""The one error tree. Every message says what was found, what was expected and what to do next.
+
+    EdgeGemmaError
+    ├── UsageError           the request cannot mean anything: empty prompt, invalid schema, unknown profile   exit 2
+    │   └── MissingExtra     the request needs an optional package that is not installed
+    ├── BundleError          a bundle, GGUF or manifest that is broken or not ours                             exit 3
+    │   ├── HashMismatch     a file's bytes are not the ones the manifest names
+    │   └── UnsupportedModel an architecture or feature that this version does not run
+    ├── CheckpointError      a Hugging Face folder that cannot be converted                                    exit 3
+    ├── PlanRefused          the request does not fit; carries the plan                                        exit 4
+    ├── HubError             a download failed, or offline and not in the cache                                exit 5
+    ├── MediaError           audio or image input that cannot be used                                          exit 6
+    │   └── DeviceLost       a microphone or camera that is absent or went away
+    └── RuntimeFailure       a foreign library failed at run time (llama.cpp, onnxruntime, the disk)           exit 7
+        └── ContextFull      a turn that cannot fit the context even alone
+
+The command line prints ``str(error)`` and leaves with the exit code named here; ``--debug`` shows the traceback.
+"""
+
+from __future__ import annotations
+
+
+class EdgeGemmaError(Exception):
+    """Base of everything this package raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(EdgeGemmaError, ValueError):
+    exit_code = 2
+
+
+class MissingExtra(UsageError):
+    """An optional dependency is absent; the message names the extra to install."""
+
+    def __init__(self, what: str, extra: str):
+        super().__init__(f"{what} needs a package that is not installed. Install it with: pip install 'edge-gemma[{extra}]'")
+        self.extra = extra
+
+
+class BundleError(EdgeGemmaError):
+    exit_code = 3
+
+
+class HashMismatch(BundleError):
+    pass
+
+
+class UnsupportedModel(BundleError):
+    pass
+
+
+class CheckpointError(EdgeGemmaError):
+    exit_code = 3
+
+
+class PlanRefused(EdgeGemmaError):
+    """``plan`` is the refused :class:`edge_gemma.plan.Plan`; the message shows its arithmetic."""
+
+    exit_code = 4
+
+    def __init__(self, message: str, plan=None):
+        super().__init__(message)
+        self.plan = plan
+
+
+class HubError(EdgeGemmaError):
+    exit_code = 5
+
+
+class MediaError(EdgeGemmaError):
+    exit_code = 6
+
+
+class DeviceLost(MediaError):
+    pass
+
+
+class RuntimeFailure(EdgeGemmaError):
+    exit_code = 7
+
+
+class ContextFull(RuntimeFailure):
+    pass
