@@ -1,0 +1,45 @@
+"""The command line: each command parses, calls one function and prints.
+
+One module per group of commands; each has ``register(app)`` and imports what it needs inside the command, so that
+``edge-gemma --help`` starts fast. Exit codes: 0 done, 2 usage, 3 bad bundle or checkpoint, 4 refused by the plan,
+5 download, 6 audio or image input, 7 failed while running, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import typer
+
+GROUPS = ()
+
+app = typer.Typer(
+    name="edge-gemma",
+    help="Gemma 3n and small Gemma 3, offline, inside a planned memory budget.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    epilog="Exit codes: 0 done · 2 usage · 3 bad bundle or checkpoint · 4 refused by the plan · 5 download · 6 audio or image · 7 failed while running · 130 Ctrl-C",
+)
+for group in GROUPS:
+    importlib.import_module(f".{group}", __name__).register(app)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command and exit: errors of ours become one message and their exit code, never a stack trace."""
+    from ..errors import EdgeGemmaError
+
+    debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
+    try:
+        app(args=arguments)
+    except EdgeGemmaError as error:
+        if debug:
+            raise
+        print(f"edge-gemma: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader left (head, less): nothing to say
+        sys.exit(0)
