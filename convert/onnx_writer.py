@@ -1,0 +1,221 @@
+"""Builds an ONNX graph straight from numpy arrays, one tensor at a time: memory stays at about one tensor, whatever the model's size.
+
+In: arrays and node names, in the order the data flows. Out: ``NAME.onnx`` (the graph and its small constants) and
+``NAME.onnx.data`` (the large ones, each starting on a 64 KiB border so that every system can map it). It does not know which
+network it writes, and it never runs one.
+
+Constants are called ``w.…``, intermediate values ``v.…``; only graph inputs and outputs keep the names given to them. (An input
+and a constant of the same name collide silently in onnxruntime.)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from ..errors import UsageError
+
+Precision = Literal["f32", "f16", "int8", "int8-block", "int4-block"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+
+ALIGNMENT = 64 * 1024  # a page is 4 KiB here, 16 KiB on a Raspberry Pi 5, and Windows maps at 64 KiB borders
+INLINE_BYTES = 16 * 1024  # smaller constants stay in the graph itself
+OPSET = 17
+IR_VERSION = 8
+MICROSOFT = "com.microsoft"  # onnxruntime's own operators
+_INT8_PEAK = 127  # symmetric: −128 is not used, so that a weight and its negative quantize alike
+
+
+class OnnxWriter:
+    """A graph under construction. A context manager: leaving it normally writes the graph, an exception leaves only partial files.
+
+    >>> folder = getfixture("tmp_path")
+    >>> with OnnxWriter(folder / "double.onnx") as graph:
+    ...     x = graph.input("x", np.float32, ["n", 2])
+    ...     graph.output("y", graph.linear(x, 2 * np.eye(2, dtype=np.float32), "f32"), np.float32, ["n", 2])
+    >>> import onnxruntime
+    >>> onnxruntime.InferenceSession(folder / "double.onnx").run(None, {"x": np.ones((1, 2), np.float32)})[0].tolist()
+    [[2.0, 2.0]]
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.data_path = self.path.with_name(self.path.name + ".data")
+        self.weights_bytes = 0  # all constants, inline ones too: what a session must hold at least
+        self._nodes: list[onnx.NodeProto] = []
+        self._constants: list[onnx.TensorProto] = []
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+        self._scalars: dict[tuple, str] = {}
+        self._count = 0
+
+    def __enter__(self) -> "OnnxWriter":
+        self._data = open(self.data_path, "wb")
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self._data.close()
+        if kind is None:
+            self._write()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of both files, for the bundle's manifest."""
+        return self.path.name, self.data_path.name
+
+    # ---- graph edges
+    def input(self, name: str, dtype, shape: list[int | str]) -> str:
+        """Declare a graph input; a string in ``shape`` is a free dimension."""
+        self._inputs.append(helper.make_tensor_value_info(name, _onnx_type(dtype), shape))
+        return name
+
+    def output(self, name: str, value: str, dtype, shape: list[int | str]) -> None:
+        """Declare ``value`` a graph output called ``name``."""
+        self._nodes.append(helper.make_node("Identity", [value], [name]))
+        self._outputs.append(helper.make_tensor_value_info(name, _onnx_type(dtype), shape))
+
+    def node(self, op: str, inputs: list[str], *, n_outputs: int = 1, domain: str = "", **attributes):
+        """Append one operator. Returns its output's name, or a tuple of names when ``n_outputs`` > 1. "" is an absent optional input."""
+        outputs = [self._name(op) for _ in range(n_outputs)]
+        self._nodes.append(helper.make_node(op, inputs, outputs, domain=domain, **attributes))
+        return outputs[0] if n_outputs == 1 else tuple(outputs)
+
+    def _name(self, stem: str, kind: str = "v") -> str:
+        self._count += 1
+        return f"{kind}.{self._count}.{stem}"
+
+    # ---- constants
+    def constant(self, array: np.ndarray, name: str = "constant") -> str:
+        """Store ``array`` as it is (its dtype decides the type); large ones go to the data file at once and need not be kept."""
+        array = np.asarray(array)
+        tensor = TensorProto(name=self._name(name, "w"), data_type=_onnx_type(array.dtype), dims=array.shape)
+        self.weights_bytes += array.nbytes
+        if array.nbytes < INLINE_BYTES:
+            tensor.raw_data = array.tobytes()
+        else:
+            offset = self._data.tell()
+            padding = -offset % ALIGNMENT
+            self._data.write(bytes(padding))
+            np.ascontiguousarray(array).tofile(self._data)
+            tensor.data_location = TensorProto.EXTERNAL
+            for key, value in (("location", self.data_path.name), ("offset", offset + padding), ("length", array.nbytes)):
+                tensor.external_data.add(key=key, value=str(value))
+        self._constants.append(tensor)
+        return tensor.name
+
+    def ints(self, *values: int) -> str:
+        """A small int64 vector (axes, shapes, slice bounds), stored once however often it is asked for."""
+        return self._shared(("ints", values), np.array(values, np.int64))
+
+    def number(self, value: float) -> str:
+        """A float32 scalar, stored once however often it is asked for."""
+        return self._shared(("number", float(value)), np.array(value, np.float32))
+
+    def integer(self, value: int) -> str:
+        """An int64 scalar, stored once however often it is asked for."""
+        return self._shared(("integer", value), np.array(value, np.int64))
+
+    def _shared(self, key: tuple, array: np.ndarray) -> str:
+        if key not in self._scalars:
+            self._scalars[key] = self.constant(array, key[0])
+        return self._scalars[key]
+
+    def stored(self, array: np.ndarray, precision: Precision, name: str = "weight") -> str:
+        """``array`` as a float32 value, stored in half precision when ``precision`` is not f32 (for weights of other operators than linear)."""
+        if precision == "f32":
+            return self.constant(np.asarray(array, np.float32), name)
+        return self.node("Cast", [self.constant(_half(array), name)], to=TensorProto.FLOAT)
+
+    # ---- common shapes of nodes
+    def linear(self, x: str, weight: np.ndarray, precision: Precision, *, bias: np.ndarray | None = None, block: int = 32, name: str = "linear") -> str:
+        """``x @ weight.T (+ bias)`` for ``x [..., k]`` and ``weight [n, k]`` float32, with the weight stored at ``precision``:
+
+        - ``f32``; ``f16``: stored as half, cast to float32 when the session is opened (half the file, not half the memory);
+        - ``int8``: one scale per output channel and integer activations, one scale per call (``DynamicQuantizeMatMul``);
+        - ``int8-block``, ``int4-block``: one scale per ``block`` weights (``MatMulNBits``); needs no multiple of ``block``.
+        """
+        if precision not in PRECISIONS:
+            raise UsageError(f"unknown precision {precision!r} for an encoder; choose one of {', '.join(PRECISIONS)}")
+        n, k = weight.shape
+        if precision in ("f32", "f16"):
+            y = self.node("MatMul", [x, self.stored(np.ascontiguousarray(weight.T), precision, name)])
+        elif precision == "int8":
+            codes, scales = quantize_channels(weight)
+            # uint8 around 128 instead of int8: on AVX2 without VNNI the mixed kernel adds pairs of products in 16 bits and saturates
+            y = self.node(
+                "DynamicQuantizeMatMul",
+                [x, self.constant(np.ascontiguousarray(codes.T), name), self.constant(scales, "scales"), self.constant(np.full(n, 128, np.uint8), "zeros")],
+                domain=MICROSOFT,
+            )
+        else:
+            bits = 8 if precision == "int8-block" else 4
+            codes, scales = quantize_blocks(weight, bits, block)
+            y = self.node(
+                "MatMulNBits",
+                [x, self.constant(codes, name), self.constant(scales, "scales")],
+                domain=MICROSOFT, K=k, N=n, bits=bits, block_size=block, accuracy_level=4,
+            )  # fmt: skip
+        return y if bias is None else self.node("Add", [y, self.constant(np.asarray(bias, np.float32), "bias")])
+
+    def rms_norm(self, x: str, weight: np.ndarray, epsilon: float) -> str:
+        """``x · rsqrt(mean x² + epsilon) · weight`` over the last axis; ``weight`` as it multiplies (not 1 + w)."""
+        return self.node("SimplifiedLayerNormalization", [x, self.constant(np.asarray(weight, np.float32), "norm")], axis=-1, epsilon=float(epsilon), stash_type=1)
+
+    def slice(self, x: str, start: str, stop: str, axis: int, step: int = 1) -> str:
+        """``x[start:stop:step]`` along one axis; the bounds are int64 vectors of one element (:meth:`ints`, or computed)."""
+        return self.node("Slice", [x, start, stop, self.ints(axis), self.ints(step)])
+
+    # ---- the file
+    def _write(self) -> None:
+        graph = helper.make_graph(self._nodes, self.path.stem, self._inputs, self._outputs, self._constants)
+        model = helper.make_model(graph, producer_name="edge-gemma", ir_version=IR_VERSION)
+        del model.opset_import[:]
+        model.opset_import.extend([helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)])
+        self.path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def quantize_channels(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``weight [n, k]`` float32 → codes uint8 ``[n, k]`` around 128 and scales ``[n]`` float32, so that weight ≈ (codes − 128)·scale."""
+    weight = np.asarray(weight, np.float32)
+    scales = np.abs(weight).max(axis=1) / _INT8_PEAK
+    scales[scales == 0] = 1.0
+    return (np.rint(weight / scales[:, None]) + 128).astype(np.uint8), scales
+
+
+def quantize_blocks(weight: np.ndarray, bits: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """``weight [n, k]`` float32 → codes uint8 ``[n, blocks, block·bits/8]`` and scales ``[n, blocks]`` float32, in ``MatMulNBits``' layout.
+
+    Symmetric around 2^(bits−1), its default zero point. The value of largest magnitude in a block lands on −2^(bits−1), so 4 bits
+    use all 16 codes (as ggml's Q4_0 does).
+    """
+    weight = np.asarray(weight, np.float32)
+    n, k = weight.shape
+    blocks = -(-k // block)
+    padded = np.zeros((n, blocks * block), np.float32)
+    padded[:, :k] = weight
+    padded = padded.reshape(n, blocks, block)
+    half = 1 << (bits - 1)
+    peak = np.take_along_axis(padded, np.abs(padded).argmax(axis=2, keepdims=True), axis=2)  # [n, blocks, 1], with its sign
+    scales = peak / -half
+    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
+    codes = np.clip(np.rint(padded * inverse) + half, 0, 2 * half - 1).astype(np.uint8)
+    if bits == 4:
+        codes = codes[:, :, 0::2] | codes[:, :, 1::2] << 4
+    return codes, scales[:, :, 0]
+
+
+def _half(array: np.ndarray) -> np.ndarray:
+    array = np.asarray(array, np.float32)
+    if array.size and np.abs(array).max() > np.finfo(np.float16).max:
+        raise UsageError(f"a weight of magnitude {np.abs(array).max():.3g} does not fit half precision (at most 65504); use f32")
+    return array.astype(np.float16)
+
+
+def _onnx_type(dtype) -> int:
+    return helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+
+
