@@ -1,0 +1,97 @@
+"""The kernel's counters, on real allocations and a real mapped file."""
+
+import mmap
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from edge_gemma import memory
+from edge_gemma.memory import PAGE_BYTES, PeakSampler, mapping_of, quick, resident_bytes, rollup
+from edge_gemma.units import MiB
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@linux
+def test_a_block_shows_as_anonymous_memory():
+    before = rollup()
+    block = bytearray(64 * MiB)
+    after = rollup()
+    assert 63 * MiB < after.anon_bytes - before.anon_bytes < 66 * MiB
+    assert after.exact and abs(quick().rss_bytes - after.rss_bytes) < 4 * MiB
+    del block
+
+
+@linux
+def test_pages_of_a_mapped_file_are_counted_by_range(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(64 * PAGE_BYTES))
+    assert mapping_of(path) == []
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        view.madvise(mmap.MADV_RANDOM)  # no read-around: exactly what is touched becomes resident
+        (mapping,) = mapping_of(path)
+        assert mapping.end - mapping.start == 64 * PAGE_BYTES and mapping.offset == 0
+        for page in range(8, 16):
+            view[page * PAGE_BYTES]
+        assert resident_bytes(path, [(8 * PAGE_BYTES, 8 * PAGE_BYTES)]) == 8 * PAGE_BYTES
+        view.madvise(mmap.MADV_DONTNEED, 8 * PAGE_BYTES, 4 * PAGE_BYTES)
+        assert resident_bytes(path, [(8 * PAGE_BYTES, 4 * PAGE_BYTES), (12 * PAGE_BYTES, 4 * PAGE_BYTES)]) == 4 * PAGE_BYTES
+
+
+@linux
+def test_the_sampler_keeps_what_came_and_went_and_names_the_phase():
+    with PeakSampler(interval_s=0.01, keep_timeline=True) as sampler:
+        idle = sampler.mark("idle").anon_bytes
+        sampler.mark("work")
+        block = bytearray(80 * MiB)
+        time.sleep(0.1)
+        del block
+        sampler.mark("rest")
+    assert sampler.phase("work").peak_anon_bytes - idle > 78 * MiB
+    assert sampler.phase("idle").peak_anon_bytes - idle < 20 * MiB
+    assert sampler.peak_pss_bytes <= sampler.peak_rss_bytes
+    assert [seconds for seconds, _ in sampler.timeline] == sorted(seconds for seconds, _ in sampler.timeline)
+    with pytest.raises(KeyError):
+        sampler.phase("never")
+
+
+@linux
+def test_rebase_forgets_the_load_peak():
+    with PeakSampler(interval_s=0.01) as sampler:
+        block = bytearray(80 * MiB)
+        time.sleep(0.05)
+        del block
+        loaded = sampler.mark("loaded")
+        sampler.rebase()
+    assert sampler.peak_pss_bytes < loaded.pss_bytes + 20 * MiB
+
+
+@linux
+def test_another_process_is_watched_until_it_ends():
+    child = subprocess.Popen([sys.executable, "-c", "b = bytearray(50 << 20); import time; time.sleep(0.5)"])
+    with PeakSampler(pid=child.pid, interval_s=0.02) as sampler:
+        child.wait()
+    assert sampler.peak_rss_bytes > 50 * MiB
+    with pytest.raises(ProcessLookupError):
+        rollup(child.pid)
+
+
+def test_sampling_is_cheap():
+    """Counted, not timed: at most ``duty`` of the time goes into page-table walks."""
+    walks = []
+    real = memory.rollup
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "rollup", lambda pid=None: walks.append(1) or real(pid))
+        with PeakSampler(interval_s=0.001):
+            time.sleep(0.3)
+    assert len(walks) < 30
+
+
+@linux
+def test_counters_of_this_process():
+    assert memory.major_faults() >= 0
+    assert memory.high_water_bytes() >= quick().rss_bytes - 4 * MiB
+    assert memory.high_water_bytes(os.getpid()) > MiB
