@@ -229,7 +229,7 @@ def _fields(text: str) -> dict[str, int]:
     found = {}
     for line in text.splitlines():
         words = line.replace(":", " ").split()
-        if len(words) >= 2 and words[1].isdigit():
+        if len(words) >= 2 and words[1].isdecimal():
             found[words[0]] = int(words[1])
     return found
 
@@ -237,10 +237,8 @@ def _fields(text: str) -> dict[str, int]:
 def _id_list(text: str) -> set[int]:
     """``0-3,6`` → {0, 1, 2, 3, 6}."""
     ids: set[int] = set()
-    for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if first.isdigit():
-            ids.update(range(int(first), int(last or first) + 1))
+    for first, last in re.findall(r"\b([0-9]{1,5})(?:-([0-9]{1,5}))?\b", text):
+        ids.update(range(int(first), int(last or first) + 1))
     return ids
 
 
@@ -276,7 +274,7 @@ def _swaps(root: Path) -> tuple[int, int]:
     sizes = [0, 0]
     for line in _text(root / "proc/swaps").splitlines()[1:]:
         words = line.split()
-        if len(words) >= 3 and words[2].isdigit():
+        if len(words) >= 3 and words[2].isdecimal():
             sizes["zram" not in words[0]] += int(words[2]) * 1024
     return sizes[0], sizes[1]
 
@@ -321,7 +319,7 @@ def _ancestors(root: Path, mount: str, mounted: str, path: str) -> Iterator[Path
 
 def _number(folder: Path, name: str) -> int | None:
     text = _text(folder / name)
-    return int(text) if text.isdigit() else None
+    return int(text) if text.isdecimal() else None
 
 
 def _memory_limit(root: Path) -> tuple[int | None, int | None]:
@@ -362,7 +360,7 @@ def _cpu_quota(root: Path) -> float | None:
     quotas = []
     for folder in folders:
         words = _text(folder / "cpu.max").split() if version == 2 else [_text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")]
-        if len(words) == 2 and all(word.isdigit() for word in words) and int(words[1]):
+        if len(words) == 2 and all(word.isdecimal() for word in words) and int(words[1]):
             quotas.append(int(words[0]) / int(words[1]))  # "max" and -1 mean none
     return min(quotas, default=None)
 
