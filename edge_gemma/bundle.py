@@ -66,6 +66,8 @@ class Decoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     kv_layers: tuple[Literal["global", "sliding"], ...]  # the layers that own a KV cache, in order
     ple_width: int = 0  # 256 for gemma3n, 0 for gemma3
     tied_head: bool = True  # the output head is the token embedding
+    header_bytes: int  # of the GGUF before its first tensor, checked by hash at every load: llama.cpp aborts on some damage there
+    header_sha256: str
     tensors: tuple[Tensor, ...] = ()
 
 
@@ -168,6 +170,8 @@ def _check(manifest: Manifest) -> None:
     if not 0 <= dimensions.sliding_window <= 1 << 24 or not 0 < len(dimensions.kv_layers) <= dimensions.n_layer:
         raise BundleError(f"{MANIFEST}: decoder.sliding_window or kv_layers does not fit {dimensions.n_layer} layers")
     size = manifest.files[dimensions.file].size
+    if not 0 < dimensions.header_bytes <= size:
+        raise BundleError(f"{MANIFEST}: decoder.header_bytes is {dimensions.header_bytes} of a file of {size} bytes")
     for tensor in dimensions.tensors:
         if tensor.offset < 0 or tensor.nbytes < 0 or tensor.offset + tensor.nbytes > size:
             raise BundleError(f"{MANIFEST}: tensor {tensor.name!r} ends at byte {tensor.offset + tensor.nbytes} of a file of {size} bytes")
@@ -222,6 +226,14 @@ class Bundle:
                 raise BundleError(f"{self.folder} lacks {name}, which its manifest lists ({file.size} bytes); import or pull it again") from None
             if size != file.size:
                 raise BundleError(f"{path} has {size} bytes, its manifest says {file.size}: truncated or replaced; import or pull it again")
+
+    def check_header(self) -> None:
+        """Hash the GGUF's header (a few MB, mostly vocabulary). Raises HashMismatch before llama.cpp reads a byte of it."""
+        decoder = self.manifest.decoder
+        with open(self.decoder_path, "rb") as file:
+            found = hashlib.sha256(file.read(decoder.header_bytes)).hexdigest()
+        if found != decoder.header_sha256:
+            raise HashMismatch(f"the header of {self.decoder_path} was changed or damaged; import or pull it again")
 
     def verify(self, progress: Callable[[int], None] = lambda n_bytes: None) -> None:
         """Hash every file in full. Raises HashMismatch naming the first that differs; ``progress`` gets bytes as they are read."""
@@ -286,8 +298,9 @@ class BundleWriter:
         """Leftovers of a killed run for the same output whose process is gone."""
         for folder in self.out.parent.glob(f".{self.out.name}.partial-*"):
             try:
-                pid = int((folder / ".pid").read_text())
-                os.kill(pid, 0)
+                os.kill(int((folder / ".pid").read_text()), 0)
+            except PermissionError:
+                continue  # somebody else's, alive
             except (OSError, ValueError):
                 yield folder
 
