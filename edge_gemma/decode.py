@@ -1,0 +1,512 @@
+"""Spans → KV cache → logits → sampled ids. The only room that imports llama_cpp; its failures become ours here.
+
+In: a GGUF that was checked, settings that a plan approved, spans. Out: ids, logits ``[k, n_vocab]`` float32, saved sequences.
+This room does not know prompts, bundles or sessions. llama.cpp aborts the process on what it asserts, so whatever it would
+assert on (outputs beyond the reserve, batches beyond n_ubatch, a grammar fed a forbidden token) is checked before the call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .errors import BundleError, MissingExtra, RuntimeFailure, UsageError
+from .spans import Rows, Span, Tokens
+
+KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}  # ggml type ids of the cache types a plan may choose
+EVALUATE_ROWS = 64  # logits rows per block in Context.logits: 64 × 262,144 × 4 bytes = 64 MiB
+_VERBOSE = False
+_log_tail: deque[str] = deque(maxlen=200)
+_reported: list[tuple[str, int]] = []  # (buffer, bytes) of every "… buffer size = … MiB" line
+_log_lock = threading.Lock()
+
+
+def set_verbose(on: bool) -> None:
+    """Let llama.cpp's log through to stderr (`-v`)."""
+    global _VERBOSE
+    _VERBOSE = on
+
+
+@functools.cache
+def _llama():
+    """llama_cpp's low-level module, with its log in our hands and its backends started. Imported on first use only."""
+    try:
+        import llama_cpp
+        from llama_cpp import llama_cpp as low
+    except ImportError as error:
+        raise MissingExtra(f"Decoding (llama-cpp-python: {error})", "all") from None
+    if not hasattr(low.llama_context_params, "n_outputs_max"):
+        raise RuntimeFailure(f"llama-cpp-python {llama_cpp.__version__} is too old; expected 0.3.36 or newer. pip install -U llama-cpp-python")
+
+    @low.llama_log_callback
+    def on_log(level, text, _):
+        line = text.decode("utf-8", "replace")
+        with _log_lock:
+            _log_tail.append(line)
+            if match := re.search(r"(\S+)\s+(model|KV|compute|output)\s+buffer size\s*=\s*([0-9.]+) MiB", line):
+                _reported.append((f"{match[1]} {match[2]}", int(float(match[3]) * (1 << 20))))
+        if _VERBOSE:
+            sys.stderr.write(line)
+
+    low._edge_gemma_on_log = on_log  # the C side keeps the pointer: it must outlive every model
+    low.llama_log_set(on_log, ctypes.c_void_p(0))
+    low.llama_backend_init()
+    return low
+
+
+def _last_log(pattern: str = "error|fail|invalid|wrong|missing|unknown|unsupported") -> str:
+    with _log_lock:
+        lines = [line.strip() for line in _log_tail if re.search(pattern, line, re.I)]
+    return lines[-1] if lines else "llama.cpp gave no reason"
+
+
+def supports_gpu() -> bool:
+    """Whether this build of llama.cpp can offload layers."""
+    return bool(_llama().llama_supports_gpu_offload())
+
+
+# -- what the loader repacks on this machine --------------------------------------------------------------------------
+
+
+class _InitParams(ctypes.Structure):
+    _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
+
+
+@functools.cache
+def _ggml():
+    """The ggml functions the repack probe needs, from the libraries that llama_cpp already loaded."""
+    lib_dir = Path(os.environ.get("LLAMA_CPP_LIB_PATH") or Path(_llama().__file__).parent / "lib")
+    libs = [ctypes.CDLL(str(path)) for name in ("ggml", "ggml-base", "ggml-cpu") for path in sorted(lib_dir.glob(f"lib{name}.*"))[:1]]
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    signatures = {
+        "ggml_init": (pointer, [_InitParams]), "ggml_free": (None, [pointer]),
+        "ggml_new_tensor_2d": (pointer, [pointer, ctypes.c_int, size, size]), "ggml_mul_mat": (pointer, [pointer, pointer, pointer]),
+        "ggml_backend_dev_by_type": (pointer, [ctypes.c_int]), "ggml_backend_dev_backend_reg": (pointer, [pointer]),
+        "ggml_backend_reg_get_proc_address": (pointer, [pointer, ctypes.c_char_p]),
+        "ggml_backend_buft_alloc_buffer": (pointer, [pointer, ctypes.c_size_t]), "ggml_backend_buffer_free": (None, [pointer]),
+        "ggml_backend_dev_supports_op": (ctypes.c_bool, [pointer, pointer]),
+    }  # fmt: skip
+    found = {}
+    for name, (result, arguments) in signatures.items():
+        function = next(f for lib in libs if (f := getattr(lib, name, None)) is not None)
+        function.restype, function.argtypes = result, arguments
+        found[name] = function
+    return found
+
+
+@functools.cache
+def repacks(type_id: int, row: int, n_rows: int) -> bool:
+    """Whether llama.cpp copies a 2-D weight of this type and shape into a repacked buffer on this CPU.
+
+    Asks the CPU backend's extra buffer types the very question its loader asks (llama-model-loader.cpp,
+    weight_buft_supported), so no list of CPUs is kept here.
+    """
+    g = _ggml()
+    device = g["ggml_backend_dev_by_type"](0)  # GGML_BACKEND_DEVICE_TYPE_CPU
+    address = g["ggml_backend_reg_get_proc_address"](g["ggml_backend_dev_backend_reg"](device), b"ggml_backend_dev_get_extra_bufts")
+    if not address:
+        return False
+    extra = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(address)(device)
+    context = g["ggml_init"](_InitParams(1 << 16, None, True))
+    try:
+        weight = g["ggml_new_tensor_2d"](context, type_id, row, n_rows)
+        product = g["ggml_mul_mat"](context, weight, g["ggml_new_tensor_2d"](context, 0, row, 512))
+        i = 0
+        while extra and extra[i]:
+            buffer = g["ggml_backend_buft_alloc_buffer"](extra[i], 0)
+            # struct ggml_tensor { enum ggml_type type; struct ggml_backend_buffer * buffer; … }: the pointer is at byte 8
+            ctypes.c_void_p.from_address(weight + 8).value = buffer
+            supported = g["ggml_backend_dev_supports_op"](device, product)
+            g["ggml_backend_buffer_free"](buffer)
+            if supported:
+                return True
+            i += 1
+        return False
+    finally:
+        g["ggml_free"](context)
+
+
+def check_loads(path: Path) -> None:
+    """Let llama.cpp read the header and vocabulary in a child process, so that an abort there is our error, not our end."""
+    code = "import sys; from edge_gemma import decode; decode._load_vocabulary(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=300)
+    if done.returncode == 0:
+        return
+    reason = done.stderr.strip().splitlines()[-1:] or ["no message"]
+    how = f"stopped with signal {-done.returncode}" if done.returncode < 0 else "refused it"
+    raise BundleError(f"llama.cpp {how} while reading {path.name}: {reason[0]}. The file is damaged or not for this version")
+
+
+def _load_vocabulary(path: str) -> None:
+    low = _llama()
+    params = low.llama_model_default_params()
+    params.vocab_only = True
+    model = low.llama_model_load_from_file(os.fsencode(path), params)
+    if not model:
+        sys.exit(_last_log())
+    low.llama_model_free(model)
+
+
+# -- the model: weights and vocabulary, shared and immutable -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a plan decided for one decoder. Sizes in tokens."""
+
+    n_ctx: int
+    n_ubatch: int = 256
+    n_seq_max: int = 1
+    n_threads: int = 1
+    kv_type: str = "f16"
+    repack: bool = True
+    n_gpu_layers: int = 0
+    flash_attention: bool = False
+
+
+class Decoder:
+    """Weights and vocabulary of one GGUF in llama.cpp. Holds no conversation; :meth:`context` makes what does.
+
+    ``on_progress(fraction) -> bool`` is called while weights load; returning False stops the load (KeyboardInterrupt is
+    raised for it). Raises BundleError when llama.cpp refuses the file.
+    """
+
+    def __init__(self, path: str | Path, settings: Settings, *, lora: Sequence[tuple[str | Path, float]] = (), on_progress: Callable[[float], bool] | None = None):
+        self._low = low = _llama()
+        self.settings = settings
+        with _log_lock:
+            _log_tail.clear()
+            _reported.clear()
+        params = low.llama_model_default_params()
+        params.n_gpu_layers = settings.n_gpu_layers
+        params.use_extra_bufts = settings.repack
+        params.load_mode = low.LLAMA_LOAD_MODE_MMAP
+        stopped = False
+
+        def progress(fraction: float, _) -> bool:
+            nonlocal stopped
+            try:
+                stopped = on_progress is not None and on_progress(fraction) is False
+            except BaseException:  # an exception cannot cross the C frames: stop the load, tell afterwards
+                stopped = True
+            return not stopped
+
+        params.progress_callback = low.llama_progress_callback(progress)
+        self._model = low.llama_model_load_from_file(os.fsencode(path), params)
+        if not self._model:
+            if stopped:
+                raise KeyboardInterrupt
+            raise BundleError(f"llama.cpp could not load {path}: {_last_log()}")
+        self._contexts: set[Context] = set()
+        self._adapters = []
+        try:
+            for file, scale in lora:  # before any context: the graph is sized from them
+                self._adapters.append((self._open_adapter(Path(file)), float(scale)))
+        except BaseException:
+            self.close()
+            raise
+        self.vocab = low.llama_model_get_vocab(self._model)
+        self.n_vocab = low.llama_vocab_n_tokens(self.vocab)
+        self.n_embd = low.llama_model_n_embd(self._model)
+        self.n_ctx_train = low.llama_model_n_ctx_train(self._model)
+        self.n_swa = low.llama_model_n_swa(self._model)
+        self.bos = low.llama_vocab_bos(self.vocab)
+        self.add_bos = bool(low.llama_vocab_get_add_bos(self.vocab))
+
+    def _open_adapter(self, path: Path):
+        if not path.is_file():
+            raise UsageError(f"no LoRA adapter at {path}")
+        adapter = self._low.llama_adapter_lora_init(self._model, os.fsencode(path))
+        if not adapter:
+            raise BundleError(f"llama.cpp could not apply the LoRA adapter {path}: {_last_log()}")
+        return adapter
+
+    def reported_bytes(self) -> dict[str, int]:
+        """What llama.cpp said it allocated while loading and making contexts: ``{"CPU_REPACK model": bytes, …}``."""
+        sizes: dict[str, int] = {}
+        with _log_lock:
+            for buffer, nbytes in _reported:
+                sizes[buffer] = sizes.get(buffer, 0) + nbytes
+        return sizes
+
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        """Text → ids without BOS. ``special`` lets control tokens in the text be control tokens; user text never should."""
+        data = text.encode("utf-8", "surrogatepass")
+        capacity = len(data) + 2
+        while True:
+            buffer = (ctypes.c_int32 * capacity)()
+            n = self._low.llama_tokenize(self.vocab, data, len(data), buffer, capacity, False, special)
+            if n >= 0:
+                return buffer[:n]
+            if n == -(1 << 31):
+                raise UsageError(f"a text of {len(data)} bytes is too long to tokenize")
+            capacity = -n
+
+    def piece(self, token: int, special: bool = False) -> bytes:
+        """The bytes a token stands for; control tokens give none unless ``special``."""
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = self._low.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n
+
+    def is_end(self, token: int) -> bool:
+        return bool(self._low.llama_vocab_is_eog(self.vocab, token))
+
+    def context(self, settings: Settings | None = None, **changes) -> "Context":
+        """A KV cache with compute buffers. ``changes`` as of :class:`Context`. Raises RuntimeFailure when llama.cpp cannot."""
+        return Context(self, settings or self.settings, **changes)
+
+    def close(self) -> None:
+        for context in list(getattr(self, "_contexts", ())):
+            context.close()
+        if self._model:
+            for adapter, _ in self._adapters:
+                self._low.llama_adapter_lora_free(adapter)
+            self._adapters = []
+            self._low.llama_model_free(self._model)
+            self._model = None
+
+
+class Cancelled(Exception):
+    """A decode was stopped by :meth:`Context.cancel`; the positions before it are intact."""
+
+
+# -- the context: KV cache and compute buffers ------------------------------------------------------------------------
+
+
+class Context:
+    """One llama.cpp context: ``n_seq_max`` sequences of ``n_ctx`` positions each. Not for two threads at once: hold ``lock``.
+
+    ``n_outputs``: logits rows one decode may ask for. ``on_tensor``: an evaluation callback ``(tensor_pointer, ask) -> bool``
+    (see ggml_backend_sched_eval_callback), for calibration.
+    """
+
+    def __init__(self, decoder: Decoder, settings: Settings, *, n_outputs: int | None = None, on_tensor: Callable | None = None):
+        self._low = low = decoder._low
+        self.decoder, self.settings = decoder, settings
+        self.n_outputs = max(n_outputs or 0, settings.n_seq_max)
+        params = low.llama_context_default_params()
+        params.n_ctx = settings.n_ctx * settings.n_seq_max
+        params.n_batch = params.n_ubatch = settings.n_ubatch  # we split; a larger n_batch would only delay cancelling
+        params.n_seq_max = settings.n_seq_max
+        params.n_outputs_max = self.n_outputs
+        params.n_threads = params.n_threads_batch = settings.n_threads
+        params.type_k = params.type_v = KV_TYPES[settings.kv_type]
+        params.flash_attn_type = 1 if settings.flash_attention or settings.kv_type != "f16" else 0  # a quantized V needs it
+        params.swa_full = False
+        params.kv_unified = False
+        params.no_perf = True
+        params.offload_kqv = settings.n_gpu_layers > 0
+        # A C function as abort callback: it is asked between any two graph nodes, and a Python one would fight for the GIL
+        # each time. strlen(flag) is 0 for an empty string and 1 once cancel() has written one character.
+        self._flag = ctypes.create_string_buffer(2)
+        strlen = ctypes.CDLL(None).strlen
+        params.abort_callback = ctypes.cast(strlen, low.ggml_abort_callback)
+        params.abort_callback_data = ctypes.cast(self._flag, ctypes.c_void_p)
+        self._on_tensor = None
+        if on_tensor is not None:
+            self._on_tensor = low.ggml_backend_sched_eval_callback(lambda tensor, ask, _: bool(on_tensor(tensor, ask)))
+            params.cb_eval = self._on_tensor
+        self._ctx = low.llama_init_from_model(decoder._model, params)
+        if not self._ctx:
+            raise RuntimeFailure(f"llama.cpp could not make a context of {settings.n_ctx} tokens: {_last_log()}")
+        if decoder._adapters:
+            pointers = (ctypes.c_void_p * len(decoder._adapters))(*[a for a, _ in decoder._adapters])
+            scales = (ctypes.c_float * len(decoder._adapters))(*[s for _, s in decoder._adapters])
+            low.llama_set_adapters_lora(self._ctx, ctypes.cast(pointers, ctypes.POINTER(low.llama_adapter_lora_p_ctypes)), len(decoder._adapters), scales)
+        self._memory = low.llama_get_memory(self._ctx)
+        self.lock = threading.RLock()
+        self._buffers(settings.n_ubatch, settings.n_seq_max)
+        decoder._contexts.add(self)
+
+    def _buffers(self, n: int, n_seq: int) -> None:
+        """Arrays that every llama_batch points into: allocated once, so the token loop allocates nothing."""
+        self._ids = np.zeros(n, np.int32)
+        self._pos = np.zeros(n, np.int32)
+        self._n_seq = np.ones(n, np.int32)
+        self._out = np.zeros(n, np.int8)
+        self._seq_values = (ctypes.c_int32 * n_seq)(*range(n_seq))
+        step, base = ctypes.sizeof(ctypes.c_int32), ctypes.addressof(self._seq_values)
+        self._seq_address = [base + i * step for i in range(n_seq)]
+        self._seq = np.zeros(n, np.uintp)
+        int32, int8, pointer = ctypes.POINTER(ctypes.c_int32), ctypes.POINTER(ctypes.c_int8), ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))
+        self._batch = self._low.llama_batch(
+            n_tokens=0,
+            token=self._ids.ctypes.data_as(int32),
+            embd=None,
+            pos=self._pos.ctypes.data_as(int32),
+            n_seq_id=self._n_seq.ctypes.data_as(int32),
+            seq_id=self._seq.ctypes.data_as(pointer),
+            logits=self._out.ctypes.data_as(int8),
+        )
+        self._token_pointer = self._batch.token
+
+    # decoding
+
+    def decode(self, sequence: int, position: int, span: Span, outputs: str = "none") -> None:
+        """Put one span at ``position`` of ``sequence``, split into ubatches. ``outputs``: logits of "none" or "last".
+
+        Raises Cancelled (positions from ``position`` on are gone again), RuntimeFailure.
+        """
+        n, step = len(span), self.settings.n_ubatch
+        if isinstance(span, Rows):
+            if span.rows.shape[1] != self.decoder.n_embd:
+                raise UsageError(f"embedding rows are {span.rows.shape[1]} wide; this model takes {self.decoder.n_embd}")
+            if not span.causal:
+                self._decode_block(sequence, position, span, outputs)
+                return
+        for start in range(0, n, step):
+            stop = min(start + step, n)
+            self._fill(sequence, position + start, span, start, stop)
+            self._out[: stop - start] = 0
+            if outputs == "last" and stop == n:
+                self._out[stop - start - 1] = 1
+            self._run(stop - start, {sequence: position})
+
+    def _decode_block(self, sequence: int, position: int, span: Rows, outputs: str) -> None:
+        n = len(span)
+        if n > self.settings.n_ubatch:  # llama.cpp asserts n_ubatch >= n_tokens for non-causal attention
+            raise UsageError(f"{n} rows that attend to each other need n_ubatch ≥ {n}; it is {self.settings.n_ubatch}")
+        self._fill(sequence, position, span, 0, n)
+        self._out[:n] = 0
+        self._out[n - 1] = outputs == "last"
+        self._low.llama_set_causal_attn(self._ctx, False)
+        try:
+            self._run(n, {sequence: position})
+        finally:
+            self._low.llama_set_causal_attn(self._ctx, True)
+
+    def decode_step(self, items: Sequence[tuple[int, int, int]]) -> None:
+        """One token for each of several sequences in one pass: ``(sequence, position, id)``; logits of all are kept, in order."""
+        n = len(items)
+        self._batch.token, self._batch.embd = self._token_pointer, None
+        for i, (sequence, position, token) in enumerate(items):
+            self._ids[i], self._pos[i], self._seq[i] = token, position, self._seq_address[sequence]
+        self._out[:n] = 1
+        self._run(n, {sequence: position for sequence, position, _ in items})
+
+    def _fill(self, sequence: int, position: int, span: Span, start: int, stop: int) -> None:
+        n = stop - start
+        if isinstance(span, Tokens):
+            ids = np.asarray(span.ids[start:stop], np.int32)
+            if ids.size and (ids.min() < 0 or ids.max() >= self.decoder.n_vocab):
+                raise UsageError(f"token ids must be 0 … {self.decoder.n_vocab - 1}; got {ids.min()} … {ids.max()}")
+            self._ids[:n] = ids
+            self._batch.token, self._batch.embd = self._token_pointer, None
+        else:
+            rows = span.rows[start:stop]  # contiguous float32 by construction
+            self._batch.token, self._batch.embd = None, rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        self._pos[:n] = np.arange(position, position + n)
+        self._seq[:n] = self._seq_address[sequence]
+
+    def _run(self, n: int, starts: dict[int, int]) -> None:
+        self._batch.n_tokens = n
+        self._out_index = np.flatnonzero(self._out[:n])
+        if len(self._out_index) > self.n_outputs:
+            raise UsageError(f"{len(self._out_index)} logits rows asked of a context made for {self.n_outputs}")
+        code = self._low.llama_decode(self._ctx, self._batch)
+        if code == 0:
+            return
+        for sequence, position in starts.items():
+            self._low.llama_memory_seq_rm(self._memory, sequence, position, -1)
+        if code == 2:
+            raise Cancelled
+        if code == 1:
+            raise RuntimeFailure(f"the KV cache has no room for {n} more positions (n_ctx {self.settings.n_ctx})")
+        raise RuntimeFailure(f"llama.cpp could not decode (code {code}): {_last_log()}")
+
+    def cancel(self) -> None:
+        """Stop a decode that is running, from any thread, between two graph nodes (CPU only)."""
+        self._flag[0] = b"\x01"
+
+    def clear_cancel(self) -> None:
+        self._flag[0] = b"\x00"
+
+    def logits(self, row: int = -1) -> np.ndarray:
+        """A view of one kept logits row ``[n_vocab]`` float32 of the last decode, valid until the next."""
+        index = int(self._out_index[row]) if len(self._out_index) else -1
+        pointer = self._low.llama_get_logits_ith(self._ctx, index) if index >= 0 else None
+        if not pointer:
+            raise RuntimeFailure("no logits are kept; the last decode asked for none")
+        return np.ctypeslib.as_array(pointer, (self.decoder.n_vocab,))
+
+    def evaluate(self, spans: Sequence[Span], wanted: range | None = None) -> Iterator[np.ndarray]:
+        """Logits at every position (or those in ``wanted``, a contiguous range) of one prompt, in blocks ``[k, n_vocab]`` float32.
+
+        The context is cleared first. Blocks hold at most ``n_outputs`` rows and are copies.
+        """
+        self.clear(0)
+        position = 0
+        for span in spans:
+            block = len(span) if isinstance(span, Rows) and not span.causal else min(self.settings.n_ubatch, self.n_outputs)
+            for start in range(0, len(span), block):
+                stop = min(start + block, len(span))
+                n = stop - start
+                self._fill(0, position, span, start, stop)
+                keep = np.ones(n, np.int8) if wanted is None else np.array([p in wanted for p in range(position, position + n)], np.int8)
+                self._out[:n] = keep
+                causal = not (isinstance(span, Rows) and not span.causal)
+                self._low.llama_set_causal_attn(self._ctx, causal)
+                try:
+                    self._run(n, {0: position})
+                finally:
+                    self._low.llama_set_causal_attn(self._ctx, True)
+                if len(self._out_index):
+                    yield np.stack([self.logits(i) for i in range(len(self._out_index))])
+                position += n
+
+    # the cache
+
+    def clear(self, sequence: int) -> None:
+        self._low.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+
+    def rewind(self, sequence: int, position: int) -> bool:
+        """Forget ``position`` and everything after it. False when the sliding window's cells are gone: then prefill again.
+
+        llama_memory_seq_rm says True even when they are, and the next logits are silently wrong.
+        """
+        oldest = self._low.llama_memory_seq_pos_min(self._memory, sequence)
+        if position == 0 or oldest > max(0, position - self.decoder.n_swa):
+            self.clear(sequence)
+            return position == 0
+        return bool(self._low.llama_memory_seq_rm(self._memory, sequence, position, -1))
+
+    def length(self, sequence: int) -> int:
+        return self._low.llama_memory_seq_pos_max(self._memory, sequence) + 1
+
+    def save(self, sequence: int) -> bytes:
+        """llama.cpp's own bytes of one sequence's cells. Restore only into a context of the same file, n_ctx and KV type."""
+        size = self._low.llama_state_seq_get_size(self._ctx, sequence)
+        buffer = (ctypes.c_uint8 * size)()
+        written = self._low.llama_state_seq_get_data(self._ctx, buffer, size, sequence)
+        if written == 0:
+            raise RuntimeFailure("llama.cpp could not save the conversation's state")
+        return bytes(memoryview(buffer)[:written])
+
+    def restore(self, sequence: int, state: bytes) -> bool:
+        self.clear(sequence)
+        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        if self._low.llama_state_seq_set_data(self._ctx, buffer, len(state), sequence) == 0:
+            self.clear(sequence)
+            return False
+        return True
+
+    def close(self) -> None:
+        if self._ctx:
+            self.decoder._contexts.discard(self)
+            self._low.llama_free(self._ctx)
+            self._ctx = None
