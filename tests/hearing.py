@@ -1,0 +1,40 @@
+"""Bundles that hear, for tests: the reference Gemma 3n's language and audio tensors, without its vision tower."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from checkpoints import REFERENCE, write_checkpoint
+from edge_gemma.bundle import Bundle, BundleWriter, Decoder, Manifest, Source, file_entry
+from edge_gemma.convert.audio import write_audio_encoder
+from edge_gemma.convert.checkpoint import Checkpoint
+
+
+def reference() -> dict[str, np.ndarray]:
+    """wave_S, mel_S, audio_soft_S, audio_prompt_S, audio_logits_S for clips of S = 0.9 and 6.3 seconds, from transformers 5.23."""
+    with np.load(REFERENCE / "g3n-audio.npz") as data:
+        return dict(data)
+
+
+def audio_checkpoint(folder: Path, **options) -> Checkpoint:
+    return Checkpoint.open(write_checkpoint("g3n", folder, keep=lambda name: "audio" in name, **options))
+
+
+def encoder_bundle(checkpoint: Checkpoint, out: Path, precision: str = "f32") -> Bundle:
+    """A bundle with a real audio encoder and a decoder that is only a name: for what never decodes."""
+    with BundleWriter(out) as writer:
+        part = write_audio_encoder(checkpoint, writer.folder, precision)
+        (writer.folder / "decoder.gguf").write_bytes(b"not read by these tests")
+        dimensions = dict(n_layer=1, n_embd=part.n_embd, n_ff=1, n_head=1, n_head_kv=1, head_dim=1, n_vocab=1024, n_ctx_train=1024, sliding_window=64)
+        manifest = Manifest(
+            name="encoder-only",
+            family="gemma3n",
+            instruct=False,
+            decoder=Decoder(file="decoder.gguf", kv_layers=("global",), **dimensions),
+            source=Source(origin="tests"),
+            files={path.name: file_entry(path) for path in writer.folder.iterdir() if not path.name.startswith(".")},
+            audio=part,
+        )
+        return writer.commit(manifest)
