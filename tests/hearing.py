@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +26,17 @@ def audio_checkpoint(folder: Path, **options) -> Checkpoint:
 def encoder_bundle(checkpoint: Checkpoint, out: Path, precision: str = "f32") -> Bundle:
     """A bundle with a real audio encoder and a decoder that is only a name: for what never decodes."""
     with BundleWriter(out) as writer:
+        stand_in = b"not read by these tests"
         part = write_audio_encoder(checkpoint, writer.folder, precision)
-        (writer.folder / "decoder.gguf").write_bytes(b"not read by these tests")
+        (writer.folder / "decoder.gguf").write_bytes(stand_in)
         dimensions = dict(n_layer=1, n_embd=part.n_embd, n_ff=1, n_head=1, n_head_kv=1, head_dim=1, n_vocab=1024, n_ctx_train=1024, sliding_window=64)
         manifest = Manifest(
             name="encoder-only",
             family="gemma3n",
             instruct=False,
-            decoder=Decoder(file="decoder.gguf", kv_layers=("global",), **dimensions),
+            decoder=Decoder(
+                file="decoder.gguf", kv_layers=("global",), header_bytes=len(stand_in), header_sha256=hashlib.sha256(stand_in).hexdigest(), **dimensions
+            ),
             source=Source(origin="tests"),
             files={path.name: file_entry(path) for path in writer.folder.iterdir() if not path.name.startswith(".")},
             audio=part,
