@@ -16,12 +16,12 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from .errors import BundleError, MissingExtra, RuntimeFailure, UsageError
+from .plan import Settings
 from .spans import Rows, Span, Tokens
 
 KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}  # ggml type ids of the cache types a plan may choose
@@ -159,20 +159,6 @@ def _load_vocabulary(path: str) -> None:
 
 
 # -- the model: weights and vocabulary, shared and immutable -----------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a plan decided for one decoder. Sizes in tokens."""
-
-    n_ctx: int
-    n_ubatch: int = 256
-    n_seq_max: int = 1
-    n_threads: int = 1
-    kv_type: str = "f16"
-    repack: bool = True
-    n_gpu_layers: int = 0
-    flash_attention: bool = False
 
 
 class Decoder:
