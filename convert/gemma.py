@@ -91,9 +91,11 @@ class Part:
     def rows(self, tensors, start: int, stop: int, width: int) -> np.ndarray:
         if self.name is None:
             return np.zeros((stop - start, width), np.float32)
-        values = tensors.read(self.name, slice(self.first + start, self.first + stop)).reshape(stop - start, -1)
+        vector = len(tensors.shape(self.name)) == 1  # a norm: one row
+        values = tensors.read(self.name, None if vector else slice(self.first + start, self.first + stop)).reshape(stop - start, -1)
         if self.cols is not None:
             values = np.concatenate([values[:, a:b] for a, b in self.cols], axis=1) if len(self.cols) != 1 else values[:, slice(*self.cols[0])]
+        assert values.shape == (stop - start, width), (self, values.shape)
         return values + np.float32(self.add) if self.add else values
 
 

@@ -96,12 +96,14 @@ def _from_sentencepiece(path: Path) -> tuple[list, dict[str, int], bool]:
     pieces, prefix, trainer = [], True, {}
     try:
         for field, value in _fields(memoryview(data)):
+            if field in (1, 2, 3) and not isinstance(value, memoryview):
+                raise ValueError(f"field {field} is a number, expected a message")
             if field == 1:
                 pieces.append(_sentencepiece(value))
             elif field == 2:
                 trainer = {number: content for number, content in _fields(value) if not isinstance(content, memoryview)}
             elif field == 3:
-                prefix = bool(dict(_fields(value)).get(3, 1))  # normalizer_spec.add_dummy_prefix
+                prefix = dict(_fields(value)).get(3, 1) != 0  # normalizer_spec.add_dummy_prefix
     except (ValueError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not a sentencepiece model: {error}") from None
     if not pieces:
@@ -115,13 +117,13 @@ def _sentencepiece(data: memoryview) -> tuple[str, float, int]:
     text, score, kind = "", 0.0, NORMAL
     for field, value in _fields(data):
         if field == 1:
-            text = bytes(value).decode("utf-8")
+            text = bytes(value).decode("utf-8") if isinstance(value, memoryview) else ""
         elif field == 2:
-            score = struct.unpack("<f", value)[0]
+            score = struct.unpack("<f", value)[0] if isinstance(value, memoryview) and len(value) == 4 else float("nan")
         elif field == 3:
-            kind = value
-    if not NORMAL <= kind <= BYTE:
-        raise ValueError(f"piece {text!r} has type {kind}")
+            kind = value if isinstance(value, int) else 0
+    if not NORMAL <= kind <= BYTE or not text or score != score:
+        raise ValueError(f"a piece has the text {text!r}, score {score} and type {kind}")
     return text, score, kind
 
 
@@ -264,7 +266,7 @@ def _token_id(value, path: Path) -> int:
 def _special_ids(tokens: list[bytes], config: dict, tokenizer_config: dict) -> dict[str, int]:
     """bos, eos, unk, pad and eot: config.json's ids, else the tokens tokenizer_config.json names, found in the vocabulary."""
     where: dict[bytes, int] = {}
-    wanted = {}
+    wanted, fallback = {}, {}
     for name in ("bos", "eos", "unk", "pad"):
         value = tokenizer_config.get(f"{name}_token")
         text = value.get("content") if isinstance(value, dict) else value
@@ -276,12 +278,14 @@ def _special_ids(tokens: list[bytes], config: dict, tokenizer_config: dict) -> d
     found = {name: where[text] for name, text in wanted.items() if text in where}
     text_config = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
     for name in ("bos", "eos", "pad"):
+        if name not in found and (i := where.get(f"<{name}>".encode())) is not None:  # Gemma's own spelling, when no file names it
+            fallback[name] = i
         for holder in (text_config, config):
             value = holder.get(f"{name}_token_id")
             value = value[0] if isinstance(value, list) and value else value  # instruct checkpoints list <eos> and <end_of_turn>
             if type(value) is int and name not in found:
                 found[name] = value
-    return found
+    return fallback | found
 
 
 def _chat_template(folder: Path, tokenizer_config: dict) -> str | None:

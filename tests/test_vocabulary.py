@@ -1,0 +1,137 @@
+"""One vocabulary from tokenizer.model and from tokenizer.json, and no crash on what is neither."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from checkpoints import REFERENCE
+from edge_gemma.convert import vocabulary as v
+from edge_gemma.errors import CheckpointError
+
+N = 768
+
+
+def folder_of(tmp_path, *files):
+    for file in files:
+        shutil.copy(REFERENCE / file, tmp_path)
+    return tmp_path
+
+
+def same(a: v.Vocabulary, b: v.Vocabulary) -> None:
+    assert a.tokens == b.tokens
+    np.testing.assert_array_equal(a.scores, b.scores)
+    np.testing.assert_array_equal(a.types, b.types)
+    assert (a.special, a.add_space_prefix, a.chat_template) == (b.special, b.add_space_prefix, b.chat_template)
+
+
+def test_pieces_and_scores_are_the_sentencepiece_librarys(tmp_path):
+    vocabulary = v.read_vocabulary(folder_of(tmp_path, "tokenizer.model"), {}, N)
+    library = sentencepiece.SentencePieceProcessor(str(REFERENCE / "tokenizer.model"))
+    for i in range(N):
+        if vocabulary.types[i] in (v.NORMAL, v.BYTE):
+            assert vocabulary.tokens[i].decode() == library.IdToPiece(i)
+            assert vocabulary.scores[i] == library.GetScore(i)
+        assert (vocabulary.types[i] == v.BYTE) == library.IsByte(i)
+    assert vocabulary.special == {"bos": 2, "eos": 1, "unk": 3, "pad": 0, "eot": 9}
+    assert vocabulary.types[[0, 1, 2, 3, 4, 5, 8, 9]].tolist() == [v.CONTROL] * 8  # <unused0>, <start_of_turn> … steer
+    assert vocabulary.types[[10, 12, 13]].tolist() == [v.USER_DEFINED] * 3  # <start_of_image>, newlines: always matched
+    assert not vocabulary.add_space_prefix
+
+
+def test_tokenizer_json_gives_the_same_vocabulary(tmp_path):
+    """reference/tokenizer.json is transformers' own conversion of reference/tokenizer.model."""
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir(), (tmp_path / "c").mkdir()
+    a = v.read_vocabulary(folder_of(tmp_path / "a", "tokenizer.model"), {}, N)
+    b = v.read_vocabulary(folder_of(tmp_path / "b", "tokenizer.json"), {}, N)
+    same(a, b)
+    same(a, v.read_vocabulary(folder_of(tmp_path / "c", "tokenizer.model", "tokenizer.json"), {}, N))
+
+
+def test_merges_may_be_strings_and_reorder_scores(tmp_path):
+    data = json.loads((REFERENCE / "tokenizer.json").read_text())
+    data["model"]["merges"] = [" ".join(pair) for pair in data["model"]["merges"] if "\n" not in pair]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    old_style = v.read_vocabulary(tmp_path, {}, N)
+    np.testing.assert_array_equal(old_style.scores, v.read_vocabulary(folder_of(tmp_path, "tokenizer.model"), {}, N).scores)
+    (tmp_path / "tokenizer.model").unlink()
+    merges = data["model"]["merges"]
+    merges.insert(0, merges.pop(3))  # "▁t h" now learned first
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    swapped = v.read_vocabulary(tmp_path, {}, N)
+    by_text = dict(zip(swapped.tokens, swapped.scores))
+    first = "".join(merges[0].split(" ")).encode()
+    assert by_text[first] == 0.0 and by_text["\u2581t".encode()] == -1.0
+
+
+def test_gemma_3s_gap_before_single_characters_is_kept():
+    """Google's scores: −236,248 for the last merged piece, −236,280 for the first single character (id 236743)."""
+    n_special, n_merged = 494, 236249
+    texts = [f"<s{i}>" for i in range(n_special)] + [f"m{i}" for i in range(n_merged)] + ["▁", "e"]
+    types = [v.CONTROL] * n_special + [v.NORMAL] * (n_merged + 2)
+    model = v._Model(vocab={}, merges=[(text[:1], text[1:]) for text in texts[n_special:-2]])
+    scores = v._scores(REFERENCE, model, texts, types)
+    assert (scores[494], scores[494 + n_merged - 1], scores[-2], scores[-1]) == (0.0, -236248.0, -236280.0, -236281.0)
+
+
+def test_added_tokens_padding_and_templates(tmp_path):
+    folder = folder_of(tmp_path, "tokenizer.model")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "added_tokens_decoder": {"770": {"content": "<image_soft_token>", "special": True}, "13": {"content": "▁▁x", "special": False}},
+                "eos_token": {"content": "<end_of_turn>"},
+                "chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}],
+            }
+        )
+    )
+    vocabulary = v.read_vocabulary(folder, {"eos_token_id": [1, 9]}, 800)
+    assert vocabulary.tokens[770] == b"<image_soft_token>" and vocabulary.types[770] == v.CONTROL
+    assert vocabulary.tokens[13] == b"  x" and vocabulary.types[13] == v.USER_DEFINED
+    assert vocabulary.tokens[769] == b"[PAD769]" and vocabulary.types[769] == v.UNUSED
+    assert vocabulary.special["eos"] == 9
+    assert vocabulary.chat_template == "d"
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert v.read_vocabulary(folder, {}, 800).chat_template == "{{ messages }}"
+
+
+@pytest.mark.parametrize(
+    "files, n_vocab, message",
+    [
+        ({}, N, "neither tokenizer.model nor tokenizer.json"),
+        ({"tokenizer.model": b""}, N, "holds no pieces"),
+        ({"tokenizer.model": b"\x0a\xff\xff\xff\xff\x0f"}, N, "claims 4294967295 bytes"),
+        ({"tokenizer.model": b"\x0a\x02\x18\x63"}, N, "type 99"),
+        ({"tokenizer.model": None}, 700, "768 tokens, config.json says vocab_size 700"),
+        ({"tokenizer.json": b"{"}, N, "not a BPE tokenizer.json"),
+        ({"tokenizer.json": b'{"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}'}, N, "not a BPE tokenizer.json"),
+        ({"tokenizer.json": b'{"model": {"type": "BPE", "vocab": {"a": 0}}}'}, N, "byte fallback"),
+        ({"tokenizer.json": b'{"model": {"type": "BPE", "vocab": {"a": 5}, "byte_fallback": true}}'}, N, "without gaps"),
+        ({"tokenizer.json": b'{"model": {"type": "BPE", "vocab": {"a": 0}, "byte_fallback": true}}'}, N, "name no bos token"),
+        ({"tokenizer.model": None, "added_tokens.json": b'{"x": 99999999999}'}, N, "the id 99999999999"),
+        ({"tokenizer.model": None, "added_tokens.json": b'{"x": 800}'}, N, "outside the vocabulary of 768"),
+        ({"tokenizer.model": None, "tokenizer_config.json": b'{"added_tokens_decoder": {"3": 4}}'}, N, "has no content"),
+    ],
+)
+def test_refusals(tmp_path, files, n_vocab, message):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes((REFERENCE / name).read_bytes() if content is None else content)
+    with pytest.raises(CheckpointError, match=message):
+        v.read_vocabulary(tmp_path, {}, n_vocab)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.binary(max_size=300))
+def test_any_bytes_are_a_model_or_refused(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "fuzz.model"
+    path.write_bytes(data)
+    try:
+        v._from_sentencepiece(path)
+    except CheckpointError as error:
+        assert str(path) in str(error)
