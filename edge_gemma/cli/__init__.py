@@ -12,7 +12,7 @@ import sys
 
 import typer
 
-GROUPS = ()
+GROUPS = ("store",)
 
 app = typer.Typer(
     name="edge-gemma",
