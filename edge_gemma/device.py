@@ -163,7 +163,8 @@ def find_device(name: str = "auto") -> Device:
 
 
 @cache
-def _repack_rules() -> dict[str, tuple[tuple[frozenset[str], int], ...]]:
+def repack_rules() -> dict[str, tuple[tuple[frozenset[str], int], ...]]:
+    """type → ((CPU features, rows must be a multiple of), …), from repack.toml."""
     table = tomllib.loads((resources.files(_PROFILES) / "repack.toml").read_text(encoding="utf-8"))
     rules: dict[str, list] = {}
     for rule in table["rules"]:
@@ -185,7 +186,7 @@ def repacked(type: str, shape: Iterable[int], cpu_features: Iterable[str]) -> bo
     while len(dims) > 1 and dims[-1] == 1:  # ggml_n_dims
         dims.pop()
     features = frozenset(cpu_features)
-    return len(dims) == 2 and any(needs <= features and dims[1] % rows == 0 for needs, rows in _repack_rules().get(type, ()))
+    return len(dims) == 2 and any(needs <= features and dims[1] % rows == 0 for needs, rows in repack_rules().get(type, ()))
 
 
 # ---- this machine
@@ -215,7 +216,7 @@ def probe(root: str | Path = "/", affinity: Iterable[int] | None = None, page_by
     )  # fmt: skip
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """A small kernel file, or "" when it is absent, unreadable or vanished meanwhile."""
     try:
         with open(path, "rb") as file:
@@ -259,7 +260,7 @@ def _page_bytes() -> int:
 
 def _memory(root: Path) -> tuple[int, int]:
     """(total, available) bytes, swap and zram not among them."""
-    info = _fields(_text(root / "proc/meminfo"))
+    info = _fields(read_text(root / "proc/meminfo"))
     if "MemTotal" not in info:
         import psutil
 
@@ -272,7 +273,7 @@ def _memory(root: Path) -> tuple[int, int]:
 def _swaps(root: Path) -> tuple[int, int]:
     """(zram, disk) bytes of swap in use as such."""
     sizes = [0, 0]
-    for line in _text(root / "proc/swaps").splitlines()[1:]:
+    for line in read_text(root / "proc/swaps").splitlines()[1:]:
         words = line.split()
         if len(words) >= 3 and words[2].isdecimal():
             sizes["zram" not in words[0]] += int(words[2]) * 1024
@@ -285,12 +286,12 @@ def _cgroup_folders(root: Path, controller: str) -> tuple[int, list[Path]]:
     A container sees a part of the tree: the mount's own root (mountinfo's fourth field) is taken off the path first.
     """
     paths = {}
-    for line in _text(root / "proc/self/cgroup").splitlines():
+    for line in read_text(root / "proc/self/cgroup").splitlines():
         number, names, path = (line.split(":", 2) + ["", ""])[:3]
         for name in names.split(",") if names else [""]:
             paths[name] = path
     unified = None
-    for line in _text(root / "proc/self/mountinfo").splitlines():
+    for line in read_text(root / "proc/self/mountinfo").splitlines():
         left, _, right = line.partition(" - ")
         fields, kind = left.split(), right.split()
         if len(fields) < 5 or len(kind) < 3:
@@ -318,7 +319,7 @@ def _ancestors(root: Path, mount: str, mounted: str, path: str) -> Iterator[Path
 
 
 def _number(folder: Path, name: str) -> int | None:
-    text = _text(folder / name)
+    text = read_text(folder / name)
     return int(text) if text.isdecimal() else None
 
 
@@ -330,7 +331,7 @@ def _memory_limit(root: Path) -> tuple[int | None, int | None]:
     version, folders = _cgroup_folders(root, "memory")
     limits, headrooms = [], []
     for folder in folders:
-        stat = _fields(_text(folder / "memory.stat"))
+        stat = _fields(read_text(folder / "memory.stat"))
         if version == 2:
             found = [_number(folder, "memory.max"), _number(folder, "memory.high")]
             used, cached = _number(folder, "memory.current"), ("active_file", "inactive_file", "slab_reclaimable")
@@ -346,12 +347,12 @@ def _memory_limit(root: Path) -> tuple[int | None, int | None]:
 
 def _memory_cgroup(root: Path) -> bool:
     """Whether the kernel has the memory controller on (Raspberry Pi OS starts with ``cgroup_disable=memory``)."""
-    for line in _text(root / "proc/cgroups").splitlines():
+    for line in read_text(root / "proc/cgroups").splitlines():
         words = line.split()
         if words[:1] == ["memory"]:
             return words[-1] == "1"
     _, folders = _cgroup_folders(root, "memory")
-    return any("memory" in _text(folder / "cgroup.controllers").split() for folder in folders)
+    return any("memory" in read_text(folder / "cgroup.controllers").split() for folder in folders)
 
 
 def _cpu_quota(root: Path) -> float | None:
@@ -359,7 +360,7 @@ def _cpu_quota(root: Path) -> float | None:
     version, folders = _cgroup_folders(root, "cpu")
     quotas = []
     for folder in folders:
-        words = _text(folder / "cpu.max").split() if version == 2 else [_text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")]
+        words = read_text(folder / "cpu.max").split() if version == 2 else [read_text(folder / "cpu.cfs_quota_us"), read_text(folder / "cpu.cfs_period_us")]
         if len(words) == 2 and all(word.isdecimal() for word in words) and int(words[1]):
             quotas.append(int(words[0]) / int(words[1]))  # "max" and -1 mean none
     return min(quotas, default=None)
@@ -367,7 +368,7 @@ def _cpu_quota(root: Path) -> float | None:
 
 def _big_cpus(root: Path, cpus: tuple[int, ...]) -> tuple[int, ...]:
     """The fast ones: Arm's ``cpu_capacity`` within 80 % of the largest; Intel hybrids name their performance cores."""
-    performance = _id_list(_text(root / "sys/devices/cpu_core/cpus")) & set(cpus)
+    performance = _id_list(read_text(root / "sys/devices/cpu_core/cpus")) & set(cpus)
     if performance:
         return tuple(sorted(performance))
     capacity = {cpu: _number(root / f"sys/devices/system/cpu/cpu{cpu}", "cpu_capacity") for cpu in cpus}
@@ -380,7 +381,7 @@ def _threads(root: Path, cpus: tuple[int, ...], big: tuple[int, ...]) -> int:
     """One thread per fast physical core; a quota below that bounds it, since a throttled thread holds up all others."""
     cores = set()
     for cpu in big:
-        siblings = _id_list(_text(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"))
+        siblings = _id_list(read_text(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"))
         cores.add(frozenset(siblings) if cpu in siblings else frozenset([cpu]))
     quota = _cpu_quota(root)
     return max(1, len(cores) if quota is None else min(len(cores), int(quota)))
@@ -388,7 +389,7 @@ def _threads(root: Path, cpus: tuple[int, ...], big: tuple[int, ...]) -> int:
 
 def _cpu(root: Path) -> tuple[str, tuple[str, ...]]:
     """(model, features). Features are those every core has."""
-    text = _text(root / "proc/cpuinfo")
+    text = read_text(root / "proc/cpuinfo")
     words = [set(line.split(":", 1)[1].split()) for line in text.splitlines() if re.match(r"(flags|Features)\s*:", line)]
     shared = set.intersection(*words) if words else set()
     features = tuple(dict.fromkeys(name for word, name in _FEATURES.items() if word in shared))
@@ -410,9 +411,9 @@ def _assumed_features(cpuinfo: str) -> tuple[str, ...]:
 
 def _board(root: Path) -> str:
     for path in ("proc/device-tree/model", "sys/firmware/devicetree/base/model"):
-        if model := _text(root / path):
+        if model := read_text(root / path):
             return model
-    vendor, product = (_text(root / f"sys/class/dmi/id/{name}") for name in ("sys_vendor", "product_name"))
+    vendor, product = (read_text(root / f"sys/class/dmi/id/{name}") for name in ("sys_vendor", "product_name"))
     if product:
         return product if product.startswith(vendor) else f"{vendor} {product}"
     import platform
@@ -422,10 +423,10 @@ def _board(root: Path) -> str:
 
 def _gpu(root: Path) -> str | None:
     """An NVIDIA GPU with its driver: the one kind that llama.cpp's own wheels and our profiles speak of."""
-    if "Jetson" in _text(root / "proc/device-tree/model") and (root / "dev/nvhost-gpu").exists():
+    if "Jetson" in read_text(root / "proc/device-tree/model") and (root / "dev/nvhost-gpu").exists():
         return "NVIDIA Jetson GPU (shares the memory)"
     for folder in sorted((root / "proc/driver/nvidia/gpus").glob("*")):
-        if match := re.search(r"^Model:\s*(.+)$", _text(folder / "information"), re.MULTILINE):
+        if match := re.search(r"^Model:\s*(.+)$", read_text(folder / "information"), re.MULTILINE):
             return match[1].strip()
     return None
 

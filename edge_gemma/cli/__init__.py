@@ -12,7 +12,7 @@ import sys
 
 import typer
 
-GROUPS = ("store",)
+GROUPS = ("system", "store",)
 
 app = typer.Typer(
     name="edge-gemma",

@@ -95,14 +95,13 @@ def list_(as_json: JSON = False) -> None:
     if not entries:
         print(f"no bundles in {bundles()}. Install one: edge-gemma pull ORG/NAME, or try `edge-gemma demo`", file=sys.stderr)
     else:
-        from rich.console import Console
-        from rich.table import Table
+        from .columns import columns
 
-        table = Table("name", "family", "size", "does", "from", box=None, pad_edge=False)
+        rows = [("name", "family", "size", "does", "from")]
         for e in entries:
             does = " ".join(word for word, yes in (("chat", e.instruct), ("hear", e.hears), ("see", e.sees)) if yes) or "complete"
-            table.add_row(e.name, e.family, format_bytes(e.size_bytes), "[red]broken[/]" if e.problem else does, e.origin)
-        Console(soft_wrap=True).print(table)
+            rows.append((e.name, e.family, format_bytes(e.size_bytes), "broken" if e.problem else does, e.origin))
+        print(columns(rows))
     for e in entries:
         if e.problem:
             print(f"{e.name}: {e.problem}", file=sys.stderr)
