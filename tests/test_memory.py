@@ -15,14 +15,22 @@ from edge_gemma.units import MiB
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
+def touched(n_bytes: int) -> mmap.mmap:
+    """Fresh anonymous memory, every page used: not from the heap, where what an earlier test freed would serve."""
+    block = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for page in range(0, n_bytes, PAGE_BYTES):
+        block[page] = 1
+    return block
+
+
 @linux
 def test_a_block_shows_as_anonymous_memory():
     before = rollup()
-    block = bytearray(64 * MiB)
+    block = touched(64 * MiB)
     after = rollup()
     assert 63 * MiB < after.anon_bytes - before.anon_bytes < 66 * MiB
     assert after.exact and abs(quick().rss_bytes - after.rss_bytes) < 4 * MiB
-    del block
+    block.close()
 
 
 @linux
@@ -46,9 +54,9 @@ def test_the_sampler_keeps_what_came_and_went_and_names_the_phase():
     with PeakSampler(interval_s=0.01, keep_timeline=True) as sampler:
         idle = sampler.mark("idle").anon_bytes
         sampler.mark("work")
-        block = bytearray(80 * MiB)
+        block = touched(80 * MiB)
         time.sleep(0.1)
-        del block
+        block.close()
         sampler.mark("rest")
     assert sampler.phase("work").peak_anon_bytes - idle > 78 * MiB
     assert sampler.phase("idle").peak_anon_bytes - idle < 20 * MiB
@@ -61,9 +69,9 @@ def test_the_sampler_keeps_what_came_and_went_and_names_the_phase():
 @linux
 def test_rebase_forgets_the_load_peak():
     with PeakSampler(interval_s=0.01) as sampler:
-        block = bytearray(80 * MiB)
+        block = touched(80 * MiB)
         time.sleep(0.05)
-        del block
+        block.close()
         loaded = sampler.mark("loaded")
         sampler.rebase()
     assert sampler.peak_pss_bytes < loaded.pss_bytes + 20 * MiB
