@@ -1,0 +1,281 @@
+"""Vision towers → ``vision_encoder.onnx``: SigLIP + projector (Gemma 3) and MobileNetV5 + fusion + embedder (Gemma 3n), straight from weights.
+
+In: anything with ``config``, ``names()``, ``shape(name)`` and ``read(name)`` under canonical names: a
+:class:`~edge_gemma.convert.checkpoint.Checkpoint`, or an ``mmproj`` GGUF (:class:`Mmproj`). Out: the ONNX files in a folder and
+the manifest's :class:`~edge_gemma.bundle.VisionEncoder`. One tensor is in memory at a time. It never imports torch or timm.
+
+The graph takes ``pixels [1, 3, side, side]`` float32 and gives ``soft_tokens [256, n_embd]`` float32. Inside, values lie
+channel-last, ``[rows, C]``: a 1×1 convolution is then a plain matrix product on weights used as they lie in the mapped file, and a
+norm over channels is one operator. Only real spatial convolutions turn to channel-first and back.
+
+Sources of the arithmetic: transformers 5.23 ``modeling_siglip.py``, ``modeling_gemma3.py`` and ``modeling_gemma3n.py``; timm
+1.0 ``mobilenetv5.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import isqrt
+from pathlib import Path
+
+import numpy as np
+
+from ..bundle import VisionEncoder
+from ..errors import CheckpointError, UsageError
+from .onnx_writer import MICROSOFT, OnnxWriter
+
+FILE = "vision_encoder.onnx"
+PRECISIONS = ("f32", "f16", "int8")
+TIMM = "model.vision_tower.timm_model."
+MSFA_SIDE = 16  # timm: msfa_output_resolution; 16 × 16 = 256 soft tokens for every input size
+MOBILENET_SIZES = (768, 512, 256)  # the model card's; each is a multiple of 16 · 16, so that fusion pools whole windows
+NORM_EPSILON = 1e-6  # timm RmsNorm2d, SigLIP's layer_norm_eps, Gemma's rms_norm_eps
+
+
+def write_vision_encoder(checkpoint, folder: Path, precision: str) -> VisionEncoder:
+    """Write ``vision_encoder.onnx`` (+ ``.data``) into ``folder``. Raises CheckpointError, UsageError."""
+    if precision not in PRECISIONS:
+        raise UsageError(f"unknown precision {precision!r} for a vision encoder; choose one of {', '.join(PRECISIONS)}, or none")
+    vision = checkpoint.config.get("vision_config")
+    if not isinstance(vision, dict):
+        raise CheckpointError("config.json has no vision_config: this checkpoint has no vision tower")
+    if TIMM + "conv_stem.conv.weight" in checkpoint.names():
+        return _write_mobilenet(checkpoint, vision, Path(folder), precision)
+    if "model.vision_tower.embeddings.patch_embedding.weight" in checkpoint.names():
+        return _write_siglip(checkpoint, vision, Path(folder), precision)
+    raise CheckpointError("the checkpoint has a vision_config but neither SigLIP nor MobileNetV5 tensors; download it whole")
+
+
+# ---- Gemma 3: SigLIP and the projector
+def _write_siglip(checkpoint, vision: dict, folder: Path, precision: str) -> VisionEncoder:
+    tower, projector = "model.vision_tower.", "model.multi_modal_projector."
+    width, _, patch, _ = checkpoint.shape(tower + "embeddings.patch_embedding.weight")
+    size, n_head = int(vision.get("image_size", 896)), int(vision.get("num_attention_heads", 16))
+    side = size // patch  # patches along one edge
+    n_soft = int(checkpoint.config.get("mm_tokens_per_image", 256))
+    pool = side // isqrt(n_soft)
+    if vision.get("hidden_act", "gelu_pytorch_tanh") != "gelu_pytorch_tanh" or width % n_head or (side // pool) ** 2 != n_soft:
+        raise CheckpointError(f"this SigLIP variant is not supported: hidden_act {vision.get('hidden_act')}, width {width}, {n_head} heads, {side}² patches → {n_soft}")
+    positions = checkpoint.shape(tower + "embeddings.position_embedding.weight")[0]
+    if positions != side * side:
+        raise CheckpointError(f"the position table has {positions} rows; {size} px in patches of {patch} px need {side * side}")
+    n_layer = 1 + max(int(m[1]) for m in (re.match(r"model\.vision_tower\.encoder\.layers\.(\d+)\.", n) for n in checkpoint.names()) if m)
+    epsilon = float(vision.get("layer_norm_eps", NORM_EPSILON))
+
+    with OnnxWriter(folder / FILE) as writer:
+        graph = _Rows(writer, checkpoint, precision)
+        pixels = writer.input("pixels", np.float32, [1, 3, size, size])
+        # patches of the image as rows [side², 3 · patch²]: the patch convolution as one product
+        x = writer.node("Reshape", [pixels, writer.ints(3, side, patch, side, patch)])
+        x = writer.node("Reshape", [writer.node("Transpose", [x], perm=[1, 3, 0, 2, 4]), writer.ints(side * side, 3 * patch * patch)])
+        x = graph.linear(x, tower + "embeddings.patch_embedding", exact=True)  # the first layer sees pixels: never quantized
+        x = writer.node("Add", [x, writer.stored(checkpoint.read(tower + "embeddings.position_embedding.weight"), _storage(precision))])
+        for number in range(n_layer):
+            layer = f"{tower}encoder.layers.{number}."
+            y = graph.layer_norm(x, layer + "layer_norm1", epsilon)
+            q, k, v = (graph.linear(y, f"{layer}self_attn.{part}_proj") for part in "qkv")
+            y = graph.attention(q, k, v, n_head, side * side, width)
+            x = writer.node("Add", [x, graph.linear(y, layer + "self_attn.out_proj")])
+            y = graph.layer_norm(x, layer + "layer_norm2", epsilon)
+            y = graph.linear(graph.gelu(graph.linear(y, layer + "mlp.fc1")), layer + "mlp.fc2")
+            x = writer.node("Add", [x, y])
+        x = graph.layer_norm(x, tower + "post_layernorm", epsilon)
+        # the projector: mean over pool × pool patches, norm (Gemma 3 stores weight − 1), product
+        x = writer.node("Reshape", [x, writer.ints(side // pool, pool, side // pool, pool, width)])
+        x = writer.node("ReduceMean", [x], axes=[1, 3], keepdims=0)
+        x = writer.node("Reshape", [x, writer.ints(n_soft, width)])
+        x = writer.rms_norm(x, 1 + checkpoint.read(projector + "mm_soft_emb_norm.weight"), epsilon)
+        projection = checkpoint.read(projector + "mm_input_projection_weight")  # [width, n_embd]
+        x = graph.product(x, projection.T, exact=True)
+        writer.output("soft_tokens", x, np.float32, [n_soft, projection.shape[1]])
+    return VisionEncoder(
+        file=FILE, kind="siglip", precision=precision, n_embd=projection.shape[1], n_soft_tokens=n_soft, image_sizes=(size,),
+        mean=0.5, std=0.5, weights_bytes=writer.weights_bytes, activation_bytes={},
+    )  # fmt: skip
+
+
+# ---- Gemma 3n: MobileNetV5, multi-scale fusion and the embedder
+@dataclass(frozen=True)
+class _Stage:
+    stride: int
+    blocks: tuple[int, ...]
+
+
+def _write_mobilenet(checkpoint, vision: dict, folder: Path, precision: str) -> VisionEncoder:
+    architecture = vision.get("architecture", "mobilenetv5_300m_enc")
+    if architecture != "mobilenetv5_300m_enc":
+        raise CheckpointError(f"the vision tower is {architecture!r}; mobilenetv5_300m_enc is the one this converts")
+    embed = "model.embed_vision."
+    width, n_embd = vision.get("hidden_size", 2048), checkpoint.shape(embed + "embedding_projection.weight")[0]
+    with OnnxWriter(folder / FILE) as writer:
+        graph = _Rows(writer, checkpoint, precision)
+        pixels = writer.input("pixels", np.float32, [1, 3, "side", "side"])
+        x = graph.gelu(graph.norm2d(graph.conv(pixels, TIMM + "conv_stem.conv", stride=2, channel_first=True), TIMM + "conv_stem.bn.weight"))
+        for number in _children(checkpoint, TIMM + "blocks."):
+            for block in _children(checkpoint, f"{TIMM}blocks.{number}."):
+                x = _mobilenet_block(graph, x, f"{TIMM}blocks.{number}.{block}.", stride=2 if block == 0 else 1)
+            if number == 2:
+                fine = x
+        x = _fuse(graph, fine, x)
+        # the embedder; reshaping [1, 16, 16, C] to rows is transformers' flatten and permute, and its √hidden_size is lost in the next norm up to epsilon
+        x = writer.node("Mul", [writer.node("Reshape", [x, writer.ints(MSFA_SIDE * MSFA_SIDE, width)]), writer.number(width**0.5)])
+        x = writer.rms_norm(x, checkpoint.read(embed + "soft_embedding_norm.weight"), vision.get("rms_norm_eps", NORM_EPSILON))
+        x = graph.product(x, checkpoint.read(embed + "embedding_projection.weight"), exact=True)
+        x = writer.rms_norm(x, np.ones(n_embd, np.float32), vision.get("rms_norm_eps", NORM_EPSILON))
+        writer.output("soft_tokens", x, np.float32, [MSFA_SIDE * MSFA_SIDE, n_embd])
+    return VisionEncoder(
+        file=FILE, kind="mobilenetv5", precision=precision, n_embd=n_embd, n_soft_tokens=MSFA_SIDE * MSFA_SIDE, image_sizes=MOBILENET_SIZES,
+        mean=0.0, std=1.0, weights_bytes=writer.weights_bytes, activation_bytes={},
+    )  # fmt: skip
+
+
+def _mobilenet_block(graph: "_Rows", x: str, name: str, stride: int) -> str:
+    """One block on ``x [1, h, w, C]``. What kind it is shows in the tensors it has; the first block of a stage halves h and w."""
+    has, writer = graph.has, graph.writer
+    if has(name + "conv_exp.weight"):  # edge residual: one dense 3 × 3
+        y = graph.gelu(graph.norm2d(graph.conv(x, name + "conv_exp", stride), name + "bn1.weight"))
+        y = graph.norm2d(graph.linear(y, name + "conv_pwl"), name + "bn2.weight")
+    elif has(name + "attn.query.proj.weight"):
+        y = _multi_query_attention(graph, graph.norm2d(x, name + "norm.weight"), name + "attn.")
+        y = graph.scale(y, name + "layer_scale.gamma")
+    else:  # universal inverted residual
+        y = x
+        if has(name + "dw_start.conv.weight"):
+            start_stride = 1 if has(name + "dw_mid.conv.weight") else stride
+            y = graph.norm2d(graph.conv(y, name + "dw_start.conv", start_stride), name + "dw_start.bn.weight")
+        y = graph.gelu(graph.norm2d(graph.linear(y, name + "pw_exp.conv"), name + "pw_exp.bn.weight"))
+        if has(name + "dw_mid.conv.weight"):
+            y = graph.gelu(graph.norm2d(graph.conv(y, name + "dw_mid.conv", stride), name + "dw_mid.bn.weight"))
+        # the layer scale multiplies what the norm just multiplied: one constant
+        y = graph.norm2d(graph.linear(y, name + "pw_proj.conv"), name + "pw_proj.bn.weight", then=name + "layer_scale.gamma")
+    return y if stride > 1 else writer.node("Add", [y, x])
+
+
+def _multi_query_attention(graph: "_Rows", x: str, name: str) -> str:
+    """All heads share one K and V, so the queries of every head are simply more rows against one head."""
+    writer = graph.writer
+    key_dim, _ = graph.rows_of(name + "key.proj")
+    value_dim, _ = graph.rows_of(name + "value.proj")
+    k, v = x, x
+    if graph.has(name + "key.down_conv.weight"):
+        first = graph.to_channel_first(x)
+        k = graph.norm2d(graph.conv(first, name + "key.down_conv", 2, channel_first=True), name + "key.norm.weight")
+        v = graph.norm2d(graph.conv(first, name + "value.down_conv", 2, channel_first=True), name + "value.norm.weight")
+    q = writer.node("Reshape", [graph.linear(x, name + "query.proj"), writer.ints(1, -1, key_dim)])  # [1, h·w·heads, key_dim]
+    k = writer.node("Reshape", [graph.linear(k, name + "key.proj"), writer.ints(1, -1, key_dim)])
+    v = writer.node("Reshape", [graph.linear(v, name + "value.proj"), writer.ints(1, -1, value_dim)])
+    y = writer.node("MultiHeadAttention", [q, k, v], domain=MICROSOFT, num_heads=1, scale=key_dim**-0.5)
+    heads_wide = graph.rows_of(name + "output.proj")[1]
+    shape = writer.node("Concat", [graph.grid(x), writer.ints(heads_wide)], axis=0)
+    return graph.linear(writer.node("Reshape", [y, shape]), name + "output.proj")
+
+
+def _fuse(graph: "_Rows", fine: str, coarse: str) -> str:
+    """Multi-scale fusion: ``fine [1, h, w, 640]`` with ``coarse [1, h/2, w/2, 1280]`` doubled to it, one inverted residual, pooled to 16 × 16.
+
+    A product over joined channels is the sum of two products, and doubling by repetition commutes with a product over
+    channels, so the larger half runs on a quarter of the rows.
+    """
+    writer, name = graph.writer, TIMM + "msfa."
+    expand = graph.weight(name + "ffn.pw_exp.conv")
+    channels = graph.rows_of(f"{TIMM}blocks.2.0.pw_proj.conv")[0]
+    y = graph.product(fine, expand[:, :channels])
+    z = graph.product(coarse, expand[:, channels:])
+    wide = expand.shape[0]
+    h = writer.slice(graph.grid(coarse), writer.ints(1), writer.ints(2), 0)
+    # [1, h, w, C] → [h, 1, w, 1, C] + [h, 2, w, 2, C], back to [1, 2h, 2w, C]
+    z = writer.node("Reshape", [z, writer.node("Concat", [h, writer.ints(1), h, writer.ints(1, wide)], axis=0)])
+    y = writer.node("Reshape", [y, writer.node("Concat", [h, writer.ints(2), h, writer.ints(2, wide)], axis=0)])
+    y = writer.node("Add", [y, z])
+    y = graph.gelu(graph.norm2d(y, name + "ffn.pw_exp.bn.weight"))
+    y = graph.norm2d(graph.linear(y, name + "ffn.pw_proj.conv"), name + "ffn.pw_proj.bn.weight")
+    # mean over windows of (2h / 16)²
+    width = graph.rows_of(name + "ffn.pw_proj.conv")[0]
+    window = writer.node("Div", [writer.node("Mul", [h, writer.ints(2)]), writer.ints(MSFA_SIDE)])
+    shape = writer.node("Concat", [writer.ints(MSFA_SIDE), window, writer.ints(MSFA_SIDE), window, writer.ints(width)], axis=0)
+    y = writer.node("ReduceMean", [writer.node("Reshape", [y, shape])], axes=[1, 3], keepdims=0)
+    return graph.norm2d(y, name + "norm.weight")
+
+
+def _children(checkpoint, prefix: str) -> list[int]:
+    return sorted({int(name[len(prefix) :].split(".", 1)[0]) for name in checkpoint.names() if name.startswith(prefix)})
+
+
+def _storage(precision: str) -> str:
+    return "f32" if precision == "f32" else "f16"
+
+
+class _Rows:
+    """The vocabulary both towers are written in: values ``[…, C]`` channel-last, weights by name, stored at one precision."""
+
+    def __init__(self, writer: OnnxWriter, checkpoint, precision: str):
+        self.writer, self.checkpoint, self.precision = writer, checkpoint, precision
+        self._names = frozenset(checkpoint.names())
+
+    def has(self, name: str) -> bool:
+        return name in self._names
+
+    def rows_of(self, name: str) -> tuple[int, int]:
+        """(outputs, inputs) of a linear layer or 1×1 convolution, without reading it."""
+        shape = self.checkpoint.shape(name + ".weight")
+        return shape[0], int(np.prod(shape[1:]))
+
+    def weight(self, name: str) -> np.ndarray:
+        return self.checkpoint.read(name + ".weight").reshape(self.rows_of(name))
+
+    def linear(self, x: str, name: str, *, exact: bool = False) -> str:
+        bias = self.checkpoint.read(name + ".bias") if self.has(name + ".bias") else None
+        return self.product(x, self.weight(name), bias, exact=exact)
+
+    def product(self, x: str, weight: np.ndarray, bias: np.ndarray | None = None, *, exact: bool = False) -> str:
+        precision = self.precision
+        if exact:
+            precision = _storage(precision)
+        elif precision == "int8":
+            precision = INT8_KIND
+        return self.writer.linear(x, weight, precision, bias=bias)
+
+    def conv(self, x: str, name: str, stride: int, *, channel_first: bool = False) -> str:
+        """A spatial convolution as timm pads it ('same': the odd row at the end). In ``[1, h, w, C]`` (or channel-first), out ``[1, h', w', C']``."""
+        weight = self.checkpoint.read(name + ".weight")
+        n_out, per_group, kernel, _ = weight.shape
+        inputs = [x if channel_first else self.to_channel_first(x), self.writer.stored(weight, _storage(self.precision))]
+        if self.has(name + ".bias"):
+            inputs.append(self.writer.constant(self.checkpoint.read(name + ".bias"), "bias"))
+        groups = n_out if per_group == 1 and n_out > 1 else 1
+        y = self.writer.node("Conv", inputs, kernel_shape=[kernel, kernel], strides=[stride, stride], group=groups, auto_pad="SAME_UPPER")
+        return self.writer.node("Transpose", [y], perm=[0, 2, 3, 1])
+
+    def to_channel_first(self, x: str) -> str:
+        return self.writer.node("Transpose", [x], perm=[0, 3, 1, 2])
+
+    def norm2d(self, x: str, name: str, *, then: str | None = None) -> str:
+        weight = self.checkpoint.read(name)
+        if then is not None and self.has(then):
+            weight = weight * self.checkpoint.read(then)
+        return self.writer.rms_norm(x, weight, NORM_EPSILON)
+
+    def scale(self, x: str, name: str) -> str:
+        return self.writer.node("Mul", [x, self.writer.constant(self.checkpoint.read(name), "scale")]) if self.has(name) else x
+
+    def layer_norm(self, x: str, name: str, epsilon: float) -> str:
+        weight, bias = (self.writer.constant(self.checkpoint.read(f"{name}.{leaf}"), leaf) for leaf in ("weight", "bias"))
+        return self.writer.node("LayerNormalization", [x, weight, bias], axis=-1, epsilon=epsilon)
+
+    def gelu(self, x: str) -> str:
+        return self.writer.node("FastGelu", [x], domain=MICROSOFT)  # the tanh form, as both towers were trained
+
+    def attention(self, q: str, k: str, v: str, n_head: int, n_rows: int, width: int) -> str:
+        """Full attention over ``[rows, width]``; onnxruntime's CPU operator works in blocks and never holds rows × rows."""
+        shape = self.writer.ints(1, n_rows, width)
+        q, k, v = (self.writer.node("Reshape", [part, shape]) for part in (q, k, v))
+        y = self.writer.node("MultiHeadAttention", [q, k, v], domain=MICROSOFT, num_heads=n_head)
+        return self.writer.node("Reshape", [y, self.writer.ints(n_rows, width)])
+
+    def grid(self, x: str) -> str:
+        """int64 ``[1, h, w]`` of a value ``[1, h, w, C]``."""
+        return self.writer.slice(self.writer.node("Shape", [x]), self.writer.ints(0), self.writer.ints(3), 0)
+
+
+INT8_KIND = "int8-block"
