@@ -10,6 +10,7 @@ and a constant of the same name collide silently in onnxruntime.)
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -28,6 +29,15 @@ OPSET = 17
 IR_VERSION = 8
 MICROSOFT = "com.microsoft"  # onnxruntime's own operators
 _INT8_PEAK = 127  # symmetric: −128 is not used, so that a weight and its negative quantize alike
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight in the file and the operator that multiplies by it."""
+
+    op: str
+    constants: tuple[str, ...]
+    attributes: dict
 
 
 class OnnxWriter:
@@ -138,28 +148,29 @@ class OnnxWriter:
         - ``int8``: one scale per output channel and integer activations, one scale per call (``DynamicQuantizeMatMul``);
         - ``int8-block``, ``int4-block``: one scale per ``block`` weights (``MatMulNBits``); needs no multiple of ``block``.
         """
+        y = self.multiply(x, self.matrix(weight, precision, block=block, name=name))
+        return y if bias is None else self.node("Add", [y, self.constant(np.asarray(bias, np.float32), "bias")])
+
+    def matrix(self, weight: np.ndarray, precision: Precision, *, block: int = 32, accuracy_level: int = 4, name: str = "linear") -> "Matrix":
+        """Store ``weight [n, k]`` once, for any number of :meth:`multiply`. ``accuracy_level`` of the block types: 4 integer, 1 float32 activations."""
         if precision not in PRECISIONS:
             raise UsageError(f"unknown precision {precision!r} for an encoder; choose one of {', '.join(PRECISIONS)}")
         n, k = weight.shape
         if precision in ("f32", "f16"):
-            y = self.node("MatMul", [x, self.stored(np.ascontiguousarray(weight.T), precision, name)])
-        elif precision == "int8":
+            return Matrix("MatMul", (self.stored(np.ascontiguousarray(weight.T), precision, name),), {})
+        if precision == "int8":
             codes, scales = quantize_channels(weight)
             # uint8 around 128 instead of int8: on AVX2 without VNNI the mixed kernel adds pairs of products in 16 bits and saturates
-            y = self.node(
-                "DynamicQuantizeMatMul",
-                [x, self.constant(np.ascontiguousarray(codes.T), name), self.constant(scales, "scales"), self.constant(np.full(n, 128, np.uint8), "zeros")],
-                domain=MICROSOFT,
-            )
-        else:
-            bits = 8 if precision == "int8-block" else 4
-            codes, scales = quantize_blocks(weight, bits, block)
-            y = self.node(
-                "MatMulNBits",
-                [x, self.constant(codes, name), self.constant(scales, "scales")],
-                domain=MICROSOFT, K=k, N=n, bits=bits, block_size=block, accuracy_level=4,
-            )  # fmt: skip
-        return y if bias is None else self.node("Add", [y, self.constant(np.asarray(bias, np.float32), "bias")])
+            constants = self.constant(np.ascontiguousarray(codes.T), name), self.constant(scales, "scales"), self.constant(np.full(n, 128, np.uint8), "zeros")
+            return Matrix("DynamicQuantizeMatMul", constants, {"domain": MICROSOFT})
+        bits = 8 if precision == "int8-block" else 4
+        codes, scales = quantize_blocks(weight, bits, block)
+        attributes = {"domain": MICROSOFT, "K": k, "N": n, "bits": bits, "block_size": block, "accuracy_level": accuracy_level}
+        return Matrix("MatMulNBits", (self.constant(codes, name), self.constant(scales, "scales")), attributes)
+
+    def multiply(self, x: str, matrix: "Matrix") -> str:
+        """``x @ weight.T`` with a stored matrix."""
+        return self.node(matrix.op, [x, *matrix.constants], **matrix.attributes)
 
     def rms_norm(self, x: str, weight: np.ndarray, epsilon: float) -> str:
         """``x · rsqrt(mean x² + epsilon) · weight`` over the last axis; ``weight`` as it multiplies (not 1 + w)."""
@@ -171,7 +182,10 @@ class OnnxWriter:
 
     # ---- the file
     def _write(self) -> None:
-        graph = helper.make_graph(self._nodes, self.path.stem, self._inputs, self._outputs, self._constants)
+        # onnxruntime runs a node early when it stands late: casts of constants come first here, so that each runs just before its use
+        constants = {tensor.name for tensor in self._constants}
+        nodes = sorted(self._nodes, key=lambda node: not constants.issuperset(node.input))
+        graph = helper.make_graph(nodes, self.path.stem, self._inputs, self._outputs, self._constants)
         model = helper.make_model(graph, producer_name="edge-gemma", ir_version=IR_VERSION)
         del model.opset_import[:]
         model.opset_import.extend([helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)])

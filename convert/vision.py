@@ -15,7 +15,6 @@ Sources of the arithmetic: transformers 5.23 ``modeling_siglip.py``, ``modeling_
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
 
@@ -30,6 +29,8 @@ PRECISIONS = ("f32", "f16", "int8")
 TIMM = "model.vision_tower.timm_model."
 MSFA_SIDE = 16  # timm: msfa_output_resolution; 16 × 16 = 256 soft tokens for every input size
 MOBILENET_SIZES = (768, 512, 256)  # the model card's; each is a multiple of 16 · 16, so that fusion pools whole windows
+STRIPS = 4  # the early stages run in strips of the image: 192² × 768 values would be 113 MB, several times over
+INT8_KIND, INT8_ACCURACY = "int8-block", 1
 NORM_EPSILON = 1e-6  # timm RmsNorm2d, SigLIP's layer_norm_eps, Gemma's rms_norm_eps
 
 
@@ -78,8 +79,9 @@ def _write_siglip(checkpoint, vision: dict, folder: Path, precision: str) -> Vis
             y = graph.attention(q, k, v, n_head, side * side, width)
             x = writer.node("Add", [x, graph.linear(y, layer + "self_attn.out_proj")])
             y = graph.layer_norm(x, layer + "layer_norm2", epsilon)
-            y = graph.linear(graph.gelu(graph.linear(y, layer + "mlp.fc1")), layer + "mlp.fc2")
-            x = writer.node("Add", [x, y])
+            rows = [writer.slice(y, writer.ints(side * side * k // STRIPS), writer.ints(side * side * (k + 1) // STRIPS), 0) for k in range(STRIPS)]
+            rows = [graph.linear(graph.gelu(graph.linear(part, layer + "mlp.fc1")), layer + "mlp.fc2") for part in rows]
+            x = writer.node("Add", [x, writer.node("Concat", rows, axis=0)])
         x = graph.layer_norm(x, tower + "post_layernorm", epsilon)
         # the projector: mean over pool × pool patches, norm (Gemma 3 stores weight − 1), product
         x = writer.node("Reshape", [x, writer.ints(side // pool, pool, side // pool, pool, width)])
@@ -96,12 +98,6 @@ def _write_siglip(checkpoint, vision: dict, folder: Path, precision: str) -> Vis
 
 
 # ---- Gemma 3n: MobileNetV5, multi-scale fusion and the embedder
-@dataclass(frozen=True)
-class _Stage:
-    stride: int
-    blocks: tuple[int, ...]
-
-
 def _write_mobilenet(checkpoint, vision: dict, folder: Path, precision: str) -> VisionEncoder:
     architecture = vision.get("architecture", "mobilenetv5_300m_enc")
     if architecture != "mobilenetv5_300m_enc":
@@ -134,8 +130,12 @@ def _mobilenet_block(graph: "_Rows", x: str, name: str, stride: int) -> str:
     """One block on ``x [1, h, w, C]``. What kind it is shows in the tensors it has; the first block of a stage halves h and w."""
     has, writer = graph.has, graph.writer
     if has(name + "conv_exp.weight"):  # edge residual: one dense 3 × 3
-        y = graph.gelu(graph.norm2d(graph.conv(x, name + "conv_exp", stride), name + "bn1.weight"))
-        y = graph.norm2d(graph.linear(y, name + "conv_pwl"), name + "bn2.weight")
+
+        def body(strip: str) -> str:
+            y = graph.gelu(graph.norm2d(graph.conv(strip, name + "conv_exp", stride, whole=False), name + "bn1.weight"))
+            return graph.norm2d(graph.linear(y, name + "conv_pwl"), name + "bn2.weight")
+
+        y = graph.in_strips(x, graph.kernel_of(name + "conv_exp"), stride, body)
     elif has(name + "attn.query.proj.weight"):
         y = _multi_query_attention(graph, graph.norm2d(x, name + "norm.weight"), name + "attn.")
         y = graph.scale(y, name + "layer_scale.gamma")
@@ -144,11 +144,17 @@ def _mobilenet_block(graph: "_Rows", x: str, name: str, stride: int) -> str:
         if has(name + "dw_start.conv.weight"):
             start_stride = 1 if has(name + "dw_mid.conv.weight") else stride
             y = graph.norm2d(graph.conv(y, name + "dw_start.conv", start_stride), name + "dw_start.bn.weight")
-        y = graph.gelu(graph.norm2d(graph.linear(y, name + "pw_exp.conv"), name + "pw_exp.bn.weight"))
-        if has(name + "dw_mid.conv.weight"):
-            y = graph.gelu(graph.norm2d(graph.conv(y, name + "dw_mid.conv", stride), name + "dw_mid.bn.weight"))
-        # the layer scale multiplies what the norm just multiplied: one constant
-        y = graph.norm2d(graph.linear(y, name + "pw_proj.conv"), name + "pw_proj.bn.weight", then=name + "layer_scale.gamma")
+        mid = name + "dw_mid.conv"
+
+        def body(strip: str) -> str:
+            z = graph.gelu(graph.norm2d(graph.linear(strip, name + "pw_exp.conv"), name + "pw_exp.bn.weight"))
+            if has(mid + ".weight"):
+                z = graph.gelu(graph.norm2d(graph.conv(z, mid, stride, whole=False), name + "dw_mid.bn.weight"))
+            # the layer scale multiplies what the norm just multiplied: one constant
+            return graph.norm2d(graph.linear(z, name + "pw_proj.conv"), name + "pw_proj.bn.weight", then=name + "layer_scale.gamma")
+
+        # Rows of zeros stay zeros through product, norm and GELU, so padding the input of pw_exp is padding the input of dw_mid.
+        y = graph.in_strips(y, graph.kernel_of(mid), stride, body) if has(mid + ".weight") else body(y)
     return y if stride > 1 else writer.node("Add", [y, x])
 
 
@@ -202,6 +208,12 @@ def _children(checkpoint, prefix: str) -> list[int]:
     return sorted({int(name[len(prefix) :].split(".", 1)[0]) for name in checkpoint.names() if name.startswith(prefix)})
 
 
+def _same_padding(kernel: int, stride: int) -> tuple[int, int]:
+    """Zeros before and after, for sides that are multiples of the stride (timm: get_same_padding)."""
+    total = kernel - stride
+    return total // 2, total - total // 2
+
+
 def _storage(precision: str) -> str:
     return "f32" if precision == "f32" else "f16"
 
@@ -212,6 +224,7 @@ class _Rows:
     def __init__(self, writer: OnnxWriter, checkpoint, precision: str):
         self.writer, self.checkpoint, self.precision = writer, checkpoint, precision
         self._names = frozenset(checkpoint.names())
+        self._made: dict = {}
 
     def has(self, name: str) -> bool:
         return name in self._names
@@ -225,36 +238,68 @@ class _Rows:
         return self.checkpoint.read(name + ".weight").reshape(self.rows_of(name))
 
     def linear(self, x: str, name: str, *, exact: bool = False) -> str:
-        bias = self.checkpoint.read(name + ".bias") if self.has(name + ".bias") else None
-        return self.product(x, self.weight(name), bias, exact=exact)
+        bias = self._once(name + ".bias", lambda: self.writer.constant(self.checkpoint.read(name + ".bias"), "bias")) if self.has(name + ".bias") else None
+        y = self.writer.multiply(x, self._once(name, lambda: self._matrix(self.weight(name), exact)))
+        return y if bias is None else self.writer.node("Add", [y, bias])
 
-    def product(self, x: str, weight: np.ndarray, bias: np.ndarray | None = None, *, exact: bool = False) -> str:
-        precision = self.precision
-        if exact:
-            precision = _storage(precision)
-        elif precision == "int8":
-            precision = INT8_KIND
-        return self.writer.linear(x, weight, precision, bias=bias)
+    def product(self, x: str, weight: np.ndarray, *, exact: bool = False) -> str:
+        return self.writer.multiply(x, self._matrix(weight, exact))
 
-    def conv(self, x: str, name: str, stride: int, *, channel_first: bool = False) -> str:
-        """A spatial convolution as timm pads it ('same': the odd row at the end). In ``[1, h, w, C]`` (or channel-first), out ``[1, h', w', C']``."""
-        weight = self.checkpoint.read(name + ".weight")
-        n_out, per_group, kernel, _ = weight.shape
-        inputs = [x if channel_first else self.to_channel_first(x), self.writer.stored(weight, _storage(self.precision))]
+    def _matrix(self, weight: np.ndarray, exact: bool):
+        if self.precision == "int8" and not exact:
+            return self.writer.matrix(weight, INT8_KIND, accuracy_level=INT8_ACCURACY)
+        return self.writer.matrix(weight, _storage(self.precision))
+
+    def _once(self, name: str, make):
+        """Strips share their constants: each is read and written once."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    def kernel_of(self, name: str) -> int:
+        return self.checkpoint.shape(name + ".weight")[-1]
+
+    def conv(self, x: str, name: str, stride: int, *, channel_first: bool = False, whole: bool = True) -> str:
+        """A spatial convolution as timm pads it ('same': the odd row at the end). In ``[1, h, w, C]`` (or channel-first), out ``[1, h', w', C']``.
+
+        ``whole=False``: ``x`` is a strip of :meth:`in_strips`, padded above and below already.
+        """
+        n_out, per_group, kernel, _ = self.checkpoint.shape(name + ".weight")
+        weight = self._once(name, lambda: self.writer.constant(self.checkpoint.read(name + ".weight"), "kernel"))  # 7 MB in all: kept exact
+        inputs = [x if channel_first else self.to_channel_first(x), weight]
         if self.has(name + ".bias"):
             inputs.append(self.writer.constant(self.checkpoint.read(name + ".bias"), "bias"))
         groups = n_out if per_group == 1 and n_out > 1 else 1
-        y = self.writer.node("Conv", inputs, kernel_shape=[kernel, kernel], strides=[stride, stride], group=groups, auto_pad="SAME_UPPER")
+        before, after = _same_padding(kernel, stride)
+        rows = (before, after) if whole else (0, 0)
+        y = self.writer.node("Conv", inputs, kernel_shape=[kernel, kernel], strides=[stride, stride], group=groups, pads=[rows[0], before, rows[1], after])
         return self.writer.node("Transpose", [y], perm=[0, 2, 3, 1])
+
+    def in_strips(self, x: str, kernel: int, stride: int, body) -> str:
+        """``body`` on ``x [1, h, w, C]`` cut into STRIPS along h, each with the rows above and below that a kernel reaches: what is widest is never there whole."""
+        writer, (before, after) = self.writer, _same_padding(kernel, stride)
+        h = writer.slice(self.grid(x), writer.ints(1), writer.ints(2), 0)
+        step = writer.node("Div", [h, writer.ints(STRIPS)])
+        padded = writer.node("Pad", [x, writer.ints(0, before, 0, 0, 0, after, 0, 0)])
+        strips = []
+        for number in range(STRIPS):
+            start = writer.node("Mul", [step, writer.ints(number)])
+            stop = writer.node("Add", [writer.node("Mul", [step, writer.ints(number + 1)]), writer.ints(before + after)])
+            strips.append(body(writer.slice(padded, start, stop, 1)))
+        return writer.node("Concat", strips, axis=1)
 
     def to_channel_first(self, x: str) -> str:
         return self.writer.node("Transpose", [x], perm=[0, 3, 1, 2])
 
     def norm2d(self, x: str, name: str, *, then: str | None = None) -> str:
-        weight = self.checkpoint.read(name)
-        if then is not None and self.has(then):
-            weight = weight * self.checkpoint.read(then)
-        return self.writer.rms_norm(x, weight, NORM_EPSILON)
+        def make() -> str:
+            weight = self.checkpoint.read(name)
+            if then is not None and self.has(then):
+                weight = weight * self.checkpoint.read(then)
+            return self.writer.constant(weight, "norm")
+
+        weight = self._once(name, make)
+        return self.writer.node("SimplifiedLayerNormalization", [x, weight], axis=-1, epsilon=NORM_EPSILON, stash_type=1)
 
     def scale(self, x: str, name: str) -> str:
         return self.writer.node("Mul", [x, self.writer.constant(self.checkpoint.read(name), "scale")]) if self.has(name) else x
@@ -278,4 +323,3 @@ class _Rows:
         return self.writer.slice(self.writer.node("Shape", [x]), self.writer.ints(0), self.writer.ints(3), 0)
 
 
-INT8_KIND = "int8-block"

@@ -1,8 +1,8 @@
 """Short video and cameras: a file or a lens → pictures with their times, as parts of a message.
 
 In: a path (anything PyAV decodes; animated GIF, WebP and PNG through Pillow alone), or a camera's number. Out:
-:class:`Video`, whose :meth:`Video.parts` are texts and :class:`~edge_gemma.vision.Image` objects, and :func:`capture`, one
-``Image``. Frames are squeezed to the encoder's square as they are decoded, so a clip costs ``size² · 3`` bytes a frame.
+:class:`Video`, whose :meth:`Video.parts` are texts and pictures, and :func:`capture`, one
+``Picture``. Frames are squeezed to the encoder's square as they are decoded, so a clip costs ``size² · 3`` bytes a frame.
 This room does not know prompts or encoders; the caller says how many tokens a frame costs and how many there are.
 """
 
@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from .errors import DeviceLost, MediaError, MissingExtra, UsageError
-from .vision import MAX_PIXELS, Image, _accept
+from .vision import MAX_PIXELS, Picture, _accept
 
 TIMESTAMP_TOKENS = 12  # "00:05 " and the \n\n, begin and end rows around a frame, generously
+FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,h264,hevc,mjpeg,ivf,dv,rm,gif,wav,mp3,flac,aac"  # files; no playlists
 SEEK_GAP_S = 4.0  # to a frame further away than this it is cheaper to jump to a key frame than to decode everything between
 
 
@@ -42,7 +43,7 @@ class Video:
             raise UsageError(f"a video runs from start_s ≥ 0 to a later end_s; got {self.start_s} to {self.end_s}")
 
     def parts(self, size: int, tokens_per_image: int, max_tokens: int) -> list:
-        """``["00:00 ", Image, "\\n00:01 ", Image, …]`` within ``max_tokens``; ``size`` is the encoder's input side in pixels."""
+        """``["00:00 ", Picture, "\\n00:01 ", Picture, …]`` within ``max_tokens``; ``size`` is the encoder's input side in pixels."""
         fits = max_tokens // (tokens_per_image + TIMESTAMP_TOKENS)
         if fits < 1:
             raise MediaError(f"one frame takes {tokens_per_image + TIMESTAMP_TOKENS} tokens and {max_tokens} are free; no frame of {Path(self.path).name} fits")
@@ -51,8 +52,8 @@ class Video:
             parts += [f"{'' if not parts else chr(10)}{timestamp(time_s)} ", image]
         return parts
 
-    def frames(self, size: int, max_frames: int | None = None) -> Iterator[tuple[float, Image]]:
-        """``(time_s, Image)`` in order, at most ``max_frames``."""
+    def frames(self, size: int, max_frames: int | None = None) -> Iterator[tuple[float, Picture]]:
+        """``(time_s, Picture)`` in order, at most ``max_frames``."""
         path = _accept(self.path)
         limit = min(self.max_frames, max_frames or self.max_frames)
         opened = _animation(path) or _Decoded(path)
@@ -62,7 +63,7 @@ class Video:
                 raise MediaError(f"{path.name} has frames of {opened.width} × {opened.height}; the limit is {self.max_pixels:,} pixels")
             for time_s, frame in opened.at(self._times(opened.duration_s, limit)):
                 n += 1
-                yield time_s, Image(np.asarray(frame.resize((size, size), resample=2)), name=f"{path.name} @ {timestamp(time_s)}")
+                yield time_s, Picture(np.asarray(frame.resize((size, size), resample=2)), name=f"{path.name} @ {timestamp(time_s)}")
         if not n:
             raise MediaError(f"{path.name} has no frames between {self.start_s:g} s and {'its end' if self.end_s is None else f'{self.end_s:g} s'}")
 
@@ -106,7 +107,7 @@ class _Decoded:
             raise MissingExtra("Reading video", "video") from None
         self._av, self.name = av, path.name
         try:
-            self.container = av.open(str(path), metadata_errors="replace", options={"protocol_whitelist": "file"})
+            self.container = av.open(str(path), metadata_errors="replace", options={"protocol_whitelist": "file", "format_whitelist": FORMATS})
         except (av.error.FFmpegError, OSError, ValueError) as error:
             raise MediaError(f"{path.name} is not a video this can read: {getattr(error, 'strerror', None) or error}") from None
         if not self.container.streams.video:
@@ -156,12 +157,13 @@ class _Decoded:
 class _Animated:
     """An animated GIF, WebP or PNG, through Pillow."""
 
-    def __init__(self, image: Image):
+    def __init__(self, image: Picture):
         self.image, self.width, self.height = image, image.width, image.height
         with image._opened() as picture:
             self._durations_s = []
             for number in range(picture.n_frames):
                 picture.seek(number)
+                picture.load()  # WebP tells a frame's duration only then
                 self._durations_s.append(max(picture.info.get("duration", 100), 20) / 1000)  # browsers show nothing faster
         self.duration_s = sum(self._durations_s)
 
@@ -188,10 +190,10 @@ class _Animated:
 def _animation(path: Path) -> _Animated | None:
     if path.suffix.lower() not in (".gif", ".webp", ".png", ".apng", ".avif"):
         return None
-    return _Animated(Image(path))
+    return _Animated(Picture(path))
 
 
-def capture(camera: int | str = 0, *, warm_up_frames: int = 8) -> Image:
+def capture(camera: int | str = 0, *, warm_up_frames: int = 8) -> Picture:
     """One picture from a camera: picamera2 on a Raspberry Pi where it is installed, else OpenCV. Raises DeviceLost, MissingExtra.
 
     ``camera`` is a number, or for OpenCV a device path or stream. The first frames are thrown away: exposure is still settling.
@@ -207,7 +209,8 @@ def capture(camera: int | str = 0, *, warm_up_frames: int = 8) -> Image:
         import cv2
     except ImportError:
         raise MissingExtra("Taking a picture with a camera (or, on a Raspberry Pi, `sudo apt install python3-picamera2`)", "camera") from None
-    cv2.setLogLevel(0)
+    if hasattr(cv2, "setLogLevel"):  # OpenCV 4 talks to stderr about every camera it does not find
+        cv2.setLogLevel(0)
     lens = cv2.VideoCapture(camera)
     try:
         if not lens.isOpened():
@@ -218,15 +221,15 @@ def capture(camera: int | str = 0, *, warm_up_frames: int = 8) -> Image:
             frame = latest if ok else frame
         if frame is None:
             raise DeviceLost(f"camera {camera} opened but gave no picture; is another program using it?")
-        return Image(np.ascontiguousarray(frame[:, :, ::-1]), name=f"camera {camera}")  # OpenCV's order is BGR
+        return Picture(np.ascontiguousarray(frame[:, :, ::-1]), name=f"camera {camera}")  # OpenCV's order is BGR
     finally:
         lens.release()
 
 
-def _capture_picamera2(picamera2, number: int) -> Image:
+def _capture_picamera2(picamera2, number: int) -> Picture:
     if number >= len(picamera2.global_camera_info()):
         raise DeviceLost(f"there is no camera {number}; `rpicam-hello --list-cameras` shows the ones there are")
     with picamera2(number) as lens:
         lens.configure(lens.create_still_configuration(main={"format": "BGR888"}))  # picamera2 names the order of bytes backwards: this is RGB
         lens.start()
-        return Image(np.ascontiguousarray(lens.capture_array("main")), name=f"camera {number}")
+        return Picture(np.ascontiguousarray(lens.capture_array("main")), name=f"camera {number}")

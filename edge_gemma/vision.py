@@ -1,10 +1,10 @@
 """Pictures: a file, bytes, an array or a Pillow image → the square of pixels a vision encoder was trained on.
 
-In: anything a person calls a picture. Out: :class:`Image`, a part of a message that remembers where its pixels are and what
-they hash to, and :meth:`Image.array`, the encoder's input. This room knows Pillow; it does not know onnxruntime, prompts
+In: anything a person calls a picture. Out: :class:`Picture`, which remembers where its pixels are and what they hash
+to, and :meth:`Picture.array`, the encoder's input. This room knows Pillow; it does not know onnxruntime, prompts
 or models (the size, mean and deviation come from the bundle's manifest).
 
-An ``Image`` made from a path keeps no pixels: it is read when it is encoded, one at a time, so that a conversation over
+A ``Picture`` made from a path keeps no pixels: it is read when it is encoded, one at a time, so that a conversation over
 twenty photographs never holds more than one of them.
 """
 
@@ -30,7 +30,7 @@ MAX_PIXELS = 50_000_000  # a 50-megapixel photograph: 150 MB of RGB while it is 
 MAX_FILE_BYTES = 256 * MiB
 DECODE_BYTES_PER_PIXEL = 7  # RGBA and its RGB copy together, the worst case of one image being read
 # Formats Pillow decodes by itself. Left out on purpose: EPS and the like, which start other programs.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "JPEG2000", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "JPEG2000", "AVIF")
 
 PAN_AND_SCAN_MIN_CROP = 256  # the values Gemma 3's model card and paper use for pan and scan
 PAN_AND_SCAN_MAX_CROPS = 4
@@ -45,13 +45,13 @@ class Crop:
     bottom: int
 
 
-class Image:
-    """One picture as a part of a message. ``source`` is a path, the bytes of a file, an array ``[h, w, 3]`` or ``[h, w]`` uint8, or a Pillow image.
+class Picture:
+    """One picture. ``source`` is a path, the bytes of a file, an array ``[h, w, 3]`` or ``[h, w]`` uint8, or a Pillow image.
 
     The header is checked here (kind, width × height ≤ ``max_pixels``), the pixels are read when they are needed.
     Raises MediaError for what cannot be a picture, MissingExtra without Pillow.
 
-    >>> image = Image(np.zeros((2, 3, 3), np.uint8))
+    >>> image = Picture(np.zeros((2, 3, 3), np.uint8))
     >>> image.width, image.height, image.array(size=4).shape
     (3, 2, (1, 3, 4, 4))
     """
@@ -82,7 +82,8 @@ class Image:
 
         with self._opened() as picture:
             picture.load()
-            picture = _to_rgb(ImageOps.exif_transpose(picture), self.name)
+            ImageOps.exif_transpose(picture, in_place=True)  # in place: no second copy of a large photograph
+            picture = _to_rgb(picture, self.name)
             if self.crop is not None:
                 picture = picture.crop((self.crop.left, self.crop.top, self.crop.right, self.crop.bottom))
         return picture
@@ -92,7 +93,7 @@ class Image:
         from PIL import Image as Pillow
 
         squeezed = np.asarray(self.rgb().resize((size, size), Pillow.Resampling.BILINEAR))  # [size, size, 3] uint8
-        pixels = squeezed.transpose(2, 0, 1)[None].astype(np.float32)
+        pixels = np.ascontiguousarray(squeezed.transpose(2, 0, 1)[None], np.float32)
         pixels /= np.float32(255)
         if mean:
             pixels -= np.float32(mean)
@@ -105,10 +106,10 @@ class Image:
         min_crop: int = PAN_AND_SCAN_MIN_CROP,
         max_crops: int = PAN_AND_SCAN_MAX_CROPS,
         min_ratio: float = PAN_AND_SCAN_MIN_RATIO,
-    ) -> "list[Image]":
+    ) -> "list[Picture]":
         """Gemma 3's pan and scan: cuts of a wide or tall picture along its longer side, or none when it is near square."""
         return [
-            Image(self._source, max_pixels=self.max_pixels, name=f"{self.name} (crop {number})", crop=crop)
+            Picture(self._source, max_pixels=self.max_pixels, name=f"{self.name} (crop {number})", crop=crop)
             for number, crop in enumerate(pan_and_scan(self.width, self.height, min_crop, max_crops, min_ratio), 1)
         ]
 
@@ -148,14 +149,14 @@ class Image:
     def _check_unchanged(self, path: Path) -> None:
         key = _file_key(path)
         if key != self._key and _content_hash(path, self.name) != self._content:
-            raise MediaError(f"{path} changed after it was put into the message; make the Image again")
+            raise MediaError(f"{path} changed after it was put into the message; make the Picture again")
         self._key = key
 
     def __repr__(self) -> str:
-        return f"Image({self.name!r}, {self.width}×{self.height})"
+        return f"Picture({self.name!r}, {self.width}×{self.height})"
 
     def __eq__(self, other) -> bool:
-        return isinstance(other, Image) and self.digest == other.digest
+        return isinstance(other, Picture) and self.digest == other.digest
 
     def __hash__(self) -> int:
         return hash(self.digest)
@@ -179,12 +180,12 @@ def pan_and_scan(width: int, height: int, min_crop: int, max_crops: int, min_rat
     return [Crop(a, 0, b, height) if width >= height else Crop(0, a, width, b) for a, b in cuts]
 
 
-def with_crops(image: Image) -> list:
-    """The parts of a message that show ``image`` whole and then in crops, worded as Gemma 3 was trained; ``[image]`` when near square."""
-    crops = image.crops()
+def with_crops(picture: Picture) -> list:
+    """The parts of a message that show a picture whole and then in crops, worded as Gemma 3 was trained; ``[picture]`` when near square."""
+    crops = picture.crops()
     if not crops:
-        return [image]
-    parts: list = ["Here is the original image ", image, " and here are some crops to help you see better "]
+        return [picture]
+    parts: list = ["Here is the original image ", picture, " and here are some crops to help you see better "]
     for number, crop in enumerate(crops):
         parts += [" ", crop] if number else [crop]
     return parts
@@ -199,18 +200,21 @@ def _pillow():
 
 
 def _formats(source) -> tuple[str, ...]:
-    if not _is_heic(_head(source)):
-        return FORMATS
-    try:
-        import pillow_heif
-    except ImportError:
-        return FORMATS
-    pillow_heif.register_heif_opener()
-    return (*FORMATS, "HEIF")
+    pillow = _pillow()
+    if _is_heic(_head(source)):
+        try:
+            import pillow_heif
+        except ImportError:
+            pass
+        else:
+            pillow_heif.register_heif_opener()
+            return ("HEIF",)
+    pillow.init()
+    return tuple(name for name in FORMATS if name in pillow.OPEN)  # some builds lack a codec
 
 
 def _accept(source):
-    """The source in one of the four forms an Image keeps."""
+    """The source in one of the four forms a Picture keeps."""
     if isinstance(source, (str, os.PathLike)):
         path = Path(source).expanduser()
         if path.is_dir():

@@ -57,3 +57,19 @@ def gemma_tokenize(sample_gguf):
     yield tokenize
     low.llama_model_free(model)
     del quiet
+
+
+@pytest.fixture(scope="session")
+def siglip_checkpoint(tmp_path_factory):
+    """The vision tensors of the reference Gemma 3 (SigLIP of 3 layers, 224 px, 16 soft tokens), with answers in reference/g3mm-vision.npz."""
+    import seeing
+
+    return seeing.tower_checkpoint("g3mm", tmp_path_factory.mktemp("g3mm-vision"))
+
+
+@pytest.fixture(scope="session")
+def seeing_bundle(siglip_checkpoint, tmp_path_factory):
+    """The folder of a bundle whose vision encoder is real (f32) and whose decoder is only a name."""
+    import seeing
+
+    return seeing.encoder_bundle(siglip_checkpoint, tmp_path_factory.mktemp("seeing") / "bundle").folder
