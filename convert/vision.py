@@ -22,6 +22,7 @@ import numpy as np
 
 from ..bundle import VisionEncoder
 from ..errors import CheckpointError, UsageError
+from ..units import MiB
 from .onnx_writer import MICROSOFT, OnnxWriter
 
 FILE = "vision_encoder.onnx"
@@ -31,6 +32,9 @@ MSFA_SIDE = 16  # timm: msfa_output_resolution; 16 × 16 = 256 soft tokens for e
 MOBILENET_SIZES = (768, 512, 256)  # the model card's; each is a multiple of 16 · 16, so that fusion pools whole windows
 STRIPS = 4  # the early stages run in strips of the image: 192² × 768 values would be 113 MB, several times over
 INT8_KIND, INT8_ACCURACY = "int8-block", 1
+# Peak beyond the weights of MobileNetV5 while it runs as edge_gemma.encode runs it (MiB, by precision and input side), measured by
+# `python -m edge_gemma.benchmarks.vision activations FOLDER`; half and int8 weights are widened one at a time, which counts here.
+MOBILENET_ACTIVATION_MIB = {"f32": {768: 160, 512: 89, 256: 47}, "f16": {768: 240, 512: 168, 256: 126}, "int8": {768: 300, 512: 204, 256: 100}}
 NORM_EPSILON = 1e-6  # timm RmsNorm2d, SigLIP's layer_norm_eps, Gemma's rms_norm_eps
 
 
@@ -62,6 +66,7 @@ def _write_siglip(checkpoint, vision: dict, folder: Path, precision: str) -> Vis
     if positions != side * side:
         raise CheckpointError(f"the position table has {positions} rows; {size} px in patches of {patch} px need {side * side}")
     n_layer = 1 + max(int(m[1]) for m in (re.match(r"model\.vision_tower\.encoder\.layers\.(\d+)\.", n) for n in checkpoint.names()) if m)
+    n_ff = checkpoint.shape(tower + "encoder.layers.0.mlp.fc1.weight")[0]
     epsilon = float(vision.get("layer_norm_eps", NORM_EPSILON))
 
     with OnnxWriter(folder / FILE) as writer:
@@ -93,8 +98,14 @@ def _write_siglip(checkpoint, vision: dict, folder: Path, precision: str) -> Vis
         writer.output("soft_tokens", x, np.float32, [n_soft, projection.shape[1]])
     return VisionEncoder(
         file=FILE, kind="siglip", precision=precision, n_embd=projection.shape[1], n_soft_tokens=n_soft, image_sizes=(size,),
-        mean=0.5, std=0.5, weights_bytes=writer.weights_bytes, activation_bytes={},
+        mean=0.5, std=0.5, weights_bytes=writer.weights_bytes, activation_bytes={str(size): _siglip_activation_bytes(side * side, width, n_ff, precision)},
     )  # fmt: skip
+
+
+def _siglip_activation_bytes(rows: int, width: int, n_ff: int, precision: str) -> int:
+    """Attention is the widest moment: the residual, its norm, q, k and v twice (as they are and head by head), the output; then a strip of the MLP."""
+    widened = 0 if precision == "f32" else 2 * n_ff * width  # one matrix of the MLP as float32, and its predecessor's heap
+    return 4 * (rows * (9 * width + 2 * n_ff // STRIPS) + widened)
 
 
 # ---- Gemma 3n: MobileNetV5, multi-scale fusion and the embedder
@@ -122,7 +133,8 @@ def _write_mobilenet(checkpoint, vision: dict, folder: Path, precision: str) -> 
         writer.output("soft_tokens", x, np.float32, [MSFA_SIDE * MSFA_SIDE, n_embd])
     return VisionEncoder(
         file=FILE, kind="mobilenetv5", precision=precision, n_embd=n_embd, n_soft_tokens=MSFA_SIDE * MSFA_SIDE, image_sizes=MOBILENET_SIZES,
-        mean=0.0, std=1.0, weights_bytes=writer.weights_bytes, activation_bytes={},
+        mean=0.0, std=1.0, weights_bytes=writer.weights_bytes,
+        activation_bytes={str(size): mib * MiB for size, mib in MOBILENET_ACTIVATION_MIB[precision].items()},
     )  # fmt: skip
 
 

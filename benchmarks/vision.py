@@ -1,0 +1,389 @@
+"""Vision encoders of real size with random weights: time per image and memory, next to torch's export, timm and llama.cpp's mtmd.
+
+    python -m edge_gemma.benchmarks.vision write siglip FOLDER                     a checkpoint of that tower alone
+    python -m edge_gemma.benchmarks.vision run FOLDER [--precisions f32,f16,int8] [--mtmd TEXT.gguf]
+                                               [--torch-python PYTHON] [--rounds 3] [--json]
+
+``FOLDER`` is a checkpoint with a vision tower (written here, or a real one). Each contender is a process of its own; rounds are interleaved,
+one image per contender and round, medians are shown. Peak PSS is sampled from the process's start to its last image, its own
+libraries included. ``--torch-python`` names an interpreter with torch, transformers, timm, onnx and onnxscript: it runs the reference modules and exports
+them for onnxruntime. ``--mtmd`` names a text GGUF, whose width the mmproj for llama.cpp is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from ..errors import UsageError
+from ..memory import PeakSampler
+from ..units import MiB
+
+SIZES = {"siglip": 896, "mobilenetv5": 768}
+_WIDTH = 2048  # of MobileNetV5's output
+
+
+# ---- checkpoints of real size
+
+
+def siglip_shapes(n_embd: int = 2560, width: int = 1152, n_ff: int = 4304, n_layer: int = 27, size: int = 896, patch: int = 14) -> dict[str, tuple[int, ...]]:
+    """Gemma 3 4B's vision tensors. Source: the public config.json of google/gemma-3-4b-it."""
+    tower, shapes = "model.vision_tower.", {}
+    shapes[tower + "embeddings.patch_embedding.weight"], shapes[tower + "embeddings.patch_embedding.bias"] = (width, 3, patch, patch), (width,)
+    shapes[tower + "embeddings.position_embedding.weight"] = ((size // patch) ** 2, width)
+    for number in range(n_layer):
+        layer = f"{tower}encoder.layers.{number}."
+        for name, n_out, n_in in (*((f"self_attn.{part}_proj", width, width) for part in ("q", "k", "v", "out")), ("mlp.fc1", n_ff, width), ("mlp.fc2", width, n_ff)):
+            shapes[f"{layer}{name}.weight"], shapes[f"{layer}{name}.bias"] = (n_out, n_in), (n_out,)
+        for name in ("layer_norm1", "layer_norm2"):
+            shapes[f"{layer}{name}.weight"], shapes[f"{layer}{name}.bias"] = (width,), (width,)
+    shapes[tower + "post_layernorm.weight"], shapes[tower + "post_layernorm.bias"] = (width,), (width,)
+    shapes["model.multi_modal_projector.mm_input_projection_weight"] = (width, n_embd)
+    shapes["model.multi_modal_projector.mm_soft_emb_norm.weight"] = (width,)
+    return shapes
+
+
+def mobilenet_shapes(n_embd: int = 2048) -> dict[str, tuple[int, ...]]:
+    """Gemma 3n's vision tensors. Source: timm's mobilenetv5_300m_enc."""
+    tower = "model.vision_tower.timm_model."
+    shapes: dict[str, tuple[int, ...]] = {tower + "conv_stem.conv.weight": (64, 3, 3, 3), tower + "conv_stem.conv.bias": (64,), tower + "conv_stem.bn.weight": (64,)}
+
+    def unit(name: str, conv: str, norm: str, *shape: int) -> None:
+        shapes[f"{tower}{name}{conv}.weight"], shapes[f"{tower}{name}{norm}.weight"] = shape, (shape[0],)
+
+    def residual(name: str, n_in: int, n_out: int, start: int, mid: int, factor: int, scaled: bool = True) -> None:
+        wide = n_in * factor
+        if start:
+            unit(name, "dw_start.conv", "dw_start.bn", n_in, 1, start, start)
+        unit(name, "pw_exp.conv", "pw_exp.bn", wide, n_in, 1, 1)
+        if mid:
+            unit(name, "dw_mid.conv", "dw_mid.bn", wide, 1, mid, mid)
+        unit(name, "pw_proj.conv", "pw_proj.bn", n_out, wide, 1, 1)
+        if scaled:
+            shapes[f"{tower}{name}layer_scale.gamma"] = (n_out,)
+
+    def attention(name: str, width: int, heads: int, dim: int, strided: bool) -> None:
+        shapes[f"{tower}{name}norm.weight"] = (width,)
+        for part in ("key", "value"):
+            if strided:
+                unit(f"{name}attn.{part}.", "down_conv", "norm", width, 1, 3, 3)
+            shapes[f"{tower}{name}attn.{part}.proj.weight"] = (dim, width, 1, 1)
+        shapes[f"{tower}{name}attn.query.proj.weight"], shapes[f"{tower}{name}attn.output.proj.weight"] = (heads * dim, width, 1, 1), (width, heads * dim, 1, 1)
+        shapes[f"{tower}{name}layer_scale.gamma"] = (width,)
+
+    for block, n_in in enumerate((64, 128, 128)):
+        unit(f"blocks.0.{block}.", "conv_exp", "bn1", 4 * n_in, n_in, 3, 3)
+        unit(f"blocks.0.{block}.", "conv_pwl", "bn2", 128, 4 * n_in, 1, 1)
+    residual("blocks.1.0.", 128, 256, 3, 5, 6)
+    for block in range(1, 5):
+        residual(f"blocks.1.{block}.", 256, 256, 5 if block % 2 else 3, 0, 4)
+    residual("blocks.2.0.", 256, 640, 5, 5, 6)
+    for block in range(1, 8):
+        residual(f"blocks.2.{block}.", 640, 640, 5, 0, 4)
+    residual("blocks.2.8.", 640, 640, 0, 0, 1)
+    for block in range(9, 37, 2):
+        attention(f"blocks.2.{block}.", 640, 12, 64, True)
+        residual(f"blocks.2.{block + 1}.", 640, 640, 0, 0, 2)
+    residual("blocks.3.0.", 640, 1280, 5, 5, 6)
+    for block in range(1, 39, 2):
+        attention(f"blocks.3.{block}.", 1280, 16, 96, False)
+        residual(f"blocks.3.{block + 1}.", 1280, 1280, 0, 0, 2)
+    residual("msfa.ffn.", 1920, _WIDTH, 0, 0, 2, scaled=False)
+    shapes[tower + "msfa.norm.weight"] = (_WIDTH,)
+    shapes |= {
+        "model.embed_vision.embedding.weight": (128, _WIDTH), "model.embed_vision.hard_embedding_norm.weight": (_WIDTH,),
+        "model.embed_vision.soft_embedding_norm.weight": (_WIDTH,), "model.embed_vision.embedding_projection.weight": (n_embd, _WIDTH),
+    }  # fmt: skip
+    return shapes
+
+
+def write_checkpoint(kind: str, folder: Path, n_embd: int | None = None, seed: int = 1) -> None:
+    """``model.safetensors`` (bf16, random, unit gain) and ``config.json`` of one vision tower. One tensor in memory at a time."""
+    if kind not in SIZES:
+        raise UsageError(f"unknown tower {kind!r}; choose one of {', '.join(SIZES)}")
+    n_embd = n_embd or {"siglip": 2560, "mobilenetv5": 2048}[kind]
+    shapes = siglip_shapes(n_embd) if kind == "siglip" else mobilenet_shapes(n_embd)
+    folder.mkdir(parents=True, exist_ok=True)
+    vision = {"siglip": {"model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+                         "image_size": 896, "patch_size": 14, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+              "mobilenetv5": {"model_type": "gemma3n_vision", "architecture": "mobilenetv5_300m_enc", "hidden_size": _WIDTH, "vocab_size": 128, "vocab_offset": 262144,
+                              "do_pooling": False}}[kind]  # fmt: skip
+    config = {"model_type": "gemma3" if kind == "siglip" else "gemma3n", "mm_tokens_per_image": 256, "vision_config": vision, "text_config": {"hidden_size": n_embd}}
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        n_bytes = 2 * int(np.prod(shape))
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + n_bytes]}
+        offset += n_bytes
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    rng = np.random.default_rng(seed)
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for name, shape in shapes.items():
+            values = rng.standard_normal(shape, np.float32)
+            if len(shape) == 1:
+                norm = "norm" in name or ".bn" in name
+                values = 0.02 * values if name.endswith("bias") or "mm_soft" in name else 1 + 0.1 * values if norm else 0.1 * values
+            else:
+                values /= np.float32(np.sqrt(np.prod(shape[1:])))
+            (values.view(np.uint32) >> 16).astype(np.uint16).tofile(file)
+
+
+# ---- llama.cpp's file of the same weights
+
+_MMPROJ = (
+    ("model.vision_tower.embeddings.patch_embedding", "v.patch_embd"), ("model.vision_tower.embeddings.position_embedding", "v.position_embd"),
+    ("model.vision_tower.post_layernorm", "v.post_ln"), ("model.vision_tower.encoder.layers.", "v.blk."), ("layer_norm", "ln"), ("self_attn.out_proj", "attn_out"),
+    ("self_attn.q_proj", "attn_q"), ("self_attn.k_proj", "attn_k"), ("self_attn.v_proj", "attn_v"), ("mlp.fc1", "ffn_up"), ("mlp.fc2", "ffn_down"),
+    ("model.multi_modal_projector.mm_input_projection_weight", "mm.input_projection.weight"), ("model.multi_modal_projector.mm_soft_emb_norm", "mm.soft_emb_norm"),
+    ("model.vision_tower.timm_model.blocks.", "v.blk."), ("model.vision_tower.timm_model.", "v."),
+    ("model.embed_vision.soft_embedding_norm", "mm.soft_emb_norm"), ("model.embed_vision.embedding_projection", "mm.input_projection"),
+)  # fmt: skip
+
+
+def write_mmproj(checkpoint, path: Path, dtype: str = "f16") -> None:
+    """An ``mmproj`` GGUF of a checkpoint's tower, as llama.cpp's ``conversion/gemma.py`` lays it out (matrices F16 or F32, the rest F32)."""
+    import gguf
+
+    siglip = "model.vision_tower.embeddings.patch_embedding.weight" in checkpoint.names()
+    vision = checkpoint.config["vision_config"]
+    size = vision.get("image_size", SIZES["siglip"] if siglip else SIZES["mobilenetv5"])
+    writer = gguf.GGUFWriter(path, "clip", use_temp_file=False)
+    writer.add_clip_has_vision_encoder(True)
+    writer.add_vision_image_size(size)
+    n_soft = checkpoint.config.get("mm_tokens_per_image", 256)
+    if siglip:
+        writer.add_clip_projector_type("gemma3")
+        writer.add_vision_use_gelu(True)
+        writer.add_vision_patch_size(vision["patch_size"])
+        if (pool := size // vision["patch_size"] // int(n_soft**0.5)) != 4:
+            writer.add_vision_projector_scale_factor(pool)
+        n_layer, n_ff, n_head = vision["num_hidden_layers"], vision["intermediate_size"], vision["num_attention_heads"]
+    else:
+        writer.add_clip_vision_projector_type("gemma3nv")
+        writer.add_vision_patch_size(size // 256)
+        n_layer, n_ff, n_head = 128, 4 * _WIDTH, 8  # as llama.cpp's own converter fills them; this tower does not read them
+    writer.add_vision_embedding_length(vision["hidden_size"])
+    writer.add_vision_feed_forward_length(n_ff)
+    writer.add_vision_block_count(n_layer)
+    writer.add_vision_head_count(n_head)
+    writer.add_vision_attention_layernorm_eps(1e-6)
+    writer.add_vision_projection_dim(checkpoint.config["text_config"]["hidden_size"])
+    writer.add_vision_image_mean([0.5] * 3 if siglip else [0.0] * 3)
+    writer.add_vision_image_std([0.5] * 3 if siglip else [1.0] * 3)
+    for name in checkpoint.names():
+        if ".head." in name or "embed_vision.embedding.weight" in name or "hard_embedding" in name or not ("vision" in name or "multi_modal" in name):
+            continue
+        values, short = checkpoint.read(name), name
+        for old, new in _MMPROJ:
+            short = short.replace(old, new)
+        if name.endswith("mm_soft_emb_norm.weight"):
+            values = values + 1
+        exact = values.ndim == 1 or "position" in name or "patch" in name or "stem" in name
+        if name.endswith("gamma"):
+            values = values.reshape(-1, 1, 1)  # llama.cpp multiplies [W, H, C]
+        writer.add_tensor(short, values if exact or dtype == "f32" else values.astype(np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+# ---- contenders: each prints "ready", then answers every line with one image
+
+
+def _worker(kind: str, *arguments: str) -> None:
+    encode = {"ours": _ours, "onnx": _onnx, "mtmd": _mtmd}[kind](*arguments)
+    next(encode)
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        wall, cpu = time.perf_counter(), time.process_time()
+        rows = next(encode)
+        print(json.dumps({"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu, "sum": float(np.asarray(rows, np.float64).sum())}), flush=True)
+
+
+def _pixels(size: int) -> np.ndarray:  # [size, size, 3] uint8
+    rng = np.random.default_rng(5)
+    y, x = np.mgrid[0:size, 0:size]
+    values = np.stack([255 * x / size, 255 * y / size, 127 + 127 * np.sin((x + y) / 37)], -1) + rng.normal(0, 8, (size, size, 3))
+    return values.clip(0, 255).astype(np.uint8)
+
+
+def _ours(folder: str, kind: str, threads: str) -> Iterator:
+    from ..encode import open_onnx, run_onnx
+
+    size, (mean, std) = SIZES[kind], ((0.5, 0.5) if kind == "siglip" else (0.0, 1.0))
+    session = open_onnx(Path(folder) / "vision_encoder.onnx", n_threads=int(threads), in_place=True, sides={"side": size})
+    yield None
+    while True:
+        pixels = (np.ascontiguousarray(_pixels(size).transpose(2, 0, 1)[None], np.float32) / np.float32(255) - np.float32(mean)) / np.float32(std)
+        yield run_onnx(session, ["soft_tokens"], {"pixels": pixels})[0]
+
+
+def _onnx(path: str, kind: str, threads: str) -> Iterator:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = int(threads)
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    size, (mean, std) = SIZES[kind], ((0.5, 0.5) if kind == "siglip" else (0.0, 1.0))
+    yield None
+    while True:
+        pixels = (np.ascontiguousarray(_pixels(size).transpose(2, 0, 1)[None], np.float32) / np.float32(255) - np.float32(mean)) / np.float32(std)
+        yield session.run(None, {session.get_inputs()[0].name: pixels})[0]
+
+
+def _mtmd(path: str, kind: str, threads: str, text: str) -> Iterator:
+    import ctypes
+
+    from llama_cpp import llama_cpp as low
+    from llama_cpp import mtmd_cpp as mtmd
+
+    quiet = low.llama_log_callback(lambda *_: None)
+    low.llama_log_set(quiet, ctypes.c_void_p())
+    if hasattr(mtmd, "mtmd_log_set"):
+        mtmd.mtmd_log_set(quiet, ctypes.c_void_p())
+    params = low.llama_model_default_params()
+    params.vocab_only = True  # only its width and vocabulary are asked for
+    model = low.llama_model_load_from_file(text.encode(), params)
+    options = mtmd.mtmd_context_params_default()
+    options.use_gpu, options.n_threads, options.warmup = False, int(threads), False
+    context = mtmd.mtmd_init_from_file(path.encode(), model, options)
+    if not context:
+        raise SystemExit(f"mtmd cannot load {path}")
+    size = SIZES[kind]
+    width = low.llama_model_n_embd(model)
+    yield None
+    while True:
+        pixels = _pixels(size)
+        bitmap = mtmd.mtmd_bitmap_init(size, size, pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)))
+        chunks = mtmd.mtmd_input_chunks_init()
+        prompt = mtmd.mtmd_input_text()
+        prompt.text, prompt.add_special, prompt.parse_special = mtmd.mtmd_default_marker(), False, True
+        bitmaps = (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap)
+        if mtmd.mtmd_tokenize(context, chunks, ctypes.byref(prompt), bitmaps, 1) != 0:
+            raise SystemExit("mtmd_tokenize failed")
+        rows = None
+        for index in range(mtmd.mtmd_input_chunks_size(chunks)):
+            chunk = mtmd.mtmd_input_chunks_get(chunks, index)
+            if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE:
+                if mtmd.mtmd_encode_chunk(context, chunk) != 0:
+                    raise SystemExit("mtmd_encode_chunk failed")
+                n = mtmd.mtmd_input_chunk_get_n_tokens(chunk) * width
+                rows = np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(context), (n,)).copy()
+        mtmd.mtmd_input_chunks_free(chunks)
+        mtmd.mtmd_bitmap_free(bitmap)
+        yield rows
+
+
+class Contender:
+    """One process and what was measured of it."""
+
+    def __init__(self, name: str, argv: list[str]):
+        self.name = name
+        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._sampler = PeakSampler(self.process.pid, interval_s=0.01)
+        self._sampler.__enter__()
+        self.answers: list[dict] = []
+        self._expect("ready")
+
+    def _expect(self, prefix: str) -> str:
+        for line in self.process.stdout:
+            if line.startswith(prefix):
+                return line
+        raise SystemExit(f"{self.name} ended with status {self.process.wait()}")
+
+    def encode(self) -> None:
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.answers.append(json.loads(self._expect("{")))
+
+    def close(self) -> dict:
+        self._sampler.__exit__(None, None, None)
+        self.process.stdin.close()
+        self.process.wait()
+        counted = self.answers[1:] or self.answers  # the first warms up
+        return {
+            "contender": self.name,
+            "seconds": round(median(a["seconds"] for a in counted), 3),
+            "cpu_seconds": round(median(a["cpu_seconds"] for a in counted), 3),
+            "peak_pss_mib": self._sampler.peak_pss_bytes // MiB,
+            "peak_anon_mib": max(phase.peak_anon_bytes for phase in self._sampler.phases) // MiB,
+            "sum": round(self.answers[-1]["sum"], 3),
+        }
+
+
+def run(folder: Path, precisions: list[str], mtmd: str | None, torch_python: str | None, rounds: int, threads: int) -> list[dict]:
+    from ..convert.checkpoint import Checkpoint
+    from ..convert.vision import write_vision_encoder
+
+    checkpoint = Checkpoint.open(folder)
+    module = [sys.executable, "-m", "edge_gemma.benchmarks.vision", "worker"]
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        scratch = Path(scratch)
+        commands = []
+        for precision in precisions:
+            (scratch / precision).mkdir()
+            part = write_vision_encoder(checkpoint, scratch / precision, precision)
+            commands.append((f"edge-gemma {precision}", [*module, "ours", str(scratch / precision), part.kind, str(threads)]))
+        kind = part.kind
+        if torch_python:
+            script = str(Path(__file__).with_name("vision_torch.py"))
+            print("torch exports the reference module …", file=sys.stderr)
+            subprocess.run([torch_python, script, "export", str(folder), kind, str(scratch / "torch.onnx")], check=True, stdout=sys.stderr)
+            commands.append(("onnxruntime on torch's export", [*module, "onnx", str(scratch / "torch.onnx"), kind, str(threads)]))
+            commands.append(("timm / transformers in torch", [torch_python, script, "worker", str(folder), kind, str(threads)]))
+        if mtmd:
+            for dtype in ("f16",):
+                write_mmproj(checkpoint, scratch / f"mmproj-{dtype}.gguf", dtype)
+                commands.append((f"llama.cpp mtmd {dtype}", [*module, "mtmd", str(scratch / f"mmproj-{dtype}.gguf"), kind, str(threads), mtmd]))
+        contenders = [Contender(name, argv) for name, argv in commands]
+        for number in range(rounds + 1):
+            for contender in contenders:
+                contender.encode()
+                print(f"round {number}: {contender.name} {contender.answers[-1]['seconds']:.2f} s", file=sys.stderr)
+        return [contender.close() for contender in contenders]
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["worker"]:
+        return _worker(*arguments[1:])
+    parser = argparse.ArgumentParser(prog="python -m edge_gemma.benchmarks.vision", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    write = commands.add_parser("write")
+    write.add_argument("kind", choices=list(SIZES))
+    write.add_argument("folder", type=Path)
+    write.add_argument("--n-embd", type=int)
+    bench = commands.add_parser("run")
+    bench.add_argument("folder", type=Path)
+    bench.add_argument("--precisions", default="f32,f16,int8")
+    bench.add_argument("--mtmd", metavar="TEXT.gguf")
+    bench.add_argument("--torch-python", metavar="PYTHON")
+    bench.add_argument("--rounds", type=int, default=3)
+    bench.add_argument("--threads", type=int, default=2)
+    bench.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    if options.command == "write":
+        return write_checkpoint(options.kind, options.folder, options.n_embd)
+    rows = run(options.folder, options.precisions.split(","), options.mtmd, options.torch_python, options.rounds, options.threads)
+    if options.json:
+        return print(json.dumps({"machine": platform.machine(), "threads": options.threads, "rows": rows}))
+    print(f"{'':34}{'s / image':>10}{'cpu s':>8}{'peak PSS':>11}{'anonymous':>11}")
+    for row in rows:
+        print(f"{row['contender']:34}{row['seconds']:10.2f}{row['cpu_seconds']:8.1f}{row['peak_pss_mib']:7d} MiB{row['peak_anon_mib']:7d} MiB")
+
+
+if __name__ == "__main__":
+    main()
