@@ -8,7 +8,6 @@ written twice. A few chunks of rows are in memory at a time; worker threads read
 from __future__ import annotations
 
 import hashlib
-import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,11 +18,11 @@ import numpy as np
 
 from ..bundle import File
 from ..gguf_header import TYPE_SIZES
-from .gemma import Dims, Source
-from .quantize import TYPE_IDS, quantize_rows
+from .gemma import SPARSE_LAYERS, SPARSITY_MULTIPLIER, Dims, Source
+from .gguf_writer import gguf_header, padded
+from .quantize import quantize_rows
 from .vocabulary import Vocabulary
 
-ALIGNMENT = 32  # GGUF's default
 CHUNK_VALUES = 1 << 21  # 8 MiB as float32: large enough to hide Python, small enough for a board
 USE_ORDER = {"unused": 0, "lookup": 1, "matmul": 2}  # cold first, hot last: pages populated last survive a tight limit best
 Progress = Callable[[int], None]
@@ -38,11 +37,7 @@ class Layout:
 
     @property
     def total_bytes(self) -> int:
-        return len(self.header) + sum(_padded(nbytes) for _, _, nbytes in self.tensors)
-
-
-def _padded(n: int) -> int:
-    return -(-n // ALIGNMENT) * ALIGNMENT
+        return len(self.header) + sum(padded(nbytes) for _, _, nbytes in self.tensors)
 
 
 def plan_layout(dims: Dims, sources: Iterable[Source], types: dict[str, str], vocabulary: Vocabulary, *, name: str, file_type: int) -> Layout:
@@ -52,14 +47,8 @@ def plan_layout(dims: Dims, sources: Iterable[Source], types: dict[str, str], vo
     for source in ordered:
         block, block_bytes = TYPE_SIZES[types[source.name]]
         tensors.append((source, types[source.name], source.n_per_row // block * block_bytes * source.n_rows))
-    pairs = list(_metadata(dims, vocabulary, name, file_type))
-    header = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(pairs)) + b"".join(pairs)
-    table, offset = [], 0
-    for source, kind, nbytes in tensors:
-        table.append(_string(source.name) + struct.pack(f"<I{len(source.shape)}Q", len(source.shape), *source.shape) + struct.pack("<IQ", TYPE_IDS[kind], offset))
-        offset += _padded(nbytes)
-    header += b"".join(table)
-    return Layout(header + b"\0" * (-len(header) % ALIGNMENT), tuple(tensors))
+    table = [(source.name, kind, source.shape, nbytes) for source, kind, nbytes in tensors]
+    return Layout(gguf_header(_metadata(dims, vocabulary, name, file_type), table), tuple(tensors))
 
 
 def write_decoder(path: Path, layout: Layout, tensors, *, importance: dict[str, np.ndarray] | None = None, n_threads: int = 1, progress: Progress = lambda n_bytes: None) -> File:
@@ -90,7 +79,7 @@ def _jobs(layout: Layout, tensors, importance: dict[str, np.ndarray]) -> Iterato
         step = max(1, CHUNK_VALUES // source.n_per_row)
         for start in range(0, source.n_rows, step):
             stop = min(start + step, source.n_rows)
-            padding = _padded(nbytes) - nbytes if stop == source.n_rows else 0
+            padding = padded(nbytes) - nbytes if stop == source.n_rows else 0
             yield lambda source=source, kind=kind, start=start, stop=stop, padding=padding: _chunk(source, kind, tensors, importance.get(source.name), start, stop, padding)
 
 
@@ -114,41 +103,15 @@ def _in_order(pool: ThreadPoolExecutor, ahead: int, jobs: Iterator[Callable]) ->
             future.cancel()
 
 
-# --- GGUF values (docs/gguf.md of ggml): little-endian, strings and arrays with 64-bit lengths ---
-
-_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
-
-
-def _string(text: str | bytes) -> bytes:
-    data = text.encode("utf-8") if isinstance(text, str) else text
-    return struct.pack("<Q", len(data)) + data
-
-
-def _pair(key: str, value) -> bytes:
-    head = _string(key)
-    if isinstance(value, bool):
-        return head + struct.pack("<I?", _BOOL, value)
-    if isinstance(value, int):
-        return head + struct.pack("<II", _UINT32, value)
-    if isinstance(value, float):
-        return head + struct.pack("<If", _FLOAT32, value)
-    if isinstance(value, (str, bytes)):
-        return head + struct.pack("<I", _STRING) + _string(value)
-    if isinstance(value, np.ndarray):
-        kind = {np.dtype(np.float32): _FLOAT32, np.dtype(np.int32): _INT32, np.dtype(np.bool_): _BOOL}[value.dtype]
-        return head + struct.pack("<IIQ", _ARRAY, kind, len(value)) + value.tobytes()
-    return head + struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + b"".join(map(_string, value))
-
-
-def _metadata(dims: Dims, vocabulary: Vocabulary, name: str, file_type: int) -> Iterator[bytes]:
+def _metadata(dims: Dims, vocabulary: Vocabulary, name: str, file_type: int) -> Iterator[tuple[str, object]]:
     """The key/value pairs llama.cpp's own converter writes for these families (conversion/gemma.py)."""
     family = dims.family
-    yield _pair("general.architecture", family)
-    yield _pair("general.type", "model")
-    yield _pair("general.name", name)
-    yield _pair("general.license", "gemma")
-    yield _pair("general.quantization_version", 2)
-    yield _pair("general.file_type", file_type)
+    yield "general.architecture", family
+    yield "general.type", "model"
+    yield "general.name", name
+    yield "general.license", "gemma"
+    yield "general.quantization_version", 2
+    yield "general.file_type", file_type
     numbers = {
         "block_count": dims.n_layer, "context_length": dims.n_ctx_train, "embedding_length": dims.n_embd, "feed_forward_length": dims.n_ff,
         "attention.head_count": dims.n_head, "attention.head_count_kv": dims.n_head_kv, "attention.key_length": dims.head_dim,
@@ -161,25 +124,23 @@ def _metadata(dims: Dims, vocabulary: Vocabulary, name: str, file_type: int) -> 
         numbers |= {"rope.scaling.type": "linear", "rope.scaling.factor": dims.rope_factor}
     numbers["attention.sliding_window_pattern"] = np.array(dims.sliding, np.bool_)
     if family == "gemma3n":
-        from .gemma import SPARSE_LAYERS, SPARSITY_MULTIPLIER
-
         scale = np.where(np.arange(dims.n_layer) < SPARSE_LAYERS, SPARSITY_MULTIPLIER, -np.inf).astype(np.float32)  # the quantile of 0 is −∞
         numbers |= {
             "altup.active_idx": 0, "altup.num_inputs": 4, "embedding_length_per_layer_input": dims.ple_width,
             "attention.shared_kv_layers": dims.n_kv_shared, "activation_sparsity_scale": scale,
         }  # fmt: skip
     for key, value in numbers.items():
-        yield _pair(f"{family}.{key}", value)
-    yield _pair("tokenizer.ggml.model", "llama")
-    yield _pair("tokenizer.ggml.pre", "default")
-    yield _pair("tokenizer.ggml.tokens", vocabulary.tokens)
-    yield _pair("tokenizer.ggml.scores", vocabulary.scores)
-    yield _pair("tokenizer.ggml.token_type", vocabulary.types)
+        yield f"{family}.{key}", value
+    yield "tokenizer.ggml.model", "llama"
+    yield "tokenizer.ggml.pre", "default"
+    yield "tokenizer.ggml.tokens", vocabulary.tokens
+    yield "tokenizer.ggml.scores", vocabulary.scores
+    yield "tokenizer.ggml.token_type", vocabulary.types
     for ours, theirs in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot"}.items():
         if ours in vocabulary.special:
-            yield _pair(f"tokenizer.ggml.{theirs}_token_id", vocabulary.special[ours])
-    yield _pair("tokenizer.ggml.add_bos_token", True)
-    yield _pair("tokenizer.ggml.add_eos_token", False)
-    yield _pair("tokenizer.ggml.add_space_prefix", vocabulary.add_space_prefix)
+            yield f"tokenizer.ggml.{theirs}_token_id", vocabulary.special[ours]
+    yield "tokenizer.ggml.add_bos_token", True
+    yield "tokenizer.ggml.add_eos_token", False
+    yield "tokenizer.ggml.add_space_prefix", vocabulary.add_space_prefix
     if vocabulary.chat_template:
-        yield _pair("tokenizer.chat_template", vocabulary.chat_template)
+        yield "tokenizer.chat_template", vocabulary.chat_template

@@ -44,7 +44,7 @@ _BASE_MEMORY = 180 * MiB  # Python, numpy and libggml-base, and a vocabulary of 
 class Options:
     """``audio`` and ``vision``: a precision, "none", or None for the default where the checkpoint has the tower."""
 
-    quant: str = "q4_k_m"
+    quant: str | Recipe = "q4_k_m"  # a recipe's name, a .toml file, or the recipe itself
     imatrix: Path | None = None
     slice: str | None = None  # "e2b" or a .toml file
     merge: tuple[tuple[Path, float], ...] = ()  # LoRA adapters folded into the weights, with their scale
@@ -113,7 +113,7 @@ class Result:
 
 def prepare(folder: str | Path, options: Options) -> Prepared:
     """Decide and check everything; nothing is written. Raises CheckpointError, UnsupportedModel, UsageError."""
-    recipe = read_recipe(options.quant)
+    recipe = options.quant if isinstance(options.quant, Recipe) else read_recipe(options.quant)
     checkpoint = Checkpoint.open(folder)
     dims = read_dims(checkpoint.config)
     cut = None
@@ -127,17 +127,20 @@ def prepare(folder: str | Path, options: Options) -> Prepared:
         from .lora import Merged
 
         tensors = Merged(checkpoint, dims, options.merge)
-    importance, notes = {}, []
+    importance = {}
     if options.imatrix:
         from .imatrix import read_importance
 
-        importance, notes = read_importance(options.imatrix, mapping)
-    types, fallbacks = choose_types(recipe, mapping, has_imatrix=bool(options.imatrix))
+        importance = read_importance(Path(options.imatrix), mapping)
+    types, notes = choose_types(recipe, mapping, has_imatrix=bool(options.imatrix))
+    if options.imatrix:
+        quantized = [source.name for source in mapping.sources if source.use == "matmul" and types[source.name] not in ("F32", "F16", "BF16")]
+        notes += [f"{name}: no importance in {Path(options.imatrix).name}, quantized without" for name in quantized if name not in importance]
     vocabulary = read_vocabulary(checkpoint.folder, checkpoint.config, dims.n_vocab)
     name = options.name or checkpoint.folder.resolve().name
     layout = plan_layout(mapping.dims, mapping.sources, types, vocabulary, name=name, file_type=recipe.file_type)
     towers = _towers(checkpoint, options)
-    return Prepared(checkpoint, tensors, recipe, mapping, types, vocabulary, layout, importance, (*notes, *fallbacks), towers)
+    return Prepared(checkpoint, tensors, recipe, mapping, types, vocabulary, layout, importance, tuple(notes), towers)
 
 
 def _tower_of(name: str) -> str | None:

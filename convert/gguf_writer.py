@@ -1,0 +1,60 @@
+"""The bytes of a GGUF before its tensors: key/value pairs and the tensor table.
+
+In: pairs and tensors with their sizes. Out: the header, padded, with every offset. Strings and arrays carry 64-bit lengths, all numbers
+are little-endian (docs/gguf.md of ggml). Written here because gguf-py's writer collects the tensors before it knows their offsets;
+a streamed file knows the sizes first.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+
+import numpy as np
+
+from .quantize import TYPE_IDS
+
+ALIGNMENT = 32  # GGUF's default
+_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
+_ITEMS = {np.dtype(np.float32): _FLOAT32, np.dtype(np.int32): _INT32, np.dtype(np.bool_): _BOOL}
+
+
+def padded(n: int) -> int:
+    """The bytes a tensor of ``n`` bytes takes in the file."""
+    return -(-n // ALIGNMENT) * ALIGNMENT
+
+
+def gguf_header(pairs: Iterable[tuple[str, object]], tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+    """Header of a GGUF with these pairs and ``(name, type, shape in ggml order, bytes)`` of each tensor in file order.
+
+    >>> header = gguf_header([("general.architecture", "gemma3")], [("a", "F32", (4, 2), 32)])
+    >>> header[:4], len(header) % 32
+    (b'GGUF', 0)
+    """
+    values = [_string(key) + _value(value) for key, value in pairs]
+    table, offset = [], 0
+    for name, kind, shape, nbytes in tensors:
+        assert len(name.encode()) < 64, name  # GGML_MAX_NAME
+        table.append(_string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, TYPE_IDS[kind], offset))
+        offset += padded(nbytes)
+    header = struct.pack("<4sIQQ", b"GGUF", 3, len(table), len(values)) + b"".join(values) + b"".join(table)
+    return header + b"\0" * (-len(header) % ALIGNMENT)
+
+
+def _string(text: str | bytes) -> bytes:
+    data = text.encode("utf-8") if isinstance(text, str) else text
+    return struct.pack("<Q", len(data)) + data
+
+
+def _value(value) -> bytes:
+    if isinstance(value, bool):
+        return struct.pack("<I?", _BOOL, value)
+    if isinstance(value, int):
+        return struct.pack("<II", _UINT32, value)
+    if isinstance(value, float):
+        return struct.pack("<If", _FLOAT32, value)
+    if isinstance(value, (str, bytes)):
+        return struct.pack("<I", _STRING) + _string(value)
+    if isinstance(value, np.ndarray):
+        return struct.pack("<IIQ", _ARRAY, _ITEMS[value.dtype], len(value)) + value.tobytes()
+    return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + b"".join(map(_string, value))
