@@ -54,6 +54,8 @@ class Options:
     overwrite: bool = False
     n_threads: int = 0  # 0: all cores
     verify: bool = True
+    check: Path | None = None  # a text: put a quality receipt against the unquantized weights into the manifest
+    check_tokens: int = 0  # at most so many; 0: the whole text
 
     def threads(self) -> int:
         if self.n_threads < 0:
@@ -171,7 +173,7 @@ def convert(folder: str | Path, out: str | Path, options: Options = Options(), r
     started = time.perf_counter()
     with BundleWriter(out, overwrite=options.overwrite) as writer:  # first of all: an output that exists is refused at once
         prepared = prepare(folder, options)
-        _check_disk(prepared, writer.folder)
+        _check_disk(prepared, writer.folder, options)
         for note in prepared.notes:
             report.note(note)
         report.total(prepared.layout.total_bytes)
@@ -185,7 +187,8 @@ def convert(folder: str | Path, out: str | Path, options: Options = Options(), r
             if extra.name != DECODER and not extra.name.startswith("."):
                 files[extra.name] = file_entry(extra)
         report.stage("check")
-        manifest = _manifest(prepared, options, path, files, special_rows, towers)
+        quality = _receipt(prepared, options, path, report) if options.check else None
+        manifest = _manifest(prepared, options, path, files, special_rows, towers, quality)
         from ..decode import check_loads  # late: starts a child process with llama.cpp
 
         check_loads(path)
@@ -201,8 +204,25 @@ def convert(folder: str | Path, out: str | Path, options: Options = Options(), r
     return Result(bundle, seconds, prepared.notes, prepared.mapping.skipped, sample)
 
 
-def _check_disk(prepared: Prepared, folder: Path) -> None:
-    free, needed = shutil.disk_usage(folder).free, prepared.disk_bytes + 16 * MiB
+def _receipt(prepared: Prepared, options: Options, path: Path, report: Report) -> dict:
+    """Quality against the same weights in bf16, written beside for the time it takes."""
+    from .quality import compare
+
+    reference = path.with_name(".reference.gguf")
+    write_decoder(reference, _reference_layout(prepared), prepared.tensors, n_threads=options.threads())
+    report.stage("receipt")
+    receipt = compare(reference, {"new": path}, Path(options.check), max_tokens=options.check_tokens, n_threads=options.threads())["new"]
+    reference.unlink()
+    return receipt.table()
+
+
+def _reference_layout(prepared: Prepared) -> Layout:
+    types, _ = choose_types(read_recipe("bf16"), prepared.mapping)
+    return plan_layout(prepared.mapping.dims, prepared.mapping.sources, types, prepared.vocabulary, name="reference", file_type=32)
+
+
+def _check_disk(prepared: Prepared, folder: Path, options: Options) -> None:
+    free, needed = shutil.disk_usage(folder).free, prepared.disk_bytes + 16 * MiB + (_reference_layout(prepared).total_bytes if options.check else 0)
     if free < needed:
         raise RuntimeFailure(f"the bundle needs {format_bytes(needed)} on disk, {folder.parent} has {format_bytes(free)} free; choose another folder or a smaller recipe")
 
@@ -228,7 +248,7 @@ def _write_tower(tower: str, prepared: Prepared, folder: Path, report: Report):
     return getattr(module, f"write_{tower}_encoder")(prepared.checkpoint, folder, prepared.towers[tower])
 
 
-def _manifest(prepared: Prepared, options: Options, path: Path, files: dict, special_rows: tuple[str, ...], towers: dict) -> Manifest:
+def _manifest(prepared: Prepared, options: Options, path: Path, files: dict, special_rows: tuple[str, ...], towers: dict, quality: dict | None) -> Manifest:
     description = describe(path)  # what the runtime will read there, by the code that it reads with
     config = prepared.checkpoint.config
     tokens = dict(description.special_tokens)
@@ -259,5 +279,6 @@ def _manifest(prepared: Prepared, options: Options, path: Path, files: dict, spe
         audio=towers.get("audio"),
         vision=towers.get("vision"),
         recipe=recipe,
+        quality=quality,
     )
 
