@@ -118,6 +118,25 @@ def pull(
     return bundle
 
 
+def fetch_checkpoint(reference: str, *, endpoint: str | None = None, on_progress: Progress = lambda what, done, total: None) -> Path:
+    """A repository's weights, config and tokenizer files as a folder, for `edge-gemma convert`; never its pickles. Raises HubError, UsageError.
+
+    What the hub's own cache holds is used where it lies; the rest is kept below the store's downloads until it is removed there.
+    """
+    wanted = parse_reference(reference)
+    listing = _listing(wanted, endpoint)
+    top = [path for path in listing.files if "/" not in path]
+    files = [path for path in top if path.endswith((".safetensors", ".json", ".jinja")) or path == "tokenizer.model"]
+    if not any(path.endswith(".safetensors") for path in files):
+        raise HubError(f"{wanted.repository} holds no safetensors; expected a Hugging Face checkpoint. A GGUF is installed with `edge-gemma pull {wanted.repository}`")
+    if listing.cached and all((listing.cached / path).is_file() for path in files):
+        return listing.cached
+    work = home() / "downloads" / f"{wanted.repository.replace('/', '--')}@{listing.commit[:12]}--checkpoint"
+    with _disk_errors(home()), _locked(work):
+        _fetch(wanted, listing, files, work, endpoint, on_progress)
+    return work
+
+
 def _installed(wanted: Reference, name: str | None) -> Path | None:
     """An installed bundle of this repository (and file, and commit where one was asked for)."""
     for entry in ls():

@@ -12,7 +12,7 @@ import sys
 
 import typer
 
-GROUPS = ("system", "store",)
+GROUPS = ("system", "store", "convert")
 
 app = typer.Typer(
     name="edge-gemma",

@@ -1,0 +1,153 @@
+"""One checkpoint, several recipes: the table and the plot that say what each costs and gives.
+
+In: a checkpoint, recipe names (``name`` or ``name+imatrix``), a text. Out: a :class:`Rung` each, ``table.md``, ``table.json`` and, with
+matplotlib, ``ladder.png``. Quality is measured against the checkpoint's own precision (bf16), speed and memory through the runtime's loader in
+a process of its own, the recipes taking turns so that a machine's moods fall on all alike.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+
+from ..bundle import Bundle
+from ..errors import UsageError
+from ..units import MiB
+from .pipeline import Options, convert
+from .quality import Receipt, compare, measure_speed
+from .recipe import read_recipe
+
+REFERENCE = "bf16"
+
+
+@dataclass(frozen=True)
+class Rung:
+    recipe: str
+    bytes: int
+    bits_per_weight: float
+    receipt: Receipt
+    prefill_tok_s: float = 0.0
+    decode_tok_s: float = 0.0
+    pss_bytes: int = 0
+    anon_bytes: int = 0
+
+    def record(self) -> dict:
+        return asdict(self)
+
+
+def run(
+    checkpoint: Path,
+    out: Path,
+    text: Path,
+    recipes: Sequence[str],
+    *,
+    imatrix: Path | None = None,
+    max_tokens: int = 0,
+    rounds: int = 3,
+    keep: bool = False,
+    n_threads: int = 0,
+    overwrite: bool = False,
+    stage: Callable[[str], None] = lambda text: None,
+    note: Callable[[str], None] = lambda text: None,
+    steps: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Rung]:
+    """Convert, compare, time. Raises UsageError before any work for an unknown recipe, ``+imatrix`` without one, or an output that exists."""
+    wanted = [name.strip() for name in recipes if name.strip()]
+    for name in wanted:
+        read_recipe(name.removesuffix("+imatrix"))
+        if name.endswith("+imatrix") and imatrix is None:
+            raise UsageError(f"{name}: give the importance matrix with --imatrix FILE (`edge-gemma calibrate` makes one)")
+    if out.exists() and not overwrite:
+        raise UsageError(f"{out} exists; choose another folder or pass --force")
+    out.mkdir(parents=True, exist_ok=True)
+    bundles: dict[str, Bundle] = {}
+    try:
+        for name in [REFERENCE, *(name for name in wanted if name != REFERENCE)]:
+            stage(f"convert {name}")
+            options = Options(
+                quant=name.removesuffix("+imatrix"), imatrix=imatrix if name.endswith("+imatrix") else None, audio="none", vision="none",
+                overwrite=overwrite, n_threads=n_threads, verify=False,
+            )  # fmt: skip
+            result = convert(checkpoint, out / name, options)
+            bundles[name] = result.bundle
+            for text_note in result.notes[:3]:
+                note(f"{name}: {text_note}" + (f" (and {len(result.notes) - 3} more)" if len(result.notes) > 3 else ""))
+        stage("quality")
+        candidates = {name: bundles[name].decoder_path for name in wanted}
+        receipts = compare(bundles[REFERENCE].decoder_path, candidates, text, max_tokens=max_tokens, n_threads=n_threads, progress=steps)
+        rungs = [_rung(name, bundles[name], receipts[name]) for name in wanted]
+        if rounds:
+            stage("speed")
+            rungs = _with_speed(rungs, bundles, rounds, n_threads, steps)
+    finally:
+        if not keep:
+            for bundle in bundles.values():
+                shutil.rmtree(bundle.folder, ignore_errors=True)
+    (out / "table.json").write_text(json.dumps([rung.record() for rung in rungs], indent=1) + "\n")
+    (out / "table.md").write_text(table(rungs) + "\n")
+    _plot(rungs, out / "ladder.png")
+    return rungs
+
+
+def _rung(name: str, bundle: Bundle, receipt: Receipt) -> Rung:
+    tensors = bundle.manifest.decoder.tensors
+    weights = sum(_count(tensor.shape) for tensor in tensors if tensor.name != "output.weight" or bundle.manifest.decoder.tied_head)
+    return Rung(name, bundle.total_bytes(), 8 * sum(tensor.nbytes for tensor in tensors) / weights, receipt)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    n = 1
+    for side in shape:
+        n *= side
+    return n
+
+
+def _with_speed(rungs: list[Rung], bundles: dict[str, Bundle], rounds: int, n_threads: int, steps: Callable[[int, int], None]) -> list[Rung]:
+    figures: dict[str, list[dict]] = {rung.recipe: [] for rung in rungs}
+    for turn in range(rounds):
+        for i, rung in enumerate(rungs):
+            figures[rung.recipe].append(measure_speed(bundles[rung.recipe], n_threads=n_threads))
+            steps(turn * len(rungs) + i + 1, rounds * len(rungs))
+    timed = []
+    for rung in rungs:
+        middle = {key: median(figure[key] for figure in figures[rung.recipe]) for key in ("prefill_tok_s", "decode_tok_s", "pss_bytes", "anon_bytes")}
+        timed.append(replace(rung, **{key: round(value, 1) if key.endswith("tok_s") else int(value) for key, value in middle.items()}))
+    return timed
+
+
+def table(rungs: Sequence[Rung]) -> str:
+    """A Markdown table, smallest divergence first as given."""
+    head = ["recipe", "MiB", "bits/weight", "PPL", "KLD mean", "KLD 99 %", "same top-1", "prefill tok/s", "decode tok/s", "PSS MiB (anon)"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for rung in rungs:
+        r = rung.receipt
+        cells = [
+            rung.recipe, f"{rung.bytes / MiB:.0f}", f"{rung.bits_per_weight:.2f}", f"{r.ppl:.2f}", f"{r.kld_mean:.4f}", f"{r.kld_p99:.3f}", f"{100 * r.top1_agreement:.1f} %",
+            *([f"{rung.prefill_tok_s:.0f}", f"{rung.decode_tok_s:.0f}", f"{rung.pss_bytes / MiB:.0f} ({rung.anon_bytes / MiB:.0f})"] if rung.decode_tok_s else ["–"] * 3),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    if rungs:
+        first = rungs[0].receipt
+        lines.append(f"\nAgainst bf16 (PPL {first.ppl_reference:.2f}) on {first.tokens} tokens of {first.text}.")
+    return "\n".join(lines)
+
+
+def _plot(rungs: Sequence[Rung], path: Path) -> None:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return  # the table says it all
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for rung in rungs:
+        axes.scatter(rung.bytes / MiB, max(rung.receipt.kld_mean, 1e-6), color="tab:red" if "edge" in rung.recipe else "tab:blue")
+        axes.annotate(rung.recipe, (rung.bytes / MiB, max(rung.receipt.kld_mean, 1e-6)), textcoords="offset points", xytext=(5, 4), fontsize=8)
+    axes.set(xlabel="bundle, MiB", ylabel="mean KL divergence from bf16, nats", yscale="log", title="What each recipe costs")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
