@@ -56,8 +56,8 @@ def run(
     steps: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Rung]:
     """Convert, compare, time. Raises UsageError before any work for an unknown recipe, ``+imatrix`` without one, or an output that exists."""
-    wanted = [name.strip() for name in recipes if name.strip()]
-    for name in wanted:
+    wanted = {_label(name): name for recipe in recipes if (name := recipe.strip())}
+    for name in wanted.values():
         read_recipe(name.removesuffix("+imatrix"))
         if name.endswith("+imatrix") and imatrix is None:
             raise UsageError(f"{name}: give the importance matrix with --imatrix FILE (`edge-gemma calibrate` makes one)")
@@ -66,16 +66,16 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     bundles: dict[str, Bundle] = {}
     try:
-        for name in [REFERENCE, *(name for name in wanted if name != REFERENCE)]:
-            stage(f"convert {name}")
+        for label, name in {REFERENCE: REFERENCE, **wanted}.items():
+            stage(f"convert {label}")
             options = Options(
                 quant=name.removesuffix("+imatrix"), imatrix=imatrix if name.endswith("+imatrix") else None, audio="none", vision="none",
                 overwrite=overwrite, n_threads=n_threads, verify=False,
             )  # fmt: skip
-            result = convert(checkpoint, out / name, options)
-            bundles[name] = result.bundle
+            result = convert(checkpoint, out / label, options)
+            bundles[label] = result.bundle
             for text_note in result.notes[:3]:
-                note(f"{name}: {text_note}" + (f" (and {len(result.notes) - 3} more)" if len(result.notes) > 3 else ""))
+                note(f"{label}: {text_note}" + (f" (and {len(result.notes) - 3} more)" if len(result.notes) > 3 else ""))
         stage("quality")
         candidates = {name: bundles[name].decoder_path for name in wanted}
         receipts = compare(bundles[REFERENCE].decoder_path, candidates, text, max_tokens=max_tokens, n_threads=n_threads, progress=steps)
@@ -91,6 +91,11 @@ def run(
     (out / "table.md").write_text(table(rungs) + "\n")
     _plot(rungs, out / "ladder.png")
     return rungs
+
+
+def _label(name: str) -> str:
+    """A recipe's name, or its file's, as it stands in the table and on disk."""
+    return Path(name).name.replace(".toml", "")
 
 
 def _rung(name: str, bundle: Bundle, receipt: Receipt) -> Rung:

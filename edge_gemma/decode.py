@@ -355,7 +355,7 @@ class Context:
         if not self._ctx:
             raise RuntimeFailure(f"llama.cpp could not make a context of {settings.n_ctx} tokens: {_last_log()}")
         if decoder._adapters:
-            pointers = (ctypes.c_void_p * len(decoder._adapters))(*[a for a, _ in decoder._adapters])
+            pointers = (ctypes.c_void_p * len(decoder._adapters))(*[ctypes.cast(a, ctypes.c_void_p) for a, _ in decoder._adapters])
             scales = (ctypes.c_float * len(decoder._adapters))(*[s for _, s in decoder._adapters])
             low.llama_set_adapters_lora(self._ctx, ctypes.cast(pointers, ctypes.POINTER(low.llama_adapter_lora_p_ctypes)), len(decoder._adapters), scales)
         self._memory = low.llama_get_memory(self._ctx)

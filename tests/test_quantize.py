@@ -62,9 +62,12 @@ def checkpoints(tmp_path_factory):
     return folder, f32
 
 
-@pytest.mark.parametrize("model", ["g3n", "odd"])
-@pytest.mark.parametrize("quant", [name for name in STOCK if name != "f32"])
-def test_bytes_equal_llama_model_quantize(checkpoints, tmp_path, model, quant):
+SLOW = [pytest.param(name, "g3n", marks=pytest.mark.slow) for name in STOCK if name not in ("f32", "q4_0", "q4_k_m")]
+SLOW += [pytest.param(name, "odd", marks=pytest.mark.slow) for name in ("iq4_nl",)]
+
+
+@pytest.mark.parametrize("quant, model", [("q4_0", "g3n"), ("q4_k_m", "g3n"), *((name, "odd") for name in STOCK if name not in ("f32", "iq4_nl")), *SLOW])
+def test_bytes_equal_llama_model_quantize(checkpoints, tmp_path, quant, model):
     folder, f32 = checkpoints
     stock = read_recipe(quant)
     recipe = msgspec.structs.replace(stock, kept="F32")  # llama.cpp keeps what it does not quantize as it finds it: F32 here
@@ -76,7 +79,7 @@ def test_bytes_equal_llama_model_quantize(checkpoints, tmp_path, model, quant):
         assert ours[name][1] == theirs[name][1], name
 
 
-@pytest.mark.parametrize("quant", ["q4_0", "iq4_xs", "q4_k_m", "q3_k_m"])
+@pytest.mark.parametrize("quant", ["q4_0", pytest.param("iq4_xs", marks=pytest.mark.slow), "q4_k_m", pytest.param("q3_k_m", marks=pytest.mark.slow)])
 def test_bytes_equal_with_an_importance_matrix(checkpoints, tmp_path, quant):
     from edge_gemma.convert.imatrix import write_imatrix
 
