@@ -214,3 +214,16 @@ def test_untied_checkpoints_keep_their_head(tmp_path):
     tied = convert(folder, tmp_path / "tied", F32)
     assert "ties the output head" in tied.skipped["lm_head.weight"] and tied.bundle.manifest.decoder.tied_head
     shutil.rmtree(tmp_path / "tied")
+
+
+def test_the_audio_tower_goes_into_the_bundle(tmp_path):
+    folder = write_checkpoint("g3n", tmp_path / "g3n", keep=lambda name: "vision_tower" not in name)
+    result = convert(folder, tmp_path / "out", Options(quant="q8_0", audio="int8"))
+    manifest = result.bundle.manifest
+    assert manifest.audio.precision == "int8" and manifest.audio.n_embd == 256 and manifest.vision is None
+    assert set(manifest.files) == {"decoder.gguf", "special_rows.npy", "audio_encoder.onnx", "audio_encoder.onnx.data"}
+    assert result.sample  # it was loaded and asked for a few tokens
+    with pytest.raises(UsageError, match="has no vision tower"):
+        prepare(folder, Options(vision="int8"))
+    with pytest.raises(UsageError, match="expected one of none, f32"):
+        prepare(folder, Options(audio="int3"))

@@ -1,0 +1,130 @@
+"""Conversion measured: one pass against the two-step route, in one run, on the same checkpoint.
+
+    python -m edge_gemma.benchmarks.conversion CHECKPOINT --recipes q4_0,q4_k_m [--work FOLDER] [--json FILE]
+
+In: a checkpoint folder (`synthetic_checkpoint` writes a full-size one). Out: per recipe the wall time, peak PSS and bytes written of `edge-gemma convert`, and of
+the other way: an F16 GGUF first, then ``llama_model_quantize`` on it. Both routes write the decoder only, use all cores, and start with the
+checkpoint out of the page cache. The F16 GGUF is written by our own converter, so the comparison leaves out what torch would add.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from ..bundle import Bundle
+from ..convert.recipe import read_recipe
+from ..memory import PeakSampler
+from ..units import MiB, format_bytes
+
+
+def run(checkpoint: Path, recipes: list[str], work: Path, *, two_step: bool = True) -> dict:
+    """The figures of all routes; ``work`` is used for the outputs and emptied again."""
+    work.mkdir(parents=True, exist_ok=True)
+    outcome = {"checkpoint_bytes": sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")), "cores": len(os.sched_getaffinity(0)), "one_pass": {}, "two_step": {}}
+    for name in recipes:
+        out = work / f"one-{name}"
+        figures = _measure(_convert(checkpoint, out, name), checkpoint)
+        figures["bundle_bytes"] = Bundle.open(out).total_bytes() + (out / "manifest.json").stat().st_size
+        figures["written_ratio"] = figures["written_bytes"] / figures["bundle_bytes"]
+        outcome["one_pass"][name] = figures
+        shutil.rmtree(out)
+    if two_step:
+        f16 = work / "two-f16"
+        first = _measure(_convert(checkpoint, f16, "f16"), checkpoint)
+        for name in recipes:
+            target = work / f"two-{name}.gguf"
+            second = _measure([sys.executable, "-m", "edge_gemma.benchmarks.conversion", "--quantize", str(f16 / "decoder.gguf"), str(target), str(read_recipe(name).file_type)], checkpoint)
+            outcome["two_step"][name] = {
+                "f16_seconds": first["seconds"], "quantize_seconds": second["seconds"], "seconds": first["seconds"] + second["seconds"],
+                "peak_pss_bytes": max(first["peak_pss_bytes"], second["peak_pss_bytes"]), "written_bytes": first["written_bytes"] + second["written_bytes"],
+            }  # fmt: skip
+            outcome["one_pass"][name]["of_two_step"] = outcome["one_pass"][name]["seconds"] / outcome["two_step"][name]["seconds"]
+            target.unlink()
+        shutil.rmtree(f16)
+    return outcome
+
+
+def _convert(checkpoint: Path, out: Path, recipe: str) -> list[str]:
+    return [sys.executable, "-c", "from edge_gemma.cli import main; main()", "convert", str(checkpoint), str(out), "--quant", recipe, "--audio", "none", "--vision", "none", "--no-verify", "--json"]
+
+
+def _measure(command: list[str], checkpoint: Path) -> dict:
+    _forget(checkpoint)
+    started = time.perf_counter()
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    written = 0
+    with PeakSampler(child.pid) as sampler:
+        while child.poll() is None:
+            written = max(written, _written(child.pid))
+            time.sleep(0.05)
+        seconds = time.perf_counter() - started
+    if child.returncode:
+        raise SystemExit(f"{' '.join(command)} failed with exit code {child.returncode}")
+    return {"seconds": seconds, "peak_pss_bytes": sampler.peak_pss_bytes, "peak_rss_bytes": sampler.peak_rss_bytes, "written_bytes": written}
+
+
+def _written(pid: int) -> int:
+    """Bytes the process asked to write so far (/proc/PID/io, wchar: pages that are still in the cache count)."""
+    try:
+        fields = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
+        return int(fields["wchar"])
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+def _forget(checkpoint: Path) -> None:
+    """Ask the kernel to drop the checkpoint from its page cache: both routes read it from the disk."""
+    os.sync()
+    for path in checkpoint.glob("*.safetensors"):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _quantize(source: str, target: str, file_type: str) -> None:
+    from .. import decode
+
+    low = decode._llama()
+    params = low.llama_model_quantize_default_params()
+    params.ftype, params.nthread = int(file_type), len(os.sched_getaffinity(0))
+    if low.llama_model_quantize(source.encode(), target.encode(), params):
+        raise SystemExit("llama_model_quantize failed")
+
+
+def table(outcome: dict) -> str:
+    lines = ["| recipe | one pass | peak PSS | written / bundle | two steps (F16 + quantize) | peak PSS | written | time of two-step |", "|---|---|---|---|---|---|---|---|"]
+    for name, one in outcome["one_pass"].items():
+        two = outcome["two_step"].get(name)
+        cells = [name, f"{one['seconds']:.0f} s", f"{one['peak_pss_bytes'] / MiB:.0f} MiB", f"{one['written_ratio']:.4f} of {format_bytes(one['bundle_bytes'])}"]
+        if two:
+            cells += [f"{two['f16_seconds']:.0f} + {two['quantize_seconds']:.0f} s", f"{two['peak_pss_bytes'] / MiB:.0f} MiB", format_bytes(two["written_bytes"]), f"{one['of_two_step']:.2f}×"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--quantize"]:
+        return _quantize(*sys.argv[2:5])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--recipes", default="q4_0,q4_k_m")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/edge-gemma-conversion"))
+    parser.add_argument("--one-pass-only", action="store_true")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    outcome = run(arguments.checkpoint, arguments.recipes.split(","), arguments.work, two_step=not arguments.one_pass_only)
+    print(table(outcome))
+    line = json.dumps(outcome)
+    print(line)
+    if arguments.json:
+        arguments.json.write_text(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
