@@ -215,7 +215,7 @@ class PeakSampler:
     ``peak_rss_bytes`` (the kernel's high-water mark), and ``peak_pss_bytes`` never exceeds it.
 
     >>> with PeakSampler() as sampler:
-    ...     sampler.mark("work")
+    ...     _ = sampler.mark("work")
     ...     block = bytearray(8 << 20)
     >>> sampler.phases[-1].name, sampler.peak_pss_bytes > 8 << 20
     ('work', True)

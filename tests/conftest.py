@@ -14,6 +14,14 @@ def tiny_checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint, tmp_path_factory):
+    """The folder of :func:`tiny_checkpoint`'s bundle at F32: it answers as the reference does."""
+    from edge_gemma.convert.pipeline import Options, convert
+
+    return convert(tiny_checkpoint, tmp_path_factory.mktemp("tiny") / "bundle", Options(quant="f32", verify=False)).bundle.folder
+
+
+@pytest.fixture(scope="session")
 def audio_checkpoint(tmp_path_factory):
     """The audio tensors of the reference Gemma 3n, with the answers in reference/g3n-audio.npz."""
     import hearing

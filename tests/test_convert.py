@@ -17,7 +17,7 @@ from edge_gemma.errors import CheckpointError, UnsupportedModel, UsageError
 
 F32 = Options(quant="f32", verify=False, audio="none", vision="none")
 # Logits against transformers (float32): exact up to summation for gemma3; for gemma3n llama.cpp's f16 GELU table and its top-k statistics
-TOLERANCE = {"g3text": 0.01, "g3n": 0.04}
+TOLERANCE = {"g3text": 0.01, "g3mm": 0.01, "g3n": 0.04}
 NO_TOWERS = lambda name: "_tower" not in name  # noqa: E731
 
 
@@ -53,13 +53,13 @@ def bundles(tmp_path_factory):
     """The F32 bundle of each reference recipe from one plain file with tokenizer.model."""
     folder = tmp_path_factory.mktemp("bundles")
     made = {}
-    for name in ("g3text", "g3n"):
+    for name in ("g3text", "g3mm", "g3n"):
         write_checkpoint(name, folder / name, keep=NO_TOWERS)
         made[name] = convert(folder / name, folder / f"{name}-f32", F32).bundle
     return made
 
 
-@pytest.mark.parametrize("name", ["g3text", "g3n"])
+@pytest.mark.parametrize("name", ["g3text", "g3mm", "g3n"])
 def test_f32_decoder_answers_as_transformers(bundles, name):
     check_against_reference(name, bundles[name])
 
@@ -227,3 +227,11 @@ def test_the_audio_tower_goes_into_the_bundle(tmp_path):
         prepare(folder, Options(vision="int8"))
     with pytest.raises(UsageError, match="expected one of none, f32"):
         prepare(folder, Options(audio="int3"))
+
+
+def test_the_vision_tower_goes_into_the_bundle(tmp_path):
+    folder = write_checkpoint("g3mm", tmp_path / "g3mm")
+    manifest = convert(folder, tmp_path / "out", Options(quant="q8_0", vision="f32", verify=False)).bundle.manifest
+    assert manifest.vision.kind == "siglip" and manifest.vision.n_soft_tokens == 16 and manifest.audio is None
+    assert {"start_of_image": 10, "end_of_image": 768, "image_soft": 769}.items() <= manifest.special_tokens.items()
+    assert manifest.special_rows == (), "end of image is an ordinary token of Gemma 3"
