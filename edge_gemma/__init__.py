@@ -1,1 +1,29 @@
-"""Gemma 3n and small Gemma 3, offline, inside a planned memory budget."""
+"""Gemma 3n and small Gemma 3, offline, inside a planned memory budget.
+
+The names below are the public ones; everything else may move. Importing this package loads nothing else: no library, no
+device, no thread.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+_HOMES = {
+    "load": "model", "Model": "model", "Options": "sample", "Request": "plan", "Session": "session", "Chat": "session",
+    "Chunk": "stream", "Tokens": "spans", "Rows": "spans", "Image": "prompt", "Audio": "prompt", "Bundle": "bundle",
+    "EdgeGemmaError": "errors",
+}  # fmt: skip
+__all__ = sorted(_HOMES)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -312,7 +312,10 @@ class Decoder:
 
 
 class Cancelled(Exception):
-    """A decode was stopped by :meth:`Context.cancel`; the positions before it are intact."""
+    """A decode was stopped by :meth:`Context.cancel`. The positions before ``position`` are intact, nothing after them is kept."""
+
+    def __init__(self, position: int):
+        self.position = position
 
 
 # -- the context: KV cache and compute buffers ------------------------------------------------------------------------
@@ -390,7 +393,7 @@ class Context:
     def decode(self, sequence: int, position: int, span: Span, outputs: str = "none") -> None:
         """Put one span at ``position`` of ``sequence``, split into ubatches. ``outputs``: logits of "none" or "last".
 
-        Raises Cancelled (positions from ``position`` on are gone again), RuntimeFailure.
+        Raises Cancelled (whole ubatches before the stop stay), RuntimeFailure.
         """
         n, step = len(span), self.settings.n_ubatch
         if isinstance(span, Rows):
@@ -405,7 +408,7 @@ class Context:
             self._out[: stop - start] = 0
             if outputs == "last" and stop == n:
                 self._out[stop - start - 1] = 1
-            self._run(stop - start, {sequence: position})
+            self._run(stop - start, {sequence: position + start})
 
     def _decode_block(self, sequence: int, position: int, span: Rows, outputs: str) -> None:
         n = len(span)
@@ -454,7 +457,7 @@ class Context:
         for sequence, position in starts.items():
             self._low.llama_memory_seq_rm(self._memory, sequence, position, -1)
         if code == 2:
-            raise Cancelled
+            raise Cancelled(min(starts.values()))
         if code == 1:
             raise RuntimeFailure(f"the KV cache has no room for {n} more positions (n_ctx {self.settings.n_ctx})")
         raise RuntimeFailure(f"llama.cpp could not decode (code {code}): {_last_log()}")
@@ -474,7 +477,7 @@ class Context:
             raise RuntimeFailure("no logits are kept; the last decode asked for none")
         return np.ctypeslib.as_array(pointer, (self.decoder.n_vocab,))
 
-    def evaluate(self, spans: Sequence[Span], wanted: range | None = None) -> Iterator[np.ndarray]:
+    def evaluate(self, spans: Sequence[Span], wanted: range | None = None, step: int | None = None) -> Iterator[np.ndarray]:
         """Logits at every position (or those in ``wanted``, a contiguous range) of one prompt, in blocks ``[k, n_vocab]`` float32.
 
         The context is cleared first. Blocks hold at most ``n_outputs`` rows and are copies.
@@ -482,7 +485,7 @@ class Context:
         self.clear(0)
         position = 0
         for span in spans:
-            block = len(span) if isinstance(span, Rows) and not span.causal else min(self.settings.n_ubatch, self.n_outputs)
+            block = len(span) if isinstance(span, Rows) and not span.causal else min(self.settings.n_ubatch, step or self.n_outputs)
             for start in range(0, len(span), block):
                 stop = min(start + block, len(span))
                 n = stop - start

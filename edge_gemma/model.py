@@ -1,0 +1,354 @@
+"""The front door: ``load`` a bundle inside a budget, get a :class:`Model`, generate.
+
+In: a bundle (folder or installed name) and a request. Out: a context manager that owns weights, one KV cache and, when they
+are needed, the encoders. Conversations live in sessions (session.py); this room plans, opens, lends the cache and closes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .bundle import Bundle
+from .decode import EVALUATE_ROWS, Context
+from .device import Device, find_device, probe
+from .errors import RuntimeFailure, UsageError
+from .load import Weights, repacked_here
+from .plan import Plan, Request, make_plan
+from .prompt import Audio, Image, Prompt, read_special_rows
+from .sample import Options, Sampler
+from .session import Chat, Session
+from .spans import Span, Tokens
+from .stream import Chunk, TextStream, Usage
+from .units import parse_bytes
+
+PromptLike = str | Sequence[Span]
+
+
+def load(
+    bundle: str | os.PathLike | Bundle,
+    *,
+    budget: int | str | None = None,
+    device: str | Device = "auto",
+    n_ctx: int | None = None,
+    request: Request = Request(),
+    lora: Sequence[tuple[str | Path, float]] = (),
+    on_progress: Callable[[float], bool | None] | None = None,
+) -> "Model":
+    """Plan, then load. ``budget`` in bytes or as text ("2GiB"); ``device`` a profile's name or "auto"; ``request`` the rest.
+
+    Raises PlanRefused before anything is allocated, BundleError, UsageError.
+
+    >>> with load(getfixture("tiny_bundle").folder, n_ctx=512) as model:
+    ...     model.plan.fits
+    True
+    """
+    if not isinstance(bundle, Bundle):
+        from .hub import resolve
+
+        bundle = Bundle.open(resolve(bundle))
+    changes = {"budget_bytes": None if budget is None else parse_bytes(budget), "n_ctx": n_ctx}
+    request = dataclasses.replace(request, **{name: value for name, value in changes.items() if value is not None})
+    if lora:
+        request = dataclasses.replace(request, lora_bytes=sum(Path(file).stat().st_size for file, _ in lora if Path(file).is_file()))
+    plan = make_plan(bundle.manifest, here(device), request, repacked_here).require()
+    return Model(bundle, plan, lora=lora, on_progress=on_progress)
+
+
+def here(device: str | Device) -> Device:
+    """The device to plan for when the run is on this machine: a profile's memory, bounded by what this machine has."""
+    found = find_device(device) if isinstance(device, str) else device
+    if device == "auto":
+        return found
+    host = probe()
+    return dataclasses.replace(
+        found,
+        available_bytes=min(found.available_bytes, host.usable_bytes + found.reserve_bytes),
+        can_release=host.can_release,
+        page_bytes=host.page_bytes,
+        n_threads=min(found.n_threads, host.n_threads),
+    )
+
+
+class Model:
+    """A loaded bundle. Made by :func:`load`; close it, or use it as a context manager. Sessions share its cache.
+
+    >>> model = getfixture("tiny_model")
+    >>> model.detokenize(model.tokenize("a b"))
+    'a b'
+    """
+
+    def __init__(self, bundle: Bundle, plan: Plan, *, lora: Sequence[tuple[str | Path, float]] = (), on_progress=None):
+        self.bundle, self.plan = bundle, plan
+        manifest = bundle.manifest
+        self.identity = manifest.files[manifest.decoder.file].sha256
+        self.weights = Weights(bundle, plan, lora=lora, on_progress=on_progress)
+        try:
+            self.decoder = self.weights.decoder
+            self.context: Context = self.decoder.context()
+            self.prompt = Prompt(manifest, self.decoder.tokenize, read_special_rows(bundle))
+        except BaseException:
+            self.weights.close()
+            raise
+        self._owners: dict[int, Session | None] = dict.fromkeys(range(plan.settings.n_seq_max))  # oldest use first
+        self._encoders: dict[str, object] = {}
+        self._scratch = Session(self)
+
+    # text
+
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        """Text → ids, without begin-of-sequence. ``special``: control tokens written in the text count as such."""
+        return self.decoder.tokenize(text, special)
+
+    def detokenize(self, ids: Sequence[int], special: bool = False) -> str:
+        return b"".join(self.decoder.piece(token, special) for token in ids).decode("utf-8", "replace")
+
+    def spans(self, prompt: PromptLike) -> list[Span]:
+        """A plain text (begin-of-sequence is added) or spans, as spans. Raises UsageError for an empty one."""
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if not prompt:
+            raise UsageError("the prompt is empty; give some text, or spans with at least one position")
+        return self.prompt.raw(prompt)
+
+    # generating
+
+    def generate(self, prompt: PromptLike, options: Options = Options()) -> Iterator[Chunk]:
+        """Continue a text or spans; what it shares with the last such prompt is reused from the cache.
+
+        >>> chunks = list(getfixture("tiny_model").generate("abc", Options(max_tokens=3, temperature=0)))
+        >>> chunks[-1].finish_reason, chunks[-1].usage.completion_tokens
+        ('length', 3)
+        """
+        self._scratch.replace(self.spans(prompt))
+        yield from self._scratch.generate(options)
+
+    def session(self) -> Session:
+        """A conversation in spans; see :class:`Session`.
+
+        >>> with getfixture("tiny_model").session() as session:
+        ...     session.append([Tokens([2, 300])])
+        """
+        return Session(self)
+
+    def chat(self, *, system: str | None = None, tools: Sequence[Mapping] = (), pad_audio: bool = True) -> Chat:
+        """A conversation in turns; see :class:`Chat`.
+
+        >>> with getfixture("tiny_model").chat() as chat:
+        ...     text = "".join(c.text for c in chat.send("Hi", Options(max_tokens=2, seed=3)))
+        """
+        return Chat(self, system=system, tools=tools, pad_audio=pad_audio)
+
+    def generate_batch(self, prompts: Sequence[PromptLike], options: Options = Options()) -> Iterator[tuple[int, Chunk]]:
+        """Several prompts in one decode per step: ``(index, chunk)`` as they come. As many at a time as ``n_seq_max`` holds.
+
+        >>> ends = [i for i, chunk in getfixture("tiny_model").generate_batch(["a", "b"], Options(max_tokens=2)) if chunk.finish_reason]
+        >>> sorted(ends)
+        [0, 1]
+        """
+        waiting = list(enumerate(self.spans(p) for p in prompts))
+        active: list[_Lane] = []
+        try:
+            while waiting or active:
+                while waiting and len(active) < self.plan.settings.n_seq_max:
+                    active.append(_Lane(self, *waiting.pop(0), options))
+                with self.context.lock:
+                    new = [lane for lane in active if not lane.ids]
+                    for lane in new:  # a prompt is prefilled by itself; its first token is sampled from its own logits
+                        lane.session._prefill(lane.session.length, outputs="last")
+                        lane.next_id(0)
+                    ready = [lane for lane in active if lane.ids and not lane.done and lane not in new]
+                    if ready:
+                        self.context.decode_step([(lane.session._sequence, lane.session.length - 1, lane.ids[-1]) for lane in ready])
+                        for row, lane in enumerate(ready):
+                            lane.session._cached = lane.session.length
+                            lane.next_id(row)
+                for lane in active:
+                    yield from ((lane.index, chunk) for chunk in lane.take())
+                for lane in [lane for lane in active if lane.done]:
+                    active.remove(lane)
+                    lane.close()
+        finally:
+            for lane in active:
+                lane.close()
+            self.weights.trim()
+
+    async def agenerate(self, prompt: PromptLike, options: Options = Options()) -> AsyncIterator[Chunk]:
+        """:meth:`generate` without blocking the event loop; leaving the loop early stops the decoding.
+
+        >>> async def text(model):
+        ...     return [chunk async for chunk in model.agenerate("abc", Options(max_tokens=2))]
+        >>> len(asyncio.run(text(getfixture("tiny_model")))) >= 2
+        True
+        """
+        async for chunk in in_thread(self.generate(prompt, options), self._scratch.cancel):
+            yield chunk
+
+    def evaluate(self, spans: PromptLike, rows: str | range = "all") -> Iterator[np.ndarray]:
+        """Logits of a prompt for measuring, in blocks ``[k, n_vocab]`` float32 of at most 64 rows.
+
+        ``rows`` is "all", "last" or a range of positions. A second context is made for it and freed at the end; the sessions
+        keep theirs. Raises UsageError, RuntimeFailure (no memory for it).
+
+        >>> [block.shape[0] for block in getfixture("tiny_model").evaluate("abcd", rows="last")]
+        [1]
+        """
+        spans = self.spans(spans)
+        n = sum(len(span) for span in spans)
+        if not 0 < n <= self.decoder.n_ctx_train:
+            raise UsageError(f"{n} positions were given to evaluate; expected 1 … {self.decoder.n_ctx_train}")
+        if rows not in ("all", "last") and not isinstance(rows, range):
+            raise UsageError(f"rows is {rows!r}; expected 'all', 'last' or a range of positions")
+        wanted = None if rows == "all" else range(n - 1, n) if rows == "last" else rows
+        block = max([len(s) for s in spans if not isinstance(s, Tokens) and not s.causal], default=0)
+        n_outputs = 1 if rows == "last" else max(EVALUATE_ROWS, block)
+        n_ubatch = max(self.plan.settings.n_ubatch if rows == "last" else EVALUATE_ROWS, block)
+        settings = dataclasses.replace(self.plan.settings, n_ctx=max(n, 64), n_seq_max=1, n_ubatch=n_ubatch)
+        context = self.decoder.context(settings, n_outputs=n_outputs)
+        try:
+            yield from context.evaluate(spans, wanted, step=n_ubatch)
+        finally:
+            context.close()
+            self.weights.trim()
+
+    # media
+
+    def encode_audio(self, samples: np.ndarray) -> np.ndarray:
+        """Mono samples at 16 kHz, float32 in [−1, 1] → soft tokens ``[n, n_embd]`` float32, real rows only."""
+        return self.encoder("audio").encode(samples)
+
+    def encode_image(self, image) -> np.ndarray:
+        """A picture (path, bytes or Pillow image) → soft tokens ``[n, n_embd]`` float32, real rows only."""
+        return self.encoder("vision").encode(image)
+
+    def encode(self, part: Image | Audio) -> np.ndarray:
+        """A part of a message → its soft tokens."""
+        if isinstance(part, Image):
+            return self.encode_image(part.source)
+        if isinstance(part.source, str | os.PathLike):
+            from .audio import read_audio
+
+            return self.encode_audio(read_audio(part.source))
+        return self.encode_audio(part.source)
+
+    def encoder(self, name: str):
+        """The open encoder "audio" or "vision", opened now if need be; where the plan holds one at a time, the other is closed."""
+        if name not in self._encoders:
+            if getattr(self.bundle.manifest, name) is None:
+                verb = {"audio": "hear", "vision": "see"}[name]
+                raise UsageError(f"{self.bundle.manifest.name} has no {name} encoder, so it cannot {verb}; convert the checkpoint with --{name}")
+            if self.plan.settings.encoders == "one at a time":
+                self.release_encoders()
+            from . import encode
+
+            make = {"audio": "AudioEncoder", "vision": "VisionEncoder"}[name]
+            self._encoders[name] = getattr(encode, make)(self.bundle, n_threads=self.plan.settings.n_threads)
+        return self._encoders[name]
+
+    def release_encoders(self) -> None:
+        """Close what is open; it opens again when it is needed."""
+        while self._encoders:
+            self._encoders.popitem()[1].close()
+
+    # the cache's places
+
+    def take_sequence(self, session: Session) -> int:
+        """A place in the KV cache: a free one, else the one whose session was idle longest."""
+        free = next((s for s, owner in self._owners.items() if owner is None), None)
+        if free is None:
+            idle = next((s for s, owner in self._owners.items() if not owner._busy), None)
+            if idle is None:
+                raise RuntimeFailure(f"all {len(self._owners)} sequences of the KV cache are busy generating; load with a larger n_seq_max")
+            free = self._owners[idle].give_up_sequence()
+        del self._owners[free]
+        self._owners[free] = session
+        return free
+
+    def return_sequence(self, session: Session) -> None:
+        for sequence, owner in self._owners.items():
+            if owner is session:
+                self._owners[sequence] = None
+
+    def trim(self) -> None:
+        self.weights.trim()
+
+    def close(self) -> None:
+        self.release_encoders()
+        self.weights.close()
+
+    def __enter__(self) -> "Model":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+class _Lane:
+    """One prompt of a batch."""
+
+    def __init__(self, model: Model, index: int, spans: list[Span], options: Options):
+        self.index, self.options, self._model = index, options, model
+        self.session = Session(model)
+        self.session.replace(spans)
+        self.session._busy = True
+        self._prompt_tokens = self.session.length
+        seed = None if options.seed is None else (options.seed + index) % 2**32
+        self._sampler = Sampler(model.decoder, dataclasses.replace(options, seed=seed))
+        self._stream = TextStream(options.stop)
+        self.ids: list[int] = []
+        self._out: list[Chunk] = []
+        self.done = False
+
+    def next_id(self, row: int) -> None:
+        decoder, context = self._model.decoder, self._model.context
+        token = self._sampler.sample(context, row)
+        logprobs = (self._sampler.logprob(context, token, row),) if self.options.logprobs is not None else ()
+        if decoder.is_end(token):
+            return self._finish("stop")
+        self.ids.append(token)
+        self.session._keys.append(token)
+        self._out.append(Chunk(self._stream.push(decoder.piece(token)), (token,), logprobs))
+        if self._stream.stopped:
+            self._finish("stop_string")
+        elif len(self.ids) >= self.options.max_tokens:
+            self._finish("length")
+        elif self.session.length >= self.session.n_ctx:
+            self._finish("context")
+
+    def _finish(self, reason: str) -> None:
+        usage = Usage(self._prompt_tokens, 0, len(self.ids), self._sampler.seed)
+        self._out.append(Chunk(self._stream.finish(), finish_reason=reason, usage=usage))
+        self.done = True
+
+    def take(self) -> list[Chunk]:
+        out, self._out = self._out, []
+        return out
+
+    def close(self) -> None:
+        self._sampler.close()
+        self.session._busy = False
+        self.session.close()
+
+
+async def in_thread(chunks: Iterator[Chunk], cancel: Callable[[], None]) -> AsyncIterator[Chunk]:
+    """Drive a blocking iterator from a worker thread, one item at a time; ``cancel`` unblocks it when the consumer leaves."""
+    end = object()
+    running: asyncio.Future | None = None
+    try:
+        while True:
+            running = asyncio.ensure_future(asyncio.to_thread(next, chunks, end))
+            item = await asyncio.shield(running)
+            running = None
+            if item is end:
+                return
+            yield item
+    finally:
+        if running is not None:  # cancelled while a token was being decoded: stop it and let it land
+            cancel()
+            await asyncio.wait([running])
+        chunks.close()

@@ -1,0 +1,499 @@
+"""One conversation: what was appended, what of it is in the KV cache, and how it goes on.
+
+In: spans. Out: chunks. :class:`Session` works on spans and knows no turns; :class:`Chat` adds messages, a template, and what to
+forget when the context is full. State lives here, never on the model; a session's place in the cache can be taken by another
+(it is prefilled again when it is next used), so any number of sessions share what was planned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from .decode import Cancelled
+from .errors import BundleError, ContextFull, RuntimeFailure, UsageError
+from .prompt import Audio, FunctionCall, Image, Message, parse_calls
+from .sample import Options, Sampler
+from .spans import Rows, Span, Tokens
+from .stream import Chunk, TextStream, Timings, Usage
+
+if TYPE_CHECKING:
+    from .model import Model
+
+Key = int | tuple[str, int]  # what a position holds: a token id, or (digest, index) of an embedding row
+SAVE_MAGIC = b"edge-gemma conversation 1\n"
+MAX_SAVED_BYTES = 8 << 30
+
+
+class Session:
+    """Spans in the order they were appended, and their KV cache.
+
+    The last position is decoded only when it is needed: appending (while a user still speaks, say) never pays for logits.
+
+    >>> session = getfixture("tiny_model").session()
+    >>> session.append([Tokens([2, 300, 301])])
+    >>> session.length
+    3
+    """
+
+    def __init__(self, model: "Model"):
+        self.model = model
+        self._context = model.context
+        self._keys: list[Key] = []
+        self._rows: dict[str, Rows] = {}
+        self._cached = 0  # positions whose K and V are in the cache
+        self._sequence: int | None = None  # our place in it
+        self._busy = False
+        self._cancelled = threading.Event()
+        self._fresh, self._prefill_s = 0, 0.0  # prefilled since the last generation
+
+    @property
+    def length(self) -> int:
+        """Positions appended so far."""
+        return len(self._keys)
+
+    @property
+    def n_ctx(self) -> int:
+        return self._context.settings.n_ctx
+
+    def append(self, spans: Sequence[Span]) -> None:
+        """Add spans and prefill all but the last position. Raises ContextFull (nothing is added), Cancelled, RuntimeFailure."""
+        keys, rows = _keys(spans)
+        if self.length + len(keys) > self.n_ctx:
+            raise ContextFull(f"{len(keys)} positions do not fit behind the {self.length} of {self.n_ctx} that are taken; load with a larger n_ctx or start anew")
+        self._cancelled.clear()
+        self._keys += keys
+        self._rows |= rows
+        self._prefill(self._held_back())
+
+    def replace(self, spans: Sequence[Span]) -> int:
+        """Make ``spans`` the whole content, reusing the cache as far as they agree with it. Returns the positions reused."""
+        keys, rows = _keys(spans)
+        if not keys:
+            raise UsageError("the prompt is empty; give some text, or spans with at least one position")
+        if len(keys) > self.n_ctx:
+            raise ContextFull(f"the prompt has {len(keys)} positions; the context holds {self.n_ctx}. Shorten it or load with n_ctx ≥ {len(keys) + 64}")
+        same = next((i for i, (a, b) in enumerate(zip(self._keys, keys)) if a != b), min(len(self._keys), len(keys)))
+        self._keys, self._rows = keys, rows
+        keep = min(same, self._held_back(), self._cached)
+        while keep and isinstance(keys[keep], tuple) and keys[keep][1] and not rows[keys[keep][0]].causal:
+            keep -= 1  # rows that attend to each other are decoded together or not at all
+        if keep < self._cached and self._sequence is not None:
+            with self._context.lock:
+                if not self._context.rewind(self._sequence, keep):
+                    keep = 0
+        self._cached = keep
+        self._cancelled.clear()
+        return keep
+
+    def _held_back(self) -> int:
+        """Where appending stops: before the last position, or before a last block whose rows attend to each other."""
+        last = len(self._keys) - 1
+        if last >= 0 and isinstance(key := self._keys[last], tuple) and not self._rows[key[0]].causal:
+            return last - key[1]
+        return max(last, 0)
+
+    def generate(self, options: Options = Options()) -> Iterator[Chunk]:
+        """Continue from what was appended. The answer's tokens become part of the session, its end-of-turn token does not.
+
+        Closing the iterator, or :meth:`cancel` from another thread, stops within one token. Raises UsageError (nothing
+        appended, a bad grammar), RuntimeFailure.
+        """
+        if not self._keys:
+            raise UsageError("nothing to continue: append a prompt first")
+        started = time.perf_counter()
+        self._cancelled.clear()
+        sampler = Sampler(self.model.decoder, options)
+        stream, decoder = TextStream(options.stop), self.model.decoder
+        prompt_tokens, reused = self.length, None
+        reason, n, first_s, last_s = "cancelled", 0, None, started
+        self._busy = True
+        try:
+            while True:
+                try:
+                    with self._context.lock:
+                        self._prefill(self.length, outputs="last", counted=reused is None)
+                        if reused is None:
+                            reused = max(0, prompt_tokens - self._fresh)
+                        if self._cancelled.is_set():
+                            raise Cancelled(self.length)
+                        token = sampler.sample(self._context)
+                        logprobs = (sampler.logprob(self._context, token),) if options.logprobs is not None else ()
+                except Cancelled:
+                    break
+                last_s = time.perf_counter()
+                first_s = first_s or last_s
+                if decoder.is_end(token):
+                    reason = "stop"
+                    break
+                self._keys.append(token)
+                n += 1
+                text = stream.push(decoder.piece(token))
+                if stream.stopped or n >= options.max_tokens or self.length >= self.n_ctx:
+                    reason = "stop_string" if stream.stopped else "length" if n >= options.max_tokens else "context"
+                    yield Chunk(text, (token,), logprobs)
+                    break
+                yield Chunk(text, (token,), logprobs)
+        finally:
+            self._busy = False
+            sampler.close()
+            timings = _timings(started, first_s, last_s, n, self._fresh, self._prefill_s)
+            self._fresh, self._prefill_s = 0, 0.0
+            self.model.trim()
+        yield Chunk(stream.finish(), finish_reason=reason, usage=Usage(prompt_tokens, reused or 0, n, sampler.seed), timings=timings)
+
+    def cancel(self) -> None:
+        """Stop a running append or generation, from any thread."""
+        self._cancelled.set()
+        self._context.cancel()
+
+    # the cache
+
+    def _prefill(self, end: int, outputs: str = "none", counted: bool = True) -> None:
+        """Decode positions up to ``end``; with outputs "last", keep the logits of the last one (decoding it again if need be).
+        ``counted`` is False for a token that was just generated."""
+        with self._context.lock:
+            self._take_sequence()
+            if outputs == "last" and self._cached >= end:  # its logits were not kept: take one step back
+                start = self._held_back()
+                self._cached = start if self._context.rewind(self._sequence, start) else 0
+            begin, first = time.perf_counter(), self._cached
+            self._context.clear_cancel()
+            try:
+                for position, span in self._runs(self._cached, end):
+                    if self._cancelled.is_set():
+                        raise Cancelled(position)
+                    if isinstance(span, Tokens) and len(span) > 1:
+                        self.model.weights.prefetch(span.ids)
+                    last = position + len(span) == end
+                    self._context.decode(self._sequence, position, span, outputs if last else "none")
+                    self._cached = position + len(span)
+            except Cancelled as stop:
+                self._cached = stop.position
+                raise
+            finally:
+                if counted:
+                    self._fresh += self._cached - first
+                    self._prefill_s += time.perf_counter() - begin
+
+    def _runs(self, start: int, end: int) -> Iterator[tuple[int, Span]]:
+        """Positions ``start … end`` as spans: neighbouring ids together, neighbouring rows of one block together."""
+        position = start
+        while position < end:
+            key, stop = self._keys[position], position + 1
+            if isinstance(key, int):
+                while stop < end and isinstance(self._keys[stop], int):
+                    stop += 1
+                yield position, Tokens(self._keys[position:stop])
+            else:
+                digest, index = key
+                while stop < end and self._keys[stop] == (digest, index + stop - position):
+                    stop += 1
+                block = self._rows[digest]
+                yield position, Rows(block.rows[index : index + stop - position], block.causal, digest)
+            position = stop
+
+    def _take_sequence(self) -> None:
+        if self._sequence is None:
+            self._sequence = self.model.take_sequence(self)
+            self._context.clear(self._sequence)
+            self._cached = 0
+
+    def give_up_sequence(self) -> int:
+        """Leave the cache to another session; what was appended stays and is prefilled again when needed."""
+        if self._busy:
+            raise RuntimeFailure("every sequence of the KV cache is busy generating; load with a larger n_seq_max")
+        sequence, self._sequence, self._cached = self._sequence, None, 0
+        return sequence
+
+    def close(self) -> None:
+        if self._sequence is not None:
+            self.model.return_sequence(self)
+            self._sequence, self._cached = None, 0
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    # on disk
+
+    def save(self, path: str | os.PathLike, extra: bytes = b"") -> None:
+        """Write the conversation and its KV cache to one file, whole or not at all. Raises RuntimeFailure."""
+        with self._context.lock:
+            state = self._context.save(self._sequence) if self._sequence is not None and self._cached else b""
+        rows = [(digest, block.causal, list(block.rows.shape), block.rows.tobytes()) for digest, block in self._rows.items()]
+        saved = _Saved(
+            bundle_sha256=self.model.identity, n_ctx=self.n_ctx, kv_type=self._context.settings.kv_type, n_ubatch=self._context.settings.n_ubatch,
+            keys=list(self._keys), cached=self._cached if state else 0, rows=rows, state=state, extra=extra,
+        )  # fmt: skip
+        body = msgspec.msgpack.encode(saved)
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            with open(partial, "wb") as file:
+                file.write(SAVE_MAGIC + hashlib.blake2b(body, digest_size=32).digest() + body)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise RuntimeFailure(f"cannot save the conversation to {path}: {error.strerror}") from error
+
+    def restore(self, path: str | os.PathLike) -> bytes:
+        """Take a saved conversation over; returns its ``extra``. Nothing of it reaches llama.cpp before header, checksum,
+        bundle, context and KV type agree; where only the context differs the cache is prefilled again. Raises BundleError."""
+        saved = _read_saved(Path(path))
+        if saved.bundle_sha256 != self.model.identity:
+            raise BundleError(f"{path} was saved with another bundle (decoder {saved.bundle_sha256[:12]}…, this one is {self.model.identity[:12]}…)")
+        if len(saved.keys) > self.n_ctx:
+            raise ContextFull(f"{path} holds {len(saved.keys)} positions; this context has {self.n_ctx}. Load with n_ctx ≥ {saved.n_ctx}")
+        keys, rows = _checked_keys(saved, self.model.decoder.n_vocab, self.model.decoder.n_embd, path)
+        settings = self._context.settings
+        same = (saved.n_ctx, saved.kv_type, saved.n_ubatch) == (settings.n_ctx, settings.kv_type, settings.n_ubatch)
+        with self._context.lock:
+            self._take_sequence()
+            self._context.clear(self._sequence)
+            self._keys, self._rows, self._cached = keys, rows, 0
+            if same and saved.state and self._context.restore(self._sequence, saved.state):
+                if self._context.length(self._sequence) == saved.cached <= len(keys):
+                    self._cached = saved.cached
+                else:
+                    self._context.clear(self._sequence)
+        return saved.extra
+
+
+class _Saved(msgspec.Struct, forbid_unknown_fields=True):
+    bundle_sha256: str
+    n_ctx: int
+    kv_type: str
+    n_ubatch: int
+    keys: list[int | tuple[str, int]]
+    cached: int
+    rows: list[tuple[str, bool, tuple[int, int], bytes]]
+    state: bytes
+    extra: bytes
+
+
+def _read_saved(path: Path) -> _Saved:
+    try:
+        size = path.stat().st_size
+        if size > MAX_SAVED_BYTES:
+            raise BundleError(f"{path} has {size} bytes; a saved conversation has at most {MAX_SAVED_BYTES}")
+        data = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"cannot read the saved conversation {path}: {error.strerror}") from None
+    start = len(SAVE_MAGIC)
+    if not data.startswith(SAVE_MAGIC):
+        raise BundleError(f"{path} is not a saved conversation of this version")
+    checksum, body = data[start : start + 32], memoryview(data)[start + 32 :]
+    if hashlib.blake2b(body, digest_size=32).digest() != checksum:
+        raise BundleError(f"{path} is damaged: its checksum does not match. Nothing was restored")
+    try:
+        return msgspec.msgpack.decode(body, type=_Saved)
+    except msgspec.DecodeError as error:
+        raise BundleError(f"{path} is damaged: {error}") from None
+
+
+def _checked_keys(saved: _Saved, n_vocab: int, n_embd: int, path) -> tuple[list[Key], dict[str, Rows]]:
+    rows = {}
+    for digest, causal, shape, data in saved.rows:
+        if shape[1] != n_embd or len(data) != shape[0] * shape[1] * 4:
+            raise BundleError(f"{path} is damaged: embedding rows of shape {shape} in {len(data)} bytes")
+        rows[digest] = Rows(np.frombuffer(data, np.float32).reshape(shape), causal, digest)
+    for key in saved.keys:
+        inside = 0 <= key < n_vocab if isinstance(key, int) else key[0] in rows and 0 <= key[1] < len(rows[key[0]])
+        if not inside:
+            raise BundleError(f"{path} is damaged: position {key!r} names no token or row")
+    return [k if isinstance(k, int) else tuple(k) for k in saved.keys], rows
+
+
+def _keys(spans: Sequence[Span]) -> tuple[list[Key], dict[str, Rows]]:
+    keys: list[Key] = []
+    rows: dict[str, Rows] = {}
+    for span in spans:
+        if isinstance(span, Tokens):
+            keys += span.ids
+        else:
+            rows[span.digest] = span
+            keys += [(span.digest, i) for i in range(len(span))]
+    return keys, rows
+
+
+def _timings(started: float, first: float | None, last: float, n: int, prefilled: int, prefill_s: float) -> Timings:
+    decode_s = last - first if first else 0.0
+    return Timings(
+        ttft_s=first - started if first else None,
+        prefill_s=prefill_s,
+        prefill_tok_s=prefilled / prefill_s if prefilled and prefill_s > 0 else None,
+        decode_s=decode_s,
+        decode_tok_s=(n - 1) / decode_s if n > 1 and decode_s > 0 else None,
+    )
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A finished answer of :class:`Chat`: its text, the function calls in it, and the last chunk."""
+
+    text: str
+    calls: tuple[FunctionCall, ...]
+    end: Chunk
+
+
+class Chat:
+    """A conversation in turns. Each turn is prefilled once; earlier ones stay in the cache as they were generated.
+
+    When the context is full the oldest whole turns are forgotten (system text stays) until a quarter of it is free, so that
+    this happens rarely; the rest is prefilled again and ``usage.dropped_turns`` says how many went.
+
+    >>> chat = getfixture("tiny_model").chat(system="Be brief.")
+    >>> answer = "".join(chunk.text for chunk in chat.send("Hello", Options(max_tokens=4, seed=1)))
+    >>> [message.role for message in chat.messages]
+    ['system', 'user', 'assistant']
+    """
+
+    def __init__(self, model: "Model", *, system: str | None = None, tools: Sequence[Mapping] = (), pad_audio: bool = True):
+        self.model, self.session = model, Session(model)
+        self.messages: list[Message] = [Message("system", system)] if system else []
+        self.tools, self.pad_audio = tuple(tools), pad_audio
+        self.reply: Reply | None = None
+        self._append_only = False  # whether the cache holds exactly the messages, the last answer open
+
+    def send(self, content, options: Options = Options(), *, role: str = "user") -> Iterator[Chunk]:
+        """Say ``content`` (text, or a list of text, Image, Audio and Rows) and stream the answer. Afterwards ``reply`` holds it.
+
+        A turn that is stopped before its answer begins is taken back whole. Raises ContextFull when the turn cannot fit even
+        alone, UsageError, MediaError.
+        """
+        self.messages.append(self._encoded(Message(role, content)))
+        parts: list[str] = []
+        answering = False
+        try:
+            dropped = self._place(options)
+            for chunk in self.session.generate(options):
+                answering = True
+                parts.append(chunk.text)
+                if chunk.finish_reason:
+                    chunk = self._finished(chunk, parts, dropped)
+                yield chunk
+        except Cancelled:
+            answering = False
+            yield Chunk("", finish_reason="cancelled")
+        finally:
+            if not answering:
+                self.messages.pop()
+                self._append_only = False
+            elif self.messages[-1].role != "assistant":  # the iterator was closed in the middle of the answer
+                self._finished(Chunk("", finish_reason="cancelled"), parts, 0)
+
+    def _finished(self, chunk: Chunk, parts: list[str], dropped: int) -> Chunk:
+        text = "".join(parts)
+        self.messages.append(Message("assistant", text))
+        self._append_only = bool(text.strip())
+        if dropped and chunk.usage:
+            chunk = replace(chunk, usage=replace(chunk.usage, dropped_turns=dropped))
+        self.reply = Reply(text, tuple(parse_calls(text)) if self.tools else (), chunk)
+        return chunk
+
+    def _encoded(self, message: Message) -> Message:
+        """Media as soft tokens, once: a later prefill must not run an encoder again."""
+        if isinstance(message.content, str):
+            return message
+        parts = [type(p)(rows=self.model.encode(p)) if isinstance(p, Image | Audio) and p.rows is None else p for p in message.content]
+        return Message(message.role, parts)
+
+    def _place(self, options: Options) -> int:
+        """Prefill the new turn, forgetting the oldest ones if it does not fit. Returns how many turns went."""
+        session, reserve = self.session, min(options.max_tokens, self.session.n_ctx // 4)
+        if self._append_only:
+            spans = self._render(continued=True)
+            if session.length + _length(spans) + reserve <= session.n_ctx:
+                session.append(spans)
+                return 0
+        spans, dropped = self._render(), 0
+        limit = session.n_ctx - reserve
+        if _length(spans) > limit:
+            limit = min(limit, session.n_ctx * 3 // 4)
+            while _length(spans) > limit and self._drop_oldest():
+                dropped += 1
+                spans = self._render()
+            if _length(spans) > session.n_ctx - min(reserve, 64):
+                raise ContextFull(f"the last turn alone takes {_length(spans)} of {session.n_ctx} positions; shorten it or load with a larger n_ctx")
+        session.replace(spans)
+        session.append([])
+        return dropped
+
+    def _render(self, continued: bool = False) -> list[Span]:
+        return self.model.prompt.spans(self.messages, tools=self.tools, continued=continued, pad_audio=self.pad_audio)
+
+    def _drop_oldest(self) -> bool:
+        """Forget the oldest user turn and everything up to the next; False when only the last turn is left."""
+        first = 1 if self.messages and self.messages[0].role == "system" else 0
+        users = [i for i, m in enumerate(self.messages) if i >= first and m.role == "user"]
+        if len(users) < 2:
+            return False
+        del self.messages[first : users[1]]
+        return True
+
+    def cancel(self) -> None:
+        """Stop the answer, from any thread."""
+        self.session.cancel()
+
+    def reset(self) -> None:
+        """Forget every turn but the system text."""
+        self.messages = self.messages[:1] if self.messages and self.messages[0].role == "system" else []
+        self._append_only = False
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the conversation, its media and its KV cache to one file."""
+        plain = [(m.role, [_part_out(p) for p in ([m.content] if isinstance(m.content, str) else m.content)]) for m in self.messages]
+        self.session.save(path, msgspec.msgpack.encode((plain, self._append_only)))
+
+    def restore(self, path: str | os.PathLike) -> None:
+        """Go on where a saved conversation stopped. Raises BundleError, ContextFull; on an error nothing has changed."""
+        extra = self.session.restore(path)
+        try:
+            plain, self._append_only = msgspec.msgpack.decode(extra, type=tuple[list[tuple[str, list[str | tuple[str, tuple[int, int], bytes]]]], bool])
+        except msgspec.DecodeError as error:
+            raise BundleError(f"{path} holds a session without turns ({error})") from None
+        self.messages = [Message(role, [_part_in(p) for p in parts] if len(parts) != 1 or not isinstance(parts[0], str) else parts[0]) for role, parts in plain]
+
+    def close(self) -> None:
+        self.session.close()
+
+    def __enter__(self) -> "Chat":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def _length(spans: Sequence[Span]) -> int:
+    return sum(len(span) for span in spans)
+
+
+def _part_out(part):
+    if isinstance(part, str):
+        return part
+    rows = part.rows
+    kind = part.kind if isinstance(part, Image | Audio) else ("rows" if part.causal else "block")
+    return kind, list(rows.shape), np.ascontiguousarray(rows, np.float32).tobytes()
+
+
+def _part_in(part):
+    if isinstance(part, str):
+        return part
+    kind, shape, data = part
+    rows = np.frombuffer(data, np.float32).reshape(shape)
+    return {"image": lambda: Image(rows=rows), "audio": lambda: Audio(rows=rows), "rows": lambda: Rows(rows), "block": lambda: Rows(rows, causal=False)}[kind]()
+
