@@ -12,7 +12,7 @@ import sys
 
 import typer
 
-GROUPS = ("system", "store", "convert")
+GROUPS = ("text", "bundles", "system", "store", "convert")
 
 app = typer.Typer(
     name="edge-gemma",
