@@ -18,7 +18,7 @@ from .bundle import Bundle
 from .decode import EVALUATE_ROWS, Context
 from .device import Device, find_device, probe
 from .errors import RuntimeFailure, UsageError
-from .load import Weights, repacked_here
+from .weights import Weights, repacked_here
 from .plan import Plan, Request, make_plan
 from .prompt import Audio, Image, Prompt, read_special_rows
 from .sample import Options, Sampler

@@ -34,9 +34,9 @@ MIN_N_CTX = 64
 
 # Measured on x86-64 Linux, CPython 3.11, by `python -m edge_gemma.benchmarks.spine base`: PSS of the process with this package
 # and llama.cpp loaded, no model; and what loading a vocabulary adds.
-RUNTIME_ANON_BYTES = 32 * MiB
+RUNTIME_ANON_BYTES = 36 * MiB
 RUNTIME_FILE_BYTES = 15 * MiB
-VOCABULARY_BYTES_PER_TOKEN = 240
+VOCABULARY_BYTES_PER_TOKEN = 120
 GRAPH_BYTES_PER_LAYER = 128 << 10  # ggml's graph and scheduler nodes
 HEADROOM = 0.04  # of the total, kept free when anonymous repacked weights could starve the mapped ones
 
@@ -253,7 +253,7 @@ class _Costs:
         if not tables:
             return []
         # A row lies on 1 + row/page pages on average. A turn touches at most n_ctx different tokens; natural text about a quarter
-        # of that. The pages are let go after every turn (load.py), so this is a bound per turn, not a growth.
+        # of that. The pages are let go after every turn (weights.py), so this is a bound per turn, not a growth.
         page = self.device.page_bytes
         row_bytes = [t.nbytes // t.shape[1] for t in tables]
         touched = sum((1 + r / page) * page for r in row_bytes) * min(s.n_ctx // 4, 2048) * s.n_seq_max

@@ -51,7 +51,7 @@ def plan(
 
     found, target = open_bundle(bundle), find_device(device)
     if device == "auto":
-        from ..load import repacked_here as repacks
+        from ..weights import repacked_here as repacks
     else:
 
         def repacks(tensor) -> bool:
@@ -426,7 +426,7 @@ def demo(
 
 def _demo_plan(bundle, budget: str, ctx: int) -> None:
     from ..device import probe
-    from ..load import repacked_here
+    from ..weights import repacked_here
     from ..plan import arithmetic, make_plan
 
     made = make_plan(bundle.manifest, probe(), make_request(ctx, None, None, None, None, None, (), budget), repacked_here).require()
