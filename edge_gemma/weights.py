@@ -4,9 +4,10 @@ In: a bundle and an accepted plan. Out: :class:`Weights`, a decoder whose cold p
 
 llama.cpp maps the file with MAP_POPULATE, so every page is resident before the first progress callback; and it copies the
 weights it repacks, leaving the originals mapped. The mapping is shared, read-only and file-backed, so dropping pages of it
-is always safe: a later read faults them in again. Three moments (figures in docs/spine.md):
+is always safe: a later read faults them in again. Three moments (figures in README.md):
 
-- at the first progress callback the cold ranges go, pages and page cache;
+- where this process may lock memory, the map is made without its pages (:func:`_lazy_mapping`); elsewhere, at the first
+  progress callback, the cold ranges go, pages and page cache;
 - while weights are copied, the originals go behind the copying, so that the copies never stand beside all of them;
 - after each turn the rows that were looked up go (the page cache keeps them, so a return is cheap).
 """
@@ -14,9 +15,11 @@ is always safe: a later read faults them in again. Three moments (figures in doc
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from .bundle import Bundle, Tensor
@@ -27,7 +30,8 @@ from .memory import PAGE_BYTES, mapping_of
 from .plan import Plan
 
 _TYPE_IDS = {name: kind for kind, (name, _, _) in GGML_TYPES.items()}
-_MADV_RANDOM, _MADV_WILLNEED, _MADV_DONTNEED = 1, 3, 4  # <asm-generic/mman-common.h>
+_MADV_RANDOM, _MADV_WILLNEED, _MADV_DONTNEED, _MADV_POPULATE_READ = 1, 3, 4, 22  # <asm-generic/mman-common.h>; the last since Linux 5.14
+_MCL_FUTURE, _MCL_ONFAULT = 2, 4  # mlockall(2)
 _STEP = 0.02  # of the load, between two releases of what was copied
 
 
@@ -69,22 +73,28 @@ class Weights:
             nonlocal released_at
             if self._releasable and fraction - released_at >= _STEP:
                 if released_at < 0:
+                    mapped.close()  # the file is mapped by now, and nothing was copied yet
                     self._release(self._cold, cache_too=True)
                 self._release(self._copied)
                 released_at = fraction
             return on_progress is None or on_progress(fraction) is not False
 
-        self.decoder = Decoder(self.path, plan.settings, lora=lora, on_progress=progress)
+        with ExitStack() as mapped:
+            if self._releasable:
+                mapped.enter_context(_lazy_mapping(self.path.stat().st_size))
+            self.decoder = Decoder(self.path, plan.settings, lora=lora, on_progress=progress)
         if self._releasable:
-            self._settle()
+            self._settle(_merge((t.offset, t.nbytes) for t in tensors if t.use == "matmul" and t.name not in repacked))
 
-    def _settle(self) -> None:
-        """After the load: the last release, and the advice that lookups are scattered."""
+    def _settle(self, hot: list[tuple[int, int]]) -> None:
+        """After the load: the last release, the advice that lookups are scattered, and every hot page in place."""
         self._release(self._cold, cache_too=True)
         self._release(self._copied, cache_too=True)
         lookups = [(t.offset, t.nbytes) for t in self._lookups]
         for start, length in self._mapped(lookups):
             _madvise(start, length, _MADV_RANDOM)
+        for start, length in self._mapped(hot):
+            _madvise(start, length, _MADV_POPULATE_READ)
         self._addresses = list(self._mapped(_merge(lookups)))
         _malloc_trim()
 
@@ -159,6 +169,26 @@ def _merge(ranges: Iterable[tuple[int, int]], gap: int = 64) -> list[tuple[int, 
         else:
             merged.append([offset, nbytes])
     return [(offset, nbytes) for offset, nbytes in merged]
+
+
+@contextmanager
+def _lazy_mapping(nbytes: int) -> Iterator[None]:
+    """Make MAP_POPULATE populate nothing: a mapping that is locked on fault is left empty (mm/gup.c, populate_vma_page_range).
+
+    Needs CAP_IPC_LOCK or a memlock limit above the file's size (`LimitMEMLOCK=infinity` in a systemd unit). Where that is
+    missing nothing changes. The lock is taken back at once; it never holds a page in memory.
+    """
+    if _libc.mlockall(_MCL_FUTURE | _MCL_ONFAULT) != 0:
+        yield
+        return
+    try:
+        try:
+            mmap.mmap(-1, nbytes, prot=mmap.PROT_READ).close()  # would the loader's mmap be refused now? ask first
+        except OSError:
+            _libc.munlockall()
+        yield
+    finally:
+        _libc.munlockall()
 
 
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform.startswith("linux") else None
