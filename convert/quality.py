@@ -165,7 +165,7 @@ def _child(bundle: Bundle, request: dict) -> dict:
 
 def _in_child(folder: str, request: str) -> None:
     from .. import decode
-    from ..load import Weights
+    from ..weights import Weights
     from ..memory import rollup
     from ..plan import Plan, Settings
 

@@ -44,12 +44,12 @@ def load(
 
     Raises PlanRefused before anything is allocated, BundleError, UsageError.
 
-    >>> with load(getfixture("tiny_bundle").folder, n_ctx=512) as model:
+    >>> with load(getfixture("tiny_bundle"), n_ctx=512) as model:
     ...     model.plan.fits
     True
     """
     if not isinstance(bundle, Bundle):
-        from .hub import resolve
+        from .store import resolve
 
         bundle = Bundle.open(resolve(bundle))
     changes = {"budget_bytes": None if budget is None else parse_bytes(budget), "n_ctx": n_ctx}
@@ -223,13 +223,13 @@ class Model:
         return self.encoder("audio").encode(samples)
 
     def encode_image(self, image) -> np.ndarray:
-        """A picture (path, bytes or Pillow image) → soft tokens ``[n, n_embd]`` float32, real rows only."""
-        return self.encoder("vision").encode(image)
+        """A picture (path, bytes, array ``[h, w, 3]`` uint8 or Pillow image) → soft tokens ``[n, n_embd]`` float32, real rows only."""
+        return self.encoder("vision")(image)
 
     def encode(self, part: Image | Audio) -> np.ndarray:
         """A part of a message → its soft tokens."""
         if isinstance(part, Image):
-            return self.encode_image(part.source)
+            return self.encode_image(part)
         if isinstance(part.source, str | os.PathLike):
             from .audio import read_audio
 
@@ -244,10 +244,17 @@ class Model:
                 raise UsageError(f"{self.bundle.manifest.name} has no {name} encoder, so it cannot {verb}; convert the checkpoint with --{name}")
             if self.plan.settings.encoders == "one at a time":
                 self.release_encoders()
-            from . import encode
+            n_threads = self.plan.settings.n_threads
+            if name == "audio":
+                from .encode import AudioEncoder
 
-            make = {"audio": "AudioEncoder", "vision": "VisionEncoder"}[name]
-            self._encoders[name] = getattr(encode, make)(self.bundle, n_threads=self.plan.settings.n_threads)
+                self._encoders[name] = AudioEncoder(self.bundle, n_threads=n_threads)
+            else:
+                from .look import Look
+                from .softcache import SoftTokenCache
+
+                keep = self.plan.settings.encoders == "resident"
+                self._encoders[name] = Look(self.bundle, n_threads=n_threads, keep=keep, cache=SoftTokenCache())
         return self._encoders[name]
 
     def release_encoders(self) -> None:

@@ -81,3 +81,12 @@ def seeing_bundle(siglip_checkpoint, tmp_path_factory):
     import seeing
 
     return seeing.encoder_bundle(siglip_checkpoint, tmp_path_factory.mktemp("seeing") / "bundle").folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_bundle):
+    """:func:`tiny_bundle` loaded with 512 tokens of context. Tests share it: leave no session busy."""
+    import edge_gemma
+
+    with edge_gemma.load(tiny_bundle, n_ctx=512) as model:
+        yield model

@@ -42,7 +42,7 @@ def make_request(ctx, ubatch, kv, threads, repack, gpu_layers, encoders: tuple[s
 
 def open_bundle(name: str):
     from ..bundle import Bundle
-    from ..hub import resolve
+    from ..store import resolve
 
     return Bundle.open(resolve(name))
 

@@ -438,10 +438,10 @@ def _sample_bundle():
     """The sample package's weights as an installed bundle, assembled and imported on first use."""
     from ..bundle import Bundle, MANIFEST
     from ..errors import MissingExtra
-    from ..hub import store_dir
     from ..importer import import_gguf
+    from ..store import bundles
 
-    folder = store_dir() / SAMPLE
+    folder = bundles() / SAMPLE
     if (folder / MANIFEST).is_file():
         return Bundle.open(folder)
     try:
