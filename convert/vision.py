@@ -30,7 +30,8 @@ PRECISIONS = ("f32", "f16", "int8")
 TIMM = "model.vision_tower.timm_model."
 MSFA_SIDE = 16  # timm: msfa_output_resolution; 16 × 16 = 256 soft tokens for every input size
 MOBILENET_SIZES = (768, 512, 256)  # the model card's; each is a multiple of 16 · 16, so that fusion pools whole windows
-STRIPS = 4  # the early stages run in strips of the image: 192² × 768 values would be 113 MB, several times over
+STRIPS = 8  # the early stages run in strips of the picture: 192² × 768 values would be 113 MB, several times over
+MSFA_STRIPS = 4  # divides MSFA_SIDE
 INT8_KIND, INT8_ACCURACY = "int8-block", 1
 # Peak beyond the weights of MobileNetV5 while it runs as edge_gemma.encode runs it (MiB, by precision and input side), measured by
 # `python -m edge_gemma.benchmarks.vision activations FOLDER`; half and int8 weights are widened one at a time, which counts here.
@@ -121,7 +122,7 @@ def _write_mobilenet(checkpoint, vision: dict, folder: Path, precision: str) -> 
         x = graph.gelu(graph.norm2d(graph.conv(pixels, TIMM + "conv_stem.conv", stride=2, channel_first=True), TIMM + "conv_stem.bn.weight"))
         for number in _children(checkpoint, TIMM + "blocks."):
             for block in _children(checkpoint, f"{TIMM}blocks.{number}."):
-                x = _mobilenet_block(graph, x, f"{TIMM}blocks.{number}.{block}.", stride=2 if block == 0 else 1)
+                x = _mobilenet_block(graph, x, f"{TIMM}blocks.{number}.{block}.", stride=2 if block == 0 else 1, early=number < 2)
             if number == 2:
                 fine = x
         x = _fuse(graph, fine, x)
@@ -138,8 +139,11 @@ def _write_mobilenet(checkpoint, vision: dict, folder: Path, precision: str) -> 
     )  # fmt: skip
 
 
-def _mobilenet_block(graph: "_Rows", x: str, name: str, stride: int) -> str:
-    """One block on ``x [1, h, w, C]``. What kind it is shows in the tensors it has; the first block of a stage halves h and w."""
+def _mobilenet_block(graph: "_Rows", x: str, name: str, stride: int, early: bool) -> str:
+    """One block on ``x [1, h, w, C]``. What kind it is shows in the tensors it has; the first block of a stage halves h and w.
+
+    ``early``: in the first two stages, where pictures are still large.
+    """
     has, writer = graph.has, graph.writer
     if has(name + "conv_exp.weight"):  # edge residual: one dense 3 × 3
 
@@ -166,7 +170,8 @@ def _mobilenet_block(graph: "_Rows", x: str, name: str, stride: int) -> str:
             return graph.norm2d(graph.linear(z, name + "pw_proj.conv"), name + "pw_proj.bn.weight", then=name + "layer_scale.gamma")
 
         # Rows of zeros stay zeros through product, norm and GELU, so padding the input of pw_exp is padding the input of dw_mid.
-        y = graph.in_strips(y, graph.kernel_of(mid), stride, body) if has(mid + ".weight") else body(y)
+        kernel = graph.kernel_of(mid) if has(mid + ".weight") else 1
+        y = graph.in_strips(y, kernel, stride, body) if kernel > 1 or early else body(y)
     return y if stride > 1 else writer.node("Add", [y, x])
 
 
@@ -197,23 +202,26 @@ def _fuse(graph: "_Rows", fine: str, coarse: str) -> str:
     """
     writer, name = graph.writer, TIMM + "msfa."
     expand = graph.weight(name + "ffn.pw_exp.conv")
-    channels = graph.rows_of(f"{TIMM}blocks.2.0.pw_proj.conv")[0]
-    y = graph.product(fine, expand[:, :channels])
-    z = graph.product(coarse, expand[:, channels:])
-    wide = expand.shape[0]
-    h = writer.slice(graph.grid(coarse), writer.ints(1), writer.ints(2), 0)
-    # [1, h, w, C] → [h, 1, w, 1, C] + [h, 2, w, 2, C], back to [1, 2h, 2w, C]
-    z = writer.node("Reshape", [z, writer.node("Concat", [h, writer.ints(1), h, writer.ints(1, wide)], axis=0)])
-    y = writer.node("Reshape", [y, writer.node("Concat", [h, writer.ints(2), h, writer.ints(2, wide)], axis=0)])
-    y = writer.node("Add", [y, z])
-    y = graph.gelu(graph.norm2d(y, name + "ffn.pw_exp.bn.weight"))
-    y = graph.norm2d(graph.linear(y, name + "ffn.pw_proj.conv"), name + "ffn.pw_proj.bn.weight")
-    # mean over windows of (2h / 16)²
+    wide, channels = expand.shape[0], graph.rows_of(f"{TIMM}blocks.2.0.pw_proj.conv")[0]
     width = graph.rows_of(name + "ffn.pw_proj.conv")[0]
-    window = writer.node("Div", [writer.node("Mul", [h, writer.ints(2)]), writer.ints(MSFA_SIDE)])
-    shape = writer.node("Concat", [writer.ints(MSFA_SIDE), window, writer.ints(MSFA_SIDE), window, writer.ints(width)], axis=0)
-    y = writer.node("ReduceMean", [writer.node("Reshape", [y, shape])], axes=[1, 3], keepdims=0)
-    return graph.norm2d(y, name + "norm.weight")
+    from_fine, from_coarse = graph.matrix(expand[:, :channels]), graph.matrix(expand[:, channels:])
+    w = writer.slice(graph.grid(coarse), writer.ints(1), writer.ints(2), 0)
+    q = writer.node("Div", [w, writer.ints(MSFA_STRIPS)])  # rows of coarse in a strip, half of fine's
+    window = writer.node("Div", [writer.node("Mul", [w, writer.ints(2)]), writer.ints(MSFA_SIDE)])  # side of what one soft token averages
+    rows = MSFA_SIDE // MSFA_STRIPS
+    by_window = writer.node("Concat", [writer.ints(rows), window, writer.ints(MSFA_SIDE), window, writer.ints(width)], axis=0)
+    strips = []
+    for number in range(MSFA_STRIPS):
+        start, stop = (writer.node("Mul", [q, writer.ints(number + k)]) for k in (0, 1))
+        y = writer.multiply(writer.slice(fine, writer.node("Mul", [start, writer.ints(2)]), writer.node("Mul", [stop, writer.ints(2)]), 1), from_fine)
+        z = writer.multiply(writer.slice(coarse, start, stop, 1), from_coarse)
+        # [1, h, w, C] → [h, 1, w, 1, C] + [h, 2, w, 2, C]: each value of the coarse one meets its four of the fine one
+        z = writer.node("Reshape", [z, writer.node("Concat", [q, writer.ints(1), w, writer.ints(1, wide)], axis=0)])
+        y = writer.node("Reshape", [y, writer.node("Concat", [q, writer.ints(2), w, writer.ints(2, wide)], axis=0)])
+        y = graph.gelu(graph.norm2d(writer.node("Add", [y, z]), name + "ffn.pw_exp.bn.weight"))
+        y = graph.norm2d(graph.linear(y, name + "ffn.pw_proj.conv"), name + "ffn.pw_proj.bn.weight")
+        strips.append(writer.node("ReduceMean", [writer.node("Reshape", [y, by_window])], axes=[1, 3], keepdims=0))  # [rows, 16, C]
+    return graph.norm2d(writer.node("Concat", strips, axis=0), name + "norm.weight")
 
 
 def _children(checkpoint, prefix: str) -> list[int]:
@@ -251,13 +259,13 @@ class _Rows:
 
     def linear(self, x: str, name: str, *, exact: bool = False) -> str:
         bias = self._once(name + ".bias", lambda: self.writer.constant(self.checkpoint.read(name + ".bias"), "bias")) if self.has(name + ".bias") else None
-        y = self.writer.multiply(x, self._once(name, lambda: self._matrix(self.weight(name), exact)))
+        y = self.writer.multiply(x, self._once(name, lambda: self.matrix(self.weight(name), exact)))
         return y if bias is None else self.writer.node("Add", [y, bias])
 
     def product(self, x: str, weight: np.ndarray, *, exact: bool = False) -> str:
-        return self.writer.multiply(x, self._matrix(weight, exact))
+        return self.writer.multiply(x, self.matrix(weight, exact))
 
-    def _matrix(self, weight: np.ndarray, exact: bool):
+    def matrix(self, weight: np.ndarray, exact: bool = False):
         if self.precision == "int8" and not exact:
             return self.writer.matrix(weight, INT8_KIND, accuracy_level=INT8_ACCURACY)
         return self.writer.matrix(weight, _storage(self.precision))
@@ -292,7 +300,7 @@ class _Rows:
         writer, (before, after) = self.writer, _same_padding(kernel, stride)
         h = writer.slice(self.grid(x), writer.ints(1), writer.ints(2), 0)
         step = writer.node("Div", [h, writer.ints(STRIPS)])
-        padded = writer.node("Pad", [x, writer.ints(0, before, 0, 0, 0, after, 0, 0)])
+        padded = writer.node("Pad", [x, writer.ints(0, before, 0, 0, 0, after, 0, 0)]) if kernel > 1 else x
         strips = []
         for number in range(STRIPS):
             start = writer.node("Mul", [step, writer.ints(number)])
@@ -324,11 +332,20 @@ class _Rows:
         return self.writer.node("FastGelu", [x], domain=MICROSOFT)  # the tanh form, as both towers were trained
 
     def attention(self, q: str, k: str, v: str, n_head: int, n_rows: int, width: int) -> str:
-        """Full attention over ``[rows, width]``; onnxruntime's CPU operator works in blocks and never holds rows × rows."""
-        shape = self.writer.ints(1, n_rows, width)
-        q, k, v = (self.writer.node("Reshape", [part, shape]) for part in (q, k, v))
-        y = self.writer.node("MultiHeadAttention", [q, k, v], domain=MICROSOFT, num_heads=n_head)
-        return self.writer.node("Reshape", [y, self.writer.ints(n_rows, width)])
+        """Full attention over ``[rows, width]``, a strip of queries at a time.
+
+        onnxruntime's operator works in blocks where it knows the processor's cache; where it does not (many Arm boards) it holds queries × keys × heads.
+        """
+        writer = self.writer
+        heads = writer.ints(1, n_rows, n_head, width // n_head)
+        k, v = (writer.node("Transpose", [writer.node("Reshape", [part, heads])], perm=[0, 2, 1, 3]) for part in (k, v))
+        strips = []
+        for number in range(STRIPS):
+            bounds = (writer.ints(n_rows * (number + step) // STRIPS) for step in (0, 1))
+            strip = writer.node("Unsqueeze", [writer.slice(q, *bounds, 0), writer.ints(0)])
+            y = writer.node("MultiHeadAttention", [strip, k, v], domain=MICROSOFT, num_heads=n_head)
+            strips.append(writer.node("Squeeze", [y, writer.ints(0)]))
+        return writer.node("Concat", strips, axis=0)
 
     def grid(self, x: str) -> str:
         """int64 ``[1, h, w]`` of a value ``[1, h, w, C]``."""
