@@ -386,7 +386,7 @@ class Context:
             seq_id=self._seq.ctypes.data_as(pointer),
             logits=self._out.ctypes.data_as(int8),
         )
-        self._token_pointer = self._batch.token
+        self._token_pointer = self._ids.ctypes.data_as(int32)  # not read from the batch: ctypes would give a view of its field
 
     # decoding
 

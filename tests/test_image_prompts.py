@@ -93,7 +93,7 @@ def test_gemma3n_looks_and_listens(gemma3n, key, seeds):
     reference, config = seeing.reference("g3n"), recipe("g3n")["config"]
     special = read_special_rows(gemma3n)
     with np.load(REFERENCE / "g3n-audio.npz") as audio:
-        heard = audio["audio_soft_0.9"][0]
+        heard = audio["audio_soft_0.9"].reshape(-1, 256)
     padding = np.repeat(special["audio_padding"][None], 188 - len(heard), axis=0)
     media = {
         config["image_token_id"]: [Rows(reference[f"soft_{seed}"]) for seed in seeds],
