@@ -30,13 +30,20 @@ def test_linear_is_right_at_every_precision(tmp_path, precision, tolerance):
         assert error > tolerance / 20  # it really is quantized
 
 
-def test_int8_does_not_saturate_on_any_processor(tmp_path):
-    """All weights and activations at their peak: 16-bit pair sums would clip this to half."""
-    weight = np.ones((8, 64), np.float32)
+@pytest.mark.parametrize("kind", ["equal", "random", "pairs"])
+def test_int8_does_not_saturate_on_any_processor(tmp_path, kind):
+    """Every activation at its peak: where pairs of products are added in 16 bits, plain int8 weights would come out clipped."""
+    weight = {
+        "equal": np.ones((8, 64), np.float32),
+        "random": np.abs(RNG.standard_normal((8, 64), dtype=np.float32)),
+        "pairs": np.tile(np.array([[1, 0.9]], np.float32), (8, 32)) * np.where(np.arange(64) < 32, 1, 0.01).astype(np.float32),
+    }[kind]
     with OnnxWriter(tmp_path / "g.onnx") as graph:
         graph.output("y", graph.linear(graph.input("x", np.float32, ["n", 64]), weight, "int8"), np.float32, ["n", 8])
     (y,) = run(tmp_path / "g.onnx", x=np.ones((2, 64), np.float32))
-    np.testing.assert_allclose(y, 64.0, rtol=1e-3)
+    codes, scales = quantize_channels(weight)
+    np.testing.assert_allclose(y[0], codes.astype(np.int64).sum(axis=1) * scales, rtol=1e-5)
+    assert np.abs(codes.astype(np.int64)[:, 0::2] + codes[:, 1::2]).max() <= 128
 
 
 def test_large_constants_are_external_aligned_and_counted(tmp_path):
@@ -90,7 +97,7 @@ def test_channels_quantize_to_within_half_a_step():
     weight = RNG.standard_normal((6, 70), dtype=np.float32)
     weight[3] = 0
     codes, scales = quantize_channels(weight)
-    assert (np.abs((codes.astype(np.float32) - 128) * scales[:, None] - weight) <= scales[:, None] * 0.5001).all()
+    assert (np.abs(codes.astype(np.float32) * scales[:, None] - weight) <= scales[:, None] * 0.5001).all()
 
 
 def test_refusals(tmp_path):
