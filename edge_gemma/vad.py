@@ -27,7 +27,7 @@ class VadSettings:
 
     threshold: float = 0.5
     end_threshold: float = 0.35  # below it is silence; between the two it stays what it was
-    start_s: float = 0.064
+    start_s: float = 0.096  # a click is shorter
     end_s: float = 0.6  # the hangover: what a person may pause
     pre_roll_s: float = 0.3  # kept from before the start
     post_roll_s: float = 0.2  # kept of the silence at the end

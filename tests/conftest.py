@@ -90,3 +90,14 @@ def tiny_model(tiny_bundle):
 
     with edge_gemma.load(tiny_bundle, n_ctx=512) as model:
         yield model
+
+
+@pytest.fixture
+def sine_wav(tmp_path):
+    """Half a second of a tone at 48 kHz, two channels."""
+    import numpy as np
+    import soundfile
+
+    path = tmp_path / "sine.wav"
+    soundfile.write(path, np.repeat(np.sin(np.arange(24000) / 20)[:, None] / 2, 2, axis=1), 48000)
+    return path

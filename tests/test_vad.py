@@ -1,0 +1,150 @@
+"""Speech detection: settings, cuts at pauses, and real human speech."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import librivox
+from edge_gemma.audio import read_audio
+from edge_gemma.errors import UsageError
+from edge_gemma.features import RATE_HZ
+from edge_gemma.vad import CHUNK, SpeechDetector, VadSettings
+
+
+def loud(chunk):
+    """Stands for silero: the sound itself says whether it is speech."""
+    return float(np.abs(chunk).max())
+
+
+def detect(samples, packet=1600, **changes):
+    detector = SpeechDetector(VadSettings(**changes), probability=loud)
+    events = [e for k in range(0, len(samples), packet) for e in detector.push(samples[k : k + packet])]
+    return events + detector.finish()
+
+
+def script(*parts):
+    """(seconds, loudness) … → samples, each different so that order can be checked."""
+    x = np.concatenate([np.full(int(s * RATE_HZ), v, np.float32) for s, v in parts])
+    return x + np.linspace(0, 1e-3, len(x), dtype=np.float32)
+
+
+def test_pre_and_post_roll_surround_the_speech():
+    x = script((2, 0), (1, 0.9), (2, 0))
+    start, end = [e for e in detect(x) if e.kind in ("start", "end")]
+    assert abs(start.at - 2 * RATE_HZ) <= CHUNK and abs(end.at - 3 * RATE_HZ) <= CHUNK
+    clip = np.concatenate([e.samples for e in detect(x)])
+    first = int(np.searchsorted(x, clip[0])) if clip[0] in x[: 2 * RATE_HZ] else None
+    assert first is not None and abs(2 * RATE_HZ - first - 0.3 * RATE_HZ) <= 2 * CHUNK
+    assert abs(len(clip) - 1.5 * RATE_HZ) <= 3 * CHUNK
+
+
+def test_a_pause_shorter_than_the_hangover_is_part_of_the_utterance():
+    x = script((1, 0), (1, 0.9), (0.5, 0), (1, 0.9), (2, 0))
+    events = detect(x)
+    assert [e.kind for e in events if e.kind != "more"] == ["start", "end"]
+    clip = np.concatenate([e.samples for e in events])
+    at = int(np.flatnonzero(x == clip[0])[0])
+    assert np.array_equal(clip, x[at : at + len(clip)])  # nothing lost, nothing twice
+
+
+def test_a_click_is_no_speech():
+    assert detect(script((1, 0), (0.03, 0.9), (1, 0))) == []  # at most two chunks
+
+
+@settings(max_examples=40, deadline=None)
+@given(parts=st.lists(st.tuples(st.floats(0.03, 6), st.sampled_from([0.0, 0.4, 0.9])), min_size=1, max_size=12), packet=st.integers(100, 50_000))
+def test_every_sample_at_most_once_in_order_and_no_speech_lost(parts, packet):
+    x = script(*parts)
+    events = detect(x, packet, max_s=6.0)
+    taken = np.concatenate([e.samples for e in events]) if events else np.zeros(0, np.float32)
+    assert (np.diff(_positions(x, events)) > 0).all()
+    piece = 0
+    for e in events:
+        piece = len(e.samples) + (0 if e.kind == "start" else piece)
+        assert piece <= 6.0 * RATE_HZ
+        piece = 0 if e.kind in ("cut", "end") else piece
+    if events:  # what was clearly speech, from the first start on, is in some piece
+        first = events[0].at
+        assert (taken > 0.8).sum() >= (x[first : len(x) // CHUNK * CHUNK] > 0.8).sum() - _clicks(x)
+
+
+def _positions(x, events):
+    """Where each event's samples lie in x: found by content, checked to be one run."""
+    positions, search = [], 0
+    for e in events:
+        if not len(e.samples):
+            continue
+        hits = np.flatnonzero(x[search:] == e.samples[0])
+        at = next(int(search + h) for h in hits if np.array_equal(x[search + h : search + h + len(e.samples)], e.samples))
+        positions += [at, at + len(e.samples) - 1] if len(e.samples) > 1 else [at]
+        search = at + len(e.samples)
+    return positions
+
+
+def _clicks(x):
+    """Samples in runs of speech too short to start an utterance, and the chunks at the runs' edges."""
+    voiced = x > 0.8
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], voiced, [0]])))
+    return sum(min(b - a, 5 * CHUNK) for a, b in zip(edges[::2], edges[1::2], strict=True))
+
+
+def test_a_long_utterance_is_cut_in_a_pause():
+    x = script((28, 0.9), (0.15, 0.0), (20, 0.9), (1, 0))
+    events = [e for e in detect(x) if e.kind != "more"]
+    assert [e.kind for e in events] == ["start", "cut", "end"]
+    assert 28 * RATE_HZ <= events[1].at <= 28.15 * RATE_HZ
+
+
+def test_without_a_pause_the_softest_place_is_cut():
+    x = script((28.5, 0.9), (0.2, 0.6), (20, 0.9), (1, 0))
+    events = [e for e in detect(x) if e.kind != "more"]
+    assert [e.kind for e in events] == ["start", "cut", "end"]
+    assert 28.5 * RATE_HZ - CHUNK <= events[1].at <= 28.7 * RATE_HZ + CHUNK
+    assert sum(len(e.samples) for e in detect(x)) >= 48.7 * RATE_HZ
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"threshold": 2}, r"threshold is 2; expected 0 … 1"),
+        ({"end_s": -1}, r"end_s is -1; expected 0 … 5"),
+        ({"max_s": 40}, r"max_s is 40; expected 5 … 30"),
+        ({"threshold": 0.2}, "end_threshold 0.35 is above threshold 0.2"),
+    ],
+)
+def test_settings_are_checked(changes, message):
+    with pytest.raises(UsageError, match=message):
+        VadSettings(**changes)
+
+
+def test_silero_hears_nothing_in_noise_and_silence():
+    rng = np.random.default_rng(3)
+    for x in (np.zeros(32000, np.float32), 0.01 * rng.standard_normal(32000).astype(np.float32)):
+        detector = SpeechDetector()
+        assert detector.push(x) + detector.finish() == []
+
+
+@pytest.fixture(scope="module")
+def human_speech():
+    try:
+        return librivox.clips()
+    except Exception as error:  # no index to fetch from
+        pytest.skip(f"LibriVox clips cannot be fetched here: {error}")
+
+
+def test_every_spoken_word_of_real_speech_is_covered(human_speech):
+    assert len(human_speech) == 5
+    for clip in human_speech:
+        x = read_audio(clip.path)
+        detector = SpeechDetector()
+        events = [e for k in range(0, len(x), 800) for e in detector.push(x[k : k + 800])] + detector.finish()
+        assert [e.kind for e in events if e.kind != "more"] == ["start", "end"]
+        first = int(np.flatnonzero(x == events[0].samples[0])[0])
+        taken = np.concatenate([e.samples for e in events])
+        offset = next(k for k in range(first, len(x)) if np.array_equal(x[k : k + 2000], taken[:2000]))
+        words = [w for w in json.loads(clip.path.with_suffix(".json").read_text())["w"] if w["t"][0] not in "<[("]
+        assert offset / RATE_HZ <= words[0]["b"] + 0.01
+        assert (offset + len(taken)) / RATE_HZ >= words[-1]["b"] + words[-1]["d"] - 0.06
