@@ -167,14 +167,14 @@ class Prompt:
             raise UsageError("the last message is the model's own; add a user message to answer")
         rendered, marks = self._render(turns, generate)
         run, found = _Run(self), re.split(rf"{marks.key}([tcm])([0-9]+)\ue001", rendered)
-        inside = False
-        for text, kind, index in zip(found[0::3], [*found[1::3], ""], [*found[2::3], ""], strict=True):
-            run.user(text) if inside else run.template(text)
-            inside = kind == "t"
-            if continued and kind == "c" and marks.turns_after[int(index)] == len(turns) - 1 - last:
-                run = _Run(self)  # everything up to here is in the cache
-            elif kind == "m":
-                run.part(marks.media[int(index)])
+        texts, kinds, numbers = found[0::3], ["", *found[1::3]], [-1, *map(int, found[2::3])]  # each text with the mark before it
+        first = 0
+        if continued:  # what lies before is in the cache: skip to behind the last answer's end
+            first = max(i for i, kind in enumerate(kinds) if kind == "c" and marks.turns_after[numbers[i]] == len(turns) - 1 - last)
+        for i in range(first, len(texts)):
+            if kinds[i] == "m":
+                run.part(marks.media[numbers[i]])
+            run.user(texts[i]) if kinds[i] == "t" else run.template(texts[i])
         pieces = run.done()
         if not continued and self._bos is not None and pieces[:1] != [self._bos]:
             pieces.insert(0, self._bos)

@@ -86,7 +86,7 @@ def render(source: str, messages: list[dict], generate: bool) -> str:
     from jinja2 import TemplateError
     from jinja2.exceptions import SecurityError
 
-    limit, length, pieces = len(str(messages)) + MAX_OVERHEAD_CHARS, 0, []
+    limit, length, pieces = sum(map(_length, messages)) + MAX_OVERHEAD_CHARS, 0, []
     try:
         for piece in _compile(source).generate(messages=messages, add_generation_prompt=generate, bos_token="<bos>", eos_token="<eos>", tools=None):
             pieces.append(piece)
@@ -100,3 +100,8 @@ def render(source: str, messages: list[dict], generate: bool) -> str:
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError) as error:
         raise UsageError(f"the bundle's chat template fails on these messages: {type(error).__name__}: {error}") from None
     return "".join(pieces)
+
+
+def _length(message: dict) -> int:
+    content = message["content"]
+    return len(content) if isinstance(content, str) else sum(len(item["text"]) for item in content)

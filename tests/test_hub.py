@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import threading
 from collections import namedtuple
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from edge_gemma import cli, hub, store
@@ -91,6 +94,15 @@ def test_references(text, expected):
 def test_what_is_no_reference(text):
     with pytest.raises(UsageError, match="write it like org/name|leads out of the repository"):
         parse_reference(text)
+
+
+@given(st.text(alphabet="abz09AZ/:@._-~%?#\\ \0é", max_size=40) | st.from_regex(r"https://huggingface\.co/[a-z./%2E]{1,30}", fullmatch=True))
+def test_no_reference_leads_out_of_its_repository(text):
+    try:
+        found = parse_reference(text)
+    except UsageError:
+        return
+    assert re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", found.repository) and ".." not in found.path.split("/") and not found.path.startswith("/")
 
 
 # ---- pulling
@@ -182,6 +194,18 @@ def test_two_at_once(server):
     for thread in threads:
         thread.join()
     assert done == ["tiny-Q8_0"] * 2 and len(server.downloads()) == 1
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_checkpoint_for_convert(server, tmp_path, cached):
+    server.files["org/checkpoint"] |= {"evil.pkl": b"x", "pytorch_model.bin": b"x", "onnx/model.safetensors": b"x", "tokenizer.model": b"x"}
+    if cached:
+        cache(tmp_path, "org/checkpoint", server.files["org/checkpoint"])
+    folder = hub.fetch_checkpoint("org/checkpoint", endpoint=server.url)
+    assert {"model.safetensors", "config.json", "tokenizer.model"} <= {path.name for path in folder.iterdir()}
+    assert sorted(name for name, _ in server.downloads()) == ([] if cached else ["config.json", "model.safetensors", "tokenizer.model"])
+    with pytest.raises(HubError, match="org/one holds no safetensors.*edge-gemma pull org/one"):
+        hub.fetch_checkpoint("org/one", endpoint=server.url)
 
 
 # ---- offline

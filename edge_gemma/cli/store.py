@@ -11,6 +11,13 @@ import typer
 JSON = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
+def bundle_names(incomplete: str) -> list[str]:
+    """Shell completion: the installed bundles."""
+    from ..store import ls
+
+    return [entry.name for entry in ls() if entry.name.startswith(incomplete)]
+
+
 def register(app: typer.Typer) -> None:
     app.command()(pull)
     app.command("ls")(list_)
@@ -111,7 +118,7 @@ def list_(as_json: JSON = False) -> None:
 
 
 def rm(
-    names: Annotated[Optional[list[str]], typer.Argument(help="Installed bundles.")] = None,
+    names: Annotated[Optional[list[str]], typer.Argument(help="Installed bundles.", autocompletion=bundle_names)] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     unfinished: Annotated[bool, typer.Option("--unfinished", help="Delete what unfinished downloads left.")] = False,
     as_json: JSON = False,

@@ -11,6 +11,13 @@ import typer
 JSON = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
+def profile_names(incomplete: str) -> list[str]:
+    """Shell completion: auto and the shipped profiles."""
+    from ..device import profile_names as shipped
+
+    return [name for name in ("auto", *shipped()) if name.startswith(incomplete)]
+
+
 def register(app: typer.Typer) -> None:
     app.command()(doctor)
     app.command()(profiles)
@@ -70,11 +77,12 @@ def _ids(cpus: tuple[int, ...]) -> str:
 
 
 def profiles(
-    name: Annotated[Optional[str], typer.Argument(help="One profile (or FILE.toml, or auto) in detail.")] = None,
+    name: Annotated[Optional[str], typer.Argument(help="One profile (or FILE.toml, or auto) in detail.", autocompletion=profile_names)] = None,
     as_json: JSON = False,
 ) -> None:
     """List the boards that `plan --device` knows, or show one."""
-    from ..device import find_device, load_profile, profile_names, profile_notes
+    from ..device import find_device, load_profile, profile_notes
+    from ..device import profile_names as shipped
     from ..doctor import expected_repacks
     from ..units import format_bytes
 
@@ -98,7 +106,7 @@ def profiles(
             for line in lines:
                 print(f"{label:<9} {line}")
         return
-    devices = [load_profile(name) for name in profile_names()]
+    devices = [load_profile(name) for name in shipped()]
     if as_json:
         print(json.dumps({"profiles": [data(device) for device in devices]}))
         return
