@@ -30,7 +30,7 @@ __all__ = ["Reference", "ls", "parse_reference", "pull", "resolve", "rm", "rm_un
 MARGIN_BYTES = 64 * MiB  # left free on the disk
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _REFERENCE = re.compile(rf"(?P<repository>{_PART}/{_PART})(?:@(?P<revision>[^:\s]+))?(?::(?P<path>[^\s]+))?")
-_URL = re.compile(r"https?://(?:huggingface\.co|hf\.co)/([^/\s]+/[^/\s]+)(?:/(?:blob|resolve|tree)/([^/\s]+)(?:/([^\s?]*))?)?(?:\?\S*)?/?")
+_URL = re.compile(rf"https?://(?:huggingface\.co|hf\.co)/({_PART}/{_PART})(?:/(?:blob|resolve|tree)/([^/\s]+)(?:/([^\s?]*))?)?(?:\?\S*)?/?")
 
 Progress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in all)
 
