@@ -3,6 +3,8 @@
     python -m edge_gemma.benchmarks.vision write siglip FOLDER                     a checkpoint of that tower alone
     python -m edge_gemma.benchmarks.vision run FOLDER [--precisions f32,f16,int8] [--mtmd TEXT.gguf]
                                                [--torch-python PYTHON] [--rounds 3] [--json]
+    python -m edge_gemma.benchmarks.vision activations FOLDER [--precisions …]     what each input size takes beyond the weights
+    python -m edge_gemma.benchmarks.vision conversation BUNDLE [--images 20]       turns with one picture each: planned and measured memory
 
 ``FOLDER`` is a checkpoint with a vision tower (written here, or a real one). Each contender is a process of its own; rounds are interleaved,
 one image per contender and round, medians are shown. Peak PSS is sampled from the process's start to its last image, its own
@@ -270,7 +272,8 @@ def _mtmd(path: str, kind: str, threads: str, text: str) -> Iterator:
         bitmap = mtmd.mtmd_bitmap_init(size, size, pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)))
         chunks = mtmd.mtmd_input_chunks_init()
         prompt = mtmd.mtmd_input_text()
-        prompt.text, prompt.add_special, prompt.parse_special = mtmd.mtmd_default_marker(), False, True
+        marker = mtmd.mtmd_default_marker()
+        prompt.text, prompt.text_len, prompt.add_special, prompt.parse_special = marker, len(marker), False, True
         bitmaps = (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap)
         if mtmd.mtmd_tokenize(context, chunks, ctypes.byref(prompt), bitmaps, 1) != 0:
             raise SystemExit("mtmd_tokenize failed")
@@ -356,6 +359,52 @@ def run(folder: Path, precisions: list[str], mtmd: str | None, torch_python: str
         return [contender.close() for contender in contenders]
 
 
+def activations(folder: Path, precisions: list[str]) -> None:
+    """Anonymous memory at the peak of one image, beyond an opened session, for each input size."""
+    from ..convert.checkpoint import Checkpoint
+    from ..convert.vision import write_vision_encoder
+
+    checkpoint = Checkpoint.open(folder)
+    for precision in precisions:
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            part = write_vision_encoder(checkpoint, Path(scratch), precision)
+            for size in part.image_sizes:
+                script = "import sys; from edge_gemma.benchmarks.vision import _activation; _activation(sys.argv[1], int(sys.argv[2]))"
+                done = subprocess.run([sys.executable, "-c", script, scratch, str(size)], check=True, capture_output=True, text=True)
+                print(f"{part.kind} {precision} {size} px: {int(done.stdout) / MiB:.0f} MiB measured, {part.activation_bytes[str(size)] / MiB:.0f} MiB in the manifest")
+
+
+def _activation(folder: str, size: int) -> None:
+    from ..encode import open_onnx
+    from ..memory import quick
+
+    session = open_onnx(Path(folder) / "vision_encoder.onnx", n_threads=2, in_place=True, sides={"side": size})
+    pixels, before = np.zeros((1, 3, size, size), np.float32), quick().anon_bytes
+    with PeakSampler(interval_s=0.003) as sampler:
+        for _ in range(2):
+            session.run(None, {"pixels": pixels})
+    print(max(phase.peak_anon_bytes for phase in sampler.phases) - before)
+
+
+def conversation(bundle: str, n_images: int, n_ctx: int | None, size: int) -> dict:
+    """``n_images`` turns with one new picture and a question each. The oldest turns make room; the peak is held against the plan."""
+    import edge_gemma
+
+    options = edge_gemma.Options(max_tokens=8, temperature=0)
+    with PeakSampler() as sampler, edge_gemma.load(bundle, n_ctx=n_ctx) as model, model.chat() as chat:
+        sampler.rebase()
+        dropped = 0
+        for number in range(n_images):
+            pixels = np.roll(_pixels(size), 40 * number, axis=1)
+            for chunk in chat.send([edge_gemma.Picture(pixels), f"Picture {number + 1}: what is new?"], options):
+                dropped += chunk.usage.dropped_turns if chunk.usage else 0
+        plan = model.plan
+    return {
+        "images": n_images, "n_ctx": plan.settings.n_ctx, "turns_dropped": dropped, "planned_bytes": plan.total_bytes,
+        "measured_peak_pss_bytes": sampler.peak_pss_bytes, "inside": sampler.peak_pss_bytes <= plan.total_bytes,
+    }  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["worker"]:
@@ -374,7 +423,19 @@ def main(argv: list[str] | None = None) -> None:
     bench.add_argument("--rounds", type=int, default=3)
     bench.add_argument("--threads", type=int, default=2)
     bench.add_argument("--json", action="store_true")
+    extra = commands.add_parser("activations")
+    extra.add_argument("folder", type=Path)
+    extra.add_argument("--precisions", default="f32,f16,int8")
+    talk = commands.add_parser("conversation")
+    talk.add_argument("bundle")
+    talk.add_argument("--images", type=int, default=20)
+    talk.add_argument("--ctx", type=int)
+    talk.add_argument("--size", type=int, default=768, help="side of the pictures in pixels")
     options = parser.parse_args(arguments)
+    if options.command == "activations":
+        return activations(options.folder, options.precisions.split(","))
+    if options.command == "conversation":
+        return print(json.dumps(conversation(options.bundle, options.images, options.ctx, options.size)))
     if options.command == "write":
         return write_checkpoint(options.kind, options.folder, options.n_embd)
     rows = run(options.folder, options.precisions.split(","), options.mtmd, options.torch_python, options.rounds, options.threads)

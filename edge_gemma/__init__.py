@@ -10,7 +10,7 @@ import importlib
 
 _HOMES = {
     "load": "model", "Model": "model", "Options": "sample", "Request": "plan", "Session": "session", "Chat": "session",
-    "Chunk": "stream", "Tokens": "spans", "Rows": "spans", "Image": "prompt", "Audio": "prompt", "Bundle": "bundle",
+    "Chunk": "stream", "Tokens": "spans", "Rows": "spans", "Image": "prompt", "Audio": "prompt", "Video": "video", "Picture": "vision", "Bundle": "bundle",
     "EdgeGemmaError": "errors",
 }  # fmt: skip
 __all__ = sorted(_HOMES)

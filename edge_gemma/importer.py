@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .bundle import Bundle, BundleWriter, Decoder, File, Manifest, Source, Tensor, file_entry
+from .bundle import Bundle, BundleWriter, Decoder, File, Manifest, Source, Tensor, VisionEncoder, file_entry
 from .errors import BundleError, UnsupportedModel
 from .gguf_header import GGML_TYPES, Header, Skipped, TensorInfo, find_strings, read_header
 
@@ -219,9 +219,13 @@ def import_gguf(
     overwrite: bool = False,
     name: str | None = None,
     origin: str | None = None,
+    mmproj: str | Path | None = None,
+    vision: str = "f16",
     progress: Progress = lambda n_bytes: None,
 ) -> Bundle:
     """Make a bundle of a GGUF. Hard link where the file system allows it, else a copy; ``relayout`` rewrites it cold-first.
+
+    ``mmproj`` is llama.cpp's vision file of the same Gemma 3; it becomes the bundle's vision encoder at the precision ``vision``.
 
     Raises BundleError, UnsupportedModel (the file), UsageError (``out`` exists), RuntimeFailure (the disk).
     """
@@ -237,18 +241,35 @@ def import_gguf(
         else:
             entry = _link_or_copy(path, target, progress)
         check_loads(target)
+        files, seeing = {description.decoder.file: entry}, None
+        if mmproj is not None:
+            seeing = _write_vision(Path(mmproj), vision, writer.folder, description)
+            files |= {file.name: file_entry(file) for file in sorted(writer.folder.glob(f"{seeing.file}*"))}
         manifest = Manifest(
             name=name or description.name,
             family=description.family,
             instruct=description.chat_template is not None,
             decoder=description.decoder,
             source=Source(origin=origin or path.name, sha256=None if relayout else entry.sha256, licence=description.licence, tool="edge-gemma import"),
-            files={description.decoder.file: entry},
+            files=files,
+            vision=seeing,
             chat_template=description.chat_template,
             special_tokens=description.special_tokens,
             recipe={"name": "imported", "relayout": "cold-first" if relayout else "as found"},
         )
         return writer.commit(manifest)
+
+
+def _write_vision(mmproj: Path, precision: str, folder: Path, description: Description) -> VisionEncoder:
+    from .convert.mmproj import vision_from_mmproj  # late: needs the `convert` extra
+
+    missing = [token for token in ("start_of_image", "end_of_image") if token not in description.special_tokens]
+    if description.family != "gemma3" or missing:
+        raise UnsupportedModel(f"{mmproj.name} belongs to a Gemma 3 that sees; {description.name} is a {description.family}" + (f" without {missing[0]}" if missing else ""))
+    part = vision_from_mmproj(mmproj, folder, precision)
+    if part.n_embd != description.decoder.n_embd:
+        raise BundleError(f"{mmproj.name} gives rows {part.n_embd} wide, {description.name} takes {description.decoder.n_embd}: they belong to different models")
+    return part
 
 
 def _link_or_copy(path: Path, target: Path, progress: Progress) -> File:

@@ -226,6 +226,13 @@ class Model:
         """A picture (path, bytes, array ``[h, w, 3]`` uint8 or Pillow image) → soft tokens ``[n, n_embd]`` float32, real rows only."""
         return self.encoder("vision")(image)
 
+    def media(self, parts: Sequence, *, pan_and_scan: bool = False, used_tokens: int = 0) -> list:
+        """A message's parts with videos cut into frames and pictures checked, before anything is encoded; see :func:`edge_gemma.look.prepare`."""
+        from .look import prepare
+
+        manifest = self.bundle.manifest
+        return prepare(parts, manifest.vision, self.plan.settings.n_ctx - used_tokens, pan_and_scan=pan_and_scan, name=manifest.name)
+
     def encode(self, part: Image | Audio) -> np.ndarray:
         """A part of a message → its soft tokens."""
         if isinstance(part, Image):

@@ -38,6 +38,8 @@ RUNTIME_ANON_BYTES = 36 * MiB
 RUNTIME_FILE_BYTES = 15 * MiB
 VOCABULARY_BYTES_PER_TOKEN = 120
 GRAPH_BYTES_PER_LAYER = 128 << 10  # ggml's graph and scheduler nodes
+VISION_GRAPH_BYTES = 45 * MiB  # onnxruntime and an opened vision graph, its weights mapped; `python -m edge_gemma.benchmarks.vision run`
+PICTURE_BYTES = 7 * 12_000_000  # a 12-megapixel photograph while it is decoded (vision.DECODE_BYTES_PER_PIXEL)
 HEADROOM = 0.04  # of the total, kept free when anonymous repacked weights could starve the mapped ones
 
 Kind = Literal["anon", "file_hot", "file_cold", "reclaimable"]
@@ -296,7 +298,12 @@ class _Costs:
             rows.append(Item("audio encoder activations", audio.activation_bytes, "anon", ("listen",)))
         if "vision" in self.encoders:
             vision = self.manifest.vision
-            rows.append(Item("vision encoder weights", vision.weights_bytes, "anon", AFTER_LOAD if always else ("look",)))
+            # used as they lie in the mapped file (encode.py, in_place)
+            rows.append(Item("vision encoder weights", vision.weights_bytes, "file_hot", AFTER_LOAD if always else ("look",)))
+            rows.append(Item("vision encoder, its graph", VISION_GRAPH_BYTES, "anon", AFTER_LOAD if always else ("look",)))
+            rows.append(Item("picture being read", PICTURE_BYTES, "anon", ("look",)))
+            # a conversation keeps its pictures' soft tokens; a whole context of them at most
+            rows.append(Item("soft tokens of pictures", 4 * s.n_ctx * self.manifest.decoder.n_embd, "anon", AFTER_LOAD))
             rows.append(Item("vision encoder activations", vision.activation_bytes.get(str(vision.image_sizes[0]), 0), "anon", ("look",)))
         return rows
 

@@ -409,7 +409,8 @@ class Chat:
         """Media as soft tokens, once: a later prefill must not run an encoder again."""
         if isinstance(message.content, str):
             return message
-        parts = [type(p)(rows=self.model.encode(p)) if isinstance(p, Image | Audio) and p.rows is None else p for p in message.content]
+        parts = self.model.media(message.content)
+        parts = [type(p)(rows=self.model.encode(p)) if isinstance(p, Image | Audio) and p.rows is None else p for p in parts]
         return Message(message.role, parts)
 
     def _place(self, options: Options) -> int:

@@ -101,3 +101,12 @@ def sine_wav(tmp_path):
     path = tmp_path / "sine.wav"
     soundfile.write(path, np.repeat(np.sin(np.arange(24000) / 20)[:, None] / 2, 2, axis=1), 48000)
     return path
+
+
+@pytest.fixture(scope="session")
+def looking_bundle(tmp_path_factory):
+    """The reference Gemma 3 with its vision encoder, all f32: small and whole, from pixels to logits."""
+    from edge_gemma.convert.pipeline import Options, convert
+
+    folder = tmp_path_factory.mktemp("looking")
+    return convert(write_checkpoint("g3mm", folder / "checkpoint"), folder / "bundle", Options(quant="f32", vision="f32", verify=False)).bundle

@@ -58,12 +58,6 @@ def check(name: str, bundle: Bundle, key: str, spans: list) -> None:
 
 
 @pytest.fixture(scope="module")
-def gemma3(tmp_path_factory) -> Bundle:
-    folder = tmp_path_factory.mktemp("g3mm")
-    return convert(write_checkpoint("g3mm", folder / "checkpoint"), folder / "bundle", Options(quant="f32", vision="f32", verify=False)).bundle
-
-
-@pytest.fixture(scope="module")
 def gemma3n(tmp_path_factory) -> Bundle:
     """Without the towers: their soft tokens come from the reference."""
     folder = tmp_path_factory.mktemp("g3n")
@@ -72,20 +66,20 @@ def gemma3n(tmp_path_factory) -> Bundle:
 
 
 @pytest.mark.parametrize(("key", "seeds"), [("one", [6]), ("two", [6, 7])])
-def test_gemma3_looks_at_pictures(gemma3, key, seeds):
+def test_gemma3_looks_at_pictures(looking_bundle, key, seeds):
     """From the pixels on: encoder and decoder of one converted bundle."""
     config = recipe("g3mm")["config"]
-    with Look(gemma3) as look:
+    with Look(looking_bundle) as look:
         pictures = [Rows(look(seeing.picture(seed)), causal=False) for seed in seeds]
     spans = spans_of(seeing.reference("g3mm")[f"ids_{key}"], {config["image_token_index"]: pictures}, {})
-    check("g3mm", gemma3, key, spans)
+    check("g3mm", looking_bundle, key, spans)
 
 
-def test_gemma3_pictures_must_see_themselves(gemma3):
+def test_gemma3_pictures_must_see_themselves(looking_bundle):
     """The causal mask is wrong for them: the test above would notice."""
     reference, config = seeing.reference("g3mm"), recipe("g3mm")["config"]
     spans = spans_of(reference["ids_one"], {config["image_token_index"]: [Rows(reference["soft_6"], causal=True)]}, {})
-    assert np.abs(logits_of(gemma3, spans, 4) - reference["logits_one"]).max() > 2 * TOLERANCE["g3mm"]
+    assert np.abs(logits_of(looking_bundle, spans, 4) - reference["logits_one"]).max() > 2 * TOLERANCE["g3mm"]
 
 
 @pytest.mark.parametrize(("key", "seeds"), [("one", [5]), ("two", [5, 8]), ("image_audio", [5]), ("audio_image", [5])])
@@ -103,10 +97,10 @@ def test_gemma3n_looks_and_listens(gemma3n, key, seeds):
     check("g3n", gemma3n, key, spans_of(reference[f"ids_{key}"], media, rows))
 
 
-def test_a_converted_bundle_says_what_it_sees_with(gemma3):
-    part = gemma3.manifest.vision
-    assert (part.kind, part.precision, part.n_embd) == ("siglip", "f32", gemma3.manifest.decoder.n_embd)
-    assert {"vision_encoder.onnx", "vision_encoder.onnx.data"} <= set(gemma3.manifest.files)
-    tokens = gemma3.manifest.special_tokens
+def test_a_converted_bundle_says_what_it_sees_with(looking_bundle):
+    part = looking_bundle.manifest.vision
+    assert (part.kind, part.precision, part.n_embd) == ("siglip", "f32", looking_bundle.manifest.decoder.n_embd)
+    assert {"vision_encoder.onnx", "vision_encoder.onnx.data"} <= set(looking_bundle.manifest.files)
+    tokens = looking_bundle.manifest.special_tokens
     config = json.loads((REFERENCE / "g3mm.json").read_text())["config"]
     assert (tokens["start_of_image"], tokens["end_of_image"], tokens["image_soft"]) == (10, config["eoi_token_index"], config["image_token_index"])

@@ -12,7 +12,7 @@ import sys
 
 import typer
 
-GROUPS = ("text", "bundles", "system", "store", "convert")
+GROUPS = ("text", "bundles", "system", "store", "convert", "see")
 
 app = typer.Typer(
     name="edge-gemma",

@@ -20,6 +20,8 @@ def import_(
     gguf: Annotated[Path, typer.Argument(metavar="FILE.gguf", help="A Gemma 3 or Gemma 3n GGUF.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The bundle's folder, to be made.")],
     relayout: Annotated[bool, typer.Option("--relayout", help="Rewrite the file with cold tensors first: hot pages then survive a tight limit best.")] = False,
+    mmproj: Annotated[Path | None, typer.Option("--mmproj", help="llama.cpp's vision file of the same Gemma 3: the bundle can then see.")] = None,
+    vision: Annotated[str, typer.Option("--vision", help="With --mmproj, the vision encoder's precision: f32, f16 or int8.")] = "f16",
     name: Annotated[str | None, typer.Option("--name", help="The bundle's name. Default: what the file says.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
     as_json: JsonOption = False,
@@ -33,7 +35,7 @@ def import_(
     if not gguf.is_file():
         raise BundleError(f"no GGUF file at {gguf}")
     with ProgressLine(f"importing {gguf.name}", gguf.stat().st_size) as line:
-        bundle = import_gguf(gguf, out, relayout=relayout, overwrite=force, name=name, progress=line.add)
+        bundle = import_gguf(gguf, out, relayout=relayout, overwrite=force, name=name, mmproj=mmproj, vision=vision, progress=line.add)
     if as_json:
         print_json({"bundle": str(bundle.folder), "name": bundle.manifest.name, "bytes": bundle.total_bytes()})
     else:

@@ -184,10 +184,10 @@ def run(
             templated = not raw and (model.bundle.manifest.instruct or system)
             started = time.perf_counter()
             if templated:
-                messages = ([Message("system", system)] if system else []) + [Message("user", [*media, prompt] if media else prompt)]
+                messages = ([Message("system", system)] if system else []) + [Message("user", model.media([*media, prompt]) if media else prompt)]
                 spans = model.prompt.spans(messages, encode=model.encode)
             else:
-                spans = model.prompt.raw([*media, prompt], encode=model.encode)
+                spans = model.prompt.raw(model.media([*media, prompt]), encode=model.encode)
             session.replace(spans)
             text, end, all_logprobs = [], None, []
             for chunk in interruptible(session.generate(options), session.cancel):

@@ -1,0 +1,91 @@
+"""describe: pictures, a video or a camera, and a question about them."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import BudgetOption, BundleArg, CtxOption, DebugOption, DeviceOption, JsonOption, ThreadsOption, VerboseOption, interruptible, make_request, note
+from .text import MaxTokens, Seed, Temperature
+
+QUESTION = "Describe what you see."
+# A last word with such an ending is a picture that is missing, not a question.
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".svg", ".pdf", ".ico", ".jp2", ".ppm")
+
+
+def register(app: typer.Typer) -> None:
+    app.command("describe")(describe)
+
+
+def split(words: list[str]) -> tuple[list[str], str]:
+    """``IMAGE… ["question"]`` → (images, question): the last word is the question unless it is a file, or is named like a picture.
+
+    >>> split(["photo.jpg", "What is this?"])
+    (['photo.jpg'], 'What is this?')
+    """
+    if words and not Path(words[-1]).exists() and not words[-1].lower().endswith(_PICTURES):
+        return words[:-1], words[-1]
+    return words, QUESTION
+
+
+def describe(
+    bundle: BundleArg,
+    words: Annotated[list[str] | None, typer.Argument(metavar='IMAGE… ["question"]', help="Pictures, then what to ask about them.")] = None,
+    video: Annotated[list[Path] | None, typer.Option("--video", help="A clip or animation, as frames with their times. Repeatable.")] = None,
+    rate: Annotated[float, typer.Option("--fps", help="Frames of a video per second; fewer when they do not fit the context.")] = 1.0,
+    camera: Annotated[str | None, typer.Option("--camera", help="Take a picture with this camera: a number, or a device path.")] = None,
+    pan_and_scan: Annotated[bool, typer.Option("--pan-and-scan", help="Gemma 3: show wide or tall pictures in crops, too.")] = False,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 1.0,
+    seed: Seed = None,
+    device: DeviceOption = "auto",
+    budget: BudgetOption = None,
+    ctx: CtxOption = None,
+    threads: ThreadsOption = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Show time and memory at the end.")] = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Say what pictures show, or answer a question about them. Several pictures can be compared."""
+    from ..errors import UsageError
+    from ..memory import PeakSampler
+    from ..prompt import Image
+    from ..sample import Options
+    from ..video import Video, capture
+    from ..vision import Picture
+    from .text import _finish_run, _load
+
+    images, question = split(words or [])
+    if not images and not video and camera is None:
+        raise UsageError('no picture: name one or more files, then the question in quotes: edge-gemma describe BUNDLE photo.jpg "What is this?"')
+    pictures = [Picture(path) for path in images]  # before the model is loaded: a wrong name costs no waiting
+    if camera is not None:
+        pictures.append(capture(int(camera) if camera.isdigit() else camera))
+    for picture in pictures:
+        if picture.animated:
+            note(f"{picture.name} is animated; its first frame is shown. --video {picture.name} shows more of it")
+    parts = [*(Image(source=picture) for picture in pictures), *(Video(path, rate_hz=rate) for path in video or ()), question]
+    options = Options(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    with PeakSampler() as sampler:
+        model, load_s = _load(bundle, device, make_request(ctx, None, None, threads, None, None, ("vision",), budget), None, verbose)
+        sampler.rebase()
+        with model, model.chat() as talk:
+            started = time.perf_counter()
+            parts = model.media(parts, pan_and_scan=pan_and_scan, used_tokens=max_tokens // 2)
+            text, end = [], None
+            for chunk in interruptible(talk.send(parts, options), talk.cancel):
+                text.append(chunk.text)
+                end = chunk if chunk.finish_reason else end
+                if not as_json:
+                    sys.stdout.write(chunk.text)
+                    sys.stdout.flush()
+            wall_s = time.perf_counter() - started
+        planned = model.plan.total_bytes
+    _finish_run(as_json, stats, "".join(text), end, [], load_s, wall_s, planned, sampler.peak_pss_bytes)
+    if end.finish_reason == "cancelled":
+        raise typer.Exit(130)
