@@ -17,11 +17,29 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 from ..bundle import Bundle
+from ..convert.pipeline import Options, convert
+from ..convert.quality import measure_speed
 from ..convert.recipe import read_recipe
 from ..memory import PeakSampler
 from ..units import MiB, format_bytes
+
+
+def speed(checkpoint: Path, recipes: list[str], work: Path, *, rounds: int = 3, n_tokens: int = 64) -> dict[str, dict]:
+    """Medians of interleaved rounds: prefill and decode tok/s and PSS in use of each recipe's decoder, through the runtime's loader."""
+    work.mkdir(parents=True, exist_ok=True)
+    bundles = {name: convert(checkpoint, work / f"speed-{name}", Options(quant=name, audio="none", vision="none", verify=False, overwrite=True)).bundle for name in recipes}
+    figures: dict[str, list[dict]] = {name: [] for name in recipes}
+    for _ in range(rounds):
+        for name, bundle in bundles.items():
+            figures[name].append(measure_speed(bundle, n_prompt=128, n_tokens=n_tokens))
+    keys = ("prefill_tok_s", "decode_tok_s", "pss_bytes", "anon_bytes", "file_bytes")
+    result = {name: {key: median(each[key] for each in figures[name]) for key in keys} | {"bundle_bytes": bundles[name].total_bytes()} for name in recipes}
+    for bundle in bundles.values():
+        shutil.rmtree(bundle.folder)
+    return result
 
 
 def run(checkpoint: Path, recipes: list[str], work: Path, *, two_step: bool = True) -> dict:
@@ -116,10 +134,15 @@ def main() -> None:
     parser.add_argument("--recipes", default="q4_0,q4_k_m")
     parser.add_argument("--work", type=Path, default=Path("/tmp/edge-gemma-conversion"))
     parser.add_argument("--one-pass-only", action="store_true")
+    parser.add_argument("--speed", default="", help="recipes whose speed and memory to compare as well, like q4_0,edge")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    outcome = run(arguments.checkpoint, arguments.recipes.split(","), arguments.work, two_step=not arguments.one_pass_only)
+    outcome = run(arguments.checkpoint, [name for name in arguments.recipes.split(",") if name], arguments.work, two_step=not arguments.one_pass_only)
     print(table(outcome))
+    if arguments.speed:
+        outcome["speed"] = speed(arguments.checkpoint, arguments.speed.split(","), arguments.work)
+        for name, figure in outcome["speed"].items():
+            print(f"{name}: decode {figure['decode_tok_s']:.1f} tok/s, prefill {figure['prefill_tok_s']:.0f} tok/s, in use {format_bytes(int(figure['pss_bytes']))} ({format_bytes(int(figure['anon_bytes']))} anonymous)")
     line = json.dumps(outcome)
     print(line)
     if arguments.json:

@@ -234,8 +234,8 @@ class Checkpoint:
         if n:
             _read_exactly(entry.file, entry.offset + first * prod(entry.shape[1:]) * width, memoryview(raw).cast("B"))
         if entry.dtype == "BF16":  # the upper half of a float32
-            wide = np.empty(n, np.uint32)
-            np.left_shift(raw, 16, out=wide, dtype=np.uint32)
+            wide = raw.astype(np.uint32)
+            wide <<= 16
             raw = wide.view(np.float32)
         values = raw.astype(np.float32, copy=False)
         # A finite sum proves that every term is; only a suspicious one is looked at value by value.

@@ -13,7 +13,7 @@ from edge_gemma.bundle import Bundle
 from edge_gemma.convert.checkpoint import Checkpoint
 from edge_gemma.convert.gemma import map_tensors, read_dims
 from edge_gemma.convert.pipeline import Options, convert, prepare
-from edge_gemma.errors import CheckpointError, UnsupportedModel, UsageError
+from edge_gemma.errors import CheckpointError, RuntimeFailure, UnsupportedModel, UsageError
 
 F32 = Options(quant="f32", verify=False, audio="none", vision="none")
 # Logits against transformers (float32): exact up to summation for gemma3; for gemma3n llama.cpp's f16 GELU table and its top-k statistics
@@ -184,7 +184,7 @@ def test_outputs_are_whole_or_absent(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(decoder, "quantize_rows", full)
-    with pytest.raises(Exception, match="No space left on device"):
+    with pytest.raises(RuntimeFailure, match=r"No space left on device \(\d+ MiB free there\); nothing was left behind"):
         convert(folder, out, F32)
     assert not out.exists() and sorted(path.name for path in tmp_path.iterdir()) == ["small"]
 
