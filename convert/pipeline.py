@@ -189,9 +189,10 @@ def convert(folder: str | Path, out: str | Path, options: Options = Options(), r
         report.stage("check")
         quality = _receipt(prepared, options, path, report) if options.check else None
         manifest = _manifest(prepared, options, path, files, special_rows, towers, quality)
-        from ..decode import check_loads  # late: starts a child process with llama.cpp
+        if options.verify:
+            from ..decode import check_loads  # late: starts a child process with llama.cpp
 
-        check_loads(path)
+            check_loads(path)
         bundle = writer.commit(manifest)
     seconds = time.perf_counter() - started
     sample = None

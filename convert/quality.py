@@ -145,7 +145,7 @@ def _score_rows(blocks: list[np.ndarray], targets: np.ndarray) -> tuple[float, l
 
 def try_out(bundle: Bundle, n_tokens: int = 8) -> str:
     """A few greedy tokens after "The": that the new file loads and computes. Raises BundleError."""
-    return _child(bundle, {"n_prompt": 0, "n_tokens": n_tokens, "repack": False})["text"]
+    return _child(bundle, {"n_prompt": 0, "n_tokens": n_tokens, "repack": False, "n_threads": 1})["text"]
 
 
 def measure_speed(bundle: Bundle, *, n_prompt: int = 512, n_tokens: int = 128, n_threads: int = 0) -> dict[str, float]:
