@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_gemma.device import describe, find_device, load_profile, probe, profile_names, profile_notes, repacked
+from edge_gemma import decode
+from edge_gemma.device import describe, find_device, load_profile, probe, profile_names, profile_notes, repack_rules, repacked
 from edge_gemma.errors import UsageError
+from edge_gemma.gguf_header import GGML_TYPES
 from edge_gemma.units import GiB, MiB
 
 BOARDS = {
@@ -124,6 +127,25 @@ def test_repacking_needs_two_dimensions_and_enough_rows():
     assert not repacked("Q4_0", (64,), ("avx2",)) and not repacked("Q4_0", (64, 1), ("avx2",))
     assert not repacked("Q4_0", (64, 12), ("avx2",)) and repacked("Q4_0", (64, 12), ("neon", "dotprod"))
     assert not repacked("Q4_K", (256, 12), ("neon", "dotprod"))
+
+
+def build_features():
+    """The CPU features llama.cpp was built for, in repack.toml's words."""
+    decode.supports_gpu()  # starts the backends
+    from llama_cpp import llama_cpp as low
+
+    words = {"AVX2": "avx2", "AVX512": "avx512", "NEON": "neon", "DOTPROD": "dotprod", "MATMUL_INT8": "i8mm"}
+    return {words[name] for name in re.findall(r"(\w+) = 1", low.llama_print_system_info().decode()) if name in words}
+
+
+def test_the_repack_table_says_what_llama_does_on_this_cpu():
+    features = build_features()
+    assert features <= set(probe().cpu_features)  # else llama.cpp could not run here
+    kinds = {name: id for id, (name, block, _) in GGML_TYPES.items() if 2048 % block == 0 and not name.startswith("I") or name.startswith("IQ4")}
+    assert set(repack_rules()) - set(kinds) == {"Q1_0"}  # a type no reader here knows
+    for name, kind in kinds.items():
+        for rows in (8192, 12, 10, 9):
+            assert decode.repacks(kind, 2048, rows) == repacked(name, (2048, rows), features), (name, rows)
 
 
 # ---- the probe

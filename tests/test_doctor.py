@@ -1,21 +1,19 @@
-"""What doctor sees and advises, on machines built file by file; and that the repack table says what llama.cpp does here."""
+"""What doctor sees and advises, on machines built file by file."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import re
 
 import pytest
 from typer.testing import CliRunner
 
-from edge_gemma import cli, decode
-from edge_gemma.device import load_profile, probe, repack_rules, repacked
+from edge_gemma import cli
+from edge_gemma.device import load_profile, probe
 from edge_gemma.doctor import Llama, ask_llama, examine, expected_repacks
 from edge_gemma.errors import MissingExtra, UsageError
-from edge_gemma.gguf_header import GGML_TYPES
 from edge_gemma.units import GiB
-from test_device import A76, V2_MOUNT, X86, machine
+from test_device import A76, V2_MOUNT, X86, build_features, machine
 
 runner = CliRunner()
 
@@ -99,28 +97,6 @@ def test_without_llama(tmp_path):
 
     found = examine(machine(tmp_path, {}), llama=absent)
     assert found.llama is None and said(found, "llama.cpp cannot be used: Decoding needs a package", "pip install llama-cpp-python")
-
-
-# ---- the table against the loader
-
-
-def build_features():
-    """The CPU features llama.cpp was built for, in repack.toml's words."""
-    decode.supports_gpu()  # starts the backends
-    from llama_cpp import llama_cpp as low
-
-    words = {"AVX2": "avx2", "AVX512": "avx512", "NEON": "neon", "DOTPROD": "dotprod", "MATMUL_INT8": "i8mm"}
-    return {words[name] for name in re.findall(r"(\w+) = 1", low.llama_print_system_info().decode()) if name in words}
-
-
-def test_the_repack_table_says_what_llama_does_on_this_cpu():
-    features = build_features()
-    assert features <= set(probe().cpu_features)  # else llama.cpp could not run here
-    kinds = {name: id for id, (name, block, _) in GGML_TYPES.items() if 2048 % block == 0 and not name.startswith("I") or name.startswith("IQ4")}
-    assert set(repack_rules()) - set(kinds) == {"Q1_0"}  # a type no reader here knows
-    for name, kind in kinds.items():
-        for rows in (8192, 12, 10, 9):
-            assert decode.repacks(kind, 2048, rows) == repacked(name, (2048, rows), features), (name, rows)
 
 
 def test_llama_is_asked():
