@@ -368,7 +368,9 @@ def _listing(wanted: Reference, endpoint: str | None) -> _Listing:
         files = {str(path.relative_to(cached)): (path.stat().st_size, None) for path in cached.rglob("*") if path.is_file()}
         return _Listing(cached.name, files, cached, error)
     files = {s.rfilename: (s.size or 0, s.lfs.sha256 if s.lfs else None) for s in info.siblings or [] if not set(PurePosixPath(s.rfilename).parts) & {"..", "/"}}
-    return _Listing(info.sha or wanted.revision, files, cached if cached and cached.name == info.sha else None)
+    if not re.fullmatch(r"[0-9a-f]{7,64}", info.sha or ""):
+        raise HubError(f"the hub names no commit for {wanted.repository}@{wanted.revision} (it says {info.sha!r}); is HF_ENDPOINT right?")
+    return _Listing(info.sha, files, cached if cached and cached.name == info.sha else None)
 
 
 def _cache_folder(wanted: Reference) -> Path | None:

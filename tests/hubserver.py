@@ -26,6 +26,7 @@ class Hub:
         self.status: int | None = None  # answer everything with this
         self.cut_after: int | None = None  # end each GET after so many bytes
         self.ignore_range = False
+        self.commit = COMMIT  # what it says the revision is
         self.damage = False  # flip a byte on the way
 
     def downloads(self) -> list[tuple[str, str | None]]:
@@ -81,7 +82,7 @@ class _Handler(BaseHTTPRequestHandler):
                 | ({"lfs": {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}} if name.endswith((".gguf", ".onnx")) else {})
                 for name, data in hub.files[repository].items()
             ]
-            return self._json(200, {"id": repository, "sha": COMMIT, "siblings": siblings})
+            return self._json(200, {"id": repository, "sha": hub.commit, "siblings": siblings})
         match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         data = hub.files.get(match[1], {}).get(match[3]) if match else None
         if match and match[1] in hub.gated:

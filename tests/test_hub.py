@@ -284,6 +284,13 @@ def test_answers_of_the_hub(server, status, message):
         get(server, "org/one")
 
 
+@pytest.mark.parametrize("commit", ["../../../escape", None, "main"])
+def test_a_hub_that_names_no_commit(server, commit):
+    server.commit = commit
+    with pytest.raises(HubError, match="names no commit for org/one@main .*is HF_ENDPOINT right"):
+        get(server, "org/one")
+
+
 def test_gated(server):
     server.gated.add("org/one")
     with pytest.raises(HubError, match="org/one:tiny-Q8_0.gguf is gated: accept the Gemma licence at https://huggingface.co/org/one .* `hf auth login`"):
