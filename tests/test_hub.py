@@ -186,6 +186,16 @@ def test_damage_on_the_way_is_found_and_deleted(server, reference, force):
     get(server, reference)
 
 
+@pytest.mark.parametrize("reference", ["org/one", "org/bundle"])
+@pytest.mark.parametrize("relayout", [False, True])
+def test_a_damaged_replacement_leaves_what_was_there(server, reference, relayout):
+    good = get(server, reference)
+    server.damage = True
+    with pytest.raises((HashMismatch, BundleError)):
+        get(server, reference, force=True, relayout=relayout)
+    Bundle.open(good.folder).verify()
+
+
 def test_two_at_once(server):
     done = []
     threads = [threading.Thread(target=lambda: done.append(get(server, "org/one").folder.name)) for _ in range(2)]
