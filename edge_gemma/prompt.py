@@ -145,6 +145,13 @@ class Prompt:
 
         return _merge([Tokens([*before, self._token("start_of_audio", "hear")])]), after
 
+    def between_clips(self, n_rows: int, *, pad_audio: bool = True) -> list[Span]:
+        """While listening: what stands between a clip of ``n_rows`` soft tokens and the next one of the same turn."""
+        run = _Run(self)
+        run.user("\n\n\n\n")  # the blank lines behind the one and before the other
+        run.control([self._token("start_of_audio", "hear")])
+        return _merge([*self._audio_end(n_rows, pad_audio), Tokens(run.done())])
+
     def raw(self, parts: str | Sequence[Part], *, pad_audio: bool = True, encode: Callable[[Image | Audio], np.ndarray] | None = None) -> list[Span]:
         """Text and media without turns, for base weights: begin of sequence, then the parts as they come."""
         run = _Run(self)

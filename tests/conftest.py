@@ -110,3 +110,15 @@ def looking_bundle(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("looking")
     return convert(write_checkpoint("g3mm", folder / "checkpoint"), folder / "bundle", Options(quant="f32", vision="f32", verify=False)).bundle
+
+
+@pytest.fixture(scope="session")
+def hearing_model(tmp_path_factory):
+    """The reference Gemma 3n with its ears, 1024 tokens of context, as transformers' answers in reference/g3n-audio.npz expect it."""
+    import edge_gemma
+    import hearing
+    from edge_gemma.plan import Request
+
+    # one thread: this decoder is so small that threads would wait for each other, on a busy machine for seconds
+    with edge_gemma.load(hearing.hearing_bundle(tmp_path_factory.mktemp("hearing")), n_ctx=1024, request=Request(n_threads=1)) as model:
+        yield model

@@ -42,3 +42,11 @@ def encoder_bundle(checkpoint: Checkpoint, out: Path, precision: str = "f32") ->
             audio=part,
         )
         return writer.commit(manifest)
+
+
+def hearing_bundle(folder: Path) -> Bundle:
+    """The reference Gemma 3n without vision, whole: F32 decoder and F32 audio encoder."""
+    from edge_gemma.convert.pipeline import Options, convert
+
+    checkpoint = write_checkpoint("g3n", folder / "checkpoint", keep=lambda name: "vision" not in name)
+    return convert(checkpoint, folder / "bundle", Options(quant="f32", audio="f32", verify=False)).bundle

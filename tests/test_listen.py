@@ -1,0 +1,274 @@
+"""Listening: live prefill equals the whole prompt, long utterances, barge-in, and logits against transformers."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import hearing
+from edge_gemma.errors import DeviceLost, UsageError
+from edge_gemma.listen import Listener, ListenOptions, LiveTurn, ask, transcribe
+from edge_gemma.prompt import Audio, Message, read_special_rows
+from edge_gemma.sample import Options
+from edge_gemma.spans import Rows, Tokens
+from edge_gemma.speech import Voice
+from edge_gemma.vad import CHUNK, SpeechDetector, VadSettings
+
+REFERENCE = hearing.reference()
+GREEDY = Options(temperature=0, max_tokens=6)
+LOUD = VadSettings()
+
+
+def loudness(chunk):
+    return float(np.abs(chunk).max() > 0.3)
+
+
+def speech(seconds, seed=0):
+    rng = np.random.default_rng(seed)
+    return (0.5 * np.sign(rng.standard_normal(int(seconds * 16000)))).astype(np.float32)
+
+
+def silence(seconds):
+    return np.zeros(int(seconds * 16000), np.float32)
+
+
+@pytest.mark.parametrize("seconds", ["0.9", "6.3"])
+def test_audio_prompts_give_the_logits_of_transformers(hearing_model, seconds):
+    """Reference mode: 188 rows and the end row injected. The rest is llama.cpp's f16 GELU table: 0.04 at a deviation of 0.8."""
+    ids, want = REFERENCE[f"audio_prompt_{seconds}"].tolist(), REFERENCE[f"audio_logits_{seconds}"]
+    special = read_special_rows(hearing_model.bundle)
+    soft = hearing_model.encode_audio(REFERENCE[f"wave_{seconds}"])
+    first, n = ids.index(897), ids.count(897)
+    assert n == 188 and ids[first + n] == 896
+    rows = np.concatenate([soft, np.tile(special["audio_padding"], (n - len(soft), 1)), special["end_of_audio"][None]])
+    spans = [Tokens(ids[:first]), Rows(rows), Tokens(ids[first + n + 1 :])]
+    total = sum(len(span) for span in spans)
+    logits = np.concatenate(list(hearing_model.evaluate(spans, rows=range(total - 4, total))))
+    assert np.abs(logits - want).max() < 0.04
+    top = np.sort(want, axis=1)
+    clear = top[:, -1] - top[:, -2] > 0.08
+    assert clear.any() and (logits.argmax(axis=1) == want.argmax(axis=1))[clear].all()
+
+
+@pytest.mark.parametrize("pad_audio", [False, True])
+def test_a_live_turn_holds_exactly_the_whole_prompt(hearing_model, pad_audio):
+    """Pushed packet by packet, a turn's positions are those of the prompt made at once, and so is its answer."""
+    wave = REFERENCE["wave_6.3"]
+    with hearing_model.chat(pad_audio=pad_audio) as live:
+        turn = LiveTurn(live, "Transcribe this", pad_audio=pad_audio)
+        for k in range(0, len(wave), 1000):
+            turn.push(wave[k : k + 1000])
+        n_early = turn.n_rows
+        turn.finish()
+        n_live = live.session.length
+        text = "".join(chunk.text for chunk in turn.generate(GREEDY))
+        rows = hearing_model.encode_audio(wave)
+        assert 36 <= n_early <= turn.n_rows == len(rows) == 40  # all but the tail was in before the end
+    with hearing_model.chat(pad_audio=pad_audio) as whole:
+        answer = "".join(chunk.text for chunk in whole.send(["Transcribe this", Audio(rows=rows)], GREEDY))
+        spans = hearing_model.prompt.spans([Message("user", ["Transcribe this", Audio(rows=rows)])], pad_audio=pad_audio)
+        assert n_live == sum(len(span) for span in spans)
+        assert [m.role for m in live.messages] == [m.role for m in whole.messages] == ["user", "assistant"]
+        assert _near(text, answer)
+
+
+def _near(a, b):
+    """Different ubatch splits round differently (specs): the first token must agree, the rest may drift."""
+    return a[:1] == b[:1]
+
+
+def test_a_second_turn_continues_the_conversation(hearing_model):
+    with hearing_model.chat() as chat:
+        list(chat.send("Hello", GREEDY))
+        before = chat.session.length
+        turn = LiveTurn(chat, "And this?")
+        turn.push(REFERENCE["wave_0.9"])
+        turn.finish()
+        assert chat.session.length > before  # appended behind the first turn, which was not prefilled again
+        end = list(turn.generate(GREEDY))[-1]
+        assert end.usage.reused_tokens >= before - 1  # the last token of an answer is decoded when it is needed
+        list(chat.send("Go on", GREEDY))
+        assert [m.role for m in chat.messages] == ["user", "assistant"] * 3
+
+
+def test_a_cut_turn_holds_both_clips(hearing_model):
+    wave = REFERENCE["wave_0.9"]
+    with hearing_model.chat() as chat:
+        turn = LiveTurn(chat, "Both")
+        turn.push(wave)
+        turn.cut()
+        turn.push(wave)
+        turn.finish()
+        n = chat.session.length
+        list(turn.generate(GREEDY))
+        rows = hearing_model.encode_audio(wave)
+        spans = hearing_model.prompt.spans([Message("user", ["Both", Audio(rows=rows), Audio(rows=rows)])], pad_audio=False)
+        assert n == sum(len(span) for span in spans)
+        assert [len(part.rows) for part in chat.messages[0].content[1:]] == [6, 6]
+
+
+def test_transcribe_gives_a_segment_per_utterance_with_times(hearing_model):
+    x = np.concatenate([silence(1), speech(2), silence(2), speech(1), silence(1)])
+    with hearing_model.chat() as chat:
+        detector = SpeechDetector(probability=loudness)
+        found = list(transcribe(chat, (x[k : k + 4000] for k in range(0, len(x), 4000)), options=ListenOptions(sampling=GREEDY), detector=detector))
+    assert [(round(s.start_s, 1), round(s.end_s, 1)) for s in found] == [(1.0, 3.0), (5.0, 6.0)]
+    assert all(isinstance(s.text, str) for s in found)
+
+
+def test_transcribe_cuts_what_is_longer_than_a_clip_and_loses_nothing(hearing_model):
+    x = np.concatenate([speech(45), silence(1)])
+    with hearing_model.chat() as chat:
+        found = list(transcribe(chat, [x], options=ListenOptions(sampling=Options(temperature=0, max_tokens=2)), detector=SpeechDetector(probability=loudness)))
+    assert len(found) == 2 and found[0].end_s == found[1].start_s <= 30 and abs(found[1].end_s - 45) < 0.1
+
+
+def test_silence_and_nothing_give_no_segments(hearing_model):
+    with hearing_model.chat() as chat:
+        for x in (silence(3), silence(0), np.zeros(1, np.float32)):
+            assert list(transcribe(chat, [x])) == []
+
+
+def test_ask_answers_a_question_about_a_sound(hearing_model):
+    with hearing_model.chat() as chat:
+        chunks = list(ask(chat, [REFERENCE["wave_0.9"]], "What is this?", ListenOptions(sampling=GREEDY)))
+    assert chunks[-1].finish_reason and chunks[-1].usage.completion_tokens
+
+
+def test_records_of_a_session(hearing_model):
+    x = np.concatenate([silence(1), speech(3), silence(1.5)])
+    blocks = [x[k : k + CHUNK] for k in range(0, len(x), CHUNK)]
+    with hearing_model.chat() as chat:
+        listener = Listener(chat, blocks, ListenOptions(sampling=GREEDY), detector=SpeechDetector(probability=loudness))
+        records = list(listener.records())
+    kinds = [r.kind for r in records]
+    assert kinds[0] == "speech" and kinds.index("speech") < kinds.index("partial") < kinds.index("silence") < kinds.index("turn")
+    assert abs(records[0].at_s - 1) < 0.05 and abs(next(r for r in records if r.kind == "silence").at_s - 4) < 0.05
+    turn = records[kinds.index("turn")]
+    assert turn.text == "".join(r.text for r in records if r.kind == "text") and turn.wait_s > 0 and turn.end.finish_reason
+    assert not [t for t in threading.enumerate() if t.name.startswith("edge-gemma")]
+
+
+class FakeMicrophone:
+    """Stands for a live device: a Microphone whose blocks come from a script of arrays, callables and errors."""
+
+
+def live(script, monkeypatch):
+    from edge_gemma import listen
+
+    class Scripted:
+        name, dropped_blocks = "scripted", 0
+
+        def __init__(self):
+            self.script = iter(script)
+            self.reopened = 0
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            pass
+
+        def read(self, timeout_s):
+            item = next(self.script, None)
+            if item is None:
+                listener_stop.set()
+                return np.zeros(0, np.float32)
+            if isinstance(item, Exception):
+                raise item
+            if callable(item):
+                item(self)
+                return np.zeros(0, np.float32)
+            return item
+
+        def reopen(self):
+            self.reopened += 1
+            if self.reopened == 1:
+                raise DeviceLost("still away")
+
+    listener_stop = threading.Event()
+    monkeypatch.setattr(listen, "Microphone", Scripted)
+    monkeypatch.setattr(listen, "RETRY_S", 0.01)
+    return Scripted(), listener_stop
+
+
+def run(listener, stop):
+    out = []
+    for record in listener.records():
+        out.append(record)
+        if stop.is_set():
+            listener.stop()
+    return out
+
+
+def blocks(x):
+    return [x[k : k + CHUNK] for k in range(0, len(x), CHUNK)]
+
+
+def test_speech_stops_an_answer(hearing_model, monkeypatch):
+    """The voice would speak for ever; the second utterance silences it, and is answered in its turn."""
+    voices = []
+
+    def play(samples, rate_hz):
+        voices[-1].gate.wait(30)
+        return False
+
+    def make_voice():
+        gate = threading.Event()
+        voice = Voice(lambda text: (np.zeros(10, np.float32), 16000), play, gate.set)
+        voice.gate = gate
+        voices.append(voice)
+        return voice
+
+    def until_speaking(mic):
+        until = time.monotonic() + 20
+        while not (voices and voices[-1].spoken) and time.monotonic() < until:
+            time.sleep(0.01)
+
+    def end_voice(mic):
+        voices[-1].gate.set()
+
+    script = [*blocks(np.concatenate([speech(1), silence(1)])), until_speaking, *blocks(np.concatenate([speech(1), silence(1)])), until_speaking, end_voice]
+    source, stop = live(script, monkeypatch)
+    with hearing_model.chat() as chat:
+        sampling = Options(temperature=0, max_tokens=400)
+        listener = Listener(chat, source, ListenOptions(sampling=sampling), make_voice=make_voice, detector=SpeechDetector(probability=loudness))
+        kinds = []
+        for record in listener.records():
+            kinds.append(record.kind)
+            if record.kind == "silence" and kinds.count("silence") == 2:
+                voices_before = len(voices)
+            if stop.is_set() and listener._answer is None:
+                break
+            if stop.is_set():
+                listener.stop()
+        assert kinds.index("interrupted") > kinds.index("silence") and kinds.count("speech") == 2 and kinds.count("silence") == 2
+        assert voices_before >= 1
+    assert not [t for t in threading.enumerate() if t.name.startswith("edge-gemma")]
+
+
+def test_a_lost_microphone_is_reported_and_taken_back(hearing_model, monkeypatch):
+    script = [*blocks(speech(0.5)), DeviceLost("the microphone is gone"), *blocks(np.concatenate([speech(1), silence(1)]))]
+    source, stop = live(script, monkeypatch)
+    with hearing_model.chat() as chat:
+        listener = Listener(chat, source, ListenOptions(sampling=GREEDY), detector=SpeechDetector(probability=loudness))
+        records = run(listener, stop)
+        kinds = [r.kind for r in records]
+        assert kinds[:2] == ["ready", "speech"] and "lost" in kinds and "back" in kinds
+        assert kinds.index("lost") < kinds.index("back") < len(kinds) - 1 - kinds[::-1].index("speech")
+        assert next(r for r in records if r.kind == "lost").text == "the microphone is gone"
+
+
+def test_a_wake_word_gates_each_utterance(hearing_model):
+    said = iter([False] * 40 + [True] + [False] * 10_000)
+    x = np.concatenate([speech(1), silence(1), speech(1), silence(1), speech(1), silence(1)])
+    with hearing_model.chat() as chat:
+        listener = Listener(chat, blocks(x), ListenOptions(sampling=GREEDY), gate=lambda block: next(said), detector=SpeechDetector(probability=loudness))
+        records = list(listener.records())
+    assert [r.kind for r in records if r.kind in ("speech", "turn")] == ["speech", "turn"]
+
+
+def test_a_text_only_bundle_is_refused(tiny_model):
+    with tiny_model.chat() as chat, pytest.raises(UsageError, match="no audio encoder, so it cannot hear"):
+        LiveTurn(chat)
