@@ -49,9 +49,9 @@ def gemma_tokenize(sample_gguf):
     """``tokenize(text, special) -> list[int]`` with the real Gemma 3 vocabulary in llama.cpp."""
     import ctypes
 
-    from llama_cpp import llama_cpp as low
+    from edge_gemma.decode import _llama
 
-    low.llama_log_set(quiet := low.llama_log_callback(lambda *_: None), ctypes.c_void_p())
+    low = _llama()  # with its log handler: one of our own would be gone when other fixtures close their models
     params = low.llama_model_default_params()
     params.vocab_only = True
     model = low.llama_model_load_from_file(str(sample_gguf).encode(), params)
@@ -64,7 +64,6 @@ def gemma_tokenize(sample_gguf):
 
     yield tokenize
     low.llama_model_free(model)
-    del quiet
 
 
 @pytest.fixture(scope="session")
