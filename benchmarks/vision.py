@@ -9,7 +9,7 @@
 ``FOLDER`` is a checkpoint with a vision tower (written here, or a real one). Each contender is a process of its own; rounds are interleaved,
 one image per contender and round, medians are shown. Peak PSS is sampled from the process's start to its last image, its own
 libraries included. ``--torch-python`` names an interpreter with torch, transformers, timm, onnx and onnxscript: it runs the reference modules and exports
-them for onnxruntime. ``--mtmd`` names a text GGUF, whose width the mmproj for llama.cpp is given.
+them for onnxruntime. ``--mtmd`` names a text GGUF of the family, whose vocabulary llama.cpp asks for.
 """
 
 from __future__ import annotations
@@ -246,6 +246,19 @@ def _onnx(path: str, kind: str, threads: str) -> Iterator:
         yield session.run(None, {session.get_inputs()[0].name: pixels})[0]
 
 
+def _of_width(text: Path, n_embd: int, out: Path) -> Path:
+    """A text GGUF whose header claims the width ``n_embd``: mtmd compares it, and with ``vocab_only`` nothing else is read."""
+    from ..gguf_header import read_header
+
+    header = read_header(text)
+    key = next(key for key in header.metadata if key.endswith(".embedding_length")).encode()
+    data = bytearray(text.read_bytes())
+    at = data.index(key) + len(key) + 4  # behind the key stands the value's type, uint32
+    data[at : at + 4] = n_embd.to_bytes(4, "little")
+    out.write_bytes(data)
+    return out
+
+
 def _mtmd(path: str, kind: str, threads: str, text: str) -> Iterator:
     import ctypes
 
@@ -350,7 +363,8 @@ def run(folder: Path, precisions: list[str], mtmd: str | None, torch_python: str
         if mtmd:
             for dtype in ("f16",):
                 write_mmproj(checkpoint, scratch / f"mmproj-{dtype}.gguf", dtype)
-                commands.append((f"llama.cpp mtmd {dtype}", [*module, "mtmd", str(scratch / f"mmproj-{dtype}.gguf"), kind, str(threads), mtmd]))
+                text = _of_width(Path(mtmd), part.n_embd, scratch / "text.gguf")
+                commands.append((f"llama.cpp mtmd {dtype}", [*module, "mtmd", str(scratch / f"mmproj-{dtype}.gguf"), kind, str(threads), str(text)]))
         contenders = [Contender(name, argv) for name, argv in commands]
         for number in range(rounds + 1):
             for contender in contenders:
@@ -381,17 +395,16 @@ def _activation(folder: str, size: int) -> None:
     session = open_onnx(Path(folder) / "vision_encoder.onnx", n_threads=2, in_place=True, sides={"side": size})
     pixels, before = np.zeros((1, 3, size, size), np.float32), quick().anon_bytes
     with PeakSampler(interval_s=0.003) as sampler:
-        for _ in range(2):
-            session.run(None, {"pixels": pixels})
+        session.run(None, {"pixels": pixels})
     print(max(phase.peak_anon_bytes for phase in sampler.phases) - before)
 
 
-def conversation(bundle: str, n_images: int, n_ctx: int | None, size: int) -> dict:
+def conversation(bundle: str, n_images: int, n_ctx: int | None, size: int, threads: int | None) -> dict:
     """``n_images`` turns with one new picture and a question each. The oldest turns make room; the peak is held against the plan."""
     import edge_gemma
 
     options = edge_gemma.Options(max_tokens=8, temperature=0)
-    with PeakSampler() as sampler, edge_gemma.load(bundle, n_ctx=n_ctx) as model, model.chat() as chat:
+    with PeakSampler() as sampler, edge_gemma.load(bundle, n_ctx=n_ctx, request=edge_gemma.Request(n_threads=threads)) as model, model.chat() as chat:
         sampler.rebase()
         dropped = 0
         for number in range(n_images):
@@ -430,12 +443,13 @@ def main(argv: list[str] | None = None) -> None:
     talk.add_argument("bundle")
     talk.add_argument("--images", type=int, default=20)
     talk.add_argument("--ctx", type=int)
+    talk.add_argument("--threads", type=int)
     talk.add_argument("--size", type=int, default=768, help="side of the pictures in pixels")
     options = parser.parse_args(arguments)
     if options.command == "activations":
         return activations(options.folder, options.precisions.split(","))
     if options.command == "conversation":
-        return print(json.dumps(conversation(options.bundle, options.images, options.ctx, options.size)))
+        return print(json.dumps(conversation(options.bundle, options.images, options.ctx, options.size, options.threads)))
     if options.command == "write":
         return write_checkpoint(options.kind, options.folder, options.n_embd)
     rows = run(options.folder, options.precisions.split(","), options.mtmd, options.torch_python, options.rounds, options.threads)

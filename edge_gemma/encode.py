@@ -9,6 +9,7 @@ import numpy as np
 from .bundle import Bundle
 from .errors import BundleError, MissingExtra, RuntimeFailure, UnsupportedModel, UsageError
 from .features import N_MELS, LogMel
+from .memory import trim_heap
 
 STEP_FRAMES = 12  # conformer frames of 40 ms
 _STATE = ("conv_0", "group_norm", "keys", "values", "conv")  # inputs; outputs are next_…; see edge_gemma/convert/audio.py
@@ -184,11 +185,15 @@ class ImageEncoder:
         """
         if self._session is None:
             raise RuntimeFailure("the vision encoder was closed; open it again")
-        return run_onnx(self._session, ["soft_tokens"], {"pixels": pixels})[0]
+        try:
+            return run_onnx(self._session, ["soft_tokens"], {"pixels": pixels})[0]
+        finally:
+            trim_heap()  # activations are needed again only with the next picture
 
     def close(self) -> None:
         """Let go of the weights."""
         self._session = None
+        trim_heap()
 
     def __enter__(self) -> "ImageEncoder":
         return self

@@ -80,7 +80,7 @@ def test_plan_knows_the_encoder(looking_bundle):
 
 
 def test_twenty_pictures_stay_inside_the_plan(looking_bundle, tmp_path):
-    command = [sys.executable, "-m", "edge_gemma.benchmarks.vision", "conversation", str(looking_bundle.folder), "--images", "20", "--ctx", "256", "--size", "300"]
+    command = [sys.executable, "-m", "edge_gemma.benchmarks.vision", "conversation", str(looking_bundle.folder), "--images", "20", "--ctx", "256", "--size", "300", "--threads", "1"]
     import os
 
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)}, check=True)
