@@ -1,0 +1,226 @@
+"""The measured process: load one model with one system, read a prompt, write tokens, tell when each begins.
+
+In: a :class:`Task` as JSON on the command line. Out: JSON lines on standard output: ``{"phase": …}`` as each phase begins, one ``{"result": …}``.
+It measures time only; the parent (``measure.py``) watches its memory, so that watching costs this process nothing.
+What it does not know: limits, other runs, reports.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+# Own text, repeated as far as a prompt needs; a base model continues it without ever ending.
+PASSAGE = (
+    "The harbour wakes before the town does. Nets are carried down the steps, the ice is broken with short spades, and the first boats leave "
+    "while the lamps along the quay are still lit. By seven the fish market is loud: crates are weighed, prices are shouted and written on slates, "
+    "and two cats wait under the same table as every morning. The ferry comes at eight with schoolchildren, a post bag and the newspapers from the "
+    "mainland. At noon the wind usually turns, the flags change sides, and whoever has painted a fence hopes that the dust stays on the road. "
+)
+SETTLE_S = 0.25  # after a load the parent takes its bearings; outside everything that is timed
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run. ``path`` is a bundle for ``edge-gemma`` and a GGUF (or what that system reads) for others. Sizes in tokens."""
+
+    system: str
+    path: str
+    n_ctx: int = 2048
+    n_threads: int = 0  # 0: as the system chooses
+    n_prompt: int = 512
+    n_predict: int = 64
+    rounds: int = 1
+    budget_bytes: int = 0
+    device: str = "auto"
+    audio_s: float = 0.0  # seconds of sound to hear before the prompt
+    image_px: int = 0  # an image of that size to see before the prompt
+    settings: tuple[tuple[str, object], ...] = ()  # more arguments of the system's loader, by name
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Task":
+        fields = json.loads(text)
+        fields["settings"] = tuple((name, value) for name, value in fields["settings"])
+        return cls(**fields)
+
+
+def say(**fields) -> None:
+    print(json.dumps(fields), flush=True)
+
+
+class System:
+    """One way to run a model. ``generate`` yields once for each new token."""
+
+    def __init__(self, task: Task):
+        self.task = task
+
+    def load(self) -> None:
+        raise NotImplementedError
+
+    def tokenize(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    def generate(self, ids: list[int], n_predict: int) -> Iterator[int]:
+        raise NotImplementedError
+
+    def facts(self) -> dict:
+        return {}
+
+    def perceive(self) -> None:
+        raise SystemExit(f"{self.task.system} neither hears nor sees here")
+
+    def close(self) -> None:
+        pass
+
+
+class LlamaCpp(System):
+    """``llama_cpp.Llama`` as it comes: the library's own defaults but for context, threads and quiet."""
+
+    def load(self) -> None:
+        import ctypes
+
+        import llama_cpp
+
+        self._quiet = llama_cpp.llama_log_callback(lambda *_: None)
+        llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p())
+        threads = {"n_threads": self.task.n_threads, "n_threads_batch": self.task.n_threads} if self.task.n_threads else {}
+        self.model = llama_cpp.Llama(self.task.path, n_ctx=self.task.n_ctx, verbose=False, **threads, **dict(self.task.settings))
+
+    def tokenize(self, text: str) -> list[int]:
+        return self.model.tokenize(text.encode(), add_bos=True)
+
+    def generate(self, ids: list[int], n_predict: int) -> Iterator[int]:
+        self.model.reset()  # nothing is reused from the round before
+        for _ in self.model.create_completion(ids, max_tokens=n_predict, temperature=0, stream=True):
+            yield 1
+
+    def facts(self) -> dict:
+        import llama_cpp
+
+        return {"version": f"llama-cpp-python {llama_cpp.__version__}"}
+
+    def close(self) -> None:
+        self.model.close()
+
+
+class EdgeGemma(System):
+    """This project, through its front door."""
+
+    def load(self) -> None:
+        import edge_gemma
+
+        task = self.task
+        choices = {"n_ctx": task.n_ctx, "device": task.device, **dict(task.settings)}
+        if task.n_threads:
+            choices["n_threads"] = task.n_threads
+        if task.budget_bytes:
+            choices["budget"] = task.budget_bytes
+        self.model = edge_gemma.load(task.path, **choices)
+
+    def tokenize(self, text: str) -> list[int]:
+        ids = self.model.tokenize(text)
+        bos = self.model.bundle.manifest.special_tokens["bos"]
+        return ids if ids[:1] == [bos] else [bos, *ids]
+
+    def generate(self, ids: list[int], n_predict: int) -> Iterator[int]:
+        from edge_gemma import Options, Tokens
+
+        for chunk in self.model.generate([Tokens(ids)], Options(temperature=0, max_tokens=n_predict)):
+            for _ in chunk.token_ids:
+                yield 1
+
+    def perceive(self) -> None:
+        import numpy as np
+
+        if self.task.audio_s:
+            say(phase="listen")
+            t = np.arange(int(self.task.audio_s * 16000)) / 16000
+            noise = np.random.default_rng(0).standard_normal(len(t))
+            self.model.encode_audio((0.1 * np.sin(2 * np.pi * 220 * t) + 0.02 * noise).astype(np.float32))
+        if self.task.image_px:
+            say(phase="look")
+            image = np.random.default_rng(0).integers(0, 255, (self.task.image_px, self.task.image_px, 3), dtype=np.uint8)
+            self.model.encode_image(image)
+
+    def facts(self) -> dict:
+        plan = self.model.plan
+        return {
+            "planned_peak_bytes": plan.total_bytes,
+            "planned_load_peak_bytes": plan.load_peak_bytes,
+            "items": [[item.name, item.bytes, item.kind, list(item.phases)] for item in plan.items],
+            "settings": asdict(plan.settings),
+            "concessions": list(plan.concessions),
+        }
+
+    def close(self) -> None:
+        self.model.close()
+
+
+SYSTEMS: dict[str, type[System]] = {"edge-gemma": EdgeGemma, "llama_cpp.Llama": LlamaCpp}
+
+
+def find_system(name: str) -> type[System]:
+    if name not in SYSTEMS:
+        from . import rivals
+
+        return rivals.SYSTEMS[name]
+    return SYSTEMS[name]
+
+
+def prompt_ids(system: System, n: int) -> list[int]:
+    """Exactly ``n`` ids of the passage, over and over."""
+    ids: list[int] = []
+    text = PASSAGE
+    while len(ids) < n:
+        ids = system.tokenize(text)
+        text += PASSAGE
+    return ids[:n]
+
+
+def run(task: Task) -> None:
+    begin = time.perf_counter()
+    say(phase="load")
+    system = find_system(task.system)(task)
+    imported = time.perf_counter()
+    system.load()
+    load_s = time.perf_counter() - imported
+    say(phase="loaded", load_s=load_s, **system.facts())
+    time.sleep(SETTLE_S)
+    if task.audio_s or task.image_px:
+        system.perceive()
+    ids = prompt_ids(system, task.n_prompt)
+    rounds = []
+    for _ in range(task.rounds):
+        say(phase="prefill")
+        start = time.perf_counter()
+        stamps = []
+        for _ in system.generate(ids, task.n_predict):
+            if not stamps:
+                say(phase="decode")
+            stamps.append(time.perf_counter())
+        decode_s = stamps[-1] - stamps[0]
+        rounds.append({
+            "ttft_s": stamps[0] - start,
+            "prefill_tok_s": len(ids) / (stamps[0] - start),
+            "decode_tok_s": (len(stamps) - 1) / decode_s if decode_s else None,
+            "n_decoded": len(stamps),
+            "worst_token_s": max((b - a for a, b in zip(stamps, stamps[1:])), default=0.0),
+        })  # fmt: skip
+    say(result={"load_s": load_s, "start_s": imported - begin, "n_prompt": len(ids), "rounds": rounds, **system.facts()})
+    say(phase="exit")
+    time.sleep(SETTLE_S)
+    system.close()
+
+
+if __name__ == "__main__":
+    task = Task.from_json(sys.argv[1])
+    if not Path(task.path).exists():
+        sys.exit(f"nothing at {task.path}")
+    run(task)
