@@ -247,24 +247,105 @@ def boot(folder: Path, commands: str, *, memory_bytes: int = 4 * GiB, models: Pa
         raise RuntimeFailure(f"the job in the machine failed (status {status}); its last words: {last!r}")
 
 
+# The core: everything that needs no sound card, no long computation and no second program
+CORE_TESTS = ("bundle", "caps", "decode", "device", "features", "gguf", "import", "memory", "plan", "session", "spans", "stream", "synthetic", "weights")
+
+
 def test(folder: Path, arguments: Sequence[str]) -> Iterator[str]:
-    """The tests that need no sound card and no long computation, on arm64."""
-    chosen = " ".join(shlex.quote(argument) for argument in arguments) or "tests"
-    yield from boot(folder, f"python3 -m pytest -p no:cacheprovider --timeout=3000 {chosen}\n", memory_bytes=6 * GiB, timeout_s=7200)
+    """The core of the test suite on arm64."""
+    chosen = list(arguments) or sorted(str(path.relative_to(_checkout())) for path in (_checkout() / "tests").glob("test_*.py") if any(word in path.stem for word in CORE_TESTS))
+    yield from boot(folder, f"python3 -m pytest -p no:cacheprovider --timeout=3000 {shlex.join(chosen)}\n", memory_bytes=6 * GiB, timeout_s=7200)
+
+
+# --- the memory benchmark ------------------------------------------------------------------------------------------
+
+# (model of benchmarks/spine.py, hard limit, n_ctx, prompt, tokens written); small, because every token is emulated
+CASES = (("270m", 420 * MiB, 512, 128, 16), ("270m", 1 * GiB, 2048, 256, 8), ("e2b", 2 * GiB, 1024, 48, 6), ("e2b", 2 * GiB, 2048, 48, 6), ("e4b", 3 * GiB, 1024, 32, 4))
+
+
+def memory(folder: Path, work: Path, names: Sequence[str], say: Callable[[str], None]) -> list[dict]:
+    """Run :data:`CASES` on the board and return their rows: planned against measured, under a real limit."""
+    from .spine import Models
+
+    models, image = Models(work), folder / "models.ext4"
+    names = list(names) or sorted({case[0] for case in CASES})
+    with tempfile.TemporaryDirectory(dir=work) as staging:
+        for name in names:
+            shutil.copytree(models.bundle(name), Path(staging) / name, copy_function=os.link)
+        say(f"disk image of {', '.join(names)}")
+        make_image(image, Path(staging))
+    rows = []
+    try:
+        for line in boot(folder, f"python3 -W ignore -m edge_gemma.benchmarks.armvm guest {shlex.join(names)}\n", memory_bytes=6 * GiB, models=image, timeout_s=4 * 3600):
+            if line.startswith(RESULT):
+                rows.append(json.loads(line.removeprefix(RESULT)))
+                say(row_text(rows[-1]))
+            elif "Killed process" in line:
+                say(line)
+    finally:
+        image.unlink(missing_ok=True)
+    return rows
+
+
+def guest(names: Sequence[str]) -> None:
+    """Inside the machine: one line of JSON for each case. Times are left out on purpose."""
+    from .caps import Limits
+    from .measure import measure
+    from .spine import planned_row
+    from .worker import Task
+
+    for name, limit_bytes, n_ctx, n_prompt, n_predict in CASES:
+        if name not in names:
+            continue
+        run = measure(Task("edge-gemma", f"/models/{name}", n_ctx=n_ctx, n_prompt=n_prompt, n_predict=n_predict, budget_bytes=limit_bytes), Limits(limit_bytes), interval_s=0.2)
+        row = {"model": name, "n_ctx": n_ctx, "limit_bytes": limit_bytes, "limit": run.outcome.kind, "outcome": run.outcome.describe(), "oom_kills": run.outcome.oom_kills}
+        row |= {"max_usage_bytes": run.outcome.max_usage_bytes, "major_faults": run.outcome.major_faults}
+        print(RESULT + json.dumps(row | (planned_row(name, n_ctx, run) if run.ok else {"error_tail": run.outcome.error_tail})), flush=True)
+
+
+def row_text(row: dict) -> str:
+    head = f"{row['model']}, n_ctx {row['n_ctx']}, under {format_bytes(row['limit_bytes'])} ({row['limit']}): {row['outcome']}"
+    if "peak_pss_bytes" not in row:
+        return head
+    return f"{head}; planned {format_bytes(row['planned_peak_bytes'])}, measured PSS {format_bytes(row['peak_pss_bytes'])} ({row['anon_bytes'] // MiB} MiB anonymous), off by {row['error']:+.1%}"
+
+
+def memory_table(rows: Sequence[dict]) -> str:
+    from .spine import mib, table
+
+    head = ["model", "n_ctx", "hard limit MiB", "outcome", "OOM kills", "planned MiB", "measured PSS MiB", "anonymous MiB", "plan is off by"]
+    cells = [
+        [r["model"], r["n_ctx"], mib(r["limit_bytes"]), r["outcome"], r["oom_kills"], *([mib(r["planned_peak_bytes"]), mib(r["peak_pss_bytes"]), mib(r["anon_bytes"]), f"{r['error']:+.1%}"] if "error" in r else ["–"] * 4)]
+        for r in rows
+    ]  # fmt: skip
+    return "## On a Cortex-A76 in a virtual machine, Debian 12, 4 KiB pages, cgroup v2\n\n" + table(head, cells)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["build", "memory", "test", "run"])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("action", choices=["build", "memory", "test", "run", "guest"])
+    parser.add_argument("folder", type=Path, nargs="?", default=Path())
+    parser.add_argument("rest", nargs="*", help="after --: the command (run), pytest's arguments (test), 270m e2b e4b (memory)")
     parser.add_argument("--memory", default="4GiB", help="of the machine (run)")
-    parser.add_argument("rest", nargs="*", help="the command (run) or pytest's arguments (test), after --")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "edge-gemma-bench", help="where the model files are made and kept (memory)")
+    parser.add_argument("--json", type=Path, help="write the rows here (memory)")
     options = parser.parse_args()
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
     if options.action == "build":
-        build(options.folder, say=lambda text: print(text, file=sys.stderr))
+        build(options.folder, say=say)
     elif options.action == "test":
         for line in test(options.folder, options.rest):
             print(line, flush=True)
+    elif options.action == "guest":
+        guest([str(options.folder), *options.rest])
+    elif options.action == "memory":
+        rows = memory(options.folder, options.work, options.rest, say)
+        print(memory_table(rows))
+        if options.json:
+            options.json.write_text(json.dumps(rows, indent=1))
     elif options.action == "run":
         for line in boot(options.folder, shlex.join(options.rest) + "\n", memory_bytes=parse_bytes(options.memory)):
             print(line, flush=True)

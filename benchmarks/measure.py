@@ -148,10 +148,21 @@ class _Watcher:
                 high = memory.high_water_bytes(self.pid)
                 self.load_peak = (max(self.sampler.peak_rss_bytes, high), self.sampler.peak_pss_bytes)
                 self.loaded_rss_bytes = now.rss_bytes if now else 0
-                self.sampler.rebase()
+                if "watch_pid" in found:
+                    self._follow(found["watch_pid"])
+                else:
+                    self.sampler.rebase()
             if phase == "exit":
                 self._close_sampler()
             self.on_phase(phase)
+
+    def _follow(self, pid: int) -> None:
+        """The model lives in a server of the worker's: from here on that process is the measured one."""
+        self.sampler.__exit__()
+        self.load_peak = (memory.high_water_bytes(pid), memory.rollup(pid).pss_bytes)
+        self.pid = pid
+        self.sampler = PeakSampler(pid=pid, interval_s=self.interval_s)
+        self.sampler.__enter__()
 
     def _close_sampler(self) -> None:
         if self.sampler and not self._stop.is_set():
@@ -183,9 +194,11 @@ def _cold_ranges(path: Path) -> tuple[Path | None, list[tuple[int, int]]]:
     return bundle.decoder_path, [(t.offset, t.nbytes) for t in bundle.manifest.decoder.tensors if t.use != "matmul"]
 
 
-def interleaved(tasks: Sequence[Task], repeats: int, **options) -> list[list[Run]]:
-    """``repeats`` runs of each task, in turns (forwards, then backwards), so that what drifts drifts for all. One list per task."""
-    runs: list[list[Run]] = [[] for _ in tasks]
+def interleave(tasks: Sequence[Task], repeats: int, runs: list[list[Run]], **options) -> list[list[Run]]:
+    """Add ``repeats`` runs of each task to its list in ``runs``, in turns (forwards, then backwards), so that what drifts drifts for all.
+
+    What was measured before an interruption is in ``runs``.
+    """
     for repeat in range(repeats):
         order = range(len(tasks)) if repeat % 2 == 0 else reversed(range(len(tasks)))
         for i in order:

@@ -37,8 +37,10 @@ class Task:
     rounds: int = 1
     budget_bytes: int = 0
     device: str = "auto"
+    mode: str = "generate"  # or, for edge-gemma: speech, text (see `answer_latency`)
     audio_s: float = 0.0  # seconds of sound to hear before the prompt
     image_px: int = 0  # an image of that size to see before the prompt
+    pad_audio: bool = False
     settings: tuple[tuple[str, object], ...] = ()  # more arguments of the system's loader, by name
 
     def to_json(self) -> str:
@@ -97,7 +99,6 @@ class LlamaCpp(System):
         return self.model.tokenize(text.encode(), add_bos=True)
 
     def generate(self, ids: list[int], n_predict: int) -> Iterator[int]:
-        self.model.reset()  # nothing is reused from the round before
         for _ in self.model.create_completion(ids, max_tokens=n_predict, temperature=0, stream=True):
             yield 1
 
@@ -117,17 +118,11 @@ class EdgeGemma(System):
         import edge_gemma
 
         task = self.task
-        choices = {"n_ctx": task.n_ctx, "device": task.device, **dict(task.settings)}
-        if task.n_threads:
-            choices["n_threads"] = task.n_threads
-        if task.budget_bytes:
-            choices["budget"] = task.budget_bytes
-        self.model = edge_gemma.load(task.path, **choices)
+        request = edge_gemma.Request(n_threads=task.n_threads or None, **dict(task.settings))
+        self.model = edge_gemma.load(task.path, budget=task.budget_bytes or None, device=task.device, n_ctx=task.n_ctx or None, request=request)
 
     def tokenize(self, text: str) -> list[int]:
-        ids = self.model.tokenize(text)
-        bos = self.model.bundle.manifest.special_tokens["bos"]
-        return ids if ids[:1] == [bos] else [bos, *ids]
+        return [id for span in self.model.spans(text) for id in span.ids]
 
     def generate(self, ids: list[int], n_predict: int) -> Iterator[int]:
         from edge_gemma import Options, Tokens
@@ -141,9 +136,7 @@ class EdgeGemma(System):
 
         if self.task.audio_s:
             say(phase="listen")
-            t = np.arange(int(self.task.audio_s * 16000)) / 16000
-            noise = np.random.default_rng(0).standard_normal(len(t))
-            self.model.encode_audio((0.1 * np.sin(2 * np.pi * 220 * t) + 0.02 * noise).astype(np.float32))
+            self.model.encode_audio(sound(self.task.audio_s))
         if self.task.image_px:
             say(phase="look")
             image = np.random.default_rng(0).integers(0, 255, (self.task.image_px, self.task.image_px, 3), dtype=np.uint8)
@@ -193,11 +186,25 @@ def run(task: Task) -> None:
     load_s = time.perf_counter() - imported
     say(phase="loaded", load_s=load_s, **system.facts())
     time.sleep(SETTLE_S)
-    if task.audio_s or task.image_px:
+    if task.mode == "generate" and (task.audio_s or task.image_px):
         system.perceive()
+    if task.mode != "generate":
+        rounds = answer_latency(system)
+    else:
+        rounds = generate_rounds(system)
+    say(result={"load_s": load_s, "start_s": imported - begin, "rounds": rounds, **system.facts()})
+    say(phase="exit")
+    time.sleep(SETTLE_S)
+    system.close()
+
+
+def generate_rounds(system: System) -> list[dict]:
+    """A prompt, then tokens one by one; each round from nothing."""
+    task = system.task
     ids = prompt_ids(system, task.n_prompt)
     rounds = []
-    for _ in range(task.rounds):
+    for turn in range(task.rounds):
+        ids = [*ids[:1], *ids[2:], ids[1]] if turn else ids  # another text each round: nothing of the last one may be reused
         say(phase="prefill")
         start = time.perf_counter()
         stamps = []
@@ -213,10 +220,67 @@ def run(task: Task) -> None:
             "n_decoded": len(stamps),
             "worst_token_s": max((b - a for a, b in zip(stamps, stamps[1:])), default=0.0),
         })  # fmt: skip
-    say(result={"load_s": load_s, "start_s": imported - begin, "n_prompt": len(ids), "rounds": rounds, **system.facts()})
-    say(phase="exit")
-    time.sleep(SETTLE_S)
-    system.close()
+    return rounds
+
+
+def sound(seconds: float):
+    """A hum with noise, at 16 kHz. # [n] float32"""
+    import numpy as np
+
+    t = np.arange(int(seconds * 16000)) / 16000
+    noise = np.random.default_rng(0).standard_normal(len(t))
+    return (0.1 * np.sin(2 * np.pi * 220 * t) + 0.02 * noise).astype(np.float32)
+
+
+def answer_latency(system: System) -> list[dict]:
+    """From the end of what the user says to the first token of the answer.
+
+    ``speech``: ``audio_s`` seconds in packets of 80 ms, each encoded and prefilled as it comes; the clock starts when the last packet
+    arrives. Packets are handed over as fast as they are dealt with, so nothing waits; ``rtf`` tells whether real time would have.
+    ``text``: a conversation of ``n_prompt`` tokens stands in the cache; the clock starts with a new turn of 32.
+    """
+    from edge_gemma import Audio, Options, Rows, Tokens
+    from edge_gemma.prompt import Message
+
+    task, model = system.task, system.model
+    first_token = Options(temperature=0, max_tokens=task.n_predict)
+    rounds = []
+    for turn in range(task.rounds):
+        with model.session() as session:
+            if task.mode == "speech":
+                samples = sound(task.audio_s)
+                packets = [samples[i : i + 1280] for i in range(0, len(samples), 1280)]
+                before, after = model.prompt.listening([Message("user", [Audio(), "Answer what was said."])], pad_audio=task.pad_audio)
+                say(phase="listen")
+                session.append(before)
+                stream, n_rows, begin = model.encoder("audio").stream(), 0, time.perf_counter()
+                for packet in packets[:-1]:
+                    if len(rows := stream.push(packet)):
+                        session.append([Rows(rows)])
+                        n_rows += len(rows)
+                start = time.perf_counter()
+                found = [stream.push(packets[-1]), stream.finish()]
+                spans = [Rows(rows) for rows in found if len(rows)]
+                session.append([*spans, *after(n_rows + sum(len(span) for span in spans))])
+                rtf = (start - begin) / task.audio_s
+                stream.close()
+            else:
+                ids = prompt_ids(system, task.n_prompt + 33)
+                del ids[1 + turn]  # another text each round
+                say(phase="prefill")
+                if task.n_prompt:
+                    session.append([Tokens(ids[:-32])])
+                start, rtf = time.perf_counter(), None
+                session.append([Tokens(ids[-32:])])
+            say(phase="decode")
+            chunks = iter(session.generate(first_token))
+            while not next(chunks).token_ids:
+                pass
+            first = time.perf_counter()
+            for _ in chunks:
+                pass
+            rounds.append({"ttft_s": first - start, "rtf": rtf})
+    return rounds
 
 
 if __name__ == "__main__":

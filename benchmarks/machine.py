@@ -1,0 +1,152 @@
+"""The machine a figure was made on: what it is, how fast its memory is, and whether it was calm.
+
+In: nothing. Out: :func:`describe_machine` (one line and its parts), :func:`bandwidth` (bytes per second), :class:`Calm` (clock, heat, load
+before and after). What it does not know: models.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..units import GiB, MiB, format_bytes
+from .caps import usable_cpus
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip("\0\n ")
+    except OSError:
+        return ""
+
+
+def describe_machine() -> dict:
+    """Parts, and ``text``: one line that belongs under every table.
+
+    >>> describe_machine()["text"] != ""
+    True
+    """
+    import numpy
+
+    from ..device import probe
+
+    here = probe()
+    parts = {
+        "cpu": here.cpu or platform.processor() or platform.machine(),
+        "board": here.board,
+        "cores": len(usable_cpus()),
+        "memory_bytes": here.total_bytes,
+        "limit_bytes": here.limit_bytes,
+        "page_bytes": here.page_bytes,
+        "features": list(here.cpu_features),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "numpy": numpy.__version__,
+        "llama_cpp": _version("llama-cpp-python"),
+        "onnxruntime": _version("onnxruntime"),
+    }
+    features = " ".join(feature for feature in parts["features"] if feature in ("avx2", "avx512", "neon", "dotprod", "i8mm"))
+    parts["text"] = f"{parts['cpu']}, {parts['cores']} cores ({features}), {format_bytes(parts['memory_bytes'])}, {parts['system']}, Python {parts['python']}, llama-cpp-python {parts['llama_cpp']}"
+    return parts
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def bandwidth(n_threads: int, *, size_bytes: int = 256 * MiB, seconds: float = 1.0) -> float:
+    """Bytes per second that ``n_threads`` cores together read from memory: the ceiling of decoding, which reads every weight once a token.
+
+    Each thread sums its own block, larger than any cache, with numpy (which lets go of the interpreter's lock); best of the passes.
+
+    >>> bandwidth(1, size_bytes=1 << 20, seconds=0.01) > 1e8
+    True
+    """
+    import numpy as np
+
+    blocks = [np.ones(size_bytes // n_threads // 8, np.int64) for _ in range(n_threads)]
+    best = 0.0
+    until = time.perf_counter() + seconds
+    while True:
+        # bitwise or reads each word once and does next to nothing with it; add.reduce would do as well but for its pairwise order
+        threads = [threading.Thread(target=np.bitwise_or.reduce, args=(block,)) for block in blocks]
+        begin = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        now = time.perf_counter()
+        best = max(best, sum(block.nbytes for block in blocks) / (now - begin))
+        if now >= until:
+            return best
+
+
+def bytes_per_token(manifest) -> int:
+    """Weights a decoder reads for each token it writes: every matmul tensor once (a bundle's manifest)."""
+    return sum(tensor.nbytes for tensor in manifest.decoder.tensors if tensor.use == "matmul")
+
+
+@dataclass
+class Calm:
+    """Watches clock and heat over a benchmark. ``warnings()`` says what may have spoilt it.
+
+    >>> with Calm() as calm:
+    ...     pass
+    >>> isinstance(calm.warnings(), list)
+    True
+    """
+
+    before: dict = field(default_factory=dict)
+    after: dict = field(default_factory=dict)
+
+    def __enter__(self) -> "Calm":
+        self.before = self._state()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.after = self._state()
+
+    @staticmethod
+    def _state() -> dict:
+        clocks = [int(text) for cpu in usable_cpus() if (text := _read(f"/sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_cur_freq")).isdigit()]
+        zones = sorted(Path("/sys/class/thermal").glob("thermal_zone*")) if Path("/sys/class/thermal").is_dir() else []
+        heat = [int(text) / 1000 for zone in zones if (text := _read(f"{zone}/temp")).lstrip("-").isdigit()]
+        throttled = _read("/sys/devices/platform/soc/soc:firmware/get_throttled")  # Raspberry Pi
+        return {
+            "clock_mhz": max(clocks) // 1000 if clocks else None,
+            "celsius": max(heat) if heat else None,
+            "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or None,
+            "throttled": throttled or None,
+            "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        }
+
+    def warnings(self) -> list[str]:
+        found = []
+        before, after = self.before, self.after
+        if before.get("load") is not None and before["load"] > 0.5:
+            found.append(f"the machine was busy when it began (load {before['load']:.1f}); expect slower and less steady figures")
+        if before.get("clock_mhz") and after.get("clock_mhz") and after["clock_mhz"] < 0.9 * before["clock_mhz"]:
+            found.append(f"the clock fell from {before['clock_mhz']} to {after['clock_mhz']} MHz on the way: thermal throttling or a power limit")
+        if after.get("celsius") and after["celsius"] >= 80:
+            found.append(f"{after['celsius']:.0f} °C at the end; a Raspberry Pi slows down from 80 °C on")
+        if (bits := after.get("throttled")) and int(bits, 16) & 0xF:
+            found.append(f"the firmware reports throttling or low voltage (get_throttled {bits})")
+        if before.get("governor") not in (None, "performance"):
+            found.append(f"the CPU governor is {before['governor']!r}; `performance` gives steadier figures")
+        return found
+
+
+if __name__ == "__main__":
+    print(describe_machine()["text"], file=sys.stderr)
+    for n in range(1, len(usable_cpus()) + 1):
+        print(f"{n} threads: {bandwidth(n) / GiB:.1f} GiB/s")

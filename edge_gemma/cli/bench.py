@@ -1,0 +1,172 @@
+"""``edge-gemma bench``: memory, speed, latency, quality and comparison, as tables, JSON and one report page."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+REGRESSED = 1  # exit code when --against found something worse
+
+bench = typer.Typer(name="bench", help="Measure memory, speed, latency and quality on this machine, and what boards would take.", no_args_is_help=True)
+
+Bundles = Annotated[list[str], typer.Argument(help="bundles: folders or installed names", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output instead of tables")]
+Report = Annotated[Optional[Path], typer.Option("--report", help="also write this HTML page, with PNG and JSON beside it")]
+Save = Annotated[Optional[Path], typer.Option("--save", help="keep the figures in this file")]
+Against = Annotated[Optional[Path], typer.Option("--against", help="compare with a file kept earlier; exit code 1 when something got worse by more than the noise")]
+Repeats = Annotated[int, typer.Option("--repeats", min=1, max=100, help="interleaved runs; medians are shown with half their range")]
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(bench)
+
+
+@bench.command()
+def memory(
+    bundles: Bundles,
+    device: Annotated[Optional[list[str]], typer.Option("--device", "-d", help="device profile, repeatable; all (the default), auto for this machine")] = None,
+    ctx: Annotated[Optional[int], typer.Option("--ctx", help="context in tokens; default: what the plan chooses")] = None,
+    plan_only: Annotated[bool, typer.Option("--plan-only", help="no runs, only what would be needed")] = False,
+    json: Json = False, report: Report = None, save: Save = None, against: Against = None,
+) -> None:  # fmt: skip
+    """What each bundle takes on each board: planned, and measured under that board's limits where this machine can."""
+    from ..benchmarks import bench as run
+
+    names = run.device_names(device or ["all"])
+    _finish([lambda: run.memory(_folders(bundles), names, n_ctx=ctx, run=not plan_only, progress=_say)], json, report, save, against)
+
+
+@bench.command()
+def speed(
+    bundles: Bundles,
+    depth: Annotated[Optional[list[int]], typer.Option("--depth", min=1, help="prompt length in tokens, repeatable")] = None,
+    threads: Annotated[Optional[list[int]], typer.Option("--threads", min=1, help="thread count, repeatable")] = None,
+    repeats: Repeats = 3, json: Json = False, report: Report = None, save: Save = None, against: Against = None,
+) -> None:  # fmt: skip
+    """Prefill and decode speed over context length and threads, load time cold and warm, share of the memory's bandwidth."""
+    from ..benchmarks import bench as run
+
+    _finish([lambda: run.speed(_folders(bundles), depths=depth or (128, 512, 2048), threads=threads or (), repeats=repeats, progress=_say)], json, report, save, against)
+
+
+@bench.command()
+def latency(
+    bundles: Bundles,
+    seconds: Annotated[Optional[list[float]], typer.Option("--seconds", min=0.2, max=30, help="length of the speech, repeatable")] = None,
+    repeats: Repeats = 3, json: Json = False, report: Report = None, save: Save = None, against: Against = None,
+) -> None:  # fmt: skip
+    """From the end of what the user says to the first token of the answer."""
+    from ..benchmarks import bench as run
+
+    _finish([lambda: run.latency(_folders(bundles), lengths_s=seconds or (1, 2, 5, 10, 20, 30), repeats=repeats, progress=_say)], json, report, save, against)
+
+
+@bench.command()
+def quality(
+    reference: Annotated[str, typer.Argument(help="the bundle or GGUF to measure against")],
+    bundles: Bundles,
+    text: Annotated[Path, typer.Option("--text", help="a UTF-8 text to predict", show_default=False)],
+    tokens: Annotated[int, typer.Option("--tokens", min=512, help="at most so many tokens of it")] = 4096,
+    json: Json = False, report: Report = None, save: Save = None, against: Against = None,
+) -> None:  # fmt: skip
+    """Perplexity and KL divergence against a reference of the same vocabulary."""
+    from ..benchmarks import bench as run
+
+    _finish([lambda: run.quality(_file_or_bundle(reference), [_file_or_bundle(b) for b in bundles], text, max_tokens=tokens, progress=_say)], json, report, save, against)
+
+
+@bench.command()
+def compare(
+    bundle: Annotated[str, typer.Argument(help="a bundle; llama_cpp.Llama on the same file is always compared")],
+    other: Annotated[Optional[list[str]], typer.Option("--also", help="SYSTEM=MODEL, repeatable; systems: llama-server, onnxruntime-genai, transformers, llama_cpp.Llama")] = None,
+    ctx: Annotated[int, typer.Option("--ctx", min=64)] = 2048,
+    prompt: Annotated[int, typer.Option("--prompt", min=1, help="prompt length in tokens")] = 512,
+    threads: Annotated[int, typer.Option("--threads", min=0, help="0: all usable cores")] = 0,
+    repeats: Repeats = 3, json: Json = False, report: Report = None, save: Save = None, against: Against = None,
+) -> None:  # fmt: skip
+    """One interleaved run against what a user would pick instead."""
+    from ..benchmarks import bench as run
+    from ..errors import UsageError
+
+    others = []
+    for text in other or ():
+        system, equals, path = text.partition("=")
+        if not equals or not Path(path).exists():
+            raise UsageError(f"--also takes SYSTEM=MODEL with a model that exists; got {text!r}")
+        others.append((system, Path(path)))
+    (folder,) = _folders([bundle])
+    _finish([lambda: run.compare(folder, others, n_prompt=prompt, n_ctx=ctx, n_threads=threads, repeats=repeats, progress=_say)], json, report, save, against)
+
+
+@bench.command()
+def report(
+    files: Annotated[list[Path], typer.Argument(help="files kept with --save", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="the HTML page to write")],
+) -> None:
+    """One page of figures that were kept earlier."""
+    from ..benchmarks import regress
+    from ..benchmarks.report import write_report
+
+    sections, machine, notes = [], None, []
+    for file in files:
+        found = regress.read(file)
+        machine = machine or found["machine"]
+        if found["machine"] != machine:
+            notes.append(f"{file.name} was measured elsewhere: {found['machine'].get('text', '')}")
+        sections += regress.sections(found)
+    _say(f"wrote {', '.join(str(path) for path in write_report(out, sections, machine, notes))}")
+
+
+# --- shared --------------------------------------------------------------------------------------------------------
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _folders(names: list[str]) -> list[Path]:
+    from ..hub import resolve
+
+    return [Path(resolve(name)) for name in names]
+
+
+def _file_or_bundle(name: str) -> Path:
+    return Path(name) if name.endswith(".gguf") else _folders([name])[0]
+
+
+def _finish(jobs: list[Callable], json: bool, report: Path | None, save: Path | None, against: Path | None) -> None:
+    """Run, print, keep, compare. What was measured before a Ctrl-C is printed and kept as well."""
+    from ..benchmarks import regress
+    from ..benchmarks.machine import Calm, describe_machine
+
+    machine = describe_machine()
+    before = regress.read(against) if against else None  # a wrong file is told before an hour of measuring
+    with Calm() as calm:
+        sections = [job() for job in jobs]
+    machine["warnings"] = calm.warnings()
+    changes, notes = regress.compare(before, sections, machine) if before else ([], [])
+    if save:
+        regress.save(save, sections, machine)
+    if report:
+        from ..benchmarks.report import write_report
+
+        _say(f"wrote {', '.join(str(path) for path in write_report(report, sections, machine, machine['warnings']))}")
+    if json:
+        print(jsonlib.dumps(regress.to_json(sections, machine) | {"changes": [vars(change) for change in changes], "notes": notes}))
+    else:
+        print(machine["text"])
+        for section in sections:
+            print("\n" + section.markdown())
+        for text in [*machine["warnings"], *notes, *(str(change) for change in changes if change.verdict != "same")]:
+            print(f"- {text}")
+        if changes and all(change.verdict == "same" for change in changes):
+            print(f"- {len(changes)} figures, none of them changed by more than the noise")
+    if any(section.stopped for section in sections):
+        raise KeyboardInterrupt
+    if any(change.verdict == "worse" for change in changes):
+        raise typer.Exit(REGRESSED)
