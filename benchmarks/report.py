@@ -33,7 +33,7 @@ th,td{padding:.35rem .6rem;text-align:right;border-bottom:1px solid var(--line);
 th{background:var(--card);position:sticky;top:0}td:first-child,th:first-child,td:nth-child(2),th:nth-child(2){text-align:left}
 tr:last-child td{border-bottom:0}.no{color:var(--bad)}.yes{color:var(--good)}figure{margin:1.2rem 0;background:var(--card);border-radius:.5rem;padding:.6rem}
 figure svg{width:100%;height:auto;color:var(--ink);display:block}figcaption{font-size:.85rem;color:var(--soft);padding:.2rem .3rem}
-.plots{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr))}.plots figure{margin:0}
+.plots{display:grid;gap:1rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr))}.plots figure{margin:0}
 """
 
 
@@ -137,17 +137,21 @@ def _group(name: str) -> str:
 
 
 def _memory(section: Section) -> Iterator[tuple[str, str, object]]:
+    from matplotlib.patches import Patch
+
     models = list(dict.fromkeys(row["model"] for row in section.rows))
     groups = list(dict.fromkeys(group for _, group in _GROUPS))
     for n, model in enumerate(models):
         rows = [row for row in section.rows if row["model"] == model]
-        figure, axes = _figure(6.4, 1.2 + 0.3 * len(rows))
+        figure, axes = _figure(6.4, 1.6 + 0.3 * len(rows))
+        shown: dict[str, str] = {}
         for y, row in enumerate(rows):
             phase = max(("prefill", "decode", "listen", "look"), key=lambda p: sum(b for _, b, kind, phases in row["items"] if p in phases and kind != "reclaimable"))
             left = 0.0
             for colour, group in zip(COLOURS, groups):
                 width = sum(b for name, b, kind, phases in row["items"] if phase in phases and kind != "reclaimable" and _group(name) == group) / MiB
-                axes.barh(y, width, left=left, color=colour, height=0.6, label=group if y == 0 else None, alpha=1 if row["fits"] else 0.35)
+                axes.barh(y, width, left=left, color=colour, height=0.6, alpha=1 if row["fits"] else 0.35)
+                shown |= {group: colour} if width else {}
                 left += width
             axes.plot([row["usable_bytes"] / MiB] * 2, [y - 0.42, y + 0.42], color=INK, linewidth=2)
             if "peak_pss_bytes" in row:
@@ -158,16 +162,10 @@ def _memory(section: Section) -> Iterator[tuple[str, str, object]]:
         axes.set_xlabel("MiB")
         axes.set_title(model, fontsize=10)
         axes.grid(axis="y", visible=False)
-        axes.legend(*_few(axes), loc="upper center", bbox_to_anchor=(0.5, -0.35 / (0.3 * len(rows) / 2 + 0.4)), ncols=3)
+        figure.legend(handles=[Patch(color=colour, label=group) for group, colour in shown.items()], loc="outside lower center", ncols=3)
         yield f"footprint-{n}", f"{model}: what each board's plan counts at its peak; | what the board has to spend, ◆ measured here. Pale: does not fit.", figure
     for n, (name, timeline) in enumerate(section.timelines.items()):
         yield f"timeline-{n}", f"{name}: memory over time.", _timeline(timeline)
-
-
-def _few(axes):
-    handles, labels = axes.get_legend_handles_labels()
-    keep = [(handle, label) for handle, label in zip(handles, labels) if handle[0].get_width() > 0]
-    return zip(*keep) if keep else ((), ())
 
 
 def _timeline(timeline: list[dict]):
@@ -194,10 +192,14 @@ def _timeline(timeline: list[dict]):
             values.append(parts[name] / MiB)
     shown = {name: values for name, values in bands.items() if any(values)}
     axes.stackplot(x, *shown.values(), labels=list(shown), colors=COLOURS, alpha=0.9)
-    if head["budget_bytes"]:
-        axes.axhline(head["budget_bytes"] / MiB, color=INK, linestyle="--", linewidth=1.2)
-        axes.annotate("limit", (x[-1], head["budget_bytes"] / MiB), ha="right", va="bottom", fontsize=8)
+    peak, limit = max(sum(values) for values in zip(*shown.values())), head["budget_bytes"] / MiB
+    axes.set_ylim(0, 1.25 * max(peak, limit if limit < 2 * peak else 0))
     top = axes.get_ylim()[1]
+    if 0 < limit < top:
+        axes.axhline(limit, color=INK, linestyle="--", linewidth=1.2)
+        axes.annotate("limit", (x[-1], limit), ha="right", va="bottom", fontsize=8)
+    elif limit:
+        axes.annotate(f"limit {limit:.0f} MiB, far above", (x[-1], top), ha="right", va="top", fontsize=8)
     seen = set()
     for name, at in head["phases"]:
         if name not in seen and name not in ("start", "exit"):
@@ -206,7 +208,7 @@ def _timeline(timeline: list[dict]):
             axes.annotate(name, (at, top), rotation=90, fontsize=7, va="top", ha="left")
     axes.set_xlabel("seconds")
     axes.set_ylabel("MiB")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 
@@ -224,7 +226,7 @@ def _lines(section: Section, x: str, y: str, series: Callable[[dict], str], xlab
     axes.set_ylim(bottom=0)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 

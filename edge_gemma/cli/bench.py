@@ -116,7 +116,7 @@ def report(
     for file in files:
         found = regress.read(file)
         machine = machine or found["machine"]
-        if found["machine"] != machine:
+        if found["machine"].get("text") != machine.get("text"):
             notes.append(f"{file.name} was measured elsewhere: {found['machine'].get('text', '')}")
         sections += regress.sections(found)
     _say(f"wrote {', '.join(str(path) for path in write_report(out, sections, machine, notes))}")
