@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import MissingExtra, UsageError
+from ..gguf_header import layout_rank
 from ..units import MiB, format_bytes
 
 try:
@@ -103,8 +104,17 @@ def _type(name: str) -> gguf.GGMLQuantizationType:
         raise UsageError(f"no GGML type {name!r}; for example q4_0, q8_0, iq4_nl, q4_k, q6_k, f16, f32") from None
 
 
-def tensors(shape: Shape, types: Types) -> Iterator[Spec]:
-    """Every tensor llama.cpp expects, cold ones first (the PLE, an untied embedding, K/V of layers that share)."""
+def tensors(shape: Shape, types: Types) -> list[Spec]:
+    """Every tensor llama.cpp expects, laid out like a converted file: cold ones first, what is never repacked last."""
+
+    def use(spec: Spec) -> str:
+        cold = spec.name == "per_layer_token_embd.weight" or (spec.name == "token_embd.weight" and types.head != "tied")
+        return "lookup" if cold else "unused" if spec.std == 0 else "matmul"
+
+    return sorted(_tensors(shape, types), key=lambda spec: layout_rank(use(spec), spec.type.upper(), len(spec.shape)))
+
+
+def _tensors(shape: Shape, types: Types) -> Iterator[Spec]:
     s, t = shape, types.matmul
     tied = types.head == "tied"
     embed = types.embed or (t if tied else "Q8_0")
@@ -308,7 +318,7 @@ def write(path: str | Path, shape: Shape, types: Types, *, vocabulary: Vocabular
     """Write the GGUF. An existing file is replaced only when the new one is complete."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    specs = list(tensors(shape, types))
+    specs = tensors(shape, types)
     s = shape
     writer = gguf.GGUFWriter(partial, s.family)
     writer.add_name(name)

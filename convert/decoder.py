@@ -17,14 +17,13 @@ from pathlib import Path
 import numpy as np
 
 from ..bundle import File
-from ..gguf_header import TYPE_SIZES
+from ..gguf_header import TYPE_SIZES, layout_rank
 from .gemma import SPARSE_LAYERS, SPARSITY_MULTIPLIER, Dims, Source
 from .gguf_writer import gguf_header, padded
 from .quantize import quantize_rows
 from .vocabulary import Vocabulary
 
 CHUNK_VALUES = 1 << 21  # 8 MiB as float32: large enough to hide Python, small enough for a board
-USE_ORDER = {"unused": 0, "lookup": 1, "matmul": 2}  # cold first, hot last: pages populated last survive a tight limit best
 Progress = Callable[[int], None]
 
 
@@ -42,7 +41,7 @@ class Layout:
 
 def plan_layout(dims: Dims, sources: Iterable[Source], types: dict[str, str], vocabulary: Vocabulary, *, name: str, file_type: int) -> Layout:
     """Order the tensors (PLE and what is never read first, what every token needs last) and build the header."""
-    ordered = sorted(sources, key=lambda source: (USE_ORDER[source.use], source.name != "per_layer_token_embd.weight"))
+    ordered = sorted(sources, key=lambda source: (layout_rank(source.use, types[source.name], len(source.shape)), source.name != "per_layer_token_embd.weight"))
     tensors = []
     for source in ordered:
         block, block_bytes = TYPE_SIZES[types[source.name]]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .bundle import Bundle, BundleWriter, Decoder, File, Manifest, Source, Tensor, VisionEncoder, file_entry
 from .errors import BundleError, UnsupportedModel
-from .gguf_header import GGML_TYPES, Header, Skipped, TensorInfo, find_strings, read_header
+from .gguf_header import GGML_TYPES, Header, Skipped, TensorInfo, find_strings, layout_rank, read_header
 
 SUPPORTED = "gemma3 (270M, 1B, 4B) and gemma3n (E2B, E4B)"
 GEMMA3N_KV_LAYERS = 20  # llama.cpp src/models/gemma3n.cpp: n_layer_kv_from_start
@@ -294,7 +294,7 @@ def relayout_gguf(path: Path, target: Path, progress: Progress = lambda n_bytes:
     The key/value section is copied byte for byte; only the tensor table's order and offsets change.
     """
     header, uses = read_header(path), {t.name: t.use for t in describe(path).decoder.tensors}
-    order = sorted(header.tensors, key=lambda t: {"unused": 0, "lookup": 1, "matmul": 2}[uses[t.name]])
+    order = sorted(header.tensors, key=lambda t: layout_rank(uses[t.name], t.type, len(t.shape)))
     type_ids = {name: kind for kind, (name, _, _) in GGML_TYPES.items()}
     digest, size = hashlib.sha256(), 0
     with open(path, "rb") as source, open(target, "wb") as sink:

@@ -34,11 +34,15 @@ def test_llama_cpp_decodes_a_tiny_file(tmp_path, family, types):
     assert np.argmax(found) != np.argmax(logits(path, b"other words"))
 
 
-def test_cold_tensors_come_first_and_the_head_is_apart(tmp_path):
+def test_layout_is_a_converted_files(tmp_path):
+    """Never read, looked up, repackable, read as it lies."""
     path = tiny_gguf(tmp_path / "tiny.gguf", "gemma3n", types=Types(head="q4_0"))
-    names = [tensor.name for tensor in gguf.GGUFReader(path).tensors]
-    assert names[:2] == ["per_layer_token_embd.weight", "token_embd.weight"] and names[-1] == "output.weight"
-    assert names[2] == "blk.20.attn_k.weight"  # the first layer that shares its KV: present, never read
+    found = gguf.GGUFReader(path).tensors
+    names = [tensor.name for tensor in found]
+    assert names[0] == "blk.20.attn_k.weight"  # the first layer that shares its KV: present, never read
+    assert names[6:8] == ["per_layer_token_embd.weight", "token_embd.weight"]
+    apart = [tensor.tensor_type.name == "F32" or len(tensor.shape) == 3 for tensor in found[8:]]
+    assert apart == sorted(apart) and any(apart) and not all(apart) and "output.weight" in names
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path):
