@@ -21,7 +21,7 @@ def python(code: str) -> list[str]:
 
 
 def ours() -> list:
-    return [path for home, _ in caps._homes("memory") if home.is_dir() for path in home.glob("edge-gemma-*")]
+    return [path for home, _ in caps._homes("memory") if home.is_dir() for path in home.glob(f"edge-gemma-{os.getpid()}-*")]
 
 
 @pytest.fixture
