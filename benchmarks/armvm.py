@@ -329,7 +329,7 @@ def main() -> None:
     parser.add_argument("--memory", default="4GiB", help="of the machine (run)")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "edge-gemma-bench", help="where the model files are made and kept (memory)")
     parser.add_argument("--json", type=Path, help="write the rows here (memory)")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
