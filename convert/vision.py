@@ -1,7 +1,7 @@
 """Vision towers → ``vision_encoder.onnx``: SigLIP + projector (Gemma 3) and MobileNetV5 + fusion + embedder (Gemma 3n), straight from weights.
 
 In: anything with ``config``, ``names()``, ``shape(name)`` and ``read(name)`` under canonical names: a
-:class:`~edge_gemma.convert.checkpoint.Checkpoint`, or an ``mmproj`` GGUF (:class:`Mmproj`). Out: the ONNX files in a folder and
+:class:`~edge_gemma.convert.checkpoint.Checkpoint`, or an ``mmproj`` GGUF (:class:`~edge_gemma.convert.mmproj.Mmproj`). Out: the ONNX files in a folder and
 the manifest's :class:`~edge_gemma.bundle.VisionEncoder`. One tensor is in memory at a time. It never imports torch or timm.
 
 The graph takes ``pixels [1, 3, side, side]`` float32 and gives ``soft_tokens [256, n_embd]`` float32. Inside, values lie
@@ -32,6 +32,8 @@ MSFA_SIDE = 16  # timm: msfa_output_resolution; 16 × 16 = 256 soft tokens for e
 MOBILENET_SIZES = (768, 512, 256)  # the model card's; each is a multiple of 16 · 16, so that fusion pools whole windows
 STRIPS = 8  # the early stages run in strips of the picture: 192² × 768 values would be 113 MB, several times over
 MSFA_STRIPS = 4  # divides MSFA_SIDE
+# Weights in blocks, activations in float32. Integer activations (DynamicQuantizeMatMul) save a third of the time on AVX2 but double the error
+# on random weights, and real activations have outliers that one scale per call does not bear.
 INT8_KIND, INT8_ACCURACY = "int8-block", 1
 # Peak beyond the weights of MobileNetV5 while it runs as edge_gemma.encode runs it (MiB, by precision and input side), measured by
 # `python -m edge_gemma.benchmarks.vision activations FOLDER`; half and int8 weights are widened one at a time, which counts here.

@@ -120,6 +120,8 @@ def test_describe_refusals(capsys, looking_bundle, tiny_bundle, photo, tmp_path)
     assert code == 6 and "there is no image file nothing.jpg" in err and "Traceback" not in err
     code, _, err = run(capsys, "describe", looking_bundle.folder, tmp_path, "What?")
     assert code == 6 and "is a directory" in err
+    code, _, err = run(capsys, "describe", looking_bundle.folder, photo, "--size", 512, "--ctx", 256)
+    assert code == 2 and "pictures of 512 px were asked for; this encoder takes 224" in err
     code, _, err = run(capsys, "describe", tiny_bundle, photo)
     assert code == 2 and "cannot see" in err
     code, _, err = run(capsys, "describe", looking_bundle.folder, *[photo] * 40, "?", "--ctx", "256")

@@ -39,6 +39,7 @@ def describe(
     rate: Annotated[float, typer.Option("--fps", help="Frames of a video per second; fewer when they do not fit the context.")] = 1.0,
     camera: Annotated[str | None, typer.Option("--camera", help="Take a picture with this camera: a number, or a device path.")] = None,
     pan_and_scan: Annotated[bool, typer.Option("--pan-and-scan", help="Gemma 3: show wide or tall pictures in crops, too.")] = False,
+    size: Annotated[int | None, typer.Option("--size", help="Side of the encoder's input in pixels, where it takes several: Gemma 3n 768, 512 or 256.")] = None,
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 1.0,
     seed: Seed = None,
@@ -69,7 +70,7 @@ def describe(
     for picture in pictures:
         if picture.animated:
             note(f"{picture.name} is animated; its first frame is shown. --video {picture.name} shows more of it")
-    parts = [*(Image(source=picture) for picture in pictures), *(Video(path, rate_hz=rate) for path in video or ()), question]
+    parts = [*(Image(source=picture, size=size) for picture in pictures), *(Video(path, rate_hz=rate) for path in video or ()), question]
     options = Options(max_tokens=max_tokens, temperature=temperature, seed=seed)
     with PeakSampler() as sampler:
         model, load_s = _load(bundle, device, make_request(ctx, None, None, threads, None, None, ("vision",), budget), None, verbose)
