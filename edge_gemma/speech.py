@@ -45,7 +45,7 @@ class Sentences:
             sentence, self._text = self._text[: match.end()].strip(), self._text[match.end() :]
             if sentence:
                 yield sentence
-        if len(self._text) > _LONGEST:
+        while len(self._text) > _LONGEST:
             at = max(self._text.rfind(c, 0, _LONGEST) for c in ", ") + 1 or _LONGEST
             sentence, self._text = self._text[:at].strip(), self._text[at:]
             yield sentence
@@ -91,7 +91,7 @@ def _run(command: list[str], text: str, name: str) -> bytes:
         done = subprocess.run(command, input=text.encode(), capture_output=True, timeout=_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise RuntimeFailure(f"{name} could not speak: {error}") from None
-    if done.returncode or not done.stdout:
+    if done.returncode or not done.stdout or b"Error:" in done.stderr:  # espeak-ng leaves with 0 for a voice it does not have
         reason = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["no sound came out"]
         raise RuntimeFailure(f"{name} could not speak ({reason[0]})")
     return done.stdout

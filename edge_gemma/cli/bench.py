@@ -27,6 +27,27 @@ def register(app: typer.Typer) -> None:
 
 
 @bench.command()
+def wer(
+    bundle: Annotated[str, typer.Argument(help="a bundle that hears: its folder or installed name")],
+    dataset: Annotated[Path, typer.Argument(help="a folder of recordings with transcripts (NAME.txt beside NAME.wav, or LibriSpeech's *.trans.txt)")],
+    language: Annotated[Optional[str], typer.Option("--language", help="the language spoken, in English words")] = None,
+    limit: Annotated[Optional[int], typer.Option("--limit", min=1, help="so many recordings only")] = None,
+    short: Annotated[bool, typer.Option("--short", help="without padding rows; the reference mode is the default")] = False,
+    json: Json = False,
+) -> None:
+    """Word error rate on recordings with transcripts, greedily decoded."""
+    from ..benchmarks import wer as run
+    from ..store import resolve
+
+    found = run.run(str(resolve(bundle)), dataset, language=language, limit=limit, pad_audio=not short, progress=_say)
+    if json:
+        print(jsonlib.dumps(found))
+    else:
+        rate = "no words" if found["wer"] is None else f"{100 * found['wer']:.2f} %"
+        print(f"word error rate {rate}: {found['errors']} of {found['words']} words in {found['files']} recordings, {found['failed']} unreadable")
+
+
+@bench.command()
 def memory(
     bundles: Bundles,
     device: Annotated[Optional[list[str]], typer.Option("--device", "-d", help="device profile, repeatable; all (the default), auto for this machine")] = None,

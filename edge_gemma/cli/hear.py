@@ -1,0 +1,289 @@
+"""transcribe, translate, ask, listen and devices."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import BudgetOption, BundleArg, CtxOption, DebugOption, DeviceOption, JsonOption, ThreadsOption, VerboseOption, note, print_json
+from .text import MaxTokens, Seed, System
+
+FileArg = Annotated[Path | None, typer.Argument(metavar="FILE", help="A sound file (wav, flac, ogg, mp3) of any length, rate and channels.")]
+Mic = Annotated[bool, typer.Option("--mic", help="Hear the microphone instead, until Ctrl-C.")]
+MicName = Annotated[str | None, typer.Option("--input", help="Which microphone: a number or part of a name (`edge-gemma devices`).")]
+Language = Annotated[str | None, typer.Option("--language", help="The language spoken, in English words, like German. Default: the model finds out.")]
+Srt = Annotated[bool, typer.Option("--srt", help="Subtitles (SubRip) on stdout.")]
+Vtt = Annotated[bool, typer.Option("--vtt", help="Subtitles (WebVTT) on stdout.")]
+PadAudio = Annotated[bool, typer.Option("--pad-audio/--short", help="Fill each clip to 188 rows as transformers does; --short answers sooner and may differ.")]
+Temperature = Annotated[float, typer.Option("--temperature", "--temp", help="0 is greedy.")]
+EndS = Annotated[float, typer.Option("--pause", help="Seconds of silence that end an utterance.")]
+
+
+def register(app: typer.Typer) -> None:
+    app.command("transcribe")(transcribe)
+    app.command("translate")(translate)
+    app.command("ask")(ask)
+    app.command("listen")(listen)
+    app.command("devices")(devices)
+
+
+def _open_chat(bundle: str, device: str, budget, ctx, threads, verbose: bool, *, system: str | None = None, pad_audio: bool = True):
+    """(model, chat) for a bundle that hears. Raises UsageError for one that does not, before anything is loaded."""
+    from ..errors import UsageError
+    from .common import make_request, open_bundle
+    from .text import _load
+
+    found = open_bundle(bundle)
+    if found.manifest.audio is None:
+        raise UsageError(f"{found.manifest.name} has no audio encoder, so it cannot hear; Gemma 3n E2B and E4B can, converted without --audio none")
+    model, _ = _load(bundle, device, make_request(ctx, None, None, threads, None, None, ("audio",), budget), None, verbose)
+    return model, model.chat(system=system, pad_audio=pad_audio)
+
+
+def _blocks(file: Path | None, mic: bool, name: str | None) -> Iterable:
+    """The file's blocks, or the microphone's. Checked before a model is loaded."""
+    from ..audio import AudioFile
+    from ..errors import UsageError
+
+    if (file is None) == (not mic):
+        raise UsageError("give a sound file or --mic" if file is None else "give a sound file or --mic, not both")
+    if mic:
+        from ..audio import Microphone
+
+        return _microphone_blocks(Microphone(name))
+    return _file_blocks(AudioFile(file))
+
+
+def _file_blocks(file) -> Iterator:
+    with file:
+        yield from file.blocks()
+        if file.truncated_at_s is not None:
+            note(f"note: {file.path} ends at {file.truncated_at_s:.1f} s; its header promises {file.duration_s:.1f} s. It is truncated")
+
+
+def _microphone_blocks(microphone) -> Iterator:
+    """Until Ctrl-C, or until the microphone is lost."""
+    with microphone:
+        note(f"listening to {microphone.name}; Ctrl-C ends")
+        try:
+            yield from microphone.blocks()
+        except KeyboardInterrupt:
+            pass
+        if microphone.dropped_blocks:
+            note(f"note: {microphone.dropped_blocks} blocks of 32 ms were lost; the machine was too slow")
+
+
+def transcribe(
+    bundle: BundleArg, file: FileArg = None, mic: Mic = False, name: MicName = None, language: Language = None, srt: Srt = False, vtt: Vtt = False,
+    pad_audio: PadAudio = True, max_tokens: MaxTokens = 448, temperature: Temperature = 0.0, pause: EndS = 0.6, device: DeviceOption = "auto",
+    budget: BudgetOption = None, ctx: CtxOption = None, threads: ThreadsOption = None, as_json: JsonOption = False, verbose: VerboseOption = False,
+    debug: DebugOption = False,
+) -> None:  # fmt: skip
+    """Write down what is said in a file or into the microphone."""
+    from ..listen import TRANSCRIBE, TRANSCRIBE_ANY
+
+    instruction = TRANSCRIBE.format(language=language) if language else TRANSCRIBE_ANY
+    _segments(bundle, file, mic, name, instruction, srt, vtt, as_json, pad_audio, max_tokens, temperature, pause, (device, budget, ctx, threads, verbose))
+
+
+def translate(
+    bundle: BundleArg, file: FileArg = None, to: Annotated[str, typer.Option("--to", help="The language to translate into, like English.")] = "English",
+    mic: Mic = False, name: MicName = None, language: Language = None, srt: Srt = False, vtt: Vtt = False, pad_audio: PadAudio = True,
+    max_tokens: MaxTokens = 448, temperature: Temperature = 0.0, pause: EndS = 0.6, device: DeviceOption = "auto", budget: BudgetOption = None,
+    ctx: CtxOption = None, threads: ThreadsOption = None, as_json: JsonOption = False, verbose: VerboseOption = False, debug: DebugOption = False,
+) -> None:  # fmt: skip
+    """Translate what is said in a file or into the microphone. With --language, the model writes it down in that language first."""
+    from ..listen import TRANSLATE, TRANSLATE_ONLY
+
+    instruction = TRANSLATE.format(language=language, to=to) if language else TRANSLATE_ONLY.format(to=to)
+    _segments(bundle, file, mic, name, instruction, srt, vtt, as_json, pad_audio, max_tokens, temperature, pause, (device, budget, ctx, threads, verbose))
+
+
+def _segments(bundle, file, mic, name, instruction, srt, vtt, as_json, pad_audio, max_tokens, temperature, pause, loading) -> None:
+    from ..errors import UsageError
+    from ..listen import ListenOptions, transcribe
+    from ..sample import Options
+    from ..vad import VadSettings
+
+    if srt + vtt + as_json > 1:
+        raise UsageError("choose one of --srt, --vtt and --json")
+    blocks = _blocks(file, mic, name)
+    options = ListenOptions(pad_audio=pad_audio, vad=VadSettings(end_s=pause), sampling=Options(temperature=temperature, max_tokens=max_tokens))
+    model, chat = _open_chat(bundle, *loading, pad_audio=pad_audio)
+    n = 0
+    with model, chat:
+        if vtt:
+            print("WEBVTT\n", flush=True)
+        for n, segment in enumerate(transcribe(chat, blocks, instruction, options), 1):
+            if as_json:
+                print_json({"start_s": round(segment.start_s, 3), "end_s": round(segment.end_s, 3), "text": segment.text})
+            elif srt or vtt:
+                print(cue(segment, n if srt else None), flush=True)
+            else:
+                print(segment.text, flush=True)
+    if n == 0:
+        note("no speech found")
+
+
+def cue(segment, number: int | None) -> str:
+    """One subtitle with the blank line behind it; numbered and with decimal commas for SubRip.
+
+    >>> from edge_gemma.listen import Segment
+    >>> print(cue(Segment(3661.5, 3662.25, "Hello --> there"), 7))
+    7
+    01:01:01,500 --> 01:01:02,250
+    Hello -> there
+    <BLANKLINE>
+    """
+
+    def clock(seconds: float) -> str:
+        ms = round(seconds * 1000)
+        return f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms // 1000 % 60:02}{'.' if number is None else ','}{ms % 1000:03}"
+
+    text = "\n".join(line for line in segment.text.replace("-->", "->").splitlines() if line.strip()) or "…"  # a blank line or an arrow would end the cue
+    return "\n".join([*([str(number)] if number is not None else []), f"{clock(segment.start_s)} --> {clock(segment.end_s)}", text, ""])
+
+
+def ask(
+    bundle: BundleArg,
+    words: Annotated[list[str], typer.Argument(metavar='[FILE] "question"', help="A sound file of at most 30 s, and the question about it.")],
+    mic: Mic = False, name: MicName = None, pad_audio: PadAudio = True, max_tokens: MaxTokens = 512, temperature: Temperature = 1.0, seed: Seed = None,
+    device: DeviceOption = "auto", budget: BudgetOption = None, ctx: CtxOption = None, threads: ThreadsOption = None, as_json: JsonOption = False,
+    verbose: VerboseOption = False, debug: DebugOption = False,
+) -> None:  # fmt: skip
+    """Answer a question about a sound. With --mic, about the next utterance."""
+    from ..errors import MediaError, UsageError
+    from ..listen import ListenOptions, ask
+    from ..sample import Options
+
+    if len(words) != (1 if mic else 2):
+        raise UsageError('write it like: edge-gemma ask BUNDLE clip.wav "What is this?"' + "   or, with --mic, the question alone" * mic)
+    blocks = _blocks(None if mic else Path(words[0]), mic, name)
+    if not mic:
+        from ..audio import read_audio
+
+        blocks = [read_audio(words[0])]
+    options = ListenOptions(pad_audio=pad_audio, sampling=Options(temperature=temperature, max_tokens=max_tokens, seed=seed))
+    model, chat = _open_chat(bundle, device, budget, ctx, threads, verbose, pad_audio=pad_audio)
+    with model, chat:
+        text = []
+        for chunk in ask(chat, _one_utterance(blocks) if mic else blocks, words[-1], options):
+            text.append(chunk.text)
+            if not as_json:
+                print(chunk.text, end="", flush=True)
+        if as_json:
+            print_json({"text": "".join(text), "finish_reason": chunk.finish_reason, "usage": chunk.usage, "timings": chunk.timings})
+        else:
+            print()
+    if not mic and not len(blocks[0]):
+        raise MediaError(f"{words[0]} holds no samples")
+
+
+def _one_utterance(blocks: Iterable) -> Iterator:
+    from ..vad import SpeechDetector
+
+    detector = SpeechDetector()
+    for block in blocks:
+        for event in detector.push(block):
+            yield event.samples
+            if event.kind in ("cut", "end"):
+                return
+
+
+def listen(
+    bundle: BundleArg,
+    name: MicName = None,
+    system: System = None,
+    instruction: Annotated[str, typer.Option("--instruction", help="Said to the model before each utterance.")] = "",
+    voice: Annotated[str, typer.Option("--voice", help="Speak the answers: none, an espeak-ng voice like en or de, or a piper voice file.")] = "none",
+    barge_in: Annotated[bool, typer.Option("--barge-in/--half-duplex", help="Speech stops an answer; half-duplex where the microphone hears the loudspeaker.")] = True,
+    wake_word: Annotated[str | None, typer.Option("--wake-word", help="Hear nothing until this is said: a name of pymicro-wakeword, like okay_nabu.")] = None,
+    pad_audio: PadAudio = False, max_tokens: MaxTokens = 512, temperature: Temperature = 1.0, seed: Seed = None, pause: EndS = 0.6,
+    device: DeviceOption = "auto", budget: BudgetOption = None, ctx: CtxOption = None, threads: ThreadsOption = None, as_json: JsonOption = False,
+    verbose: VerboseOption = False, debug: DebugOption = False,
+) -> None:  # fmt: skip
+    """Talk with the model: hear, answer, speak, until Ctrl-C. Answers begin when you stop speaking; speaking again stops them."""
+    from ..audio import Microphone, find_sound_device
+    from ..listen import Listener, ListenOptions
+    from ..sample import Options
+    from ..vad import VadSettings
+
+    make_voice = _voice_maker(voice)
+    find_sound_device(name, "input")  # before the model is loaded
+    gate = None
+    if wake_word:
+        from ..vad import wake_word as make_gate
+
+        gate = make_gate(wake_word)
+    options = ListenOptions(instruction, pad_audio, barge_in, VadSettings(end_s=pause), Options(temperature=temperature, max_tokens=max_tokens, seed=seed))
+    model, chat = _open_chat(bundle, device, budget, ctx, threads, verbose, system=system, pad_audio=pad_audio)
+    with model, chat:
+        listener = Listener(chat, Microphone(name), options, make_voice=make_voice, gate=gate)
+        try:
+            for record in listener.records():
+                print_json(record) if as_json else _show(record)
+        except KeyboardInterrupt:
+            listener.stop()
+            note("")
+
+
+def _show(record) -> None:
+    if record.kind == "text":
+        print(record.text, end="", flush=True)
+    elif record.kind == "turn":
+        print(flush=True)
+        if record.wait_s is not None:
+            note(f"({record.wait_s:.2f} s to the first word)")
+    elif record.kind == "interrupted":
+        print(" …", flush=True)
+    elif record.kind in ("ready", "speech", "lost", "back", "failed", "dropped"):
+        words = {"ready": f"listening to {record.text}; Ctrl-C ends", "speech": "…", "back": f"the microphone is back: {record.text}"}
+        note(words.get(record.kind) or (f"{record.n} blocks of 32 ms were lost so far" if record.kind == "dropped" else record.text))
+
+
+def _voice_maker(voice: str):
+    """``() -> Voice | None`` for --voice. The synthesizer is found at once, so that a missing one is said before a model is loaded."""
+    if voice == "none":
+        return lambda: None
+    from ..audio import Speaker
+    from ..speech import Voice, espeak, piper
+
+    synthesize = piper(voice) if voice.endswith(".onnx") else espeak(voice)
+    speaker = Speaker()
+    return lambda: Voice(synthesize, speaker.play, speaker.stop)
+
+
+def devices(
+    meter: Annotated[bool, typer.Option("--meter", help="Show the microphone's level until Ctrl-C.")] = False,
+    name: MicName = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """List microphones and loudspeakers; --meter shows what a microphone hears."""
+    from ..audio import Microphone, level_dbfs
+    from ..audio import devices as find
+
+    found = find()
+    if as_json:
+        print_json(found)
+    else:
+        for d in found:
+            marks = ", ".join(word for word, yes in (("default microphone", d.is_default_input), ("default loudspeaker", d.is_default_output)) if yes)
+            print(f"{d.index:>3}  {d.name}  {d.inputs} in, {d.outputs} out, {d.rate_hz} Hz{'  ← ' + marks if marks else ''}")
+        if not found:
+            note("no sound device found; on a server or in a container there may be none")
+    if meter:
+        with Microphone(name) as microphone:
+            note(f"{microphone.name}; Ctrl-C ends")
+            try:
+                for block in microphone.blocks():
+                    rms, peak = level_dbfs(block)
+                    bar = "#" * max(0, min(40, round((rms + 60) * 40 / 60)))
+                    sys.stderr.write(f"\r{rms:6.1f} dBFS  {bar:<40} {'CLIPPING' if peak >= -0.1 else '        '}")
+                    sys.stderr.flush()
+            except KeyboardInterrupt:
+                note("")
