@@ -118,6 +118,7 @@ def test_missing_voice_is_said_before_anything_is_loaded(run, bundle, monkeypatc
     assert code == 2 and "espeak-ng is not installed" in err
 
 
+@pytest.mark.slow
 def test_bench_wer_runs_the_whole_way(run, bundle, clip, tmp_path):
     """Random weights hear noise: the rate means nothing, the counting does."""
     (tmp_path / "two.wav").write_bytes(clip.read_bytes())
