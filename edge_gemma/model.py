@@ -18,14 +18,15 @@ from .bundle import Bundle
 from .decode import EVALUATE_ROWS, Context
 from .device import Device, find_device, probe
 from .errors import RuntimeFailure, UsageError
-from .weights import Weights, repacked_here
-from .plan import Plan, Request, make_plan
+from .memory import quick
+from .plan import RUNTIME_ANON_BYTES, Plan, Request, make_plan
 from .prompt import Audio, Image, Prompt, read_special_rows
 from .sample import Options, Sampler
 from .session import Chat, Session
 from .spans import Span, Tokens
 from .stream import Chunk, TextStream, Usage
 from .units import parse_bytes
+from .weights import Weights, repacked_here
 
 PromptLike = str | Sequence[Span]
 
@@ -62,10 +63,14 @@ def load(
 
 def here(device: str | Device) -> Device:
     """The device to plan for when the run is on this machine: a profile's memory, bounded by what this machine has."""
-    found = find_device(device) if isinstance(device, str) else device
-    if device == "auto":
-        return found
     host = probe()
+    # Python and the libraries are loaded by now: the plan counts them, and what the machine calls free no longer holds them
+    spent = min(quick().anon_bytes, RUNTIME_ANON_BYTES)
+    headroom = None if host.headroom_bytes is None else host.headroom_bytes + spent
+    host = dataclasses.replace(host, available_bytes=min(host.available_bytes + spent, host.total_bytes), headroom_bytes=headroom)
+    if device == "auto":
+        return host
+    found = find_device(device) if isinstance(device, str) else device
     return dataclasses.replace(
         found,
         available_bytes=min(found.available_bytes, host.usable_bytes + found.reserve_bytes),
