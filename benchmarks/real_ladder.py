@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20_440, help="evaluate on so many (40 chunks of 511)")
     parser.add_argument("--calibration-tokens", type=int, default=40_880)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=0, help="for calibrating and quality; llama.cpp's threads wait in a loop, so one is faster on a busy machine")
     parser.add_argument("--keep", action="store_true", help="keep the bundles")
     arguments = parser.parse_args()
     work = arguments.out / "work"
@@ -74,10 +75,10 @@ def main() -> None:
     if not matrix.exists():
         say("calibrate")
         bundle = convert(checkpoint, work / "q8_0", Options(quant="q8_0", verify=False, overwrite=True)).bundle  # activations hardly differ from bf16's, and it is faster
-        calibrate(bundle, work / "docstrings.txt", matrix, max_tokens=arguments.calibration_tokens)
+        calibrate(bundle, work / "docstrings.txt", matrix, max_tokens=arguments.calibration_tokens, n_threads=arguments.threads)
     rungs = run(
         checkpoint, arguments.out / "ladder", work / "topics.txt", arguments.recipes.split(","), imatrix=matrix, max_tokens=arguments.tokens, rounds=arguments.rounds,
-        keep=arguments.keep, overwrite=True, stage=say, steps=lambda done, total: say(f"  {done} of {total}") if done % 10 == 0 else None,
+        keep=arguments.keep, n_threads=arguments.threads, overwrite=True, stage=say, steps=lambda done, total: say(f"  {done} of {total}") if done % 10 == 0 else None,
     )  # fmt: skip
     print(table(rungs))
     by_name = {rung.recipe: rung for rung in rungs}

@@ -50,6 +50,7 @@ def run(
     rounds: int = 3,
     keep: bool = False,
     n_threads: int = 0,
+    speed_threads: int = 0,
     overwrite: bool = False,
     stage: Callable[[str], None] = lambda text: None,
     note: Callable[[str], None] = lambda text: None,
@@ -82,7 +83,7 @@ def run(
         rungs = [_rung(name, bundles[name], receipts[name]) for name in wanted]
         if rounds:
             stage("speed")
-            rungs = _with_speed(rungs, bundles, rounds, n_threads, steps)
+            rungs = _with_speed(rungs, bundles, rounds, speed_threads, steps)
     finally:
         if not keep:
             for bundle in bundles.values():

@@ -125,7 +125,7 @@ def test_the_ladder_makes_a_table_and_a_plot(world, tmp_path, capsys):
     checkpoint, bundle, text = world
     matrix = tmp_path / "m.gguf"
     main_ok("calibrate", str(bundle.folder), str(text), str(matrix), "--tokens", "600")
-    rungs = ladder(checkpoint, tmp_path / "ladder", text, ["q8_0", "edge+imatrix"], imatrix=matrix, max_tokens=600, rounds=1, n_threads=1)
+    rungs = ladder(checkpoint, tmp_path / "ladder", text, ["q8_0", "edge+imatrix"], imatrix=matrix, max_tokens=600, rounds=1, n_threads=1, speed_threads=1)
     assert [rung.recipe for rung in rungs] == ["q8_0", "edge+imatrix"]
     assert rungs[0].bits_per_weight < 9 and rungs[0].decode_tok_s > 0 and rungs[0].receipt.kld_mean < rungs[1].receipt.kld_mean
     assert sorted(path.name for path in (tmp_path / "ladder").iterdir()) == ["ladder.png", "table.json", "table.md"]
