@@ -129,7 +129,7 @@ def decode_manifest(data: bytes) -> Manifest:
     """Validate the bytes of a manifest. Raises BundleError with the field that is wrong; never anything else."""
     try:
         head = msgspec.json.decode(data, type=_Head)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # msgspec.DecodeError, or UnicodeDecodeError inside a string
         raise BundleError(f"{MANIFEST} is not a manifest of this format ({error}); expected a JSON object with format and version") from None
     if head.format != FORMAT:
         raise BundleError(f"{MANIFEST} says format {head.format!r}, expected {FORMAT!r}")
@@ -137,7 +137,7 @@ def decode_manifest(data: bytes) -> Manifest:
         raise BundleError(f"the bundle has manifest version {head.version}, this edge-gemma reads up to {VERSION}; upgrade edge-gemma")
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # msgspec.DecodeError, or UnicodeDecodeError inside a string
         raise BundleError(f"{MANIFEST} is damaged: {error}") from None
     _check(manifest)
     return manifest

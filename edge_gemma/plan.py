@@ -208,7 +208,8 @@ class _Costs:
         tensors = manifest.decoder.tensors
         matmul = [t for t in tensors if t.use == "matmul"]
         self.matmul_bytes = sum(t.nbytes for t in matmul)
-        self.repacked_bytes = sum(t.nbytes for t in matmul if repacks(t))
+        self.repacked_bytes = sum(t.nbytes for t in tensors if t.use != "lookup" and repacks(t))
+        self.mapped_beside_copies_bytes = sum(t.nbytes for t in matmul if not repacks(t))
         self.cold_bytes = sum(t.nbytes for t in tensors if t.use != "matmul")
         self.file_bytes = manifest.files[manifest.decoder.file].size
         self.lookups = [t for t in tensors if t.use == "lookup"]
@@ -224,7 +225,7 @@ class _Costs:
         copied = self._offloaded(s.n_gpu_layers) if s.n_gpu_layers else repacked
         if copied:
             rows.append(Item("weights, on the GPU" if s.n_gpu_layers else "weights, repacked", copied, "anon", PHASES))
-        mapped = self.matmul_bytes - copied
+        mapped = self.mapped_beside_copies_bytes if copied and not s.n_gpu_layers else self.matmul_bytes - copied
         if mapped > 0:
             rows.append(Item("weights, mapped", mapped, "file_hot", PHASES))
         rows += self._cold(s, copied)
@@ -247,7 +248,7 @@ class _Costs:
 
     def _cold(self, s: Settings, copied: int) -> list[Item]:
         if not self.device.can_release:
-            stays = self.file_bytes - (self.matmul_bytes - copied)
+            stays = self.file_bytes - (self.mapped_beside_copies_bytes if copied else self.matmul_bytes)
             return [Item("cold weights (this platform cannot release them)", stays, "file_cold", PHASES)] if stays > 0 else []
         tables = list(self.lookups)
         if self.embedding_repacked and copied:
@@ -366,7 +367,8 @@ def _nearest(plan: Plan, manifest: Manifest, device: Device, request: Request, c
     smallest = replace(plan.settings, n_ctx=min(512, manifest.decoder.n_ctx_train))
     if costs.encoders:
         without = _Costs(manifest, device, replace(request, encoders=()), lambda t: False)
-        without.repacked_bytes, without.embedding_repacked = costs.repacked_bytes, costs.embedding_repacked
+        without.repacked_bytes, without.mapped_beside_copies_bytes = costs.repacked_bytes, costs.mapped_beside_copies_bytes
+        without.embedding_repacked = costs.embedding_repacked
         if fits(smallest, without).fits:
             return f"the same without its {' and '.join(costs.encoders)} encoder, --ctx {smallest.n_ctx}"
     floor = fits(replace(smallest, repack=False) if request.repack is None else smallest)

@@ -197,7 +197,8 @@ def schema_to_grammar(schema: dict) -> str:
         raise UsageError(f"a schema is a JSON object, got {type(schema).__name__}")
     try:
         _check_schema(schema, "the top", 0)
-        return json_schema_to_gbnf(json.dumps(schema))
+        # its rule for a character lets control characters through, which JSON forbids inside strings (RFC 8259, section 7)
+        return json_schema_to_gbnf(json.dumps(schema)).replace(r'[^"\\]', r'[^"\\\x7F\x00-\x1F]')
     except UsageError:
         raise
     except RecursionError:

@@ -301,7 +301,7 @@ def _read_saved(path: Path) -> _Saved:
         raise BundleError(f"{path} is damaged: its checksum does not match. Nothing was restored")
     try:
         return msgspec.msgpack.decode(body, type=_Saved)
-    except msgspec.DecodeError as error:
+    except ValueError as error:
         raise BundleError(f"{path} is damaged: {error}") from None
 
 
@@ -465,7 +465,7 @@ class Chat:
         extra = self.session.restore(path)
         try:
             plain, self._append_only = msgspec.msgpack.decode(extra, type=tuple[list[tuple[str, list[str | tuple[str, tuple[int, int], bytes]]]], bool])
-        except msgspec.DecodeError as error:
+        except ValueError as error:
             raise BundleError(f"{path} holds a session without turns ({error})") from None
         self.messages = [Message(role, [_part_in(p) for p in parts] if len(parts) != 1 or not isinstance(parts[0], str) else parts[0]) for role, parts in plain]
 

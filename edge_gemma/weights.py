@@ -36,8 +36,11 @@ _STEP = 0.02  # of the load, between two releases of what was copied
 
 
 def repacked_here(tensor: Tensor) -> bool:
-    """Whether this machine's llama.cpp copies the tensor when it may repack: what ``make_plan`` asks for device ``auto``."""
-    return len(tensor.shape) == 2 and tensor.use == "matmul" and repacks(_TYPE_IDS[tensor.type], *tensor.shape)
+    """Whether this machine's llama.cpp copies the tensor when it may repack: what ``make_plan`` asks for device ``auto``.
+
+    Weights that are never read are copied as well; the loader does not know that they are not.
+    """
+    return len(tensor.shape) == 2 and tensor.use != "lookup" and repacks(_TYPE_IDS[tensor.type], *tensor.shape)
 
 
 class Weights:

@@ -84,10 +84,13 @@ def seeing_bundle(siglip_checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_bundle):
-    """:func:`tiny_bundle` loaded with 512 tokens of context. Tests share it: leave no session busy."""
+    """:func:`tiny_bundle` loaded with 512 tokens of context. Tests share it: leave no session busy.
+
+    One thread: two of llama.cpp's wait for each other by spinning, which crawls on a machine that does something else as well.
+    """
     import edge_gemma
 
-    with edge_gemma.load(tiny_bundle, n_ctx=512) as model:
+    with edge_gemma.load(tiny_bundle, n_ctx=512, request=edge_gemma.Request(n_threads=1)) as model:
         yield model
 
 

@@ -1,0 +1,38 @@
+"""The front door: the public names, and that walking in costs nothing."""
+
+import subprocess
+import sys
+
+import edge_gemma
+
+NAMES = ["Audio", "Bundle", "Chat", "Chunk", "EdgeGemmaError", "Image", "Model", "Options", "Request", "Rows", "Session", "Tokens", "load"]
+
+
+def test_exported_names():
+    assert edge_gemma.__all__ == NAMES
+    assert all(getattr(edge_gemma, name) is not None for name in NAMES)
+
+
+def test_importing_loads_nothing_and_starts_nothing():
+    code = (
+        "import sys, threading, logging; before = logging.getLogger().handlers[:]; import edge_gemma\n"
+        "heavy = {'numpy', 'llama_cpp', 'onnxruntime', 'sounddevice', 'huggingface_hub', 'jinja2', 'typer', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy; assert threading.active_count() == 1; assert logging.getLogger().handlers == before"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_only_the_walls_import_foreign_libraries():
+    """decode → llama_cpp, encode → onnxruntime, audio → sounddevice, hub → huggingface_hub."""
+    import re
+    from pathlib import Path
+
+    # sample asks llama_cpp's pure-Python schema converter; doctor looks whether sounddevice finds its library
+    allowed = {"llama_cpp": {"decode.py", "sample.py"}, "onnxruntime": {"encode.py"}, "sounddevice": {"audio.py", "doctor.py"}, "huggingface_hub": {"hub.py"}}
+    found: dict[str, set[str]] = {library: set() for library in allowed}
+    for path in Path(edge_gemma.__file__).parent.rglob("*.py"):
+        for library in allowed:
+            if re.search(rf"^\s*(import|from) {library}\b", path.read_text(), re.M):
+                found[library].add(path.name)
+    for library, names in found.items():
+        assert names <= allowed[library], (library, names)

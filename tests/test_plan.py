@@ -1,0 +1,178 @@
+"""Plans: pure arithmetic that agrees with what llama.cpp reports, concedes in order, and refuses with the sum shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_gemma.benchmarks.synthetic import tiny_gguf
+from edge_gemma.bundle import AudioEncoder, Bundle, Manifest, VisionEncoder
+from edge_gemma.decode import Decoder
+from edge_gemma.device import load_profile, probe
+from edge_gemma.errors import PlanRefused, UsageError
+from edge_gemma.importer import import_gguf
+from edge_gemma.plan import AFTER_LOAD, Plan, Request, arithmetic, make_plan
+from edge_gemma.units import MiB
+from edge_gemma.weights import repacked_here
+
+PI = load_profile("pi-5-4gb")
+
+
+@pytest.fixture(scope="module", params=["gemma3", "gemma3n"])
+def bundle(request, tmp_path_factory) -> Bundle:
+    folder = tmp_path_factory.mktemp("plan")
+    return import_gguf(tiny_gguf(folder / "x.gguf", request.param), folder / "bundle")
+
+
+@pytest.fixture(scope="module")
+def manifest(bundle) -> Manifest:
+    return bundle.manifest
+
+
+def plan(manifest, request=Request(), device=PI) -> Plan:
+    return make_plan(manifest, device, request, lambda tensor: tensor.type == "Q4_0")
+
+
+def with_encoders(manifest: Manifest) -> Manifest:
+    import msgspec
+
+    audio = AudioEncoder(file="audio.onnx", precision="int8", n_embd=8, weights_bytes=300 * MiB, activation_bytes=50 * MiB)
+    vision = VisionEncoder(
+        file="vision.onnx", kind="siglip", precision="f32", n_embd=8, n_soft_tokens=256, image_sizes=(896,), mean=0.5, std=0.5,
+        weights_bytes=400 * MiB, activation_bytes={"896": 200 * MiB},
+    )  # fmt: skip
+    return msgspec.structs.replace(manifest, audio=audio, vision=vision)
+
+
+def test_total_is_the_worst_phase_after_load(manifest):
+    made = plan(manifest)
+    sums = {p: sum(i.bytes for i in made.items if p in i.phases and i.kind != "reclaimable") for p in AFTER_LOAD}
+    assert made.total_bytes == max(sums.values()) and made.fits
+    assert all(isinstance(i.bytes, int) and i.bytes > 0 and set(i.phases) and i.kind in ("anon", "file_hot", "file_cold", "reclaimable") for i in made.items)
+    assert made.load_peak_bytes == made.phase_bytes("load")
+
+
+def test_json_has_what_scripts_read(manifest):
+    data = json.loads(json.dumps(dataclasses.asdict(plan(manifest))))
+    assert data["fits"] is True and data["total_bytes"] > 0
+    assert {"name", "bytes", "kind"} <= set(data["items"][0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(a=st.integers(64, 1024), b=st.integers(64, 1024), ubatch=st.sampled_from([32, 64, 256, 512]), kv=st.sampled_from(["f16", "q8_0"]), n=st.integers(1, 4))
+def test_bytes_never_fall_when_the_request_grows(manifest, a, b, ubatch, kv, n):
+    small, large = (plan(manifest, Request(n_ctx=c, n_ubatch=ubatch, kv_type=kv, n_seq_max=n)).total_bytes for c in sorted((a, b)))
+    assert small <= large
+    assert plan(manifest, Request(n_ctx=a, n_ubatch=ubatch, kv_type=kv, n_seq_max=n)).total_bytes <= plan(manifest, Request(n_ctx=a, n_ubatch=ubatch, kv_type=kv, n_seq_max=n + 1)).total_bytes
+
+
+@settings(max_examples=60, deadline=None)
+@given(budget=st.integers(1, 400 * MiB))
+def test_a_plan_that_fits_stays_inside_and_one_that_does_not_says_what_would(manifest, budget):
+    made = plan(manifest, Request(budget_bytes=budget))
+    assert made.fits == (made.needed_bytes <= made.budget_bytes <= budget) and made.total_bytes <= made.needed_bytes
+    if not made.fits:
+        assert "nearest that fits: --budget" in made.refusal and str(made.settings.n_ctx)
+
+
+@pytest.mark.parametrize("n_ctx", [256, 1000])
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
+def test_kv_and_repacked_bytes_are_what_llama_cpp_reports(bundle, n_ctx, kv_type):
+    made = make_plan(bundle.manifest, probe(), Request(n_ctx=n_ctx, kv_type=kv_type, n_ubatch=128), repacked_here)
+    decoder = Decoder(bundle.decoder_path, made.settings)
+    try:
+        context = decoder.context()
+        found = decoder.reported_bytes()
+    finally:
+        decoder.close()
+    assert context.settings.n_ctx == n_ctx
+    sums = {name: sum(i.bytes for i in made.items if i.name.startswith(name)) for name in ("KV cache", "weights, repacked")}
+    assert abs(found.get("CPU KV", 0) - sums["KV cache"]) < 20_000  # reported in hundredths of a MiB
+    assert abs(found.get("CPU_REPACK model", 0) - sums["weights, repacked"]) < 20_000
+
+
+def test_the_ladder_is_taken_in_order_and_never_concedes_what_was_named(manifest):
+    comfortable = plan(manifest)
+    assert comfortable.concessions == ()
+    seen = []
+    for budget in range(comfortable.needed_bytes, 0, -MiB // 4):
+        made = plan(manifest, Request(budget_bytes=budget))
+        if not made.fits:
+            break
+        if made.concessions and made.concessions not in seen:
+            seen.append(made.concessions)
+    lengths = [len(c) for c in seen]
+    assert lengths == sorted(lengths) and lengths[-1] >= 2
+    assert "n_ubatch" in seen[0][0] and any("q8_0" in line for line in seen[-1])
+    named = Request(budget_bytes=comfortable.needed_bytes - MiB // 2, n_ctx=1024, n_ubatch=256, kv_type="f16", repack=True)
+    refused = plan(manifest, named)
+    assert not refused.fits and refused.concessions == () and refused.settings.n_ctx == 1024
+
+
+def test_refusal_prints_the_arithmetic_and_the_nearest_that_fits(manifest):
+    named = Request(n_ctx=1024, n_ubatch=64, kv_type="f16", repack=True)
+    budget = plan(manifest, named).needed_bytes - 100_000
+    made = plan(manifest, dataclasses.replace(named, budget_bytes=budget))
+    with pytest.raises(PlanRefused) as refusal:
+        made.require()
+    message = str(refusal.value)
+    assert "does not fit" in message and "KV cache, global layers" in message and refusal.value.plan is made
+    n_ctx = int(message.split("nearest that fits: --ctx ")[1].split()[0])
+    assert 0 < n_ctx < 1024
+    assert plan(manifest, dataclasses.replace(named, budget_bytes=budget, n_ctx=n_ctx)).fits
+    assert not plan(manifest, dataclasses.replace(named, budget_bytes=budget, n_ctx=n_ctx + 256)).fits
+    tiny = plan(manifest, Request(budget_bytes=1, n_ctx=512))
+    assert "nearest that fits: --budget" in tiny.refusal
+    mib = int(tiny.refusal.split("--budget ")[1].split("MiB")[0])
+    assert plan(manifest, Request(budget_bytes=mib * MiB, n_ctx=512)).fits
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request(n_ctx=1 << 20), "a context of 1048576 tokens"),
+        (Request(n_ctx=1), "takes 64"),
+        (Request(kv_type="q2_k"), "KV type 'q2_k'"),
+        (Request(n_ubatch=0), "n_ubatch"),
+        (Request(n_seq_max=0), "parallel sequences"),
+        (Request(n_threads=0), "threads"),
+        (Request(encoders=("audio",)), "cannot hear"),
+        (Request(encoders=("vision",)), "cannot see"),
+        (Request(encoders=("smell",)), "'smell' is unknown"),
+    ],
+)
+def test_requests_that_mean_nothing_are_usage_errors(manifest, request_, message):
+    with pytest.raises(UsageError, match=message):
+        plan(manifest, request_)
+
+
+def test_encoders_count_and_go_one_at_a_time_when_that_is_what_fits(manifest):
+    both = with_encoders(manifest)
+    everything, text = plan(both), plan(both, Request(encoders=()))
+    assert everything.total_bytes - text.total_bytes >= (300 + 400 + 200 - 10) * MiB  # looking is the worst phase
+    tight = plan(both, Request(budget_bytes=everything.needed_bytes - 250 * MiB))
+    assert tight.fits and tight.settings.encoders == "one at a time"
+    assert any("one at a time" in line for line in tight.concessions)
+    refused = plan(both, Request(budget_bytes=text.needed_bytes + MiB))
+    assert not refused.fits and "without its audio and vision encoder" in refused.refusal
+
+
+def test_where_pages_cannot_be_released_the_whole_file_counts(manifest):
+    mac = dataclasses.replace(PI, can_release=False)
+    assert plan(manifest, device=mac).total_bytes > plan(manifest).total_bytes
+    assert any("cannot" in note for note in plan(manifest, device=mac).notes)
+
+
+def test_headroom_is_kept_beside_repacked_weights_only(manifest):
+    with_copies, without = plan(manifest, Request(repack=True)), plan(manifest, Request(repack=False))
+    assert with_copies.needed_bytes > with_copies.total_bytes and without.needed_bytes == without.total_bytes
+    assert "headroom" in arithmetic(with_copies) and "headroom" not in arithmetic(without)
+
+
+def test_a_budget_beyond_the_device_is_lowered_and_said(manifest):
+    made = plan(manifest, Request(budget_bytes=1 << 50))
+    assert made.budget_bytes == PI.usable_bytes and "lowered" in made.notes[0]
