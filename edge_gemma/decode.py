@@ -539,7 +539,13 @@ class Context:
         return True
 
     def close(self) -> None:
-        if self._ctx:
-            self.decoder._contexts.discard(self)
-            self._low.llama_free(self._ctx)
-            self._ctx = None
+        self.cancel()
+        with self.lock:  # a decode in another thread lands first
+            if self._ctx:
+                self.decoder._contexts.discard(self)
+                self._low.llama_free(self._ctx)
+                self._ctx = None
+
+    def check_open(self) -> None:
+        if not self._ctx:
+            raise RuntimeFailure("the model was closed while it was in use")

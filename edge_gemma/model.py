@@ -158,6 +158,7 @@ class Model:
         """
         waiting = list(enumerate(self.spans(p) for p in prompts))
         active: list[_Lane] = []
+        self.context.clear_cancel()
         try:
             while waiting or active:
                 while waiting and len(active) < self.plan.settings.n_seq_max:

@@ -128,16 +128,17 @@ class Session:
                             raise Cancelled(self.length)
                         token = sampler.sample(self._context)
                         logprobs = (sampler.logprob(self._context, token),) if options.logprobs is not None else ()
+                        ended, piece = decoder.is_end(token), decoder.piece(token)
                 except Cancelled:
                     break
                 last_s = time.perf_counter()
                 first_s = first_s or last_s
-                if decoder.is_end(token):
+                if ended:
                     reason = "stop"
                     break
                 self._keys.append(token)
                 n += 1
-                text = stream.push(decoder.piece(token))
+                text = stream.push(piece)
                 if stream.stopped or n >= options.max_tokens or self.length >= self.n_ctx:
                     reason = "stop_string" if stream.stopped else "length" if n >= options.max_tokens else "context"
                     yield Chunk(text, (token,), logprobs)
@@ -162,6 +163,7 @@ class Session:
         """Decode positions up to ``end``; with outputs "last", keep the logits of the last one (decoding it again if need be).
         ``counted`` is False for a token that was just generated."""
         with self._context.lock:
+            self._context.check_open()
             self._take_sequence()
             if outputs == "last" and self._cached >= end:  # its logits were not kept: take one step back
                 start = self._held_back()

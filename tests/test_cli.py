@@ -118,7 +118,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(tiny_bundle):
 
 
 def test_ctrl_c_while_loading_leaves_quietly(tiny_bundle, tmp_path):
-    code = "import os, signal, threading; threading.Timer(0.25, lambda: os.kill(os.getpid(), signal.SIGINT)).start(); from edge_gemma.cli import main; main()"
+    code = "import os, signal, threading; from edge_gemma.cli import main; threading.Timer(0.25, lambda: os.kill(os.getpid(), signal.SIGINT)).start(); main()"
     done = subprocess.run([sys.executable, "-c", code, "run", str(tiny_bundle), "hi", "-n", "3000", "--ctx", "8192", "-t", "1"], capture_output=True, text=True, timeout=60)
     assert done.returncode in (0, 130) and "Traceback" not in done.stderr
 
@@ -133,7 +133,7 @@ def test_a_bundle_deleted_while_loaded_goes_on(tiny_bundle, tmp_path):
     import edge_gemma
 
     copy = shutil.copytree(tiny_bundle, tmp_path / "bundle")
-    with edge_gemma.load(copy, n_ctx=256) as model:
+    with edge_gemma.load(copy, n_ctx=256, request=edge_gemma.Request(n_threads=1)) as model:
         first = [c.text for c in model.generate("abc", edge_gemma.Options(temperature=0, max_tokens=5))]
         shutil.rmtree(copy)
         assert [c.text for c in model.generate("abc", edge_gemma.Options(temperature=0, max_tokens=5))] == first

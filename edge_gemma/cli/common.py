@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import queue
+import signal
 import sys
 import threading
 import time
@@ -111,10 +112,15 @@ def parse_lora(values: list[str] | None) -> list[tuple[str, float]]:
 
 
 def interruptible(chunks: Iterator[T], cancel: Callable[[], None]) -> Iterator[T]:
-    """Items of a blocking iterator, driven by a worker thread, so that Ctrl-C reaches it inside native code: the first one
-    cancels and the rest (the last chunk with its figures) still comes; a second one leaves."""
+    """Items of a blocking iterator, driven by a worker thread, so that Ctrl-C is heard while native code runs. The first one
+    cancels, and the rest (the last chunk with its figures) still comes; a second one raises KeyboardInterrupt.
+
+    The signal is caught, not raised: an exception could land anywhere in the caller, past the point where it still knows
+    that a worker is inside the model it is about to close.
+    """
     items: queue.Queue = queue.Queue()
     end = object()
+    presses = 0
 
     def work() -> None:
         try:
@@ -124,24 +130,23 @@ def interruptible(chunks: Iterator[T], cancel: Callable[[], None]) -> Iterator[T
         except BaseException as error:
             items.put(error)
 
+    def on_interrupt(*_) -> None:
+        nonlocal presses
+        presses += 1
+        cancel()
+        if presses > 1:
+            raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
     worker = threading.Thread(target=work, name="generate", daemon=True)
     worker.start()
-    stopped = False
-    while True:
-        try:
-            item = items.get()
-        except KeyboardInterrupt:
-            if stopped:
-                raise
-            stopped = True
-            cancel()
-            continue
-        if item is end:
-            return
-        if isinstance(item, BaseException):
-            raise item
-        try:
+    try:
+        while (item := items.get()) is not end:
+            if isinstance(item, BaseException):
+                raise item
             yield item
-        except KeyboardInterrupt:
+    finally:
+        if worker.is_alive():  # left early: the model must not be closed under it
             cancel()
-            stopped = True
+            worker.join()
+        signal.signal(signal.SIGINT, previous)
