@@ -1,13 +1,12 @@
 """Synthetic GGUF files: llama.cpp itself says whether they are right."""
 
-import ctypes
-
 import gguf
 import numpy as np
 import pytest
 
 from edge_gemma.benchmarks import synthetic
 from edge_gemma.benchmarks.synthetic import SHAPES, Types, tensors, tiny_gguf
+from edge_gemma.decode import _llama
 from edge_gemma.errors import UsageError
 
 
@@ -15,8 +14,7 @@ def logits(path, text=b"hello world"):
     """Logits of the last token, by llama.cpp as it comes. # [n_vocab] float32"""
     import llama_cpp
 
-    callback = llama_cpp.llama_log_callback(lambda *_: None)
-    llama_cpp.llama_log_set(callback, ctypes.c_void_p())
+    _llama()  # its log handler lives as long as the process; one of our own would be gone when other models are closed
     model = llama_cpp.Llama(str(path), n_ctx=128, verbose=False, n_threads=1)
     try:
         model.eval(model.tokenize(text))
