@@ -96,7 +96,7 @@ class AudioConfig:
         return self.hidden // self.n_head
 
     def activation_bytes(self, n_embd: int) -> int:
-        """Values alive at once in a step of 12 frames, the step's state, and onnxruntime's fixed cost; checked against measured peaks in tests."""
+        """Values alive at once in a step of 12 frames, the step's state, and onnxruntime's fixed cost."""
         rows = 2 * STEP_FRAMES + 1
         conv = 3 * rows * self.channels[0] * (self.n_mels // 2)
         feed_forward = STEP_FRAMES * self.hidden * (4 * 3 + 4)
