@@ -106,9 +106,9 @@ def _forget(checkpoint: Path) -> None:
 
 
 def _quantize(source: str, target: str, file_type: str) -> None:
-    from .. import decode
+    from .. import llama
 
-    low = decode._llama()
+    low = llama.library()
     params = low.llama_model_quantize_default_params()
     params.ftype, params.nthread = int(file_type), len(os.sched_getaffinity(0))
     if low.llama_model_quantize(source.encode(), target.encode(), params):

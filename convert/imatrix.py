@@ -113,7 +113,7 @@ def calibrate(
 
     ``max_tokens`` bounds the work (0: the whole text). Raises UsageError (too little text, ``out`` exists), BundleError.
     """
-    from .. import decode
+    from .. import decode, llama
 
     if out.exists() and not overwrite:
         raise UsageError(f"{out} exists; choose another name or pass --force")
@@ -141,7 +141,7 @@ def calibrate(
         n_chunks = min(len(ids), max_tokens or len(ids)) // step
         if not n_chunks:
             raise UsageError(f"{text} has {len(ids)} tokens; calibrating needs at least {step}, better 20,000 or more")
-        context = decoder.context(n_outputs=settings.n_ubatch, on_tensor=decode.watch_matmuls(wanted, collect))
+        context = decoder.context(n_outputs=settings.n_ubatch, on_tensor=llama.watch_matmuls(wanted, collect))
         start = [decoder.bos] if decoder.add_bos else []
         for k in range(n_chunks):
             for _ in context.evaluate([decode.Tokens((*start, *ids[k * step : (k + 1) * step]))]):

@@ -190,7 +190,7 @@ def convert(folder: str | Path, out: str | Path, options: Options = Options(), r
         quality = _receipt(prepared, options, path, report) if options.check else None
         manifest = _manifest(prepared, options, path, files, special_rows, towers, quality)
         if options.verify:
-            from ..decode import check_loads  # late: starts a child process with llama.cpp
+            from ..llama import check_loads  # late: starts a child process with llama.cpp
 
             check_loads(path)
         bundle = writer.commit(manifest)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 
 _HOMES = {
-    "load": "model", "Model": "model", "Options": "sample", "Request": "plan", "Session": "session", "Chat": "session",
+    "load": "model", "Model": "model", "Options": "sample", "Request": "plan", "Session": "session", "Chat": "chat",
     "Chunk": "stream", "Tokens": "spans", "Rows": "spans", "Image": "prompt", "Audio": "prompt", "Video": "video", "Picture": "vision", "Bundle": "bundle",
     "EdgeGemmaError": "errors",
 }  # fmt: skip

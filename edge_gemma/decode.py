@@ -1,4 +1,4 @@
-"""Spans → KV cache → logits → sampled ids. The only room that imports llama_cpp; its failures become ours here.
+"""Spans → KV cache → logits → sampled ids, on llama.cpp (llama.py); its failures become ours here.
 
 In: a GGUF that was checked, settings that a plan approved, spans. Out: ids, logits ``[k, n_vocab]`` float32, saved sequences.
 This room does not know prompts, bundles or sessions. llama.cpp aborts the process on what it asserts, so whatever it would
@@ -8,199 +8,20 @@ assert on (outputs beyond the reserve, batches beyond n_ubatch, a grammar fed a 
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
-import re
-import subprocess
-import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from .errors import BundleError, MissingExtra, RuntimeFailure, UsageError
+from . import llama
+from .errors import BundleError, RuntimeFailure, UsageError
 from .plan import Settings
 from .spans import Rows, Span, Tokens
 
 KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}  # ggml type ids of the cache types a plan may choose
-EVALUATE_ROWS = 64  # logits rows per block in Context.logits: 64 × 262,144 × 4 bytes = 64 MiB
-_VERBOSE = False
-_log_tail: deque[str] = deque(maxlen=200)
-_reported: list[tuple[str, int]] = []  # (buffer, bytes) of every "… buffer size = … MiB" line
-_log_lock = threading.Lock()
-
-
-def set_verbose(on: bool) -> None:
-    """Let llama.cpp's log through to stderr (`-v`)."""
-    global _VERBOSE
-    _VERBOSE = on
-
-
-@functools.cache
-def _llama():
-    """llama_cpp's low-level module, with its log in our hands and its backends started. Imported on first use only."""
-    try:
-        import llama_cpp
-        from llama_cpp import llama_cpp as low
-    except ImportError as error:
-        raise MissingExtra(f"Decoding (llama-cpp-python: {error})", "all") from None
-    if not hasattr(low.llama_context_params, "n_outputs_max"):
-        raise RuntimeFailure(f"llama-cpp-python {llama_cpp.__version__} is too old; expected 0.3.36 or newer. pip install -U llama-cpp-python")
-
-    @low.llama_log_callback
-    def on_log(level, text, _):
-        line = text.decode("utf-8", "replace")
-        with _log_lock:
-            _log_tail.append(line)
-            if match := re.search(r"(\S+)\s+(model|KV|compute|output)\s+buffer size\s*=\s*([0-9.]+) MiB", line):
-                _reported.append((f"{match[1]} {match[2]}", int(float(match[3]) * (1 << 20))))
-        if _VERBOSE:
-            sys.stderr.write(line)
-
-    low._edge_gemma_on_log = on_log  # the C side keeps the pointer: it must outlive every model
-    low.llama_log_set(on_log, ctypes.c_void_p(0))
-    low.llama_backend_init()
-    return low
-
-
-def _last_log(pattern: str = "error|fail|invalid|wrong|missing|unknown|unsupported") -> str:
-    with _log_lock:
-        lines = [line.strip() for line in _log_tail if re.search(pattern, line, re.I)]
-    return lines[-1] if lines else "llama.cpp gave no reason"
-
-
-def supports_gpu() -> bool:
-    """Whether this build of llama.cpp can offload layers."""
-    return bool(_llama().llama_supports_gpu_offload())
-
-
-# -- what the loader repacks on this machine --------------------------------------------------------------------------
-
-
-class _InitParams(ctypes.Structure):
-    _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
-
-
-def _library_folder() -> Path:
-    return Path(os.environ.get("LLAMA_CPP_LIB_PATH") or Path(_llama().__file__).parent / "lib")
-
-
-@functools.cache
-def _ggml():
-    """The ggml functions the repack probe needs, from the libraries that llama_cpp already loaded."""
-    lib_dir = _library_folder()
-    libs = [ctypes.CDLL(str(path)) for name in ("ggml", "ggml-base", "ggml-cpu") for path in sorted(lib_dir.glob(f"lib{name}.*"))[:1]]
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    signatures = {
-        "ggml_init": (pointer, [_InitParams]), "ggml_free": (None, [pointer]),
-        "ggml_new_tensor_2d": (pointer, [pointer, ctypes.c_int, size, size]), "ggml_mul_mat": (pointer, [pointer, pointer, pointer]),
-        "ggml_backend_dev_by_type": (pointer, [ctypes.c_int]), "ggml_backend_dev_backend_reg": (pointer, [pointer]),
-        "ggml_backend_reg_get_proc_address": (pointer, [pointer, ctypes.c_char_p]),
-        "ggml_backend_buft_alloc_buffer": (pointer, [pointer, ctypes.c_size_t]), "ggml_backend_buffer_free": (None, [pointer]),
-        "ggml_backend_dev_supports_op": (ctypes.c_bool, [pointer, pointer]),
-    }  # fmt: skip
-    found = {}
-    for name, (result, arguments) in signatures.items():
-        function = next(f for lib in libs if (f := getattr(lib, name, None)) is not None)
-        function.restype, function.argtypes = result, arguments
-        found[name] = function
-    return found
-
-
-@functools.cache
-def repacks(type_id: int, row: int, n_rows: int) -> bool:
-    """Whether llama.cpp copies a 2-D weight of this type and shape into a repacked buffer on this CPU.
-
-    Asks the CPU backend's extra buffer types the very question its loader asks (llama-model-loader.cpp,
-    weight_buft_supported), so no list of CPUs is kept here.
-    """
-    g = _ggml()
-    device = g["ggml_backend_dev_by_type"](0)  # GGML_BACKEND_DEVICE_TYPE_CPU
-    address = g["ggml_backend_reg_get_proc_address"](g["ggml_backend_dev_backend_reg"](device), b"ggml_backend_dev_get_extra_bufts")
-    if not address:
-        return False
-    extra = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(address)(device)
-    context = g["ggml_init"](_InitParams(1 << 16, None, True))
-    try:
-        weight = g["ggml_new_tensor_2d"](context, type_id, row, n_rows)
-        product = g["ggml_mul_mat"](context, weight, g["ggml_new_tensor_2d"](context, 0, row, 512))
-        i = 0
-        while extra and extra[i]:
-            buffer = g["ggml_backend_buft_alloc_buffer"](extra[i], 0)
-            # struct ggml_tensor { enum ggml_type type; struct ggml_backend_buffer * buffer; … }: the pointer is at byte 8
-            ctypes.c_void_p.from_address(weight + 8).value = buffer
-            supported = g["ggml_backend_dev_supports_op"](device, product)
-            g["ggml_backend_buffer_free"](buffer)
-            if supported:
-                return True
-            i += 1
-        return False
-    finally:
-        g["ggml_free"](context)
-
-
-def check_loads(path: Path) -> None:
-    """Let llama.cpp read the header and vocabulary in a child process, so that an abort there is our error, not our end."""
-    code = "import sys; from edge_gemma import decode; decode._load_vocabulary(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=300)
-    if done.returncode == 0:
-        return
-    reason = done.stderr.strip().splitlines()[-1:] or ["no message"]
-    how = f"stopped with signal {-done.returncode}" if done.returncode < 0 else "refused it"
-    raise BundleError(f"llama.cpp {how} while reading {path.name}: {reason[0]}. The file is damaged or not for this version")
-
-
-def _load_vocabulary(path: str) -> None:
-    low = _llama()
-    params = low.llama_model_default_params()
-    params.vocab_only = True
-    model = low.llama_model_load_from_file(os.fsencode(path), params)
-    if not model:
-        sys.exit(_last_log())
-    low.llama_model_free(model)
-
-
-# -- what a weight is multiplied with, for calibration -----------------------------------------------------------------
-
-
-class _TensorHead(ctypes.Structure):
-    """The front of struct ggml_tensor (ggml.h; GGML_MAX_DIMS 4, GGML_MAX_OP_PARAMS 64, GGML_MAX_SRC 10)."""
-
-    _fields_ = [
-        ("type", ctypes.c_int), ("buffer", ctypes.c_void_p), ("ne", ctypes.c_int64 * 4), ("nb", ctypes.c_size_t * 4), ("op", ctypes.c_int),
-        ("op_params", ctypes.c_int32 * 16), ("flags", ctypes.c_int32), ("src", ctypes.c_void_p * 10), ("view_src", ctypes.c_void_p),
-        ("view_offs", ctypes.c_size_t), ("data", ctypes.c_void_p), ("name", ctypes.c_char * 64),
-    ]  # fmt: skip
-
-
-def watch_matmuls(wanted: Callable[[str], bool], collect: Callable[[str, np.ndarray], None]) -> Callable[[int, bool], bool]:
-    """An ``on_tensor`` for :class:`Context`: ``collect(weight name, rows [n, row] float32)`` for each product with a 2-D weight ``wanted`` by name.
-
-    The rows are a view that is valid during the call only.
-    """
-    op_name = ctypes.CDLL(str(sorted(_library_folder().glob("*ggml-base.*"))[0])).ggml_op_name
-    op_name.restype, op_name.argtypes = ctypes.c_char_p, [ctypes.c_int]
-    matmul = next(i for i in range(256) if op_name(i) == b"MUL_MAT")
-
-    def on_tensor(pointer: int, ask: bool) -> bool:
-        tensor = _TensorHead.from_address(ctypes.cast(pointer, ctypes.c_void_p).value)
-        if tensor.op != matmul:
-            return False
-        weight, rows = _TensorHead.from_address(tensor.src[0]), _TensorHead.from_address(tensor.src[1])
-        name = weight.name.decode("utf-8", "replace")
-        if weight.ne[2] != 1 or weight.ne[3] != 1 or rows.type != 0 or rows.nb[0] != 4 or not wanted(name):
-            return False
-        if not ask:
-            n, row = rows.ne[1] * rows.ne[2] * rows.ne[3], rows.ne[0]
-            contiguous = rows.nb[1] == 4 * row and rows.nb[2] == rows.nb[1] * rows.ne[1]
-            assert contiguous, f"the input of {name} is not laid out row by row"
-            collect(name, np.ctypeslib.as_array((ctypes.c_float * (n * row)).from_address(rows.data)).reshape(n, row))
-        return True
-
-    return on_tensor
-
+EVALUATE_ROWS = 64  # logits rows per block in Context.evaluate: 64 × 262,144 × 4 bytes = 64 MiB
 
 # -- the model: weights and vocabulary, shared and immutable -----------------------------------------------------------
 
@@ -213,11 +34,9 @@ class Decoder:
     """
 
     def __init__(self, path: str | Path, settings: Settings, *, lora: Sequence[tuple[str | Path, float]] = (), on_progress: Callable[[float], bool] | None = None):
-        self._low = low = _llama()
+        self._low = low = llama.library()
         self.settings = settings
-        with _log_lock:
-            _log_tail.clear()
-            _reported.clear()
+        llama.forget_log()
         params = low.llama_model_default_params()
         params.n_gpu_layers = settings.n_gpu_layers
         params.use_extra_bufts = settings.repack
@@ -237,7 +56,7 @@ class Decoder:
         if not self._model:
             if stopped:
                 raise KeyboardInterrupt
-            raise BundleError(f"llama.cpp could not load {path}: {_last_log()}")
+            raise BundleError(f"llama.cpp could not load {path}: {llama.last_log()}")
         self._contexts: set[Context] = set()
         self._adapters = []
         try:
@@ -259,16 +78,12 @@ class Decoder:
             raise UsageError(f"no LoRA adapter at {path}")
         adapter = self._low.llama_adapter_lora_init(self._model, os.fsencode(path))
         if not adapter:
-            raise BundleError(f"llama.cpp could not apply the LoRA adapter {path}: {_last_log()}")
+            raise BundleError(f"llama.cpp could not apply the LoRA adapter {path}: {llama.last_log()}")
         return adapter
 
     def reported_bytes(self) -> dict[str, int]:
         """What llama.cpp said it allocated while loading and making contexts: ``{"CPU_REPACK model": bytes, …}``."""
-        sizes: dict[str, int] = {}
-        with _log_lock:
-            for buffer, nbytes in _reported:
-                sizes[buffer] = sizes.get(buffer, 0) + nbytes
-        return sizes
+        return llama.reported_bytes()
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         """Text → ids without BOS. ``special`` lets control tokens in the text be control tokens; user text never should."""
@@ -356,7 +171,7 @@ class Context:
             params.cb_eval = self._on_tensor
         self._ctx = low.llama_init_from_model(decoder._model, params)
         if not self._ctx:
-            raise RuntimeFailure(f"llama.cpp could not make a context of {settings.n_ctx} tokens: {_last_log()}")
+            raise RuntimeFailure(f"llama.cpp could not make a context of {settings.n_ctx} tokens: {llama.last_log()}")
         if decoder._adapters:
             pointers = (ctypes.c_void_p * len(decoder._adapters))(*[ctypes.cast(a, ctypes.c_void_p) for a, _ in decoder._adapters])
             scales = (ctypes.c_float * len(decoder._adapters))(*[s for _, s in decoder._adapters])
@@ -460,7 +275,7 @@ class Context:
             raise Cancelled(min(starts.values()))
         if code == 1:
             raise RuntimeFailure(f"the KV cache has no room for {n} more positions (n_ctx {self.settings.n_ctx})")
-        raise RuntimeFailure(f"llama.cpp could not decode (code {code}): {_last_log()}")
+        raise RuntimeFailure(f"llama.cpp could not decode (code {code}): {llama.last_log()}")
 
     def cancel(self) -> None:
         """Stop a decode that is running, from any thread, between two graph nodes (CPU only)."""

@@ -97,12 +97,12 @@ def examine(root: str | Path = "/", *, device: Device | None = None, llama: Call
 
 def ask_llama() -> Llama:
     """Version, GPU support and repacked types of the installed llama.cpp. Raises EdgeGemmaError when it cannot be loaded."""
-    from . import decode
+    from . import llama
 
-    gpu = decode.supports_gpu()
+    gpu = llama.supports_gpu()
     kinds = {name: id for id, (name, _, _) in GGML_TYPES.items()}
     return Llama(
-        importlib.metadata.version("llama-cpp-python"), gpu, tuple(name for name in repack_rules() if name in kinds and decode.repacks(kinds[name], *_PROBE_SHAPE))
+        importlib.metadata.version("llama-cpp-python"), gpu, tuple(name for name in repack_rules() if name in kinds and llama.repacks(kinds[name], *_PROBE_SHAPE))
     )
 
 

@@ -231,7 +231,7 @@ def import_gguf(
     """
     path = Path(path)
     description = describe(path)
-    from .decode import check_loads  # late: starts a child process with llama.cpp
+    from .llama import check_loads  # late: starts a child process with llama.cpp
 
     with BundleWriter(out, overwrite=overwrite) as writer:
         target = writer.folder / description.decoder.file

@@ -19,12 +19,12 @@ from typing import Literal
 import numpy as np
 
 from .audio import AudioFile, Microphone
+from .chat import Chat
 from .decode import Cancelled
 from .errors import ContextFull, DeviceLost, EdgeGemmaError, UsageError
 from .features import RATE_HZ
 from .prompt import Audio, Message
 from .sample import Options
-from .session import Chat
 from .spans import Rows
 from .speech import Voice
 from .stream import Chunk

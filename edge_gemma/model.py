@@ -1,7 +1,7 @@
 """The front door: ``load`` a bundle inside a budget, get a :class:`Model`, generate.
 
 In: a bundle (folder or installed name) and a request. Out: a context manager that owns weights, one KV cache and, when they
-are needed, the encoders. Conversations live in sessions (session.py); this room plans, opens, lends the cache and closes.
+are needed, the encoders. Conversations live in session.py and chat.py; this room plans, opens, lends the cache and closes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .bundle import Bundle
+from .chat import Chat
 from .decode import EVALUATE_ROWS, Context
 from .device import Device, find_device, probe
 from .errors import RuntimeFailure, UsageError
@@ -22,7 +23,7 @@ from .memory import quick
 from .plan import RUNTIME_ANON_BYTES, Plan, Request, make_plan
 from .prompt import Audio, Image, Prompt, read_special_rows
 from .sample import Options, Sampler
-from .session import Chat, Session
+from .session import Session
 from .spans import Span, Tokens
 from .stream import Chunk, TextStream, Usage
 from .units import parse_bytes

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .decode import Context, Decoder, _llama
+from .decode import Context, Decoder
 from .errors import RuntimeFailure, UsageError
+from .llama import library
 
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 MAX_GRAMMAR_BYTES = 1 << 20
@@ -72,7 +73,7 @@ class Sampler:
     """llama.cpp's sampler chain for one generation. Close it. Raises UsageError for a grammar that does not parse."""
 
     def __init__(self, decoder: Decoder, options: Options):
-        self._low, self.decoder, self.options = _llama(), decoder, options
+        self._low, self.decoder, self.options = library(), decoder, options
         self.seed = secrets.randbits(32) if options.seed is None else options.seed
         self._chain = self._grammar = None
         self._grammar = self._make_grammar()
@@ -190,7 +191,7 @@ def schema_to_grammar(schema: dict) -> str:
     Traceback (most recent call last):
     edge_gemma.errors.UsageError: schema keyword 'minimum' at the top cannot be enforced while sampling; leave it out and check the answer
     """
-    _llama()
+    library()
     from llama_cpp.llama_grammar import json_schema_to_gbnf
 
     if not isinstance(schema, dict):

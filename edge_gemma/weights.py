@@ -23,9 +23,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from .bundle import Bundle, Tensor
-from .decode import Decoder, repacks
+from .decode import Decoder
 from .errors import BundleError
 from .gguf_header import GGML_TYPES
+from .llama import repacks
 from .memory import PAGE_BYTES, mapping_of
 from .plan import Plan
 

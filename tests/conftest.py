@@ -49,9 +49,9 @@ def gemma_tokenize(sample_gguf):
     """``tokenize(text, special) -> list[int]`` with the real Gemma 3 vocabulary in llama.cpp."""
     import ctypes
 
-    from edge_gemma.decode import _llama
+    from edge_gemma.llama import library
 
-    low = _llama()  # with its log handler: one of our own would be gone when other fixtures close their models
+    low = library()  # with its log handler: one of our own would be gone when other fixtures close their models
     params = low.llama_model_default_params()
     params.vocab_only = True
     model = low.llama_model_load_from_file(str(sample_gguf).encode(), params)

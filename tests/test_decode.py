@@ -12,7 +12,8 @@ from checkpoints import REFERENCE, write_checkpoint
 from edge_gemma.benchmarks.synthetic import Types, tiny_gguf
 from edge_gemma.bundle import Bundle
 from edge_gemma.convert.pipeline import Options, convert
-from edge_gemma.decode import Cancelled, Decoder, repacks
+from edge_gemma.decode import Cancelled, Decoder
+from edge_gemma.llama import repacks
 from edge_gemma.errors import BundleError, UsageError
 from edge_gemma.gguf_header import GGML_TYPES
 from edge_gemma.plan import Settings

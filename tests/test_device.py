@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_gemma import decode
+from edge_gemma import llama
 from edge_gemma.device import describe, find_device, load_profile, probe, profile_names, profile_notes, repack_rules, repacked
 from edge_gemma.errors import UsageError
 from edge_gemma.gguf_header import GGML_TYPES
@@ -131,7 +131,7 @@ def test_repacking_needs_two_dimensions_and_enough_rows():
 
 def build_features():
     """The CPU features llama.cpp was built for, in repack.toml's words."""
-    decode.supports_gpu()  # starts the backends
+    llama.supports_gpu()  # starts the backends
     from llama_cpp import llama_cpp as low
 
     words = {"AVX2": "avx2", "AVX512": "avx512", "NEON": "neon", "DOTPROD": "dotprod", "MATMUL_INT8": "i8mm"}
@@ -145,7 +145,7 @@ def test_the_repack_table_says_what_llama_does_on_this_cpu():
     assert set(repack_rules()) - set(kinds) == {"Q1_0"}  # a type no reader here knows
     for name, kind in kinds.items():
         for rows in (8192, 12, 10, 9):
-            assert decode.repacks(kind, 2048, rows) == repacked(name, (2048, rows), features), (name, rows)
+            assert llama.repacks(kind, 2048, rows) == repacked(name, (2048, rows), features), (name, rows)
 
 
 # ---- the probe

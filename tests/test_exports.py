@@ -23,12 +23,12 @@ def test_importing_loads_nothing_and_starts_nothing():
 
 
 def test_only_the_walls_import_foreign_libraries():
-    """decode → llama_cpp, encode → onnxruntime, audio → sounddevice, hub → huggingface_hub."""
+    """llama → llama_cpp, encode → onnxruntime, audio → sounddevice, hub → huggingface_hub."""
     import re
     from pathlib import Path
 
     # sample asks llama_cpp's pure-Python schema converter; doctor looks whether sounddevice finds its library
-    allowed = {"llama_cpp": {"decode.py", "sample.py"}, "onnxruntime": {"encode.py"}, "sounddevice": {"audio.py", "doctor.py"}, "huggingface_hub": {"hub.py"}}
+    allowed = {"llama_cpp": {"llama.py", "sample.py"}, "onnxruntime": {"encode.py"}, "sounddevice": {"audio.py", "doctor.py"}, "huggingface_hub": {"hub.py"}}
     found: dict[str, set[str]] = {library: set() for library in allowed}
     for path in Path(edge_gemma.__file__).parent.rglob("*.py"):
         for library in allowed:

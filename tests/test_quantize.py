@@ -25,9 +25,9 @@ def tensors_of(path) -> dict[str, tuple[str, bytes]]:
 
 
 def llama_model_quantize(source, target, file_type: int, importance: dict[str, np.ndarray] | None = None) -> None:
-    from edge_gemma import decode
+    from edge_gemma import llama
 
-    low = decode._llama()
+    low = llama.library()
 
     params = low.llama_model_quantize_default_params()
     params.ftype, params.nthread = file_type, 2

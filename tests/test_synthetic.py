@@ -6,7 +6,7 @@ import pytest
 
 from edge_gemma.benchmarks import synthetic
 from edge_gemma.benchmarks.synthetic import SHAPES, Types, tensors, tiny_gguf
-from edge_gemma.decode import _llama
+from edge_gemma.llama import library
 from edge_gemma.errors import UsageError
 
 
@@ -14,7 +14,7 @@ def logits(path, text=b"hello world"):
     """Logits of the last token, by llama.cpp as it comes. # [n_vocab] float32"""
     import llama_cpp
 
-    _llama()  # its log handler lives as long as the process; one of our own would be gone when other models are closed
+    library()  # its log handler lives as long as the process; one of our own would be gone when other models are closed
     model = llama_cpp.Llama(str(path), n_ctx=128, verbose=False, n_threads=1)
     try:
         model.eval(model.tokenize(text))

@@ -88,9 +88,9 @@ def _print_plan(name: str, device: str, made) -> None:
 
 def _load(bundle: str, device: str, request, lora: list[str] | None, verbose: bool):
     """Plan and load with a progress line; returns (model, seconds)."""
-    from .. import decode, load
+    from .. import llama, load
 
-    decode.set_verbose(verbose)
+    llama.set_verbose(verbose)
     started = time.perf_counter()
     with ProgressLine("loading") as line:
         model = load(open_bundle(bundle), device=device, request=request, lora=parse_lora(lora), on_progress=line.fraction)
