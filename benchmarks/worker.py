@@ -83,12 +83,16 @@ class System:
 
 
 class LlamaCpp(System):
-    """``llama_cpp.Llama`` as it comes: the library's own defaults but for context, threads and quiet."""
+    """``llama_cpp.Llama`` as it comes: the library's own defaults but for context, threads and quiet; without AMX, on which it may die."""
 
     def load(self) -> None:
         import ctypes
 
         import llama_cpp
+
+        from edge_gemma.llama import leave_amx_out
+
+        leave_amx_out()
 
         self._quiet = llama_cpp.llama_log_callback(lambda *_: None)
         llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p())
