@@ -1,6 +1,6 @@
 """The runtime's promises, measured in one command.
 
-    python -m edge_gemma.benchmarks.spine [all | base | small | large | capped | plan] [--work DIR] [--json FILE]
+    python -m edge_gemma.benchmarks.spine [all | base | small | large | capped | plan] [--repeats N] [--work DIR] [--json FILE]
 
 - ``base``    what Python, the libraries and a vocabulary take: the constants of plan.py
 - ``small``   real Gemma 3 270M against ``llama_cpp.Llama`` on the same file: decode speed and peak PSS, interleaved
@@ -227,6 +227,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("section", nargs="*", choices=["all", *SECTIONS], default=["all"])
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "edge-gemma-bench", help="where the model files are made and kept")
+    parser.add_argument("--repeats", type=int, default=0, help="interleaved runs of each system (default: 5 for small, 3 for the others)")
     parser.add_argument("--json", type=Path, help="write every figure here")
     options = parser.parse_args()
     wanted = list(SECTIONS) if "all" in options.section else options.section
@@ -234,7 +235,8 @@ def main() -> None:
     print(f"Machine: {found['machine']['text']}\n", flush=True)
     try:
         for name in wanted:
-            text, found[name] = SECTIONS[name](models)
+            repeats = {"repeats": options.repeats} if options.repeats and name in ("small", "large", "capped") else {}
+            text, found[name] = SECTIONS[name](models, **repeats)
             print(text + "\n", flush=True)
     finally:  # what was measured before a Ctrl-C is kept
         if options.json:
