@@ -10,7 +10,7 @@
     python -m edge_gemma.benchmarks.vision conversation BUNDLE [--images 20]       turns with one picture each: planned and measured memory
 
 ``FOLDER`` is a checkpoint with a vision tower (written here, or a real one). Each contender is a process of its own; rounds are interleaved,
-one image per contender and round, medians are shown. Peak PSS is sampled from the process's start to its last image, its own
+one image per contender and round (the first warms up), medians are shown. The last column is the distance of the soft tokens from torch's. Peak PSS is sampled from the process's start to its last image, its own
 libraries included. ``--torch-python`` names an interpreter with torch, transformers, timm, onnx and onnxscript: it runs the reference modules and exports
 them for onnxruntime. ``--mtmd`` names a text GGUF of the family, whose vocabulary llama.cpp asks for.
 """
@@ -40,6 +40,7 @@ from .machine import describe_machine
 SIZES = {"siglip": 896, "mobilenetv5": 768}
 MTMD_TYPES = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0"}
 _WIDTH = 2048  # of MobileNetV5's output
+_PROBE = 997  # every so many-th value of the soft tokens is compared; likewise in vision_torch.py
 
 
 # ---- checkpoints of real size
@@ -229,7 +230,7 @@ def _worker(kind: str, *arguments: str) -> None:
     for _ in sys.stdin:
         wall, cpu = time.perf_counter(), time.process_time()
         rows = next(encode)
-        print(json.dumps({"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu, "sum": float(np.asarray(rows, np.float64).sum())}), flush=True)
+        print(json.dumps({"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu, "probe": np.asarray(rows, np.float64).reshape(-1)[::_PROBE].tolist()}), flush=True)
 
 
 def _pixels(size: int) -> np.ndarray:  # [size, size, 3] uint8
@@ -353,7 +354,7 @@ class Contender:
             "cpu_seconds": round(median(a["cpu_seconds"] for a in counted), 3),
             "peak_pss_mib": self._sampler.peak_pss_bytes // MiB,
             "peak_anon_mib": max(phase.peak_anon_bytes for phase in self._sampler.phases) // MiB,
-            "sum": round(self.answers[-1]["sum"], 3),
+            "probe": self.answers[-1]["probe"],
         }
 
 
@@ -416,7 +417,12 @@ def run(commands: list[tuple[str, list[str]]], rounds: int) -> list[dict]:
         for contender in contenders:
             contender.encode()
             print(f"round {number}: {contender.name} {contender.answers[-1]['seconds']:.2f} s", file=sys.stderr)
-    return [contender.close() for contender in contenders]
+    rows = [contender.close() for contender in contenders]
+    probes = {row["contender"]: np.array(row.pop("probe")) for row in rows}
+    reference = next((probe for name, probe in probes.items() if name.endswith("in torch")), probes[rows[0]["contender"]])
+    for row in rows:
+        row["relative_rms"] = float(np.sqrt(((probes[row["contender"]] - reference) ** 2).mean() / reference.var()))
+    return rows
 
 
 def activations(folder: Path, precisions: list[str]) -> None:
@@ -588,9 +594,10 @@ def main(argv: list[str] | None = None) -> None:
     if options.json:
         return print(json.dumps({"machine": describe_machine(), "threads": options.threads, "rounds": options.rounds, "rows": rows}))
     print(describe_machine()["text"], f", onnxruntime {describe_machine()['onnxruntime']}; {options.threads} threads", sep="")
-    print(f"{'':34}{'s / image':>10}{'cpu s':>8}{'peak PSS':>11}{'anonymous':>11}")
+    print(f"{'':32}{'s / image':>10}{'cpu s':>8}{'peak PSS':>12}{'anonymous':>12}{'rms difference':>16}")
     for row in rows:
-        print(f"{row['contender']:34}{row['seconds']:10.2f}{row['cpu_seconds']:8.1f}{row['peak_pss_mib']:7d} MiB{row['peak_anon_mib']:7d} MiB")
+        memory = f"{row['peak_pss_mib']:8d} MiB{row['peak_anon_mib']:8d} MiB"
+        print(f"{row['contender']:32}{row['seconds']:10.2f}{row['cpu_seconds']:8.1f}{memory}{row['relative_rms']:16.1e}")
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ class OnnxWriter:
         self._nodes.append(helper.make_node(op, inputs, outputs, domain=domain, **attributes))
         return outputs[0] if n_outputs == 1 else tuple(outputs)
 
-    def scan(self, values: list[str], shape: list[int], body: Callable[..., tuple[str, ...]], shapes: list[list[int]]) -> tuple[str, ...]:
+    def scan(self, values: list[str], shape: list[int | str], body: Callable[..., tuple[str, ...]], shapes: list[list[int | str]]) -> tuple[str, ...]:
         """``body`` on the slices ``shape`` of ``values`` along their first axis, one after another; its results, of ``shapes``, stacked.
 
         A loop in the graph: the results are written where they belong, without a copy. The body may use values from outside. Make its

@@ -204,10 +204,10 @@ def _multi_query_attention(graph: "_Rows", x: str, name: str) -> str:
         first = graph.to_channel_first(x)
         k = graph.norm2d(graph.conv(first, name + "key.down_conv", 2, channel_first=True), name + "key.norm.weight")
         v = graph.norm2d(graph.conv(first, name + "value.down_conv", 2, channel_first=True), name + "value.norm.weight")
-    q = writer.node("Reshape", [graph.linear(x, name + "query.proj"), writer.ints(1, -1, key_dim)])  # [1, h·w·heads, key_dim]
-    k = writer.node("Reshape", [graph.linear(k, name + "key.proj"), writer.ints(1, -1, key_dim)])
-    v = writer.node("Reshape", [graph.linear(v, name + "value.proj"), writer.ints(1, -1, value_dim)])
-    y = writer.node("MultiHeadAttention", [q, k, v], domain=MICROSOFT, num_heads=1, scale=key_dim**-0.5)
+    q = writer.node("Reshape", [graph.linear(x, name + "query.proj"), writer.ints(STRIPS, -1, key_dim)])  # h·w·heads rows in strips
+    k = writer.node("Reshape", [graph.linear(k, name + "key.proj"), writer.ints(-1, key_dim)])
+    v = writer.node("Reshape", [graph.linear(v, name + "value.proj"), writer.ints(-1, value_dim)])
+    (y,) = writer.scan([q], ["rows", key_dim], lambda strip: (graph.attend(strip, k, v, key_dim),), [["rows", value_dim]])
     heads_wide = graph.rows_of(name + "output.proj")[1]
     shape = writer.node("Concat", [graph.grid(x), writer.ints(heads_wide)], axis=0)
     return graph.linear(writer.node("Reshape", [y, shape]), name + "output.proj")
