@@ -32,6 +32,15 @@ def task(folder, **changes):
     return Task("edge-gemma", str(folder), **{"n_ctx": 256, "n_threads": 1, "n_prompt": 40, "n_predict": 4, **changes})
 
 
+def test_spine_base_runs_by_itself(folder):
+    """Its script is text that no linter follows into the modules it names."""
+    from types import SimpleNamespace
+
+    text, rows = spine.base(SimpleNamespace(gguf=lambda name: folder / "decoder.gguf"))
+    assert [row["loaded"] for row in rows] == ["Python", "numpy", "edge-gemma and llama.cpp", "a vocabulary of 4096 tokens"]
+    assert rows[-1]["anon_bytes"] > rows[0]["anon_bytes"] and "| Python |" in text
+
+
 # --- one run -------------------------------------------------------------------------------------------------------
 
 
