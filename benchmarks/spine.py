@@ -28,7 +28,7 @@ from ..units import GiB, MiB
 from .caps import Limits, usable_cpus
 from .machine import describe_machine
 from .measure import Run, interleave, measure, median_of, spread_of
-from .worker import Task
+from .systems import Task
 
 OURS, STOCK = "edge-gemma", "llama_cpp.Llama"
 THREADS = min(4, len(usable_cpus()))
