@@ -292,7 +292,7 @@ def guest(names: Sequence[str]) -> None:
     from .caps import Limits
     from .measure import measure
     from .spine import planned_row
-    from .worker import Task
+    from .systems import Task
 
     for name, limit_bytes, n_ctx, n_prompt, n_predict in CASES:
         if name not in names:

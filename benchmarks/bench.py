@@ -20,7 +20,7 @@ from ..units import MiB, format_bytes
 from .caps import Limits, usable_cpus
 from .machine import bandwidth, bytes_per_token
 from .measure import Run, interleave, measure, median_of, spread_of
-from .worker import Task
+from .systems import Task
 
 Progress = Callable[[str], None]
 
@@ -55,10 +55,14 @@ class Section:
     def better(self) -> dict[str, int]:
         return KINDS[self.kind].better
 
+    @property
+    def overview(self) -> list[list[str]]:
+        """Rows of the small table before the large one, head first; nothing where the large one is small enough."""
+        return board_overview(self.rows) if self.kind == "memory" and len({row["model"] for row in self.rows}) > 1 else []
+
     def markdown(self) -> str:
-        lines = [f"## {self.title}", "", "| " + " | ".join(self.head) + " |", "|" + "---|" * len(self.head)]
-        lines += ["| " + " | ".join(cells) + " |" for cells in self.cells]
-        return "\n".join(lines + [""] + [f"- {note}" for note in self.notes])
+        tables = [rows for rows in (self.overview, [self.head, *self.cells]) if rows]
+        return "\n\n".join([f"## {self.title}", *map(markdown_table, tables), "\n".join(f"- {note}" for note in self.notes)])
 
     def note(self, *texts: str) -> None:
         self.notes += [text for text in texts if text not in self.notes]
@@ -72,6 +76,11 @@ class Kind:
     columns: dict[str, Callable[[dict], str]]
     key: tuple[str, ...]
     better: dict[str, int]
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    head, *rest = ["| " + " | ".join(cells) + " |" for cells in rows]
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *rest])
 
 
 @contextmanager
@@ -105,6 +114,8 @@ def memory(
     """
     section = Section("memory")
     section.note("Peak from the end of load to exit. The board's plan counts the weights its CPU repacks; the run is held against the plan for this machine's CPU.")
+    if len(bundles) > 1:
+        section.note(OVERVIEW_NOTE)
     done: dict[tuple, Run] = {}
     host = probe()
     with _keeping(section):
@@ -136,6 +147,30 @@ def memory(
                     done[same] = found
                     section.timelines[f"{bundle.manifest.name} on {name}"] = _timeline(found, limits.memory_bytes)
     return section
+
+
+def board_overview(rows: Sequence[dict]) -> list[list[str]]:
+    """Boards by models: what each board's plan counts, and what was measured under its limit."""
+    models, boards = (list(dict.fromkeys(row[key] for row in rows)) for key in ("model", "device"))
+    by = {(row["device"], row["model"]): row for row in rows}
+
+    def one(row: dict | None) -> str:
+        if row is None:
+            return "–"
+        if not row["fits"]:
+            return f"no: {mib(row['needed_bytes'])}"
+        return mib(row["planned_bytes"]) + (f"; {mib(row['peak_pss_bytes'])} ({percent(row['error'])})" if "peak_pss_bytes" in row else "")
+
+    def spend(board: str) -> str:
+        return mib(next(row["usable_bytes"] for row in rows if row["device"] == board))
+
+    return [["MiB", "to spend", *models], *([board, spend(board), *(one(by.get((board, model))) for model in models)] for board in boards)]
+
+
+OVERVIEW_NOTE = (
+    "First table: the peak that the board's plan counts; what was measured under that board's limit here, and by how much the plan for this machine's CPU was off. "
+    "`no:` refused, with what it would need."
+)
 
 
 def _repacks(board: Device):
@@ -262,18 +297,25 @@ def latency(bundles: Sequence[Path], *, lengths_s: Sequence[float] = (1, 2, 5, 1
             bundle = Bundle.open(folder)
             hears = bundle.manifest.audio is not None
             cases = [("speech", s, pad) for s in lengths_s for pad in (False, True)] if hears else [("text", t, False) for t in turns if t + 256 <= bundle.manifest.decoder.n_ctx_train]
-            for mode, amount, pad in cases:
-                progress(f"{bundle.manifest.name}: {mode} {amount:g}")
-                heard = {"audio_s": amount, "n_prompt": 0} if hears else {"n_prompt": int(amount)}
-                task = Task("edge-gemma", str(folder), mode=mode, n_ctx=min(2048, bundle.manifest.decoder.n_ctx_train), n_predict=8, pad_audio=pad, rounds=2, **heard)
-                runs = [measure(task) for _ in range(repeats)]
-                good = [run for run in runs if run.ok]
-                if not good:
-                    section.note(f"{bundle.manifest.name}, {mode} {amount:g}: {runs[0].outcome.describe()}")
-                    continue
-                row = {"model": bundle.manifest.name, "mode": mode, "amount": float(amount), "padding": pad, "rtf": median_of(good, "rtf")}
-                section.rows.append(row | {"first_token_s": median_of(good, "ttft_s"), "first_token_s_spread": spread_of(good, "ttft_s")})
+            heard = [{"audio_s": amount, "n_prompt": 0} if hears else {"n_prompt": int(amount)} for _, amount, _ in cases]
+            common = {"n_ctx": min(2048, bundle.manifest.decoder.n_ctx_train), "n_predict": 8, "rounds": 2}
+            tasks = [Task("edge-gemma", str(folder), mode=mode, pad_audio=pad, **common, **what) for (mode, _, pad), what in zip(cases, heard)]
+            runs: list[list[Run]] = [[] for _ in tasks]
+            progress(f"{bundle.manifest.name}: {len(tasks)} cases, {repeats} interleaved rounds")
+            try:
+                interleave(tasks, repeats, runs)
+            finally:  # Ctrl-C: what there is becomes rows
+                section.rows += _latency_rows(section, bundle, cases, runs)
     return section
+
+
+def _latency_rows(section: Section, bundle: Bundle, cases: Sequence[tuple[str, float, bool]], runs: Sequence[Sequence[Run]]) -> Iterator[dict]:
+    for (mode, amount, pad), found in zip(cases, runs):
+        if good := [run for run in found if run.ok]:
+            row = {"model": bundle.manifest.name, "mode": mode, "amount": float(amount), "padding": pad, "rtf": median_of(good, "rtf")}
+            yield row | {"first_token_s": median_of(good, "ttft_s"), "first_token_s_spread": spread_of(good, "ttft_s")}
+        elif found:
+            section.note(f"{bundle.manifest.name}, {mode} {amount:g}: {found[0].outcome.describe()}")
 
 
 # --- quality -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Run a worker under limits and watch it from outside.
 
-In: a :class:`~edge_gemma.benchmarks.worker.Task` and :class:`~edge_gemma.benchmarks.caps.Limits`. Out: a :class:`Run`, with what was timed,
+In: a :class:`~edge_gemma.benchmarks.systems.Task` and :class:`~edge_gemma.benchmarks.caps.Limits`. Out: a :class:`Run`, with what was timed,
 what the kernel counted by phase, and a timeline. What it does not know: what is compared with what.
 """
 
@@ -19,7 +19,7 @@ from .. import memory
 from ..memory import PeakSampler
 from .caps import Limits, Outcome
 from .caps import run as run_capped
-from .worker import Task
+from .systems import Task
 
 
 @dataclass

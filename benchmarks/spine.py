@@ -28,7 +28,7 @@ from ..units import GiB, MiB
 from .caps import Limits, usable_cpus
 from .machine import describe_machine
 from .measure import Run, interleave, measure, median_of, spread_of
-from .worker import Task
+from .systems import Task
 
 OURS, STOCK = "edge-gemma", "llama_cpp.Llama"
 THREADS = min(4, len(usable_cpus()))
@@ -73,12 +73,12 @@ from edge_gemma.memory import rollup
 steps = [("Python", rollup())]
 import numpy
 steps.append(("numpy", rollup()))
-import edge_gemma.cli, edge_gemma.load, edge_gemma.decode
-low = edge_gemma.decode._llama()
+import edge_gemma.cli, edge_gemma.llama, edge_gemma.weights
+low = edge_gemma.llama.library()
 steps.append(("edge-gemma and llama.cpp", rollup()))
 params = low.llama_model_default_params(); params.vocab_only = True
 model = low.llama_model_load_from_file(sys.argv[1].encode(), params)
-edge_gemma.load._malloc_trim()
+edge_gemma.weights._malloc_trim()
 steps.append(("a vocabulary of %d tokens" % low.llama_vocab_n_tokens(low.llama_model_get_vocab(model)), rollup()))
 print(json.dumps([(name, f.anon_bytes, f.file_bytes) for name, f in steps]))
 """

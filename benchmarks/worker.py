@@ -1,6 +1,6 @@
 """The measured process: load one model with one system, read a prompt, write tokens, tell when each begins.
 
-In: a :class:`Task` as JSON on the command line. Out: JSON lines on standard output: ``{"phase": …}`` as each phase begins, one ``{"result": …}``.
+In: a :class:`~edge_gemma.benchmarks.systems.Task` as JSON on the command line. Out: JSON lines on standard output: ``{"phase": …}`` as each phase begins, one ``{"result": …}``.
 It measures time only; the parent (``measure.py``) watches its memory, so that watching costs this process nothing.
 What it does not know: limits, other runs, reports.
 """
@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from .systems import OWN, System, Task, sound
 
 # Own text, repeated as far as a prompt needs; a base model continues it without ever ending.
 PASSAGE = (
@@ -24,151 +24,16 @@ PASSAGE = (
 SETTLE_S = 0.25  # after a load the parent takes its bearings; outside everything that is timed
 
 
-@dataclass(frozen=True)
-class Task:
-    """One run. ``path`` is a bundle for ``edge-gemma`` and a GGUF (or what that system reads) for others. Sizes in tokens."""
-
-    system: str
-    path: str
-    n_ctx: int = 2048
-    n_threads: int = 0  # 0: as the system chooses
-    n_prompt: int = 512
-    n_predict: int = 64
-    rounds: int = 1
-    budget_bytes: int = 0
-    device: str = "auto"
-    mode: str = "generate"  # or, for edge-gemma: speech, text (see `answer_latency`)
-    audio_s: float = 0.0  # seconds of sound to hear before the prompt
-    image_px: int = 0  # an image of that size to see before the prompt
-    pad_audio: bool = False
-    settings: tuple[tuple[str, object], ...] = ()  # more arguments of the system's loader, by name
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> "Task":
-        fields = json.loads(text)
-        fields["settings"] = tuple((name, value) for name, value in fields["settings"])
-        return cls(**fields)
-
-
 def say(**fields) -> None:
     print(json.dumps(fields), flush=True)
 
 
-class System:
-    """One way to run a model. ``generate`` yields once for each new token."""
-
-    def __init__(self, task: Task):
-        self.task = task
-
-    def load(self) -> None:
-        raise NotImplementedError
-
-    def tokenize(self, text: str) -> list[int]:
-        raise NotImplementedError
-
-    def generate(self, ids: list[int], n_predict: int) -> Iterator[int]:
-        raise NotImplementedError
-
-    def facts(self) -> dict:
-        return {}
-
-    def perceive(self) -> None:
-        raise SystemExit(f"{self.task.system} neither hears nor sees here")
-
-    def close(self) -> None:
-        pass
-
-
-class LlamaCpp(System):
-    """``llama_cpp.Llama`` as it comes: the library's own defaults but for context, threads and quiet; without AMX, on which it may die."""
-
-    def load(self) -> None:
-        import ctypes
-
-        import llama_cpp
-
-        from edge_gemma.llama import leave_amx_out
-
-        leave_amx_out()
-
-        self._quiet = llama_cpp.llama_log_callback(lambda *_: None)
-        llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p())
-        threads = {"n_threads": self.task.n_threads, "n_threads_batch": self.task.n_threads} if self.task.n_threads else {}
-        self.model = llama_cpp.Llama(self.task.path, n_ctx=self.task.n_ctx, verbose=False, **threads, **dict(self.task.settings))
-
-    def tokenize(self, text: str) -> list[int]:
-        return self.model.tokenize(text.encode(), add_bos=True)
-
-    def generate(self, ids: list[int], n_predict: int) -> Iterator[int]:
-        for _ in self.model.create_completion(ids, max_tokens=n_predict, temperature=0, stream=True):
-            yield 1
-
-    def facts(self) -> dict:
-        import llama_cpp
-
-        return {"version": f"llama-cpp-python {llama_cpp.__version__}"}
-
-    def close(self) -> None:
-        self.model.close()
-
-
-class EdgeGemma(System):
-    """This project, through its front door."""
-
-    def load(self) -> None:
-        import edge_gemma
-
-        task = self.task
-        request = edge_gemma.Request(n_threads=task.n_threads or None, **dict(task.settings))
-        self.model = edge_gemma.load(task.path, budget=task.budget_bytes or None, device=task.device, n_ctx=task.n_ctx or None, request=request)
-
-    def tokenize(self, text: str) -> list[int]:
-        return [id for span in self.model.spans(text) for id in span.ids]
-
-    def generate(self, ids: list[int], n_predict: int) -> Iterator[int]:
-        from edge_gemma import Options, Tokens
-
-        for chunk in self.model.generate([Tokens(ids)], Options(temperature=0, max_tokens=n_predict)):
-            for _ in chunk.token_ids:
-                yield 1
-
-    def perceive(self) -> None:
-        import numpy as np
-
-        if self.task.audio_s:
-            say(phase="listen")
-            self.model.encode_audio(sound(self.task.audio_s))
-        if self.task.image_px:
-            say(phase="look")
-            image = np.random.default_rng(0).integers(0, 255, (self.task.image_px, self.task.image_px, 3), dtype=np.uint8)
-            self.model.encode_image(image)
-
-    def facts(self) -> dict:
-        plan = self.model.plan
-        return {
-            "planned_peak_bytes": plan.total_bytes,
-            "planned_load_peak_bytes": plan.load_peak_bytes,
-            "items": [[item.name, item.bytes, item.kind, list(item.phases)] for item in plan.items],
-            "settings": asdict(plan.settings),
-            "concessions": list(plan.concessions),
-        }
-
-    def close(self) -> None:
-        self.model.close()
-
-
-SYSTEMS: dict[str, type[System]] = {"edge-gemma": EdgeGemma, "llama_cpp.Llama": LlamaCpp}
-
-
 def find_system(name: str) -> type[System]:
-    if name not in SYSTEMS:
-        from . import rivals
+    if name in OWN:
+        return OWN[name]
+    from . import rivals  # late: what a rival needs (sockets, HTTP) must not count as memory of ours
 
-        return rivals.SYSTEMS[name]
-    return SYSTEMS[name]
+    return rivals.SYSTEMS[name]
 
 
 def prompt_ids(system: System, n: int) -> list[int]:
@@ -191,7 +56,8 @@ def run(task: Task) -> None:
     say(phase="loaded", load_s=load_s, **system.facts())
     time.sleep(SETTLE_S)
     if task.mode == "generate" and (task.audio_s or task.image_px):
-        system.perceive()
+        for phase in system.perceive():
+            say(phase=phase)
     if task.mode != "generate":
         rounds = answer_latency(system)
     else:
@@ -225,15 +91,6 @@ def generate_rounds(system: System) -> list[dict]:
             "worst_token_s": max((b - a for a, b in zip(stamps, stamps[1:])), default=0.0),
         })  # fmt: skip
     return rounds
-
-
-def sound(seconds: float):
-    """A hum with noise, at 16 kHz. # [n] float32"""
-    import numpy as np
-
-    t = np.arange(int(seconds * 16000)) / 16000
-    noise = np.random.default_rng(0).standard_normal(len(t))
-    return (0.1 * np.sin(2 * np.pi * 220 * t) + 0.02 * noise).astype(np.float32)
 
 
 def answer_latency(system: System) -> list[dict]:

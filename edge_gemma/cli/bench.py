@@ -104,7 +104,7 @@ def quality(
 @bench.command()
 def compare(
     bundle: Annotated[str, typer.Argument(help="a bundle; llama_cpp.Llama on the same file is always compared")],
-    other: Annotated[Optional[list[str]], typer.Option("--also", help="SYSTEM=MODEL, repeatable; systems: llama-server, onnxruntime-genai, transformers, llama_cpp.Llama")] = None,
+    other: Annotated[Optional[list[str]], typer.Option("--also", help="SYSTEM=MODEL, repeatable; systems: llama-server, onnxruntime-genai, litert-lm, transformers, llama_cpp.Llama")] = None,
     ctx: Annotated[int, typer.Option("--ctx", min=64)] = 2048,
     prompt: Annotated[int, typer.Option("--prompt", min=1, help="prompt length in tokens")] = 512,
     threads: Annotated[int, typer.Option("--threads", min=0, help="0: all usable cores")] = 0,
@@ -143,6 +143,25 @@ def report(
     _say(f"wrote {', '.join(str(path) for path in write_report(out, sections, machine, notes))}")
 
 
+@bench.command()
+def diff(
+    before: Annotated[Path, typer.Argument(help="a file kept with --save, or the JSON beside a report", show_default=False)],
+    now: Annotated[Path, typer.Argument(help="another one", show_default=False)],
+    json: Json = False,
+) -> None:
+    """What changed between two files by more than the noise both state; exit code 1 when something got worse."""
+    from ..benchmarks import regress
+
+    old, new = regress.read(before), regress.read(now)
+    changes, notes = regress.compare(old, regress.sections(new), new["machine"])
+    if json:
+        print(jsonlib.dumps({"changes": [vars(change) for change in changes], "notes": notes}))
+    else:
+        _print_changes(changes, notes, every=True)
+    if any(change.verdict == "worse" for change in changes):
+        raise typer.Exit(REGRESSED)
+
+
 # --- shared --------------------------------------------------------------------------------------------------------
 
 
@@ -158,6 +177,13 @@ def _folders(names: list[str]) -> list[Path]:
 
 def _file_or_bundle(name: str) -> Path:
     return Path(name) if name.endswith(".gguf") else _folders([name])[0]
+
+
+def _print_changes(changes: list, notes: list[str], every: bool = False) -> None:
+    for text in [*notes, *(str(change) for change in changes if every or change.verdict != "same")]:
+        print(f"- {text}")
+    if changes and all(change.verdict == "same" for change in changes):
+        print(f"- {len(changes)} figures, none of them changed by more than the noise")
 
 
 def _finish(jobs: list[Callable], json: bool, report: Path | None, save: Path | None, against: Path | None) -> None:
@@ -183,10 +209,9 @@ def _finish(jobs: list[Callable], json: bool, report: Path | None, save: Path | 
         print(machine["text"])
         for section in sections:
             print("\n" + section.markdown())
-        for text in [*machine["warnings"], *notes, *(str(change) for change in changes if change.verdict != "same")]:
+        for text in machine["warnings"]:
             print(f"- {text}")
-        if changes and all(change.verdict == "same" for change in changes):
-            print(f"- {len(changes)} figures, none of them changed by more than the noise")
+        _print_changes(changes, notes)
     if any(section.stopped for section in sections):
         raise KeyboardInterrupt
     if any(change.verdict == "worse" for change in changes):
