@@ -2,7 +2,8 @@
 
 In: a checkpoint, recipe names (``name`` or ``name+imatrix``), a text. Out: a :class:`Rung` each, ``table.md``, ``table.json`` and, with
 matplotlib, ``ladder.png``. Quality is measured against the checkpoint's own precision (bf16), speed and memory through the runtime's loader in
-a process of its own, the recipes taking turns so that a machine's moods fall on all alike.
+a process of its own, the recipes taking turns so that a machine's moods fall on all alike. Quality takes long and any machine will do; speed
+is short and wants a calm one. So the two can be had apart: :func:`run` with ``rounds=0`` and ``keep``, later :func:`time_kept`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
-from ..bundle import Bundle
+import msgspec
+
+from ..bundle import MANIFEST, Bundle
 from ..errors import UsageError
 from ..units import MiB
 from .pipeline import Options, convert
@@ -22,6 +25,7 @@ from .quality import Receipt, compare, measure_speed
 from .recipe import read_recipe
 
 REFERENCE = "bf16"
+TABLE = "table.json"
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ def run(
     note: Callable[[str], None] = lambda text: None,
     steps: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Rung]:
-    """Convert, compare, time. Raises UsageError before any work for an unknown recipe, ``+imatrix`` without one, or an output that exists."""
+    """Convert, compare, time (``rounds=0``: not yet). Raises UsageError before any work for an unknown recipe, ``+imatrix`` without one, or an output that exists."""
     wanted = {_label(name): name for recipe in recipes if (name := recipe.strip())}
     for name in wanted.values():
         read_recipe(name.removesuffix("+imatrix"))
@@ -81,17 +85,40 @@ def run(
         candidates = {name: bundles[name].decoder_path for name in wanted}
         receipts = compare(bundles[REFERENCE].decoder_path, candidates, text, max_tokens=max_tokens, n_threads=n_threads, progress=steps)
         rungs = [_rung(name, bundles[name], receipts[name]) for name in wanted]
+        _write(rungs, out)  # before the speeds: whoever interrupts those keeps the long part
         if rounds:
             stage("speed")
             rungs = _with_speed(rungs, bundles, rounds, speed_threads, steps)
+            _write(rungs, out)
     finally:
         if not keep:
             for bundle in bundles.values():
                 shutil.rmtree(bundle.folder, ignore_errors=True)
-    (out / "table.json").write_text(json.dumps([rung.record() for rung in rungs], indent=1) + "\n")
+    return rungs
+
+
+def time_kept(out: Path, *, rounds: int = 3, n_threads: int = 0, keep: bool = True, steps: Callable[[int, int], None] = lambda done, total: None) -> list[Rung]:
+    """Speed and memory of the bundles that :func:`run` kept in ``out``, added to its table. Raises UsageError when there are none."""
+    try:
+        rungs = msgspec.json.decode((out / TABLE).read_bytes(), type=list[Rung])
+    except (OSError, msgspec.DecodeError) as error:
+        raise UsageError(f"{out} holds no ladder to time ({error}); make one first, with --keep") from None
+    gone = [rung.recipe for rung in rungs if not (out / rung.recipe / MANIFEST).is_file()]
+    if gone:
+        raise UsageError(f"{out} no longer holds the bundles of {', '.join(gone)}; run the ladder again with --keep")
+    bundles = {rung.recipe: Bundle.open(out / rung.recipe) for rung in rungs}
+    rungs = _with_speed(rungs, bundles, max(1, rounds), n_threads, steps)
+    _write(rungs, out)
+    if not keep:
+        for label in (REFERENCE, *bundles):
+            shutil.rmtree(out / label, ignore_errors=True)
+    return rungs
+
+
+def _write(rungs: Sequence[Rung], out: Path) -> None:
+    (out / TABLE).write_text(json.dumps([rung.record() for rung in rungs], indent=1) + "\n")
     (out / "table.md").write_text(table(rungs) + "\n")
     _plot(rungs, out / "ladder.png")
-    return rungs
 
 
 def _label(name: str) -> str:

@@ -18,6 +18,7 @@ from edge_gemma.bundle import Bundle
 from edge_gemma.cli import main
 from edge_gemma.convert import imatrix as im
 from edge_gemma.convert.ladder import run as ladder
+from edge_gemma.convert.ladder import time_kept
 from edge_gemma.convert.pipeline import Options, convert
 from edge_gemma.convert.quality import compare
 from edge_gemma.errors import BundleError, UsageError
@@ -136,6 +137,24 @@ def test_the_ladder_makes_a_table_and_a_plot(world, tmp_path, capsys):
     with pytest.raises(UsageError, match="no recipe 'q9'"):
         ladder(checkpoint, tmp_path / "other", text, ["q9"])
     assert not (tmp_path / "other").exists()
+
+
+def test_speeds_can_be_added_to_a_kept_ladder_later(world, tmp_path, capsys):
+    checkpoint, _, text = world
+    where = [str(checkpoint), str(tmp_path / "ladder"), str(text), "--recipes", "q8_0,q4_0"]
+    main_ok("ladder", *where, "--rounds", "0", "--keep", "--tokens", "600", "--json")
+    quality = json.loads(capsys.readouterr().out)
+    assert [rung["decode_tok_s"] for rung in quality] == [0, 0]
+    main_ok("ladder", *where, "--speed-only", "--rounds", "1", "--json")
+    timed = json.loads(capsys.readouterr().out)
+    assert all(rung["decode_tok_s"] > 0 and rung["pss_bytes"] > 0 for rung in timed)
+    assert [(rung["recipe"], rung["receipt"]) for rung in timed] == [(rung["recipe"], rung["receipt"]) for rung in quality]
+    assert json.loads((tmp_path / "ladder" / "table.json").read_text()) == timed
+    assert sorted(path.name for path in (tmp_path / "ladder").iterdir()) == ["ladder.png", "table.json", "table.md"]  # without --keep the bundles went
+    with pytest.raises(UsageError, match="no longer holds the bundles of q8_0, q4_0"):
+        time_kept(tmp_path / "ladder")
+    with pytest.raises(UsageError, match="holds no ladder to time"):
+        time_kept(tmp_path)
 
 
 def main_ok(*arguments: str) -> None:
