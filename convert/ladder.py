@@ -18,7 +18,7 @@ from statistics import median
 import msgspec
 
 from ..bundle import MANIFEST, Bundle
-from ..errors import UsageError
+from ..errors import RuntimeFailure, UsageError
 from ..units import MiB
 from .pipeline import Options, convert
 from .quality import Receipt, compare, measure_speed
@@ -66,9 +66,14 @@ def run(
         read_recipe(name.removesuffix("+imatrix"))
         if name.endswith("+imatrix") and imatrix is None:
             raise UsageError(f"{name}: give the importance matrix with --imatrix FILE (`edge-gemma calibrate` makes one)")
+    if not text.is_file():
+        raise UsageError(f"there is no text {text} to measure on")
     if out.exists() and not overwrite:
         raise UsageError(f"{out} exists; choose another folder or pass --force")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RuntimeFailure(f"cannot make the folder {out}: {error.strerror}") from None
     bundles: dict[str, Bundle] = {}
     try:
         for label, name in {REFERENCE: REFERENCE, **wanted}.items():
@@ -79,8 +84,8 @@ def run(
             )  # fmt: skip
             result = convert(checkpoint, out / label, options)
             bundles[label] = result.bundle
-            for text_note in result.notes[:3]:
-                note(f"{label}: {text_note}" + (f" (and {len(result.notes) - 3} more)" if len(result.notes) > 3 else ""))
+            for text_note in result.notes:
+                note(f"{label}: {text_note}")
         stage("quality")
         candidates = {name: bundles[name].decoder_path for name in wanted}
         receipts = compare(bundles[REFERENCE].decoder_path, candidates, text, max_tokens=max_tokens, n_threads=n_threads, progress=steps)
@@ -94,6 +99,8 @@ def run(
         if not keep:
             for bundle in bundles.values():
                 shutil.rmtree(bundle.folder, ignore_errors=True)
+        if not any(out.iterdir()):
+            out.rmdir()  # failed before there was anything to show
     return rungs
 
 

@@ -205,7 +205,7 @@ def _print_plan(prepared, options, out: Path, as_json: bool) -> None:
         key = (_group(source.name), kind)
         count, total = groups.get(key, (0, 0))
         groups[key] = (count + 1, total + nbytes)
-    weights = sum(source.n_rows * source.n_per_row for source in prepared.mapping.sources)
+    weights = sum({source.parts: source.n_rows * source.n_per_row for source in prepared.mapping.sources}.values())  # a head of its own is the same weights again
     memory = prepared.memory_bytes(options.threads())
     if as_json:
         record = {
