@@ -5,7 +5,8 @@
 
 In: a checkpoint folder (`synthetic_checkpoint` writes a full-size one). Out: per recipe the wall time, peak PSS and bytes written of `edge-gemma convert`, and of
 the other way: an F16 GGUF first, then ``llama_model_quantize`` on it. Both routes write the decoder only, use all cores, and start with the
-checkpoint out of the page cache. The F16 GGUF is written by our own converter, so the comparison leaves out what torch would add.
+checkpoint out of the page cache. The F16 GGUF is written by our own converter, so the comparison leaves out what torch would add; with
+``--script 'PYTHON convert_hf_to_gguf.py'`` llama.cpp's own script writes it (its source lies in llama-cpp-python's sdist; PYTHON needs torch and transformers).
 
 ``--speed`` compares what recipes make through the runtime's loader; ``NAME+tied`` is recipe NAME with its head left in the token embedding.
 The bundles for it are kept in ``--work`` with ``--keep`` and found there again, so that ``--rounds 0 --keep`` can convert on a busy machine first.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -61,7 +63,7 @@ def _bundle(checkpoint: Path, name: str, folder: Path) -> Bundle:
     return convert(checkpoint, folder, Options(quant=recipe, audio="none", vision="none", verify=False, overwrite=True)).bundle
 
 
-def run(checkpoint: Path, recipes: list[str], work: Path, *, two_step: bool = True) -> dict:
+def run(checkpoint: Path, recipes: list[str], work: Path, *, two_step: bool = True, script: str = "") -> dict:
     """The figures of all routes; ``work`` is used for the outputs and emptied again."""
     work.mkdir(parents=True, exist_ok=True)
     outcome = {"checkpoint_bytes": sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")), "cores": len(os.sched_getaffinity(0)), "one_pass": {}, "two_step": {}}
@@ -74,7 +76,12 @@ def run(checkpoint: Path, recipes: list[str], work: Path, *, two_step: bool = Tr
         shutil.rmtree(out)
     if two_step:
         f16 = work / "two-f16"
-        first = _measure(_convert(checkpoint, f16, "f16"), checkpoint)
+        if script:
+            f16.mkdir(exist_ok=True)
+            first = _measure([*shlex.split(script), str(checkpoint), "--outfile", str(f16 / "decoder.gguf"), "--outtype", "f16"], checkpoint)
+        else:
+            first = _measure(_convert(checkpoint, f16, "f16"), checkpoint)
+        outcome["f16_by"] = script or "edge-gemma convert"
         for name in recipes:
             target = work / f"two-{name}.gguf"
             second = _measure([sys.executable, "-m", "edge_gemma.benchmarks.conversion", "--quantize", str(f16 / "decoder.gguf"), str(target), str(read_recipe(name).file_type)], checkpoint)
@@ -160,6 +167,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--recipes", default="q4_0,q4_k_m")
     parser.add_argument("--work", type=Path, default=Path("/tmp/edge-gemma-conversion"))
+    parser.add_argument("--script", default="", help="how llama.cpp's own script is run, like 'python llama.cpp/convert_hf_to_gguf.py': it writes the F16 GGUF then")
     parser.add_argument("--one-pass-only", action="store_true")
     parser.add_argument("--speed", default="", help="recipes whose speed and memory to compare as well, like q4_0,edge,edge+tied")
     parser.add_argument("--rounds", type=int, default=3, help="of the speed comparison; 0 converts only")
@@ -170,7 +178,7 @@ def main() -> None:
     recipes = [name for name in arguments.recipes.split(",") if name]
     outcome = {}
     if recipes:
-        outcome = run(arguments.checkpoint, recipes, arguments.work, two_step=not arguments.one_pass_only)
+        outcome = run(arguments.checkpoint, recipes, arguments.work, two_step=not arguments.one_pass_only, script=arguments.script)
         print(table(outcome))
     if arguments.speed:
         outcome["speed"] = speed(arguments.checkpoint, arguments.speed.split(","), arguments.work, rounds=arguments.rounds, keep=arguments.keep)
