@@ -90,6 +90,7 @@ class AudioEncoder:
     def close(self) -> None:
         """Let go of the weights. Streams of this encoder end."""
         self._session = None
+        trim_heap()
 
     def __enter__(self) -> "AudioEncoder":
         return self

@@ -58,15 +58,17 @@ class Session:
     def n_ctx(self) -> int:
         return self._context.settings.n_ctx
 
-    def append(self, spans: Sequence[Span]) -> None:
-        """Add spans and prefill all but the last position. Raises ContextFull (nothing is added), Cancelled, RuntimeFailure."""
+    def append(self, spans: Sequence[Span], *, prefill: bool = True) -> None:
+        """Add spans and prefill all but the last position; without ``prefill``, leave them to what comes next, so that a prompt's end
+        and its logits take one pass. Raises ContextFull (nothing is added), Cancelled, RuntimeFailure."""
         keys, rows = _keys(spans)
         if self.length + len(keys) > self.n_ctx:
             raise ContextFull(f"{len(keys)} positions do not fit behind the {self.length} of {self.n_ctx} that are taken; load with a larger n_ctx or start anew")
         self._cancelled.clear()
         self._keys += keys
         self._rows |= rows
-        self._prefill(self._held_back())
+        if prefill:
+            self._prefill(self._held_back())
 
     def replace(self, spans: Sequence[Span]) -> int:
         """Make ``spans`` the whole content, reusing the cache as far as they agree with it. Returns the positions reused."""
@@ -181,7 +183,10 @@ class Session:
                     self._prefill_s += time.perf_counter() - begin
 
     def _runs(self, start: int, end: int) -> Iterator[tuple[int, Span]]:
-        """Positions ``start … end`` as spans: neighbouring ids together, neighbouring rows of one block together."""
+        """Positions ``start … end`` as spans: neighbouring ids together, neighbouring causal rows together, one block of others by itself.
+
+        Every span is a pass over all weights, so rows that came in pieces (a clip while it is spoken) must not stay in pieces.
+        """
         position = start
         while position < end:
             key, stop = self._keys[position], position + 1
@@ -190,11 +195,12 @@ class Session:
                     stop += 1
                 yield position, Tokens(self._keys[position:stop])
             else:
-                digest, index = key
-                while stop < end and self._keys[stop] == (digest, index + stop - position):
+                (digest, index), causal = key, self._rows[key[0]].causal
+                while stop < end and not isinstance(following := self._keys[stop], int):
+                    if not (self._rows[following[0]].causal if causal else following == (digest, index + stop - position)):
+                        break
                     stop += 1
-                block = self._rows[digest]
-                yield position, Rows(block.rows[index : index + stop - position], block.causal, digest)
+                yield position, Rows(np.stack([self._rows[digest].rows[i] for digest, i in self._keys[position:stop]]), causal)
             position = stop
 
     def _take_sequence(self) -> None:

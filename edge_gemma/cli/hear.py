@@ -22,6 +22,7 @@ Srt = Annotated[bool, typer.Option("--srt", help="Subtitles (SubRip) on stdout."
 Vtt = Annotated[bool, typer.Option("--vtt", help="Subtitles (WebVTT) on stdout.")]
 PadAudio = Annotated[bool, typer.Option("--pad-audio/--short", help="Fill each clip to 188 rows as transformers does; --short answers sooner and may differ.")]
 EndS = Annotated[float, typer.Option("--pause", help="Seconds of silence that end an utterance.")]
+_SILENCE_S = 6  # longer than any --pause (VadSettings), so that it ends an utterance
 
 
 def register(app: typer.Typer) -> None:
@@ -51,8 +52,9 @@ def _blocks(file: Path | None, mic: bool, name: str | None) -> Iterable:
     if (file is None) == (not mic):
         raise UsageError("give a sound file or --mic" if file is None else "give a sound file or --mic, not both")
     if mic:
-        from ..audio import Microphone
+        from ..audio import Microphone, find_sound_device
 
+        find_sound_device(name, "input")
         return _microphone_blocks(Microphone(name))
     return _file_blocks(AudioFile(file))
 
@@ -65,15 +67,38 @@ def _file_blocks(file) -> Iterator:
 
 
 def _microphone_blocks(microphone) -> Iterator:
-    """Until Ctrl-C, or until the microphone is lost."""
+    """Until Ctrl-C. A lost microphone counts as silence, so that what was being said is written down; then it is waited for."""
+    import time
+
+    import numpy as np
+
+    from ..errors import DeviceLost
+    from ..features import RATE_HZ
+    from ..listen import RETRY_S
+
     with microphone:
         note(f"listening to {microphone.name}; Ctrl-C ends")
         try:
-            yield from microphone.blocks()
+            while True:
+                try:
+                    yield microphone.read()
+                    continue
+                except DeviceLost as error:
+                    note(str(error))
+                yield np.zeros(_SILENCE_S * RATE_HZ, np.float32)
+                while True:
+                    time.sleep(RETRY_S)
+                    try:
+                        microphone.reopen()
+                        note(f"the microphone is back: {microphone.name}")
+                        break
+                    except DeviceLost:
+                        pass
         except KeyboardInterrupt:
             pass
-        if microphone.dropped_blocks:
-            note(f"note: {microphone.dropped_blocks} blocks of 32 ms were lost; the machine was too slow")
+        finally:
+            if microphone.dropped_blocks:
+                note(f"note: {microphone.dropped_blocks} blocks of 32 ms were lost; the machine was too slow")
 
 
 TRANSCRIBING = Sampling(max_tokens=448, temperature=0.0)  # a clip of 30 s holds fewer than 448 tokens of speech
@@ -164,6 +189,8 @@ def ask(
         from ..audio import read_audio
 
         blocks = [read_audio(words[0])]
+        if not len(blocks[0]):
+            raise MediaError(f"{words[0]} holds no samples")
     options = ListenOptions(pad_audio=pad_audio, sampling=sampling.options())
     model, chat = _open_chat(bundle, loading, pad_audio=pad_audio)
     with model, chat:
@@ -176,8 +203,6 @@ def ask(
             print_json({"text": "".join(text), "finish_reason": chunk.finish_reason, "usage": chunk.usage, "timings": chunk.timings})
         else:
             print()
-    if not mic and not len(blocks[0]):
-        raise MediaError(f"{words[0]} holds no samples")
 
 
 def _one_utterance(blocks: Iterable) -> Iterator:
