@@ -201,18 +201,18 @@ def transcribe(
         return text
 
     for event in events():
+        if event.kind == "start":
+            start = event.at
         if event.kind == "start" or turn is None:
-            start = event.at if event.kind == "start" else next_start
             turn, n = LiveTurn(chat, instruction, pad_audio=options.pad_audio, max_tokens=options.sampling.max_tokens), 0
         turn.push(event.samples)
         n += len(event.samples)
         if event.kind in ("cut", "end"):
-            next_start = event.at
             if n >= _MIN_CLIP:
                 yield Segment(start / RATE_HZ, event.at / RATE_HZ, answer(turn))
             else:
                 turn.abandon()
-            turn = None
+            turn, start = None, event.at  # behind a cut the next piece begins at once
 
 
 def ask(chat: Chat, blocks: Iterable[np.ndarray], question: str, options: ListenOptions = ListenOptions()) -> Iterator[Chunk]:
