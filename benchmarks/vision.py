@@ -336,7 +336,7 @@ class Contender:
         for line in self.process.stdout:
             if line.startswith(prefix):
                 return line
-        raise SystemExit(f"{self.name} ended with status {self.process.wait()}")
+        raise ChildProcessError(f"{self.name} ended with status {self.process.wait()}")
 
     def encode(self) -> None:
         self.process.stdin.write("\n")
@@ -414,9 +414,13 @@ def prepare(choice: Choice, work: Path) -> list[tuple[str, list[str]]]:
 def run(commands: list[tuple[str, list[str]]], rounds: int) -> list[dict]:
     contenders = [Contender(name, argv) for name, argv in commands]
     for number in range(rounds + 1):
-        for contender in contenders:
-            contender.encode()
-            print(f"round {number}: {contender.name} {contender.answers[-1]['seconds']:.2f} s", file=sys.stderr)
+        for contender in list(contenders):
+            try:
+                contender.encode()
+                print(f"round {number}: {contender.name} {contender.answers[-1]['seconds']:.2f} s", file=sys.stderr)
+            except ChildProcessError as error:
+                contenders.remove(contender)  # llama.cpp aborts on some files; the others go on
+                print(f"round {number}: {error}; left out", file=sys.stderr)
     rows = [contender.close() for contender in contenders]
     probes = {row["contender"]: np.array(row.pop("probe")) for row in rows}
     reference = next((probe for name, probe in probes.items() if name.endswith("in torch")), probes[rows[0]["contender"]])

@@ -21,7 +21,7 @@ from onnx import TensorProto, helper
 
 from ..errors import UsageError
 
-Precision = Literal["f32", "f16", "int8", "int8-block", "int4-block", "int8-stored"]
+Precision = Literal["f32", "f16", "int8", "int8-block", "int4-block"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 ALIGNMENT = 64 * 1024  # a page is 4 KiB here, 16 KiB on a Raspberry Pi 5, and Windows maps at 64 KiB borders
@@ -162,8 +162,7 @@ class OnnxWriter:
 
         - ``f32``; ``f16``: stored as half, cast to float32 when the session is opened (half the file, not half the memory);
         - ``int8``: one scale per output channel and integer activations, one scale per call (``DynamicQuantizeMatMul``);
-        - ``int8-block``, ``int4-block``: one scale per ``block`` weights (``MatMulNBits``); needs no multiple of ``block``;
-        - ``int8-stored``: the same weights, widened to float32 as a whole just before they are used. It pays where a product has many rows.
+        - ``int8-block``, ``int4-block``: one scale per ``block`` weights (``MatMulNBits``); needs no multiple of ``block``.
         """
         y = self.multiply(x, self.matrix(weight, precision, block=block, name=name))
         return y if bias is None else self.node("Add", [y, self.constant(np.asarray(bias, np.float32), "bias")])
@@ -179,16 +178,22 @@ class OnnxWriter:
             codes, scales = quantize_channels(weight)
             constants = self.constant(np.ascontiguousarray(codes.T), name), self.constant(scales, "scales")
             return Matrix("DynamicQuantizeMatMul", constants, {"domain": MICROSOFT})
-        if precision == "int8-stored":
-            assert self.opset >= OPSET_OF_BLOCKS, self.opset
-            codes, scales = quantize_blocks(weight, 8, block)
-            codes = (codes.reshape(n, -1)[:, :k] ^ 0x80).view(np.int8)  # around zero instead of 128
-            stored = self.constant(np.ascontiguousarray(codes.T), name), self.constant(np.ascontiguousarray(scales.T), "scales")
-            return Matrix("MatMul", (self.node("DequantizeLinear", list(stored), axis=0, block_size=block),), {})
         bits = 8 if precision == "int8-block" else 4
         codes, scales = quantize_blocks(weight, bits, block)
         attributes = {"domain": MICROSOFT, "K": k, "N": n, "bits": bits, "block_size": block, "accuracy_level": accuracy_level}
         return Matrix("MatMulNBits", (self.constant(codes, name), self.constant(scales, "scales")), attributes)
+
+    def widened_blocks(self, weight: np.ndarray, *, block: int = 32, name: str = "linear") -> "Matrix":
+        """Store ``weight [n, k]`` as ``int8-block`` does, for an ordinary product: it is widened to float32 as a whole just before it is used.
+
+        Where a product has many rows, or comes in many strips, that beats ``MatMulNBits``, which widens for every call. Needs OPSET_OF_BLOCKS.
+        """
+        assert self.opset >= OPSET_OF_BLOCKS, self.opset
+        n, k = weight.shape
+        codes, scales = quantize_blocks(weight, 8, block)
+        codes = (codes.reshape(n, -1)[:, :k] ^ 0x80).view(np.int8)  # around zero instead of 128
+        stored = self.constant(np.ascontiguousarray(codes.T), name), self.constant(np.ascontiguousarray(scales.T), "scales")
+        return Matrix("MatMul", (self.node("DequantizeLinear", list(stored), axis=0, block_size=block),), {})
 
     def multiply(self, x: str, matrix: "Matrix") -> str:
         """``x @ weight.T`` with a stored matrix."""

@@ -32,7 +32,6 @@ TIMM = "model.vision_tower.timm_model."
 MSFA_SIDE = 16  # timm: msfa_output_resolution; 16 × 16 = 256 soft tokens for every input size
 MOBILENET_SIZES = (768, 512, 256)  # the model card's; each is a multiple of 16 · 16, so that fusion pools whole windows
 STRIPS = 8  # the early stages run in strips of the picture: 192² × 768 values would be 113 MB, several times over
-SCORE_STRIPS = 16  # of SigLIP's queries in attention: 256 × 4096 scores are 4 MB
 MSFA_STRIPS = 4  # divides MSFA_SIDE
 # Peak beyond the weights of MobileNetV5 while it runs as edge_gemma.encode runs it (MiB, by precision and input side), measured by
 # `python -m edge_gemma.benchmarks.vision activations FOLDER`; half and int8 weights are widened one at a time, which counts here.
@@ -81,7 +80,7 @@ def _write_siglip(checkpoint, vision: dict, folder: Path, precision: str, only: 
         x = writer.node("Reshape", [pixels, writer.ints(3, side, patch, side, patch)])
         x = writer.node("Reshape", [writer.node("Transpose", [x], perm=[1, 3, 0, 2, 4]), writer.ints(side * side, 3 * patch * patch)])
         x = graph.linear(x, tower + "embeddings.patch_embedding", exact=True)  # the first layer sees pixels: never quantized
-        x = writer.node("Add", [x, writer.stored(checkpoint.read(tower + "embeddings.position_embedding.weight"), _storage(precision))])
+        x = writer.node("Add", [x, graph.table(tower + "embeddings.position_embedding.weight")])
         n_strips = gcd(STRIPS, side * side)
         step, whole = [side * side // n_strips, width], [side * side, width]
         x = writer.node("Reshape", [x, writer.ints(n_strips, *step)])
@@ -293,8 +292,12 @@ class _Rows:
         if not self.only.search(name):
             return self.writer.matrix(weight, "f32")
         if self.precision == "int8" and not exact:
-            return self.writer.matrix(weight, "int8-stored")
+            return self.writer.widened_blocks(weight)
         return self.writer.matrix(weight, _storage(self.precision))
+
+    def table(self, name: str) -> str:
+        """A tensor that is added, not multiplied by: never in 8 bits."""
+        return self.writer.stored(self.checkpoint.read(name), _storage(self.precision) if self.only.search(name) else "f32")
 
     def _once(self, name: str, make):
         """Strips share their constants: each is read and written once."""
@@ -367,7 +370,7 @@ class _Rows:
         q, k, v = (writer.node("Transpose", [writer.node("Reshape", [part, split])], perm=[1, 0, 2]) for part in (q, k, v))
 
         def head(q: str, k: str, v: str) -> tuple[str]:
-            bounds = [writer.ints(n_rows * step // SCORE_STRIPS) for step in range(SCORE_STRIPS + 1)]
+            bounds = [writer.ints(n_rows * step // STRIPS) for step in range(STRIPS + 1)]
             return (writer.node("Concat", [self.attend(writer.slice(q, *pair, 0), k, v, n_head_dim) for pair in pairwise(bounds)], axis=0),)
 
         (y,) = writer.scan([q, k, v], [n_rows, n_head_dim], head, [[n_rows, n_head_dim]])

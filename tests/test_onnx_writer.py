@@ -5,7 +5,8 @@ import onnx
 import onnxruntime
 import pytest
 
-from edge_gemma.convert.onnx_writer import ALIGNMENT, PRECISIONS, OnnxWriter, quantize_blocks, quantize_channels
+from edge_gemma.convert.onnx_writer import ALIGNMENT, OPSET_OF_BLOCKS, PRECISIONS, OnnxWriter, quantize_blocks, quantize_channels
+from edge_gemma.encode import open_onnx
 from edge_gemma.errors import UsageError
 
 RNG = np.random.default_rng(4)
@@ -44,6 +45,30 @@ def test_int8_does_not_saturate_on_any_processor(tmp_path, kind):
     codes, scales = quantize_channels(weight)
     np.testing.assert_allclose(y[0], codes.astype(np.int64).sum(axis=1) * scales, rtol=1e-5)
     assert np.abs(codes.astype(np.int64)[:, 0::2] + codes[:, 1::2]).max() <= 128
+
+
+@pytest.mark.parametrize("k", [128, 70])
+def test_widened_blocks_are_the_weights_of_int8_block(tmp_path, k):
+    weight, x = RNG.standard_normal((96, k), dtype=np.float32), RNG.standard_normal((5, k), dtype=np.float32)
+    with OnnxWriter(tmp_path / "g.onnx", opset=OPSET_OF_BLOCKS) as graph:
+        graph.output("y", graph.multiply(graph.input("x", np.float32, ["n", k]), graph.widened_blocks(weight)), np.float32, ["n", 96])
+    codes, scales = quantize_blocks(weight, 8, 32)
+    stored = ((codes.astype(np.float32) - 128) * scales[:, :, None]).reshape(96, -1)[:, :k]
+    session = open_onnx(tmp_path / "g.onnx", n_threads=1, in_place=True)
+    np.testing.assert_allclose(session.run(None, {"x": x})[0], x @ stored.T, atol=2e-5)
+    assert graph.weights_bytes == 96 * k + scales.nbytes
+
+
+def test_scan_runs_a_body_on_every_slice(tmp_path):
+    x, y = RNG.standard_normal((3, 4, 5), dtype=np.float32), RNG.standard_normal((3, 4, 5), dtype=np.float32)
+    with OnnxWriter(tmp_path / "g.onnx", opset=OPSET_OF_BLOCKS) as graph:
+        a, b, factor = graph.input("x", np.float32, [3, "n", 5]), graph.input("y", np.float32, [3, "n", 5]), graph.number(2)
+        both = graph.scan([a, b], ["n", 5], lambda p, q: (graph.node("Add", [p, q]), graph.node("Mul", [graph.mean(p, 1), factor])), [["n", 5], ["n"]])
+        for name, value, shape in zip(("sum", "means"), both, ([3, "n", 5], [3, "n"]), strict=True):
+            graph.output(name, value, np.float32, shape)
+    total, means = run(tmp_path / "g.onnx", x=x, y=y)
+    np.testing.assert_array_equal(total, x + y)
+    np.testing.assert_allclose(means, 2 * x.mean(2), atol=1e-6)
 
 
 def test_large_constants_are_external_aligned_and_counted(tmp_path):

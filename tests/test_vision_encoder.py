@@ -58,6 +58,15 @@ def test_smaller_precisions_stay_near(siglip_checkpoint, mnv5, tmp_path, precisi
     assert siglip.manifest.vision.weights_bytes < (0.55 if precision == "f16" else 0.45) * full.manifest.vision.weights_bytes
 
 
+def test_one_kind_of_layer_can_be_quantized_alone(siglip_checkpoint, tmp_path):
+    sizes = {}
+    for name, only in (("none", "no such layer"), ("mlp", r"mlp\.fc"), ("all", None)):
+        (tmp_path / name).mkdir()
+        sizes[name] = write_vision_encoder(siglip_checkpoint, tmp_path / name, "int8", only=only).weights_bytes
+    (tmp_path / "f32").mkdir()
+    assert sizes["all"] < sizes["mlp"] < sizes["none"] == write_vision_encoder(siglip_checkpoint, tmp_path / "f32", "f32").weights_bytes
+
+
 def test_manifest_entry_is_true(seeing_bundle, mnv5, tmp_path):
     bundle = Bundle.open(seeing_bundle)
     part = bundle.manifest.vision
