@@ -152,7 +152,7 @@ def latency(work: Path, decoder: Path, precision: str, rounds: int, n_threads: i
 
     bundle = encoder_bundle(work, precision, decoder)
     waits: dict[str, list[tuple[float, float]]] = {}  # (whole wait, of it the encoder's part)
-    busy: list[float] = []
+    busy: list[float] = []  # work over length of each live turn; the very first one, right after the load, leads
     options = Options(temperature=0, max_tokens=1)
     with load(bundle, n_ctx=1024, request=Request(n_threads=n_threads)) as model:
         for k in range(rounds + 1):  # the first one warms up
@@ -167,6 +167,7 @@ def latency(work: Path, decoder: Path, precision: str, rounds: int, n_threads: i
                         for start in range(0, last, PACKET):
                             turn.push(samples[start : start + PACKET])
                     ended = time.perf_counter()
+                    busy += [(ended - began) / len(samples) * RATE_HZ] if mode == "live" else []
                     turn.push(samples[last:] if mode == "live" else samples)
                     turn.finish()
                     encoded = time.perf_counter()
@@ -174,12 +175,11 @@ def latency(work: Path, decoder: Path, precision: str, rounds: int, n_threads: i
                         break
                     if k:
                         waits.setdefault(f"{mode}_{seconds}s", []).append((turn.first_token_s - ended, encoded - ended))
-                        busy += [(ended - began) / len(samples) * RATE_HZ] if mode == "live" else []
                     chat.cancel()
         footprint, n_instruction, n_threads = rollup(), len(model.tokenize(INSTRUCTION)), model.plan.settings.n_threads
     median = {name: statistics.median(wait for wait, _ in values) for name, values in waits.items()}
     spread = {name: (max(wait for wait, _ in values) - min(wait for wait, _ in values)) / 2 for name, values in waits.items()}
-    parts = {name: statistics.median(part for _, part in values) for name, values in waits.items()}
+    parts = {name: statistics.median(part for _, part in values) for name, values in waits.items() if name.startswith("live")}
     note("\n| last sample → first token, ms | 3 s of speech | 25 s of speech | 25 s / 3 s |\n|---|---|---|---|")
     for mode, words in (("live", "encoded while it is spoken"), ("after", "encoded after the end")):
         names = [f"{mode}_{s}s" for s in (3, 25)]
@@ -190,7 +190,7 @@ def latency(work: Path, decoder: Path, precision: str, rounds: int, n_threads: i
     return {
         **{f"{name}_ms": round(1000 * value) for name, value in median.items()}, **{f"{name}_encoder_ms": round(1000 * value) for name, value in parts.items()},
         "live_25s_over_3s": round(median["live_25s"] / median["live_3s"], 2), "after_over_live_25s": round(ratios[25], 1),
-        "busy_while_speaking": round(statistics.median(busy), 2), "vad_hangover_ms": hangover_ms(), "rounds": rounds, "precision": precision,
+        "busy_while_speaking": round(statistics.median(busy[2:]), 2), "busy_right_after_load": round(busy[0], 2), "vad_hangover_ms": hangover_ms(), "rounds": rounds, "precision": precision,
         "pss_mib": round(footprint.pss_bytes / MiB), "instruction_tokens": n_instruction, "n_threads": n_threads,
     }  # fmt: skip
 

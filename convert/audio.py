@@ -118,7 +118,7 @@ def write_audio_encoder(checkpoint: Checkpoint, folder: Path, precision: Precisi
         file=FILE,
         precision=precision,
         n_embd=n_embd,
-        weights_bytes=graph.weights_bytes,
+        weights_bytes=graph.weights_bytes + graph.half_bytes,  # in memory: half precision is widened when the session is opened
         activation_bytes=config.activation_bytes(n_embd),
         n_layer=config.n_layer,
         hidden=config.hidden,

@@ -58,6 +58,7 @@ class OnnxWriter:
         self.path, self.opset = Path(path), opset
         self.data_path = self.path.with_name(self.path.name + ".data")
         self.weights_bytes = 0  # all constants, inline ones too: what a session must hold at least
+        self.half_bytes = 0  # of them, in half precision and cast: a session that widens them when it is opened holds as much again
         self._nodes: list[onnx.NodeProto] = []
         self._constants: list[onnx.TensorProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -154,7 +155,9 @@ class OnnxWriter:
         """``array`` as a float32 value, stored in half precision when ``precision`` is not f32 (for weights of other operators than linear)."""
         if precision == "f32":
             return self.constant(np.asarray(array, np.float32), name)
-        return self.node("Cast", [self.constant(_half(array), name)], to=TensorProto.FLOAT)
+        half = _half(array)
+        self.half_bytes += half.nbytes
+        return self.node("Cast", [self.constant(half, name)], to=TensorProto.FLOAT)
 
     # ---- common shapes of nodes
     def linear(self, x: str, weight: np.ndarray, precision: Precision, *, bias: np.ndarray | None = None, block: int = 32, name: str = "linear") -> str:

@@ -84,7 +84,7 @@ def test_after_the_last_sample_two_passes_are_left(hearing_model, monkeypatch):
         turn = LiveTurn(chat, "Transcribe this")
         for k in range(0, 96_000, 1000):
             turn.push(wave[k : k + 1000])
-        assert passes[2:] == [("Rows", 3)] * 11  # one for each step; the first step came behind the held-back end of the instruction
+        assert passes[3:] == [("Rows", 3)] * 11  # one for each step; the first came behind the held-back end of the instruction
         early = turn.n_rows
         passes.clear()
         turn.push(wave[96_000:])
