@@ -46,17 +46,22 @@ for group in setup["groups"]:
     with open(group + "/cgroup.procs", "w") as file: file.write(str(os.getpid()))
 if setup["cpus"]: os.sched_setaffinity(0, setup["cpus"])
 if setup["data_bytes"]: resource.setrlimit(resource.RLIMIT_DATA, (setup["data_bytes"],) * 2)
+if not setup["may_lock"]:
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (8 << 20,) * 2)
+    ctypes.CDLL(None).prctl(24, 14, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_IPC_LOCK: gone at the exec below, for root too
 os.execvp(argv[0], argv)
 """
 
 
 @dataclass(frozen=True)
 class Limits:
-    """``memory_bytes`` 0: none. ``cpus``: which cores may be used (empty: all). ``quota``: cores' worth of time (0: no quota)."""
+    """``memory_bytes`` 0: none. ``cpus``: which cores may be used (empty: all). ``quota``: cores' worth of time (0: no quota).
+    ``may_lock`` False: no right to lock memory beyond 8 MiB, as an ordinary user has it on most systems."""
 
     memory_bytes: int = 0
     cpus: tuple[int, ...] = ()
     quota: float = 0.0
+    may_lock: bool = True
 
     def __post_init__(self):
         if self.memory_bytes and self.memory_bytes < 16 * MiB:
@@ -294,6 +299,7 @@ def run(
             "groups": [str(group.path) for group in groups],
             "cpus": list(limits.cpus),
             "data_bytes": limits.memory_bytes if kind == "rlimit" else 0,
+            "may_lock": limits.may_lock,
         }
         outcome = Outcome(kind, limits.memory_bytes, notes=notes)
         begin = time.perf_counter()

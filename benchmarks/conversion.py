@@ -1,10 +1,15 @@
 """Conversion measured: one pass against the two-step route, in one run, on the same checkpoint.
 
     python -m edge_gemma.benchmarks.conversion CHECKPOINT --recipes q4_0,q4_k_m [--work FOLDER] [--json FILE]
+    python -m edge_gemma.benchmarks.conversion CHECKPOINT --recipes "" --speed q4_0,edge,edge+tied     # what an output head of its own brings
 
 In: a checkpoint folder (`synthetic_checkpoint` writes a full-size one). Out: per recipe the wall time, peak PSS and bytes written of `edge-gemma convert`, and of
 the other way: an F16 GGUF first, then ``llama_model_quantize`` on it. Both routes write the decoder only, use all cores, and start with the
-checkpoint out of the page cache. The F16 GGUF is written by our own converter, so the comparison leaves out what torch would add.
+checkpoint out of the page cache. The F16 GGUF is written by our own converter, so the comparison leaves out what torch would add; with
+``--script 'PYTHON convert_hf_to_gguf.py'`` llama.cpp's own script writes it (its source lies in llama-cpp-python's sdist; PYTHON needs torch and transformers).
+
+``--speed`` compares what recipes make through the runtime's loader; ``NAME+tied`` is recipe NAME with its head left in the token embedding.
+The bundles for it are kept in ``--work`` with ``--keep`` and found there again, so that ``--rounds 0 --keep`` can convert on a busy machine first.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,30 +25,45 @@ import time
 from pathlib import Path
 from statistics import median
 
+from msgspec.structs import replace
+
 from ..bundle import Bundle
 from ..convert.pipeline import Options, convert
 from ..convert.quality import measure_speed
 from ..convert.recipe import read_recipe
 from ..memory import PeakSampler
 from ..units import MiB, format_bytes
+from .machine import describe_machine
 
 
-def speed(checkpoint: Path, recipes: list[str], work: Path, *, rounds: int = 3, n_tokens: int = 64) -> dict[str, dict]:
+def speed(checkpoint: Path, recipes: list[str], work: Path, *, rounds: int = 3, n_tokens: int = 64, keep: bool = False) -> dict[str, dict]:
     """Medians of interleaved rounds: prefill and decode tok/s and PSS in use of each recipe's decoder, through the runtime's loader."""
     work.mkdir(parents=True, exist_ok=True)
-    bundles = {name: convert(checkpoint, work / f"speed-{name}", Options(quant=name, audio="none", vision="none", verify=False, overwrite=True)).bundle for name in recipes}
+    bundles = {name: _bundle(checkpoint, name, work / f"speed-{name}") for name in recipes}
     figures: dict[str, list[dict]] = {name: [] for name in recipes}
     for _ in range(rounds):
         for name, bundle in bundles.items():
             figures[name].append(measure_speed(bundle, n_prompt=128, n_tokens=n_tokens))
-    keys = ("prefill_tok_s", "decode_tok_s", "pss_bytes", "anon_bytes", "file_bytes")
+    keys = ("prefill_tok_s", "decode_tok_s", "pss_bytes", "anon_bytes", "file_bytes") if rounds else ()
     result = {name: {key: median(each[key] for each in figures[name]) for key in keys} | {"bundle_bytes": bundles[name].total_bytes()} for name in recipes}
-    for bundle in bundles.values():
+    for bundle in bundles.values() if not keep else ():
         shutil.rmtree(bundle.folder)
     return result
 
 
-def run(checkpoint: Path, recipes: list[str], work: Path, *, two_step: bool = True) -> dict:
+def _bundle(checkpoint: Path, name: str, folder: Path) -> Bundle:
+    """Converted to ``name``, or found there from an earlier run on the same checkpoint."""
+    recipe = read_recipe(name.removesuffix("+tied"))
+    if name.endswith("+tied"):
+        recipe = replace(recipe, name=name, untied=False, lookup=None, ple=recipe.ple or recipe.lookup)
+    if folder.is_dir():
+        bundle = Bundle.open(folder)
+        if (bundle.manifest.recipe["name"], bundle.manifest.name) == (recipe.name, checkpoint.resolve().name):
+            return bundle
+    return convert(checkpoint, folder, Options(quant=recipe, audio="none", vision="none", verify=False, overwrite=True)).bundle
+
+
+def run(checkpoint: Path, recipes: list[str], work: Path, *, two_step: bool = True, script: str = "") -> dict:
     """The figures of all routes; ``work`` is used for the outputs and emptied again."""
     work.mkdir(parents=True, exist_ok=True)
     outcome = {"checkpoint_bytes": sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")), "cores": len(os.sched_getaffinity(0)), "one_pass": {}, "two_step": {}}
@@ -55,7 +76,12 @@ def run(checkpoint: Path, recipes: list[str], work: Path, *, two_step: bool = Tr
         shutil.rmtree(out)
     if two_step:
         f16 = work / "two-f16"
-        first = _measure(_convert(checkpoint, f16, "f16"), checkpoint)
+        if script:
+            f16.mkdir(exist_ok=True)
+            first = _measure([*shlex.split(script), str(checkpoint), "--outfile", str(f16 / "decoder.gguf"), "--outtype", "f16"], checkpoint)
+        else:
+            first = _measure(_convert(checkpoint, f16, "f16"), checkpoint)
+        outcome["f16_by"] = script or "edge-gemma convert"
         for name in recipes:
             target = work / f"two-{name}.gguf"
             second = _measure([sys.executable, "-m", "edge_gemma.benchmarks.conversion", "--quantize", str(f16 / "decoder.gguf"), str(target), str(read_recipe(name).file_type)], checkpoint)
@@ -126,6 +152,14 @@ def table(outcome: dict) -> str:
     return "\n".join(lines)
 
 
+def speed_table(speeds: dict[str, dict]) -> str:
+    lines = ["| recipe | bundle | decode tok/s | prefill tok/s | PSS in use (anonymous) |", "|---|---|---|---|---|"]
+    for name, f in speeds.items():
+        memory = f"{f['pss_bytes'] / MiB:.0f} MiB ({f['anon_bytes'] / MiB:.0f})"
+        lines.append(f"| {name} | {format_bytes(f['bundle_bytes'])} | {f['decode_tok_s']:.1f} | {f['prefill_tok_s']:.0f} | {memory} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--quantize"]:
         return _quantize(*sys.argv[2:5])
@@ -133,16 +167,23 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--recipes", default="q4_0,q4_k_m")
     parser.add_argument("--work", type=Path, default=Path("/tmp/edge-gemma-conversion"))
+    parser.add_argument("--script", default="", help="how llama.cpp's own script is run, like 'python llama.cpp/convert_hf_to_gguf.py': it writes the F16 GGUF then")
     parser.add_argument("--one-pass-only", action="store_true")
-    parser.add_argument("--speed", default="", help="recipes whose speed and memory to compare as well, like q4_0,edge")
+    parser.add_argument("--speed", default="", help="recipes whose speed and memory to compare as well, like q4_0,edge,edge+tied")
+    parser.add_argument("--rounds", type=int, default=3, help="of the speed comparison; 0 converts only")
+    parser.add_argument("--keep", action="store_true", help="keep the bundles of the speed comparison in --work")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    outcome = run(arguments.checkpoint, [name for name in arguments.recipes.split(",") if name], arguments.work, two_step=not arguments.one_pass_only)
-    print(table(outcome))
+    print(describe_machine()["text"])
+    recipes = [name for name in arguments.recipes.split(",") if name]
+    outcome = {}
+    if recipes:
+        outcome = run(arguments.checkpoint, recipes, arguments.work, two_step=not arguments.one_pass_only, script=arguments.script)
+        print(table(outcome))
     if arguments.speed:
-        outcome["speed"] = speed(arguments.checkpoint, arguments.speed.split(","), arguments.work)
-        for name, figure in outcome["speed"].items():
-            print(f"{name}: decode {figure['decode_tok_s']:.1f} tok/s, prefill {figure['prefill_tok_s']:.0f} tok/s, in use {format_bytes(int(figure['pss_bytes']))} ({format_bytes(int(figure['anon_bytes']))} anonymous)")
+        outcome["speed"] = speed(arguments.checkpoint, arguments.speed.split(","), arguments.work, rounds=arguments.rounds, keep=arguments.keep)
+        if arguments.rounds:
+            print(speed_table(outcome["speed"]))
     line = json.dumps(outcome)
     print(line)
     if arguments.json:

@@ -1,7 +1,9 @@
 """What hearing costs: encoder steps, the wait for an answer, and an hour without growth.
 
     python -m edge_gemma.benchmarks.hear encoder [--precision int8]      real-time factor and memory of the full-size encoder
+    python -m edge_gemma.benchmarks.hear exact                           the full-size encoder in f32 against numpy
     python -m edge_gemma.benchmarks.hear latency DECODER.gguf            last sample → first token, a 25 s utterance against a 3 s one
+    python -m edge_gemma.benchmarks.hear memory DECODER.gguf             planned against measured, listening and answering
     python -m edge_gemma.benchmarks.hear soak [--minutes 60]             LibriVox speech in a loop through detection and encoder
 
 In: full-size weights that are made where they are missing (``--work``, 1.4 GB + the encoder; random, see audio_checkpoint.py) and a
@@ -12,13 +14,16 @@ time and memory are those of real ones.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -30,6 +35,8 @@ from ..features import RATE_HZ
 from ..memory import PeakSampler, rollup
 from ..units import MiB
 
+INSTRUCTION = "Write down what is said in the following piece of speech."  # 12 tokens
+QUEUE_S = 30.0  # audio.Microphone's
 STEP = RATE_HZ * 480 // 1000  # samples of one encoder step
 PACKET = 512
 
@@ -114,6 +121,24 @@ def encoder(work: Path, precision: str, n_threads: int, seconds: float) -> dict:
     }  # fmt: skip
 
 
+def exact(work: Path, seconds: list[float]) -> dict:
+    """The full-size encoder in float32 against numpy (audio_reference.py) on the same checkpoint: the largest difference of a soft token's values, which have an rms of 1."""
+    from ..convert.checkpoint import Checkpoint
+    from ..encode import AudioEncoder
+    from . import audio_reference
+
+    bundle = encoder_bundle(work, "f32")
+    checkpoint = Checkpoint.open(work / "audio-checkpoint")
+    result = {}
+    with AudioEncoder(bundle, n_threads=os.cpu_count() or 1) as loaded:
+        for length in seconds:
+            samples = noise(length)
+            soft, want = loaded.encode(samples), audio_reference.encode(checkpoint, samples)
+            assert soft.shape == want.shape, (soft.shape, want.shape)
+            result[f"largest_difference_{length:g}s"] = float(f"{np.abs(soft - want).max():.2e}")
+    return result
+
+
 def latency(work: Path, decoder: Path, precision: str, rounds: int, n_threads: int | None) -> dict:
     """Last sample → first token, push to talk (the end is known), short mode, an instruction of about 12 tokens before the audio.
 
@@ -126,120 +151,190 @@ def latency(work: Path, decoder: Path, precision: str, rounds: int, n_threads: i
     from ..sample import Options
 
     bundle = encoder_bundle(work, precision, decoder)
-    waits: dict[str, list[float]] = {}
+    waits: dict[str, list[tuple[float, float]]] = {}  # (whole wait, of it the encoder's part)
     busy: list[float] = []
     options = Options(temperature=0, max_tokens=1)
     with load(bundle, n_ctx=1024, request=Request(n_threads=n_threads)) as model:
-        instruction = "Write down what is said in the following piece of speech."
         for k in range(rounds + 1):  # the first one warms up
             jitter = 0.48 * k / (rounds + 1)
             for mode, seconds in (("live", 3), ("live", 25), ("after", 3), ("after", 25)):
                 samples = noise(seconds + jitter)
                 with model.chat(pad_audio=False) as chat:
-                    turn = LiveTurn(chat, instruction, max_tokens=8)
+                    turn = LiveTurn(chat, INSTRUCTION, max_tokens=8)
                     began = time.perf_counter()
                     last = (len(samples) - 1) // PACKET * PACKET
                     if mode == "live":
                         for start in range(0, last, PACKET):
                             turn.push(samples[start : start + PACKET])
-                        busy.append((time.perf_counter() - began) / seconds)
                     ended = time.perf_counter()
                     turn.push(samples[last:] if mode == "live" else samples)
                     turn.finish()
+                    encoded = time.perf_counter()
                     for _ in turn.generate(options):
                         break
                     if k:
-                        waits.setdefault(f"{mode}_{seconds}s", []).append(turn.first_token_s - ended)
+                        waits.setdefault(f"{mode}_{seconds}s", []).append((turn.first_token_s - ended, encoded - ended))
+                        busy += [(ended - began) / len(samples) * RATE_HZ] if mode == "live" else []
                     chat.cancel()
-        footprint = rollup()
-    median = {name: statistics.median(values) for name, values in waits.items()}
+        footprint, n_instruction, n_threads = rollup(), len(model.tokenize(INSTRUCTION)), model.plan.settings.n_threads
+    median = {name: statistics.median(wait for wait, _ in values) for name, values in waits.items()}
+    spread = {name: (max(wait for wait, _ in values) - min(wait for wait, _ in values)) / 2 for name, values in waits.items()}
+    parts = {name: statistics.median(part for _, part in values) for name, values in waits.items()}
+    note("\n| last sample → first token, ms | 3 s of speech | 25 s of speech | 25 s / 3 s |\n|---|---|---|---|")
+    for mode, words in (("live", "encoded while it is spoken"), ("after", "encoded after the end")):
+        names = [f"{mode}_{s}s" for s in (3, 25)]
+        cells = (f"{1000 * median[name]:.0f} ± {1000 * spread[name]:.0f}" for name in names)
+        note(f"| {words} | {' | '.join(cells)} | {median[names[1]] / median[names[0]]:.2f} |")
+    ratios = {s: median[f"after_{s}s"] / median[f"live_{s}s"] for s in (3, 25)}
+    note(f"| ratio | {ratios[3]:.1f} | {ratios[25]:.1f} | |\n")
     return {
-        **{f"{name}_ms": round(1000 * value) for name, value in median.items()},
-        "live_25s_over_3s": round(median["live_25s"] / median["live_3s"], 2), "after_over_live_25s": round(median["after_25s"] / median["live_25s"], 1),
-        "busy_while_speaking": round(statistics.median(busy), 2), "rounds": rounds, "precision": precision, "pss_mib": round(footprint.pss_bytes / MiB),
-        "instruction_tokens": len(model_tokens), "n_threads": model.plan.settings.n_threads,
-    } if (model_tokens := _tokens(bundle, instruction)) else {}  # fmt: skip
+        **{f"{name}_ms": round(1000 * value) for name, value in median.items()}, **{f"{name}_encoder_ms": round(1000 * value) for name, value in parts.items()},
+        "live_25s_over_3s": round(median["live_25s"] / median["live_3s"], 2), "after_over_live_25s": round(ratios[25], 1),
+        "busy_while_speaking": round(statistics.median(busy), 2), "vad_hangover_ms": hangover_ms(), "rounds": rounds, "precision": precision,
+        "pss_mib": round(footprint.pss_bytes / MiB), "instruction_tokens": n_instruction, "n_threads": n_threads,
+    }  # fmt: skip
 
 
-def _tokens(bundle: Bundle, text: str) -> list[int]:
-    from ..decode import Decoder as Loaded
-    from ..decode import Settings
+def hangover_ms() -> int:
+    """How long after the last word speech detection says that it was the last: what a hands-free turn waits on top of the figures above."""
+    from ..vad import SpeechDetector
 
-    decoder = Loaded(bundle.decoder_path, Settings(n_ctx=64, repack=False))
-    try:
-        return decoder.tokenize(text)
-    finally:
-        decoder.close()
+    detector = SpeechDetector(probability=lambda chunk: float(np.abs(chunk).max() > 0.1))
+    n = 0
+    detector.push(np.full(RATE_HZ // PACKET * PACKET, 0.5, np.float32))
+    while detector.speaking:
+        detector.push(np.zeros(PACKET, np.float32))
+        n += PACKET
+    return round(1000 * n / RATE_HZ)
+
+
+def memory(work: Path, decoder: Path, precision: str, n_threads: int | None, clips: list[Path]) -> dict:
+    """Planned against measured PSS of a hearing session, while listening and while answering: with the encoder resident, and with it let go while answering.
+
+    Each in a process of its own, through speech detection, encoder, prefill and 48 tokens of answer for two clips of speech.
+    """
+    bundle = encoder_bundle(work, precision, decoder)
+    result = {}
+    note("\n| MiB | phase | planned | measured | |\n|---|---|---|---|---|")
+    for encoders in ("resident", "one at a time"):
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            found = pool.submit(_session_memory, bundle.folder, encoders, n_threads, clips[:2]).result()
+        for phase, (planned, measured) in found.items():
+            note(f"| {encoders} | {phase} | {planned / MiB:.0f} | {measured / MiB:.0f} | {100 * (planned / measured - 1):+.1f} % |")
+            result[f"{encoders.split()[0]}_{phase}_mib"] = [round(planned / MiB), round(measured / MiB)]
+    note("")
+    return result
+
+
+def _session_memory(folder: Path, encoders: str, n_threads: int | None, clips: list[Path]) -> dict[str, tuple[int, int]]:
+    """{phase: (planned, measured) bytes}."""
+    from ..audio import read_audio
+    from ..listen import Listener, ListenOptions
+    from ..model import Model, here
+    from ..plan import Request, make_plan
+    from ..sample import Options
+    from ..weights import repacked_here
+
+    bundle = Bundle.open(folder)
+    plan = make_plan(bundle.manifest, here("auto"), Request(n_ctx=2048, n_threads=n_threads), repacked_here).require()
+    if encoders == "one at a time":  # as the ladder of concessions has it where two encoders do not fit together
+        items = tuple(replace(item, phases=("listen",)) if item.name.startswith("audio encoder") else item for item in plan.items)
+        plan = replace(plan, settings=replace(plan.settings, encoders=encoders), items=items)
+    x = np.concatenate([part for clip in clips for part in (read_audio(clip), np.zeros(RATE_HZ, np.float32))])
+    peaks: dict[str, int] = {}
+    with Model(bundle, plan) as model, model.chat() as chat, PeakSampler(interval_s=0.01, duty=0.2) as sampler:
+        options = ListenOptions(INSTRUCTION, sampling=Options(temperature=0, max_tokens=48))
+        for record in Listener(chat, (x[k : k + PACKET] for k in range(0, len(x), PACKET)), options).records():
+            phase = {"speech": "listen", "silence": "turning", "text": "decode", "turn": "after"}.get(record.kind)
+            if phase and sampler.phases[-1].name != phase:
+                sampler.mark(phase)
+        for phase in sampler.phases:
+            peaks[phase.name] = max(peaks.get(phase.name, 0), phase.peak_pss_bytes)
+    return {name: (plan.phase_bytes(name), peaks[name]) for name in ("listen", "decode")}
 
 
 def soak(work: Path, precision: str, minutes: float, clips: list[Path]) -> dict:
-    """Clips in a loop through detection, features and encoder, in packets of 32 ms, as fast as it goes: memory and step time of the first and the last tenth."""
+    """Clips in a loop through detection, features and encoder, in packets of 32 ms, as fast as it goes: memory and step time of the first and the last tenth.
+
+    Drops are those that the microphone's queue of 30 s would have had: each packet is given the time it really took, and arrives when it would have been spoken.
+    """
     from ..audio import read_audio
     from ..encode import AudioEncoder
     from ..vad import SpeechDetector
 
-    sounds = [read_audio(path) for path in clips]
+    sounds = [np.concatenate([read_audio(path), np.zeros(RATE_HZ, np.float32)]) for path in clips]
     bundle = encoder_bundle(work, precision)
-    position = n_steps = n_rows = utterances = taken = 0
+    position = n_rows = n_steps = utterances = played = taken = dropped = 0
+    behind_s = most_behind_s = 0.0  # how late the listener would be, at the arrival of a packet
     times: list[tuple[int, float]] = []
     memory: list[int] = []
+    began = time.perf_counter()
     with AudioEncoder(bundle, n_threads=os.cpu_count() or 1) as loaded:
         detector, stream = SpeechDetector(), None
-        next_look, k = 0, 0
+        next_look = 0
         while position < minutes * 60 * RATE_HZ:
-            sound = np.concatenate([sounds[k % len(sounds)], np.zeros(RATE_HZ, np.float32)])
-            k += 1
+            sound = sounds[played % len(sounds)]
+            played += 1
             for start in range(0, len(sound), PACKET):
-                packet = sound[start : start + PACKET]
+                packet, arrived = sound[start : start + PACKET], time.perf_counter()
                 position += len(packet)
                 for event in detector.push(packet):
-                    stream = loaded.stream() if event.kind == "start" or stream is None else stream
-                    began = time.perf_counter()
+                    stream = stream or loaded.stream()
+                    step_began = time.perf_counter()
                     rows = len(stream.push(event.samples))
                     if rows == 3:
-                        times.append((position, time.perf_counter() - began))
+                        times.append((position, time.perf_counter() - step_began))
                     taken += len(event.samples)
+                    n_steps += rows // 3
                     n_rows += rows
-                    n_steps += rows > 0
                     if event.kind in ("cut", "end"):
                         n_rows += len(stream.finish())
                         utterances += event.kind == "end"
                         stream = None
+                behind_s = max(0.0, behind_s + time.perf_counter() - arrived - len(packet) / RATE_HZ)
+                most_behind_s = max(most_behind_s, behind_s)
+                dropped += behind_s > QUEUE_S
             if position >= next_look:
                 memory.append(rollup().pss_bytes)
                 next_look += RATE_HZ * 60
+    took_s = time.perf_counter() - began
     tenth = max(1, len(times) // 10)
     first, last = (statistics.median(t for _, t in part) for part in (times[:tenth], times[-tenth:]))
     settled = memory[min(2, len(memory) - 1) :]
     return {
-        "minutes": round(position / RATE_HZ / 60, 1), "utterances": utterances, "clips_played": k, "soft_tokens": n_rows, "speech_minutes": round(taken / RATE_HZ / 60, 1),
-        "first_step_ms": round(1000 * first, 1), "last_step_ms": round(1000 * last, 1), "pss_first_mib": round(settled[0] / MiB, 1),
+        "minutes": round(position / RATE_HZ / 60, 1), "took_s": round(took_s), "clips_played": played, "utterances": utterances, "soft_tokens": n_rows, "steps": n_steps,
+        "speech_minutes": round(taken / RATE_HZ / 60, 1), "dropped_blocks": dropped, "most_behind_s": round(most_behind_s, 2),
+        "first_tenth_step_ms": round(1000 * first, 1), "last_tenth_step_ms": round(1000 * last, 1), "pss_third_minute_mib": round(settled[0] / MiB, 1),
         "pss_last_mib": round(settled[-1] / MiB, 1), "pss_max_mib": round(max(settled) / MiB, 1), "precision": precision,
     }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["encoder", "latency", "soak"])
-    parser.add_argument("decoder", type=Path, nargs="?", help="latency: a Gemma 3n GGUF, `python -m edge_gemma.benchmarks.synthetic e2b OUT.gguf --head q4_0 --embed q8_0`")
+    parser.add_argument("what", choices=["encoder", "exact", "latency", "memory", "soak"])
+    parser.add_argument("decoder", type=Path, nargs="?", help="latency and memory: a Gemma 3n GGUF, `python -m edge_gemma.benchmarks.synthetic e2b OUT.gguf --head q4_0 --embed q8_0`")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "edge-gemma-hear", help="where full-size weights are kept")
     parser.add_argument("--precision", default="int8")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--clips", type=Path, default=Path(".cache/librivox"), help="soak: a folder of sound files (the tests fetch LibriVox there)")
+    parser.add_argument("--clips", type=Path, default=Path(".cache/librivox"), help="soak and memory: a folder of sound files (the tests fetch LibriVox there)")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
+    clips = sorted(options.clips.glob("*.wav"))
+    if options.what in ("latency", "memory") and (options.decoder is None or not options.decoder.is_file()):
+        sys.exit(f"{options.what} needs a decoder GGUF; found {options.decoder}. See --help")
+    if options.what in ("memory", "soak") and not clips:
+        sys.exit(f"no .wav in {options.clips}; run `pytest tests/test_vad.py` once, or give --clips")
     if options.what == "encoder":
         result = encoder(options.work, options.precision, options.threads or os.cpu_count() or 1, 20)
+    elif options.what == "exact":
+        result = exact(options.work, [3, 10])
     elif options.what == "latency":
-        if options.decoder is None or not options.decoder.is_file():
-            sys.exit(f"latency needs a decoder GGUF; found {options.decoder}. See --help")
         result = latency(options.work, options.decoder, options.precision, options.rounds, options.threads)
+    elif options.what == "memory":
+        result = memory(options.work, options.decoder, options.precision, options.threads, clips)
     else:
-        clips = sorted(options.clips.glob("*.wav"))
-        if not clips:
-            sys.exit(f"no .wav in {options.clips}; run `pytest tests/test_vad.py` once, or give --clips")
         result = soak(options.work, options.precision, options.minutes, clips)
     result |= {"what": options.what, "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
     for name, value in result.items():

@@ -194,15 +194,15 @@ def _cold_ranges(path: Path) -> tuple[Path | None, list[tuple[int, int]]]:
     return bundle.decoder_path, [(t.offset, t.nbytes) for t in bundle.manifest.decoder.tensors if t.use != "matmul"]
 
 
-def interleave(tasks: Sequence[Task], repeats: int, runs: list[list[Run]], **options) -> list[list[Run]]:
+def interleave(tasks: Sequence[Task], repeats: int, runs: list[list[Run]], limits: Sequence[Limits] = (), **options) -> list[list[Run]]:
     """Add ``repeats`` runs of each task to its list in ``runs``, in turns (forwards, then backwards), so that what drifts drifts for all.
 
-    What was measured before an interruption is in ``runs``.
+    ``limits``: one for each task, or none at all. What was measured before an interruption is in ``runs``.
     """
     for repeat in range(repeats):
         order = range(len(tasks)) if repeat % 2 == 0 else reversed(range(len(tasks)))
         for i in order:
-            runs[i].append(measure(tasks[i], **options))
+            runs[i].append(measure(tasks[i], limits[i] if limits else Limits(), **options))
     return runs
 
 

@@ -1,6 +1,8 @@
 """The ladder on real weights: Gemma 3 270M from bf16 to every recipe, with and without an importance matrix.
 
     python -m edge_gemma.benchmarks.real_ladder OUT [--tokens 20440] [--recipes q4_0,q4_0+imatrix,…]
+    python -m edge_gemma.benchmarks.real_ladder OUT --rounds 0 --keep      # the quality alone: long, on any machine
+    python -m edge_gemma.benchmarks.real_ladder OUT --speed-only           # then the speeds of the same bundles, on a calm one
 
 In: nothing but the ``sample`` extra and the Python that runs it. Out: OUT/table.md, table.json, ladder.png. The weights are the sample's, dequantized to a
 bf16 checkpoint; quality is measured on CPython's ``pydoc_data.topics``, the importance matrix on docstrings of the standard library, so it
@@ -18,8 +20,9 @@ import warnings
 from pathlib import Path
 
 from ..convert.imatrix import calibrate
-from ..convert.ladder import run, table
+from ..convert.ladder import Rung, run, table, time_kept
 from ..convert.pipeline import Options, convert
+from .machine import describe_machine
 from .real_checkpoint import sample_gguf, write_checkpoint
 
 RECIPES = "q8_0,q6_k,q5_k_m,q4_k_m,q4_k_m+imatrix,q4_0,q4_0+imatrix,iq4_xs,iq4_xs+imatrix,q3_k_m,edge+imatrix,edge_fast+imatrix"
@@ -61,10 +64,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="for calibrating and quality; llama.cpp's threads wait in a loop, so one is faster on a busy machine")
     parser.add_argument("--keep", action="store_true", help="keep the bundles")
+    parser.add_argument("--speed-only", action="store_true", help="time the bundles that were kept, and add that to the table")
     arguments = parser.parse_args()
+    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+    steps = lambda done, total: say(f"  {done} of {total}") if done % 10 == 0 or done == total else None  # noqa: E731
+    if arguments.speed_only:
+        rungs = time_kept(arguments.out / "ladder", rounds=arguments.rounds, n_threads=arguments.threads, keep=arguments.keep, steps=steps)
+    else:
+        rungs = _quality(arguments, say, steps)
+    _print(rungs)
+
+
+def _quality(arguments, say, steps) -> list[Rung]:
     work = arguments.out / "work"
     work.mkdir(parents=True, exist_ok=True)
-    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
     checkpoint = work / "gemma-3-270m"
     if not (checkpoint / "tokenizer.model").exists():
         say("dequantize the sample")
@@ -76,10 +89,14 @@ def main() -> None:
         say("calibrate")
         bundle = convert(checkpoint, work / "q8_0", Options(quant="q8_0", verify=False, overwrite=True)).bundle  # activations hardly differ from bf16's, and it is faster
         calibrate(bundle, work / "docstrings.txt", matrix, max_tokens=arguments.calibration_tokens, n_threads=arguments.threads)
-    rungs = run(
+    return run(
         checkpoint, arguments.out / "ladder", work / "topics.txt", arguments.recipes.split(","), imatrix=matrix, max_tokens=arguments.tokens, rounds=arguments.rounds,
-        keep=arguments.keep, n_threads=arguments.threads, overwrite=True, stage=say, steps=lambda done, total: say(f"  {done} of {total}") if done % 10 == 0 else None,
+        keep=arguments.keep, n_threads=arguments.threads, overwrite=True, stage=say, steps=steps,
     )  # fmt: skip
+
+
+def _print(rungs: list[Rung]) -> None:
+    print(describe_machine()["text"])
     print(table(rungs))
     by_name = {rung.recipe: rung for rung in rungs}
     if stock := by_name.get("q4_k_m"):

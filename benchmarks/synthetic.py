@@ -23,8 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ..convert.gemma import SPARSE_LAYERS, SPARSITY_MULTIPLIER
 from ..errors import MissingExtra, UsageError
 from ..gguf_header import layout_rank
+from ..importer import GEMMA3N_KV_LAYERS
 from ..units import MiB, format_bytes
 
 try:
@@ -32,8 +34,6 @@ try:
 except ImportError:
     raise MissingExtra("Writing a GGUF", "convert") from None
 
-SPARSITY = 1.6448536  # the 0.95 quantile of a normal distribution: Gemma 3n's first ten layers
-KV_OWNERS = 20  # gemma3n: layers that own a KV cache; fixed in llama.cpp
 _CHUNK_BYTES = 32 * MiB
 TokenType = gguf.TokenType
 
@@ -118,7 +118,7 @@ def _tensors(shape: Shape, types: Types) -> Iterator[Spec]:
     s, t = shape, types.matmul
     tied = types.head == "tied"
     embed = types.embed or (t if tied else "Q8_0")
-    shared = range(KV_OWNERS, s.n_layer) if s.family == "gemma3n" else range(0)
+    shared = range(GEMMA3N_KV_LAYERS, s.n_layer) if s.family == "gemma3n" else range(0)
     q, kv, ple = s.n_head * s.head_dim, s.n_head_kv * s.head_dim, 256 * s.n_layer
     # The embedding is scaled by sqrt(n_embd) on its way in; 1/sqrt(n_embd) makes that unit variance.
     embedding = Spec("token_embd.weight", (s.n_vocab, s.n_embd), embed, 1 / math.sqrt(s.n_embd))
@@ -341,8 +341,8 @@ def write(path: str | Path, shape: Shape, types: Types, *, vocabulary: Vocabular
         writer.add_altup_active_idx(0)
         writer.add_altup_num_inputs(4)
         writer.add_embedding_length_per_layer_input(256)
-        writer.add_shared_kv_layers(s.n_layer - KV_OWNERS)
-        writer.add_activation_sparsity_scale([SPARSITY] * 10 + [-math.inf] * (s.n_layer - 10))
+        writer.add_shared_kv_layers(s.n_layer - GEMMA3N_KV_LAYERS)
+        writer.add_activation_sparsity_scale([SPARSITY_MULTIPLIER] * SPARSE_LAYERS + [-math.inf] * (s.n_layer - SPARSE_LAYERS))
         writer.add_sliding_window_pattern([i % s.period != s.period - 1 for i in range(s.n_layer)])
         writer.add_final_logit_softcapping(30.0)
     words = vocabulary.padded(s.n_vocab)

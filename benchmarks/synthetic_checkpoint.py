@@ -21,9 +21,12 @@ import numpy as np
 
 from ..gguf_header import read_header
 from .real_checkpoint import _bf16, _tokenizer_model, sample_gguf
+from .synthetic import SHAPES
 
-SIZES = {"e2b": (30, 8192), "e4b": (35, 16384)}  # layers, FFN width
-N_VOCAB, N_PLE, N_EMBD, N_HEAD, N_KV, HEAD_DIM, PLE = 262400, 262144, 2048, 8, 2, 256, 256
+SIZES = {name: (shape.n_layer, shape.n_ff) for name, shape in SHAPES.items() if shape.family == "gemma3n"}
+_E2B = SHAPES["e2b"]  # the rest is the same in both
+N_VOCAB, N_EMBD, N_HEAD, N_KV, HEAD_DIM = _E2B.n_vocab, _E2B.n_embd, _E2B.n_head, _E2B.n_head_kv, _E2B.head_dim
+N_PLE, PLE = 262144, 256
 SHARD_BYTES = 4 << 30
 _POOL = 1 << 24
 

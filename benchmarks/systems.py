@@ -66,13 +66,16 @@ class System:
 
 
 class LlamaCpp(System):
-    """``llama_cpp.Llama`` as it comes: the library's own defaults but for context, threads and quiet."""
+    """``llama_cpp.Llama`` as it comes: the library's own defaults but for context, threads and quiet; without AMX, on which it may die."""
 
     def load(self) -> None:
         import ctypes
 
         import llama_cpp
 
+        from ..llama import leave_amx_out
+
+        leave_amx_out()
         self._quiet = llama_cpp.llama_log_callback(lambda *_: None)
         llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p())
         threads = {"n_threads": self.task.n_threads, "n_threads_batch": self.task.n_threads} if self.task.n_threads else {}

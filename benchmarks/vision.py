@@ -1,13 +1,16 @@
 """Vision encoders of real size with random weights: time per image and memory, next to torch's export, timm and llama.cpp's mtmd.
 
     python -m edge_gemma.benchmarks.vision write siglip FOLDER                     a checkpoint of that tower alone
-    python -m edge_gemma.benchmarks.vision run FOLDER [--precisions f32,f16,int8] [--mtmd TEXT.gguf]
-                                               [--torch-python PYTHON] [--rounds 3] [--json]
+    python -m edge_gemma.benchmarks.vision run FOLDER [--precisions f32,f16,int8] [--mtmd TEXT.gguf [--mtmd-types f32,f16,q8_0]]
+                                               [--torch-python PYTHON] [--rounds 3] [--work DIR] [--json]
+    python -m edge_gemma.benchmarks.vision prepare FOLDER …                        makes the files that `run` with the same options times
     python -m edge_gemma.benchmarks.vision activations FOLDER [--precisions …]     what each input size takes beyond the weights
+    python -m edge_gemma.benchmarks.vision kinds FOLDER                            what int8 saves and costs, layer kind by layer kind
+    python -m edge_gemma.benchmarks.vision bundle FOLDER DECODER.gguf OUT          that tower before a decoder of the same width
     python -m edge_gemma.benchmarks.vision conversation BUNDLE [--images 20]       turns with one picture each: planned and measured memory
 
 ``FOLDER`` is a checkpoint with a vision tower (written here, or a real one). Each contender is a process of its own; rounds are interleaved,
-one image per contender and round, medians are shown. Peak PSS is sampled from the process's start to its last image, its own
+one image per contender and round (the first warms up), medians are shown. The last column is the distance of the soft tokens from torch's. Peak PSS is sampled from the process's start to its last image, its own
 libraries included. ``--torch-python`` names an interpreter with torch, transformers, timm, onnx and onnxscript: it runs the reference modules and exports
 them for onnxruntime. ``--mtmd`` names a text GGUF of the family, whose vocabulary llama.cpp asks for.
 """
@@ -16,12 +19,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -30,9 +35,12 @@ import numpy as np
 from ..errors import UsageError
 from ..memory import PeakSampler
 from ..units import MiB
+from .machine import describe_machine
 
 SIZES = {"siglip": 896, "mobilenetv5": 768}
+MTMD_TYPES = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0"}
 _WIDTH = 2048  # of MobileNetV5's output
+_PROBE = 997  # every so many-th value of the soft tokens is compared; likewise in vision_torch.py
 
 
 # ---- checkpoints of real size
@@ -155,9 +163,13 @@ _MMPROJ = (
 
 
 def write_mmproj(checkpoint, path: Path, dtype: str = "f16") -> None:
-    """An ``mmproj`` GGUF of a checkpoint's tower, as llama.cpp's ``conversion/gemma.py`` lays it out (matrices F16 or F32, the rest F32)."""
+    """An ``mmproj`` GGUF of a checkpoint's tower, as llama.cpp's ``conversion/gemma.py`` lays it out (matrices and convolutions at ``dtype``, the rest F32)."""
     import gguf
 
+    from ..convert.quantize import fitting_type, quantize_rows
+
+    if dtype not in MTMD_TYPES:
+        raise UsageError(f"unknown type {dtype!r} of an mmproj file; choose one of {', '.join(MTMD_TYPES)}")
     siglip = "model.vision_tower.embeddings.patch_embedding.weight" in checkpoint.names()
     vision = checkpoint.config["vision_config"]
     size = vision.get("image_size", SIZES["siglip"] if siglip else SIZES["mobilenetv5"])
@@ -195,7 +207,13 @@ def write_mmproj(checkpoint, path: Path, dtype: str = "f16") -> None:
         exact = values.ndim == 1 or "position" in name or "patch" in name or "stem" in name
         if name.endswith("gamma"):
             values = values.reshape(-1, 1, 1)  # llama.cpp multiplies [W, H, C]
-        writer.add_tensor(short, values if exact or dtype == "f32" else values.astype(np.float16))
+        if exact or dtype == "f32":
+            writer.add_tensor(short, values)
+        elif dtype == "q8_0" and values.ndim == 2 and fitting_type("Q8_0", values.shape[1]) == "Q8_0":
+            blocks = quantize_rows("Q8_0", np.ascontiguousarray(values, np.float32)).reshape(values.shape[0], -1)
+            writer.add_tensor(short, blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        else:
+            writer.add_tensor(short, values.astype(np.float16))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -212,7 +230,7 @@ def _worker(kind: str, *arguments: str) -> None:
     for _ in sys.stdin:
         wall, cpu = time.perf_counter(), time.process_time()
         rows = next(encode)
-        print(json.dumps({"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu, "sum": float(np.asarray(rows, np.float64).sum())}), flush=True)
+        print(json.dumps({"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu, "probe": np.asarray(rows, np.float64).reshape(-1)[::_PROBE].tolist()}), flush=True)
 
 
 def _pixels(size: int) -> np.ndarray:  # [size, size, 3] uint8
@@ -226,7 +244,7 @@ def _ours(folder: str, kind: str, threads: str) -> Iterator:
     from ..encode import open_onnx, run_onnx
 
     size, (mean, std) = SIZES[kind], ((0.5, 0.5) if kind == "siglip" else (0.0, 1.0))
-    session = open_onnx(Path(folder) / "vision_encoder.onnx", n_threads=int(threads), in_place=True, sides={"side": size})
+    session = open_onnx(Path(folder) / "vision_encoder.onnx", n_threads=int(threads), spin=True, in_place=True, sides={"side": size})
     yield None
     while True:
         pixels = (np.ascontiguousarray(_pixels(size).transpose(2, 0, 1)[None], np.float32) / np.float32(255) - np.float32(mean)) / np.float32(std)
@@ -336,41 +354,75 @@ class Contender:
             "cpu_seconds": round(median(a["cpu_seconds"] for a in counted), 3),
             "peak_pss_mib": self._sampler.peak_pss_bytes // MiB,
             "peak_anon_mib": max(phase.peak_anon_bytes for phase in self._sampler.phases) // MiB,
-            "sum": round(self.answers[-1]["sum"], 3),
+            "probe": self.answers[-1]["probe"],
         }
 
 
-def run(folder: Path, precisions: list[str], mtmd: str | None, torch_python: str | None, rounds: int, threads: int) -> list[dict]:
-    from ..convert.checkpoint import Checkpoint
-    from ..convert.vision import write_vision_encoder
+@dataclass(frozen=True)
+class Choice:
+    """What is compared, and where its files are."""
 
-    checkpoint = Checkpoint.open(folder)
-    module = [sys.executable, "-m", "edge_gemma.benchmarks.vision", "worker"]
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        scratch = Path(scratch)
-        commands = []
-        for precision in precisions:
-            (scratch / precision).mkdir()
-            part = write_vision_encoder(checkpoint, scratch / precision, precision)
-            commands.append((f"edge-gemma {precision}", [*module, "ours", str(scratch / precision), part.kind, str(threads)]))
-        kind = part.kind
-        if torch_python:
-            script = str(Path(__file__).with_name("vision_torch.py"))
-            print("torch exports the reference module …", file=sys.stderr)
-            subprocess.run([torch_python, script, "export", str(folder), kind, str(scratch / "torch.onnx")], check=True, stdout=sys.stderr)
-            commands.append(("onnxruntime on torch's export", [*module, "onnx", str(scratch / "torch.onnx"), kind, str(threads)]))
-            commands.append(("timm / transformers in torch", [torch_python, script, "worker", str(folder), kind, str(threads)]))
-        if mtmd:
-            for dtype in ("f16",):
-                write_mmproj(checkpoint, scratch / f"mmproj-{dtype}.gguf", dtype)
-                text = _of_width(Path(mtmd), part.n_embd, scratch / "text.gguf")
-                commands.append((f"llama.cpp mtmd {dtype}", [*module, "mtmd", str(scratch / f"mmproj-{dtype}.gguf"), kind, str(threads), str(text)]))
-        contenders = [Contender(name, argv) for name, argv in commands]
-        for number in range(rounds + 1):
-            for contender in contenders:
-                contender.encode()
-                print(f"round {number}: {contender.name} {contender.answers[-1]['seconds']:.2f} s", file=sys.stderr)
-        return [contender.close() for contender in contenders]
+    folder: Path
+    precisions: tuple[str, ...]
+    mtmd_text: str | None
+    mtmd_types: tuple[str, ...]
+    torch_python: str | None
+    threads: int
+
+
+def prepare(choice: Choice, work: Path) -> list[tuple[str, list[str]]]:
+    """Converts, exports and writes what the contenders need into ``work``, as far as it is not there. Returns (name, command) of each contender."""
+    from ..convert.checkpoint import Checkpoint
+    from ..convert.vision import TIMM, write_vision_encoder
+
+    checkpoint = Checkpoint.open(choice.folder)
+    kind = "mobilenetv5" if TIMM + "conv_stem.conv.weight" in checkpoint.names() else "siglip"
+    n_embd = checkpoint.config["text_config"]["hidden_size"]
+    module, threads = [sys.executable, "-m", "edge_gemma.benchmarks.vision", "worker"], str(choice.threads)
+    commands = []
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        path = work / name
+        if not path.exists():
+            print(f"making {name} …", file=sys.stderr)
+            with tempfile.TemporaryDirectory(dir=work) as partial:  # under its own name, because an exported graph names its data file
+                make(Path(partial) / name)
+                for file in sorted(Path(partial).iterdir(), key=lambda file: file.name == name):  # the name that is asked for comes last
+                    file.rename(work / file.name)
+        return path
+
+    def convert(precision: str, folder: Path) -> None:
+        folder.mkdir()
+        write_vision_encoder(checkpoint, folder, precision)
+
+    for precision in choice.precisions:
+        folder = made(f"{kind}-{precision}", partial(convert, precision))
+        commands.append((f"edge-gemma {precision}", [*module, "ours", str(folder), kind, threads]))
+    if choice.torch_python:
+        script = str(Path(__file__).with_name("vision_torch.py"))
+        export = made(f"{kind}-torch.onnx", lambda out: subprocess.run([choice.torch_python, script, "export", str(choice.folder), kind, str(out)], check=True, stdout=sys.stderr))
+        commands.append(("onnxruntime on torch's export", [*module, "onnx", str(export), kind, threads]))
+        commands.append(("timm / transformers in torch", [choice.torch_python, script, "worker", str(choice.folder), kind, threads]))
+    if choice.mtmd_text:
+        text = made(f"{kind}-text.gguf", lambda out: _of_width(Path(choice.mtmd_text), n_embd, out))
+        for dtype in choice.mtmd_types:
+            mmproj = made(f"{kind}-mmproj-{dtype}.gguf", lambda out, dtype=dtype: write_mmproj(checkpoint, out, dtype))
+            commands.append((f"llama.cpp mtmd {dtype}", [*module, "mtmd", str(mmproj), kind, threads, str(text)]))
+    return commands
+
+
+def run(commands: list[tuple[str, list[str]]], rounds: int) -> list[dict]:
+    contenders = [Contender(name, argv) for name, argv in commands]
+    for number in range(rounds + 1):
+        for contender in contenders:
+            contender.encode()
+            print(f"round {number}: {contender.name} {contender.answers[-1]['seconds']:.2f} s", file=sys.stderr)
+    rows = [contender.close() for contender in contenders]
+    probes = {row["contender"]: np.array(row.pop("probe")) for row in rows}
+    reference = next((probe for name, probe in probes.items() if name.endswith("in torch")), probes[rows[0]["contender"]])
+    for row in rows:
+        row["relative_rms"] = float(np.sqrt(((probes[row["contender"]] - reference) ** 2).mean() / reference.var()))
+    return rows
 
 
 def activations(folder: Path, precisions: list[str]) -> None:
@@ -392,17 +444,80 @@ def _activation(folder: str, size: int) -> None:
     from ..encode import open_onnx
     from ..memory import quick
 
-    session = open_onnx(Path(folder) / "vision_encoder.onnx", n_threads=2, in_place=True, sides={"side": size})
+    session = open_onnx(Path(folder) / "vision_encoder.onnx", n_threads=2, spin=True, in_place=True, sides={"side": size})
     pixels, before = np.zeros((1, 3, size, size), np.float32), quick().anon_bytes
     with PeakSampler(interval_s=0.003) as sampler:
         session.run(None, {"pixels": pixels})
     print(max(phase.peak_anon_bytes for phase in sampler.phases) - before)
 
 
-def conversation(bundle: str, n_images: int, n_ctx: int | None, size: int, threads: int | None) -> dict:
+# layer kinds by tensor name
+KINDS = {
+    "siglip": {"attention q, k": r"[qk]_proj", "attention v, out": r"(v|out)_proj", "MLP in": "fc1", "MLP out": "fc2"},
+    "mobilenetv5": {
+        "attention q, k": r"attn\.(query|key)", "attention v, out": r"attn\.(value|output)", "1×1 wider, stages 1–2": r"blocks\.[01]\..*(pw_exp|conv_exp)",
+        "1×1 narrower, stages 1–2": r"blocks\.[01]\..*(pw_proj|conv_pwl)", "1×1 wider, stages 3–4": r"blocks\.[23]\..*pw_exp",
+        "1×1 narrower, stages 3–4": r"blocks\.[23]\..*pw_proj", "fusion": r"msfa\.ffn",
+    },
+}  # fmt: skip
+
+
+def kinds(folder: Path) -> list[dict]:
+    """int8 for one kind of layer at a time, the rest float32: MiB saved, error of the soft tokens (relative rms), seconds of one image."""
+    from ..convert.checkpoint import Checkpoint
+    from ..convert.vision import write_vision_encoder
+
+    checkpoint, exact, rows = Checkpoint.open(folder), None, []
+    kind = "mobilenetv5" if any(".timm_model." in name for name in checkpoint.names()) else "siglip"
+    for name, precision, only in (("none", "f32", None), *((name, "int8", only) for name, only in KINDS[kind].items()), ("all", "int8", None)):
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            part = write_vision_encoder(checkpoint, Path(scratch), precision, only=only)
+            encode = _ours(scratch, part.kind, "2")
+            next(encode)
+            next(encode)  # warms up
+            began = time.perf_counter()
+            soft = next(encode)
+            seconds = time.perf_counter() - began
+        if exact is None:
+            exact, f32_bytes = soft, part.weights_bytes
+        error = float(np.sqrt(((soft - exact) ** 2).mean() / exact.var()))
+        rows.append({"int8 in": name, "saved_mib": (f32_bytes - part.weights_bytes) // MiB, "relative_rms": round(error, 5), "seconds": round(seconds, 2)})
+        print(f"{name:28}{rows[-1]['saved_mib']:6d} MiB saved{error:10.4f} relative rms{seconds:8.2f} s", flush=True)
+    return rows
+
+
+def make_bundle(folder: Path, decoder: Path, out: Path, precision: str) -> None:
+    """The tower of ``folder`` and the decoder of a GGUF as one bundle, for measuring both together."""
+    import msgspec
+
+    from ..bundle import BundleWriter, file_entry
+    from ..convert.audio import hard_rows
+    from ..convert.checkpoint import Checkpoint
+    from ..convert.vision import write_vision_encoder
+    from ..importer import import_gguf
+
+    checkpoint, embedder = Checkpoint.open(folder), "model.embed_vision."
+    with tempfile.TemporaryDirectory(dir=out.parent) as temporary, BundleWriter(out) as writer:
+        imported = import_gguf(decoder, Path(temporary) / "text")
+        base = imported.manifest
+        imported.decoder_path.rename(writer.folder / base.decoder.file)
+        part = write_vision_encoder(checkpoint, writer.folder, precision)
+        if part.n_embd != base.decoder.n_embd:
+            raise UsageError(f"the tower gives rows {part.n_embd} wide, {decoder.name} takes {base.decoder.n_embd}; write it with --n-embd {base.decoder.n_embd}")
+        tokens = {"start_of_image": 255999, "end_of_image": 256000} | base.special_tokens  # a random decoder's vocabulary need not name them
+        rows = ()
+        if embedder + "hard_embedding_norm.weight" in checkpoint.names():
+            rows = ("end_of_image",)
+            np.save(writer.folder / "special_rows.npy", hard_rows(checkpoint, embedder, [0]).astype(np.float32))
+        files = {path.name: file_entry(path) for path in writer.folder.iterdir() if not path.name.startswith(".")}
+        writer.commit(msgspec.structs.replace(base, name=f"{base.name} with eyes", vision=part, special_rows=rows, special_tokens=tokens, files=files))
+
+
+def conversation(bundle: str, n_images: int, n_ctx: int | None, size: int, threads: int | None, scratch: str) -> dict:
     """``n_images`` turns with one new picture and a question each. The oldest turns make room; the peak is held against the plan."""
     import edge_gemma
 
+    os.environ["XDG_CACHE_HOME"] = scratch  # soft tokens that an earlier run left behind would spare this one its encoder
     options = edge_gemma.Options(max_tokens=8, temperature=0)
     with PeakSampler() as sampler, edge_gemma.load(bundle, n_ctx=n_ctx, request=edge_gemma.Request(n_threads=threads)) as model, model.chat() as chat:
         sampler.rebase()
@@ -428,17 +543,28 @@ def main(argv: list[str] | None = None) -> None:
     write.add_argument("kind", choices=list(SIZES))
     write.add_argument("folder", type=Path)
     write.add_argument("--n-embd", type=int)
+    ready = commands.add_parser("prepare")
     bench = commands.add_parser("run")
-    bench.add_argument("folder", type=Path)
-    bench.add_argument("--precisions", default="f32,f16,int8")
-    bench.add_argument("--mtmd", metavar="TEXT.gguf")
-    bench.add_argument("--torch-python", metavar="PYTHON")
+    for each in (ready, bench):
+        each.add_argument("folder", type=Path)
+        each.add_argument("--work", type=Path, help="where the contenders' files are made, once (default: FOLDER itself)")
+        each.add_argument("--precisions", default="f32,f16,int8")
+        each.add_argument("--mtmd", metavar="TEXT.gguf")
+        each.add_argument("--mtmd-types", default="f16", help=f"of the mmproj file: {', '.join(MTMD_TYPES)}")
+        each.add_argument("--torch-python", metavar="PYTHON")
+        each.add_argument("--threads", type=int, default=2)
     bench.add_argument("--rounds", type=int, default=3)
-    bench.add_argument("--threads", type=int, default=2)
     bench.add_argument("--json", action="store_true")
     extra = commands.add_parser("activations")
     extra.add_argument("folder", type=Path)
     extra.add_argument("--precisions", default="f32,f16,int8")
+    each_kind = commands.add_parser("kinds")
+    each_kind.add_argument("folder", type=Path)
+    whole = commands.add_parser("bundle")
+    whole.add_argument("folder", type=Path)
+    whole.add_argument("decoder", type=Path)
+    whole.add_argument("out", type=Path)
+    whole.add_argument("--precision", default="f16", choices=["f32", "f16", "int8"])
     talk = commands.add_parser("conversation")
     talk.add_argument("bundle")
     talk.add_argument("--images", type=int, default=20)
@@ -449,15 +575,29 @@ def main(argv: list[str] | None = None) -> None:
     if options.command == "activations":
         return activations(options.folder, options.precisions.split(","))
     if options.command == "conversation":
-        return print(json.dumps(conversation(options.bundle, options.images, options.ctx, options.size, options.threads)))
+        with tempfile.TemporaryDirectory() as scratch:
+            return print(json.dumps(conversation(options.bundle, options.images, options.ctx, options.size, options.threads, scratch)))
+    if options.command == "kinds":
+        kinds(options.folder)
+        return
+    if options.command == "bundle":
+        return make_bundle(options.folder, options.decoder, options.out, options.precision)
     if options.command == "write":
         return write_checkpoint(options.kind, options.folder, options.n_embd)
-    rows = run(options.folder, options.precisions.split(","), options.mtmd, options.torch_python, options.rounds, options.threads)
+    words = [tuple(filter(None, value.split(","))) for value in (options.precisions, options.mtmd_types)]
+    work = options.work or options.folder
+    work.mkdir(parents=True, exist_ok=True)
+    commands = prepare(Choice(options.folder, words[0], options.mtmd, words[1], options.torch_python, options.threads), work)
+    if options.command == "prepare":
+        return
+    rows = run(commands, options.rounds)
     if options.json:
-        return print(json.dumps({"machine": platform.machine(), "threads": options.threads, "rows": rows}))
-    print(f"{'':34}{'s / image':>10}{'cpu s':>8}{'peak PSS':>11}{'anonymous':>11}")
+        return print(json.dumps({"machine": describe_machine(), "threads": options.threads, "rounds": options.rounds, "rows": rows}))
+    print(describe_machine()["text"], f", onnxruntime {describe_machine()['onnxruntime']}; {options.threads} threads", sep="")
+    print(f"{'':32}{'s / image':>10}{'cpu s':>8}{'peak PSS':>12}{'anonymous':>12}{'rms difference':>16}")
     for row in rows:
-        print(f"{row['contender']:34}{row['seconds']:10.2f}{row['cpu_seconds']:8.1f}{row['peak_pss_mib']:7d} MiB{row['peak_anon_mib']:7d} MiB")
+        memory = f"{row['peak_pss_mib']:8d} MiB{row['peak_anon_mib']:8d} MiB"
+        print(f"{row['contender']:32}{row['seconds']:10.2f}{row['cpu_seconds']:8.1f}{memory}{row['relative_rms']:16.1e}")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def main(command: str, folder: str, kind: str, last: str) -> None:
     for _ in sys.stdin:
         wall, cpu = time.perf_counter(), time.process_time()
         rows = encoder(torch.tensor(pixels(kind))).numpy()
-        print(json.dumps({"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu, "sum": float(rows.astype(np.float64).sum())}), flush=True)
+        print(json.dumps({"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu, "probe": rows.astype(np.float64).reshape(-1)[::997].tolist()}), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,14 @@ a streamed file knows the sizes first.
 
 from __future__ import annotations
 
+import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from ..errors import RuntimeFailure, UsageError
 from .quantize import TYPE_IDS
 
 ALIGNMENT = 32  # GGUF's default
@@ -39,6 +42,29 @@ def gguf_header(pairs: Iterable[tuple[str, object]], tensors: Iterable[tuple[str
         offset += padded(nbytes)
     header = struct.pack("<4sIQQ", b"GGUF", 3, len(table), len(values)) + b"".join(values) + b"".join(table)
     return header + b"\0" * (-len(header) % ALIGNMENT)
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """That a file can be made there, asked before the work that it is to hold. Raises UsageError."""
+    if path.exists() and (path.is_dir() or not overwrite):
+        raise UsageError(f"{path} is a folder; give the name of a file" if path.is_dir() else f"{path} exists; choose another name or pass --force")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"there is no folder {path.absolute().parent} to write {path.name} into; make it first")
+
+
+def write_gguf(path: Path, pairs: Iterable[tuple[str, object]], tensors: Sequence[tuple[str, tuple[int, ...], np.ndarray]]) -> None:
+    """A small GGUF of F32 tensors (name, shape in ggml order, values), whole or not at all. Raises RuntimeFailure (the disk)."""
+    temporary = path.with_name(f".{path.name}.partial")
+    blocks = [np.ascontiguousarray(values, np.float32).tobytes() for _, _, values in tensors]
+    try:
+        with open(temporary, "wb") as file:
+            file.write(gguf_header(pairs, [(name, "F32", shape, len(block)) for (name, shape, _), block in zip(tensors, blocks)]))
+            for block in blocks:
+                file.write(block + b"\0" * (padded(len(block)) - len(block)))
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RuntimeFailure(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _string(text: str | bytes) -> bytes:

@@ -17,7 +17,7 @@ from ..bundle import Bundle
 from ..errors import BundleError, UsageError
 from ..gguf_header import read_header
 from .gemma import Mapping
-from .gguf_writer import gguf_header, padded
+from .gguf_writer import check_output, write_gguf
 
 CHUNK_TOKENS = 512
 _SUM, _COUNT = ".in_sum2", ".counts"
@@ -88,14 +88,9 @@ def write_imatrix(path: Path, entries: dict[str, tuple[np.ndarray, int]], *, chu
     pairs = [("general.type", "imatrix"), ("imatrix.datasets", datasets), ("imatrix.chunk_count", chunks), ("imatrix.chunk_size", chunk_tokens)]
     tensors = []
     for name, (sums, count) in sorted(entries.items()):
-        tensors.append((name + _SUM, (len(sums), 1), np.asarray(sums, np.float32)))
-        tensors.append((name + _COUNT, (1, 1), np.array([count], np.float32)))
-    temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "wb") as file:
-        file.write(gguf_header(pairs, [(name, "F32", shape, values.nbytes) for name, shape, values in tensors]))
-        for _, _, values in tensors:
-            file.write(values.tobytes() + b"\0" * (padded(values.nbytes) - values.nbytes))
-    os.replace(temporary, path)
+        tensors.append((name + _SUM, (len(sums), 1), sums))
+        tensors.append((name + _COUNT, (1, 1), np.array([count])))
+    write_gguf(path, pairs, tensors)
 
 
 @dataclass(frozen=True)
@@ -115,8 +110,7 @@ def calibrate(
     """
     from .. import decode, llama
 
-    if out.exists() and not overwrite:
-        raise UsageError(f"{out} exists; choose another name or pass --force")
+    check_output(out, overwrite=overwrite)
     try:
         content = text.read_text("utf-8", "replace")
     except OSError as error:

@@ -2,7 +2,8 @@
 
 In: a checkpoint, recipe names (``name`` or ``name+imatrix``), a text. Out: a :class:`Rung` each, ``table.md``, ``table.json`` and, with
 matplotlib, ``ladder.png``. Quality is measured against the checkpoint's own precision (bf16), speed and memory through the runtime's loader in
-a process of its own, the recipes taking turns so that a machine's moods fall on all alike.
+a process of its own, the recipes taking turns so that a machine's moods fall on all alike. Quality takes long and any machine will do; speed
+is short and wants a calm one. So the two can be had apart: :func:`run` with ``rounds=0`` and ``keep``, later :func:`time_kept`.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
-from ..bundle import Bundle
-from ..errors import UsageError
+import msgspec
+
+from ..bundle import MANIFEST, Bundle
+from ..errors import RuntimeFailure, UsageError
 from ..units import MiB
 from .pipeline import Options, convert
 from .quality import Receipt, compare, measure_speed
 from .recipe import read_recipe
 
 REFERENCE = "bf16"
+TABLE = "table.json"
 
 
 @dataclass(frozen=True)
@@ -56,15 +60,20 @@ def run(
     note: Callable[[str], None] = lambda text: None,
     steps: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Rung]:
-    """Convert, compare, time. Raises UsageError before any work for an unknown recipe, ``+imatrix`` without one, or an output that exists."""
+    """Convert, compare, time (``rounds=0``: not yet). Raises UsageError before any work for an unknown recipe, ``+imatrix`` without one, or an output that exists."""
     wanted = {_label(name): name for recipe in recipes if (name := recipe.strip())}
     for name in wanted.values():
         read_recipe(name.removesuffix("+imatrix"))
         if name.endswith("+imatrix") and imatrix is None:
             raise UsageError(f"{name}: give the importance matrix with --imatrix FILE (`edge-gemma calibrate` makes one)")
+    if not text.is_file():
+        raise UsageError(f"there is no text {text} to measure on")
     if out.exists() and not overwrite:
         raise UsageError(f"{out} exists; choose another folder or pass --force")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RuntimeFailure(f"cannot make the folder {out}: {error.strerror}") from None
     bundles: dict[str, Bundle] = {}
     try:
         for label, name in {REFERENCE: REFERENCE, **wanted}.items():
@@ -75,23 +84,48 @@ def run(
             )  # fmt: skip
             result = convert(checkpoint, out / label, options)
             bundles[label] = result.bundle
-            for text_note in result.notes[:3]:
-                note(f"{label}: {text_note}" + (f" (and {len(result.notes) - 3} more)" if len(result.notes) > 3 else ""))
+            for text_note in result.notes:
+                note(f"{label}: {text_note}")
         stage("quality")
         candidates = {name: bundles[name].decoder_path for name in wanted}
         receipts = compare(bundles[REFERENCE].decoder_path, candidates, text, max_tokens=max_tokens, n_threads=n_threads, progress=steps)
         rungs = [_rung(name, bundles[name], receipts[name]) for name in wanted]
+        _write(rungs, out)  # before the speeds: whoever interrupts those keeps the long part
         if rounds:
             stage("speed")
             rungs = _with_speed(rungs, bundles, rounds, speed_threads, steps)
+            _write(rungs, out)
     finally:
         if not keep:
             for bundle in bundles.values():
                 shutil.rmtree(bundle.folder, ignore_errors=True)
-    (out / "table.json").write_text(json.dumps([rung.record() for rung in rungs], indent=1) + "\n")
+        if not any(out.iterdir()):
+            out.rmdir()  # failed before there was anything to show
+    return rungs
+
+
+def time_kept(out: Path, *, rounds: int = 3, n_threads: int = 0, keep: bool = True, steps: Callable[[int, int], None] = lambda done, total: None) -> list[Rung]:
+    """Speed and memory of the bundles that :func:`run` kept in ``out``, added to its table. Raises UsageError when there are none."""
+    try:
+        rungs = msgspec.json.decode((out / TABLE).read_bytes(), type=list[Rung])
+    except (OSError, msgspec.DecodeError) as error:
+        raise UsageError(f"{out} holds no ladder to time ({error}); make one first, with --keep") from None
+    gone = [rung.recipe for rung in rungs if not (out / rung.recipe / MANIFEST).is_file()]
+    if gone:
+        raise UsageError(f"{out} no longer holds the bundles of {', '.join(gone)}; run the ladder again with --keep")
+    bundles = {rung.recipe: Bundle.open(out / rung.recipe) for rung in rungs}
+    rungs = _with_speed(rungs, bundles, max(1, rounds), n_threads, steps)
+    _write(rungs, out)
+    if not keep:
+        for label in (REFERENCE, *bundles):
+            shutil.rmtree(out / label, ignore_errors=True)
+    return rungs
+
+
+def _write(rungs: Sequence[Rung], out: Path) -> None:
+    (out / TABLE).write_text(json.dumps([rung.record() for rung in rungs], indent=1) + "\n")
     (out / "table.md").write_text(table(rungs) + "\n")
     _plot(rungs, out / "ladder.png")
-    return rungs
 
 
 def _label(name: str) -> str:

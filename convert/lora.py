@@ -8,7 +8,6 @@ a low-rank product (DoRA, trained biases, saved modules). This room does not kno
 from __future__ import annotations
 
 import math
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from ..errors import CheckpointError, UnsupportedModel, UsageError
 from ..importer import GEMMA3N_KV_LAYERS
 from .checkpoint import DTYPES, Checkpoint, canonical_name, read_header, read_json
 from .gemma import PREFIX, Dims, family_of, read_dims
-from .gguf_writer import gguf_header, padded
+from .gguf_writer import check_output, write_gguf
 
 # transformers' module → GGUF's tensor, where llama.cpp multiplies with build_lora_mm (src/models/gemma3.cpp, gemma3n.cpp)
 _TARGETS = {
@@ -132,8 +131,7 @@ def convert_lora(folder: str | Path, base: str | Path, out: str | Path, *, overw
     Returns notes on what has no effect. Raises CheckpointError, UnsupportedModel, UsageError.
     """
     out = Path(out)
-    if out.exists() and not overwrite:
-        raise UsageError(f"{out} exists; choose another name or pass --force")
+    check_output(out, overwrite=overwrite)
     config = read_json(Path(base) / "config.json") if (Path(base) / "config.json").is_file() else None
     if config is None:
         raise CheckpointError(f"{base} has no config.json; give the checkpoint folder the adapter was trained on")
@@ -151,10 +149,5 @@ def convert_lora(folder: str | Path, base: str | Path, out: str | Path, *, overw
     if not tensors:
         raise CheckpointError(f"{folder} adapts nothing that this model computes")
     pairs = [("general.architecture", family_of(config)), ("general.type", "adapter"), ("general.name", Path(folder).resolve().name), ("adapter.type", "lora"), ("adapter.lora.alpha", 1.0)]
-    temporary = out.with_name(f".{out.name}.partial")
-    with open(temporary, "wb") as file:
-        file.write(gguf_header(pairs, [(name, "F32", tuple(reversed(values.shape)), values.nbytes) for name, values in tensors]))
-        for _, values in tensors:
-            file.write(np.ascontiguousarray(values, np.float32).tobytes() + b"\0" * (padded(values.nbytes) - values.nbytes))
-    os.replace(temporary, out)
+    write_gguf(out, pairs, [(name, tuple(reversed(values.shape)), values) for name, values in tensors])
     return notes

@@ -10,6 +10,7 @@ and a constant of the same name collide silently in onnxruntime.)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -20,13 +21,13 @@ from onnx import TensorProto, helper
 
 from ..errors import UsageError
 
-Precision = Literal["f32", "f16", "int8", "int8-block", "int4-block"]
+Precision = Literal["f32", "f16", "int8", "int8-block", "int4-block", "int8-stored"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 ALIGNMENT = 64 * 1024  # a page is 4 KiB here, 16 KiB on a Raspberry Pi 5, and Windows maps at 64 KiB borders
 INLINE_BYTES = 16 * 1024  # smaller constants stay in the graph itself
-OPSET = 17
-IR_VERSION = 8
+OPSET, IR_VERSION = 17, 8
+OPSET_OF_BLOCKS, IR_VERSION_OF_BLOCKS = 21, 10  # DequantizeLinear with a scale per block; the operators around it changed too (ReduceMean's axes)
 MICROSOFT = "com.microsoft"  # onnxruntime's own operators
 _INT8_PEAK = 127  # symmetric: −128 is not used, so that a weight and its negative quantize alike
 _INT8_PAIR_PEAK = 128  # 255 · 128 < 2^15: on AVX2 without VNNI, neighbouring products are added in 16 bits, which would saturate
@@ -53,8 +54,8 @@ class OnnxWriter:
     [[2.0, 2.0]]
     """
 
-    def __init__(self, path: Path):
-        self.path = Path(path)
+    def __init__(self, path: Path, *, opset: int = OPSET):
+        self.path, self.opset = Path(path), opset
         self.data_path = self.path.with_name(self.path.name + ".data")
         self.weights_bytes = 0  # all constants, inline ones too: what a session must hold at least
         self._nodes: list[onnx.NodeProto] = []
@@ -94,6 +95,20 @@ class OnnxWriter:
         outputs = [self._name(op) for _ in range(n_outputs)]
         self._nodes.append(helper.make_node(op, inputs, outputs, domain=domain, **attributes))
         return outputs[0] if n_outputs == 1 else tuple(outputs)
+
+    def scan(self, values: list[str], shape: list[int | str], body: Callable[..., tuple[str, ...]], shapes: list[list[int | str]]) -> tuple[str, ...]:
+        """``body`` on the slices ``shape`` of ``values`` along their first axis, one after another; its results, of ``shapes``, stacked.
+
+        A loop in the graph: the results are written where they belong, without a copy. The body may use values from outside. Make its
+        matrices outside: what stands in the body, a cast of a weight too, runs for every slice.
+        """
+        outer, self._nodes = self._nodes, []
+        inputs = [self._name("slice") for _ in values]
+        outputs = body(*inputs)
+        typed = [helper.make_tensor_value_info(name, TensorProto.FLOAT, of) for name, of in zip((*inputs, *outputs), [shape] * len(values) + shapes, strict=True)]
+        graph, self._nodes = helper.make_graph(self._nodes, self._name("body"), typed[: len(inputs)], typed[len(inputs) :]), outer
+        made = self.node("Scan", values, n_outputs=len(outputs), body=graph, num_scan_inputs=len(values))
+        return made if isinstance(made, tuple) else (made,)
 
     def _name(self, stem: str, kind: str = "v") -> str:
         self._count += 1
@@ -147,7 +162,8 @@ class OnnxWriter:
 
         - ``f32``; ``f16``: stored as half, cast to float32 when the session is opened (half the file, not half the memory);
         - ``int8``: one scale per output channel and integer activations, one scale per call (``DynamicQuantizeMatMul``);
-        - ``int8-block``, ``int4-block``: one scale per ``block`` weights (``MatMulNBits``); needs no multiple of ``block``.
+        - ``int8-block``, ``int4-block``: one scale per ``block`` weights (``MatMulNBits``); needs no multiple of ``block``;
+        - ``int8-stored``: the same weights, widened to float32 as a whole just before they are used. It pays where a product has many rows.
         """
         y = self.multiply(x, self.matrix(weight, precision, block=block, name=name))
         return y if bias is None else self.node("Add", [y, self.constant(np.asarray(bias, np.float32), "bias")])
@@ -163,6 +179,12 @@ class OnnxWriter:
             codes, scales = quantize_channels(weight)
             constants = self.constant(np.ascontiguousarray(codes.T), name), self.constant(scales, "scales")
             return Matrix("DynamicQuantizeMatMul", constants, {"domain": MICROSOFT})
+        if precision == "int8-stored":
+            assert self.opset >= OPSET_OF_BLOCKS, self.opset
+            codes, scales = quantize_blocks(weight, 8, block)
+            codes = (codes.reshape(n, -1)[:, :k] ^ 0x80).view(np.int8)  # around zero instead of 128
+            stored = self.constant(np.ascontiguousarray(codes.T), name), self.constant(np.ascontiguousarray(scales.T), "scales")
+            return Matrix("MatMul", (self.node("DequantizeLinear", list(stored), axis=0, block_size=block),), {})
         bits = 8 if precision == "int8-block" else 4
         codes, scales = quantize_blocks(weight, bits, block)
         attributes = {"domain": MICROSOFT, "K": k, "N": n, "bits": bits, "block_size": block, "accuracy_level": accuracy_level}
@@ -171,6 +193,12 @@ class OnnxWriter:
     def multiply(self, x: str, matrix: "Matrix") -> str:
         """``x @ weight.T`` with a stored matrix."""
         return self.node(matrix.op, [x, *matrix.constants], **matrix.attributes)
+
+    def mean(self, x: str, *axes: int) -> str:
+        """The mean over ``axes``, which vanish."""
+        if self.opset < 18:
+            return self.node("ReduceMean", [x], axes=axes, keepdims=0)
+        return self.node("ReduceMean", [x, self.ints(*axes)], keepdims=0)
 
     def rms_norm(self, x: str, weight: np.ndarray, epsilon: float) -> str:
         """``x · rsqrt(mean x² + epsilon) · weight`` over the last axis; ``weight`` as it multiplies (not 1 + w)."""
@@ -186,9 +214,9 @@ class OnnxWriter:
         constants = {tensor.name for tensor in self._constants}
         nodes = sorted(self._nodes, key=lambda node: not constants.issuperset(node.input))
         graph = helper.make_graph(nodes, self.path.stem, self._inputs, self._outputs, self._constants)
-        model = helper.make_model(graph, producer_name="edge-gemma", ir_version=IR_VERSION)
+        model = helper.make_model(graph, producer_name="edge-gemma", ir_version=IR_VERSION if self.opset < OPSET_OF_BLOCKS else IR_VERSION_OF_BLOCKS)
         del model.opset_import[:]
-        model.opset_import.extend([helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)])
+        model.opset_import.extend([helper.make_opsetid("", self.opset), helper.make_opsetid(MICROSOFT, 1)])
         self.path.write_bytes(model.SerializeToString(deterministic=True))
 
 

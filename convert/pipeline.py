@@ -23,7 +23,7 @@ from ..importer import describe
 from ..units import MiB, format_bytes
 from .checkpoint import Checkpoint
 from .decoder import CHUNK_VALUES, Layout, plan_layout, write_decoder
-from .gemma import TOWERS, Cut, Mapping, map_tensors, read_dims
+from .gemma import TOWERS, Mapping, map_tensors, read_dims
 from .recipe import Recipe, choose_types, read_recipe
 from .vocabulary import Vocabulary, read_vocabulary
 

@@ -79,14 +79,27 @@ def read_recipe(name: str | Path) -> Recipe:
 
 
 def choose_types(recipe: Recipe, mapping: Mapping, *, has_imatrix: bool = False) -> tuple[dict[str, str], list[str]]:
-    """(tensor name → type, notes on those whose rows do not fit the wanted type)."""
-    types, notes = {}, []
+    """(tensor name → type, a note on every group of tensors whose rows do not fit the wanted type)."""
+    types, misfits = {}, {}
     for source in mapping.sources:
         wanted = _wanted(recipe, mapping, source, has_imatrix)
         types[source.name] = fitting_type(wanted, source.n_per_row) if wanted not in ("F32", "F16", "BF16") else wanted
         if types[source.name] != wanted:
-            notes.append(f"{source.name}: rows of {source.n_per_row} are no multiple of {wanted}'s block, so {types[source.name]}")
-    return types, notes
+            misfits.setdefault((source.n_per_row, wanted, types[source.name]), []).append(source.name)
+    return types, [f"{_together(names)}: rows of {row} are no multiple of {wanted}'s block, so {got}" for (row, wanted, got), names in misfits.items()]
+
+
+def _together(names: list[str]) -> str:
+    """Many tensors' names in one line: those of several layers by what they are, with how many.
+
+    >>> _together(["output.weight", "blk.0.attn_q.weight", "blk.1.attn_q.weight", "blk.3.attn_k.weight"])
+    'output.weight, attn_q of 2 layers, blk.3.attn_k.weight'
+    """
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        match = re.fullmatch(r"blk\.\d+\.(\w+)\.weight", name)
+        kinds.setdefault(match[1] if match else name, []).append(name)
+    return ", ".join(f"{kind} of {len(members)} layers" if len(members) > 1 else members[0] for kind, members in kinds.items())
 
 
 def _wanted(recipe: Recipe, mapping: Mapping, source: Source, has_imatrix: bool) -> str:

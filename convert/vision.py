@@ -15,7 +15,8 @@ Sources of the arithmetic: transformers 5.23 ``modeling_siglip.py``, ``modeling_
 from __future__ import annotations
 
 import re
-from math import isqrt
+from itertools import pairwise
+from math import gcd, isqrt
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ import numpy as np
 from ..bundle import VisionEncoder
 from ..errors import CheckpointError, UsageError
 from ..units import MiB
-from .onnx_writer import MICROSOFT, OnnxWriter
+from .onnx_writer import MICROSOFT, OPSET_OF_BLOCKS, OnnxWriter
 
 FILE = "vision_encoder.onnx"
 PRECISIONS = ("f32", "f16", "int8")
@@ -31,32 +32,33 @@ TIMM = "model.vision_tower.timm_model."
 MSFA_SIDE = 16  # timm: msfa_output_resolution; 16 × 16 = 256 soft tokens for every input size
 MOBILENET_SIZES = (768, 512, 256)  # the model card's; each is a multiple of 16 · 16, so that fusion pools whole windows
 STRIPS = 8  # the early stages run in strips of the picture: 192² × 768 values would be 113 MB, several times over
+SCORE_STRIPS = 16  # of SigLIP's queries in attention: 256 × 4096 scores are 4 MB
 MSFA_STRIPS = 4  # divides MSFA_SIDE
-# Weights in blocks, activations in float32. Integer activations (DynamicQuantizeMatMul) save a third of the time on AVX2 but double the error
-# on random weights, and real activations have outliers that one scale per call does not bear.
-INT8_KIND, INT8_ACCURACY = "int8-block", 1
 # Peak beyond the weights of MobileNetV5 while it runs as edge_gemma.encode runs it (MiB, by precision and input side), measured by
 # `python -m edge_gemma.benchmarks.vision activations FOLDER`; half and int8 weights are widened one at a time, which counts here.
 MOBILENET_ACTIVATION_MIB = {"f32": {768: 120, 512: 90, 256: 47}, "f16": {768: 170, 512: 168, 256: 126}, "int8": {768: 330, 512: 106, 256: 105}}
 NORM_EPSILON = 1e-6  # timm RmsNorm2d, SigLIP's layer_norm_eps, Gemma's rms_norm_eps
 
 
-def write_vision_encoder(checkpoint, folder: Path, precision: str) -> VisionEncoder:
-    """Write ``vision_encoder.onnx`` (+ ``.data``) into ``folder``. Raises CheckpointError, UsageError."""
+def write_vision_encoder(checkpoint, folder: Path, precision: str, *, only: str | None = None) -> VisionEncoder:
+    """Write ``vision_encoder.onnx`` (+ ``.data``) into ``folder``. Raises CheckpointError, UsageError.
+
+    ``only``: a pattern; weights whose names do not match it stay float32 (to measure one kind of layer at a time).
+    """
     if precision not in PRECISIONS:
         raise UsageError(f"unknown precision {precision!r} for a vision encoder; choose one of {', '.join(PRECISIONS)}, or none")
     vision = checkpoint.config.get("vision_config")
     if not isinstance(vision, dict):
         raise CheckpointError("config.json has no vision_config: this checkpoint has no vision tower")
     if TIMM + "conv_stem.conv.weight" in checkpoint.names():
-        return _write_mobilenet(checkpoint, vision, Path(folder), precision)
+        return _write_mobilenet(checkpoint, vision, Path(folder), precision, only)
     if "model.vision_tower.embeddings.patch_embedding.weight" in checkpoint.names():
-        return _write_siglip(checkpoint, vision, Path(folder), precision)
+        return _write_siglip(checkpoint, vision, Path(folder), precision, only)
     raise CheckpointError("the checkpoint has a vision_config but neither SigLIP nor MobileNetV5 tensors; download it whole")
 
 
 # ---- Gemma 3: SigLIP and the projector
-def _write_siglip(checkpoint, vision: dict, folder: Path, precision: str) -> VisionEncoder:
+def _write_siglip(checkpoint, vision: dict, folder: Path, precision: str, only: str | None) -> VisionEncoder:
     tower, projector = "model.vision_tower.", "model.multi_modal_projector."
     width, _, patch, _ = checkpoint.shape(tower + "embeddings.patch_embedding.weight")
     size, n_head = int(vision.get("image_size", 896)), int(vision.get("num_attention_heads", 16))
@@ -72,37 +74,52 @@ def _write_siglip(checkpoint, vision: dict, folder: Path, precision: str) -> Vis
     n_ff = checkpoint.shape(tower + "encoder.layers.0.mlp.fc1.weight")[0]
     epsilon = float(vision.get("layer_norm_eps", NORM_EPSILON))
 
-    with OnnxWriter(folder / FILE) as writer:
-        graph = _Rows(writer, checkpoint, precision)
+    with OnnxWriter(folder / FILE, opset=OPSET_OF_BLOCKS) as writer:
+        graph = _Rows(writer, checkpoint, precision, only)
         pixels = writer.input("pixels", np.float32, [1, 3, size, size])
         # patches of the image as rows [side², 3 · patch²]: the patch convolution as one product
         x = writer.node("Reshape", [pixels, writer.ints(3, side, patch, side, patch)])
         x = writer.node("Reshape", [writer.node("Transpose", [x], perm=[1, 3, 0, 2, 4]), writer.ints(side * side, 3 * patch * patch)])
         x = graph.linear(x, tower + "embeddings.patch_embedding", exact=True)  # the first layer sees pixels: never quantized
         x = writer.node("Add", [x, writer.stored(checkpoint.read(tower + "embeddings.position_embedding.weight"), _storage(precision))])
+        n_strips = gcd(STRIPS, side * side)
+        step, whole = [side * side // n_strips, width], [side * side, width]
+        x = writer.node("Reshape", [x, writer.ints(n_strips, *step)])
         for number in range(n_layer):
-            layer = f"{tower}encoder.layers.{number}."
-            y = graph.layer_norm(x, layer + "layer_norm1", epsilon)
-            q, k, v = (graph.linear(y, f"{layer}self_attn.{part}_proj") for part in "qkv")
-            y = graph.attention(q, k, v, n_head, side * side, width)
-            x = writer.node("Add", [x, graph.linear(y, layer + "self_attn.out_proj")])
-            y = graph.layer_norm(x, layer + "layer_norm2", epsilon)
-            rows = [writer.slice(y, writer.ints(side * side * k // STRIPS), writer.ints(side * side * (k + 1) // STRIPS), 0) for k in range(STRIPS)]
-            rows = [graph.linear(graph.gelu(graph.linear(part, layer + "mlp.fc1")), layer + "mlp.fc2") for part in rows]
-            x = writer.node("Add", [x, writer.node("Concat", rows, axis=0)])
+            x = _siglip_layer(graph, x, f"{tower}encoder.layers.{number}.", n_head, epsilon, n_strips, step)
+        x = writer.node("Reshape", [x, writer.ints(*whole)])
         x = graph.layer_norm(x, tower + "post_layernorm", epsilon)
         # the projector: mean over pool × pool patches, norm (Gemma 3 stores weight − 1), product
         x = writer.node("Reshape", [x, writer.ints(side // pool, pool, side // pool, pool, width)])
-        x = writer.node("ReduceMean", [x], axes=[1, 3], keepdims=0)
+        x = writer.mean(x, 1, 3)
         x = writer.node("Reshape", [x, writer.ints(n_soft, width)])
         x = writer.rms_norm(x, 1 + checkpoint.read(projector + "mm_soft_emb_norm.weight"), epsilon)
         projection = checkpoint.read(projector + "mm_input_projection_weight")  # [width, n_embd]
-        x = graph.product(x, projection.T, exact=True)
+        x = graph.product(x, projection.T, projector, exact=True)
         writer.output("soft_tokens", x, np.float32, [n_soft, projection.shape[1]])
     return VisionEncoder(
         file=FILE, kind="siglip", precision=precision, n_embd=projection.shape[1], n_soft_tokens=n_soft, image_sizes=(size,),
         mean=0.5, std=0.5, weights_bytes=writer.weights_bytes, activation_bytes={str(size): _siglip_activation_bytes(side * side, width, n_ff, precision)},
     )  # fmt: skip
+
+
+def _siglip_layer(graph: "_Rows", x: str, layer: str, n_head: int, epsilon: float, n_strips: int, step: list[int]) -> str:
+    """One transformer layer on ``x [n_strips, *step]``. All but attention runs strip by strip: what is widest is never there whole, and a strip stays near the cores."""
+    writer = graph.writer
+    graph.ready(*(f"{layer}self_attn.{part}_proj" for part in "qkv"))
+
+    def before(strip: str) -> tuple[str, ...]:
+        y = graph.layer_norm(strip, layer + "layer_norm1", epsilon)
+        return tuple(graph.linear(y, f"{layer}self_attn.{part}_proj") for part in "qkv")
+
+    def after(strip: str, seen: str) -> tuple[str]:
+        strip = writer.node("Add", [strip, graph.linear(seen, layer + "self_attn.out_proj")])
+        y = graph.layer_norm(strip, layer + "layer_norm2", epsilon)
+        return (writer.node("Add", [strip, graph.linear(graph.gelu(graph.linear(y, layer + "mlp.fc1")), layer + "mlp.fc2")]),)
+
+    y = graph.attention(*writer.scan([x], step, before, [step] * 3), n_head, n_strips * step[0], step[1])
+    graph.ready(layer + "self_attn.out_proj", layer + "mlp.fc1", layer + "mlp.fc2")
+    return writer.scan([x, writer.node("Reshape", [y, writer.ints(n_strips, *step)])], step, after, [step])[0]
 
 
 def _siglip_activation_bytes(rows: int, width: int, n_ff: int, precision: str) -> int:
@@ -112,14 +129,14 @@ def _siglip_activation_bytes(rows: int, width: int, n_ff: int, precision: str) -
 
 
 # ---- Gemma 3n: MobileNetV5, multi-scale fusion and the embedder
-def _write_mobilenet(checkpoint, vision: dict, folder: Path, precision: str) -> VisionEncoder:
+def _write_mobilenet(checkpoint, vision: dict, folder: Path, precision: str, only: str | None) -> VisionEncoder:
     architecture = vision.get("architecture", "mobilenetv5_300m_enc")
     if architecture != "mobilenetv5_300m_enc":
         raise CheckpointError(f"the vision tower is {architecture!r}; mobilenetv5_300m_enc is the one this converts")
     embed = "model.embed_vision."
     width, n_embd = vision.get("hidden_size", 2048), checkpoint.shape(embed + "embedding_projection.weight")[0]
-    with OnnxWriter(folder / FILE) as writer:
-        graph = _Rows(writer, checkpoint, precision)
+    with OnnxWriter(folder / FILE, opset=OPSET_OF_BLOCKS) as writer:
+        graph = _Rows(writer, checkpoint, precision, only)
         pixels = writer.input("pixels", np.float32, [1, 3, "side", "side"])
         x = graph.gelu(graph.norm2d(graph.conv(pixels, TIMM + "conv_stem.conv", stride=2, channel_first=True), TIMM + "conv_stem.bn.weight"))
         for number in _children(checkpoint, TIMM + "blocks."):
@@ -131,7 +148,7 @@ def _write_mobilenet(checkpoint, vision: dict, folder: Path, precision: str) -> 
         # the embedder; reshaping [1, 16, 16, C] to rows is transformers' flatten and permute, and its √hidden_size is lost in the next norm up to epsilon
         x = writer.node("Mul", [writer.node("Reshape", [x, writer.ints(MSFA_SIDE * MSFA_SIDE, width)]), writer.number(width**0.5)])
         x = writer.rms_norm(x, checkpoint.read(embed + "soft_embedding_norm.weight"), vision.get("rms_norm_eps", NORM_EPSILON))
-        x = graph.product(x, checkpoint.read(embed + "embedding_projection.weight"), exact=True)
+        x = graph.product(x, checkpoint.read(embed + "embedding_projection.weight"), embed, exact=True)
         x = writer.rms_norm(x, np.ones(n_embd, np.float32), vision.get("rms_norm_eps", NORM_EPSILON))
         writer.output("soft_tokens", x, np.float32, [MSFA_SIDE * MSFA_SIDE, n_embd])
     return VisionEncoder(
@@ -187,10 +204,10 @@ def _multi_query_attention(graph: "_Rows", x: str, name: str) -> str:
         first = graph.to_channel_first(x)
         k = graph.norm2d(graph.conv(first, name + "key.down_conv", 2, channel_first=True), name + "key.norm.weight")
         v = graph.norm2d(graph.conv(first, name + "value.down_conv", 2, channel_first=True), name + "value.norm.weight")
-    q = writer.node("Reshape", [graph.linear(x, name + "query.proj"), writer.ints(1, -1, key_dim)])  # [1, h·w·heads, key_dim]
-    k = writer.node("Reshape", [graph.linear(k, name + "key.proj"), writer.ints(1, -1, key_dim)])
-    v = writer.node("Reshape", [graph.linear(v, name + "value.proj"), writer.ints(1, -1, value_dim)])
-    y = writer.node("MultiHeadAttention", [q, k, v], domain=MICROSOFT, num_heads=1, scale=key_dim**-0.5)
+    q = writer.node("Reshape", [graph.linear(x, name + "query.proj"), writer.ints(STRIPS, -1, key_dim)])  # h·w·heads rows in strips
+    k = writer.node("Reshape", [graph.linear(k, name + "key.proj"), writer.ints(-1, key_dim)])
+    v = writer.node("Reshape", [graph.linear(v, name + "value.proj"), writer.ints(-1, value_dim)])
+    (y,) = writer.scan([q], ["rows", key_dim], lambda strip: (graph.attend(strip, k, v, key_dim),), [["rows", value_dim]])
     heads_wide = graph.rows_of(name + "output.proj")[1]
     shape = writer.node("Concat", [graph.grid(x), writer.ints(heads_wide)], axis=0)
     return graph.linear(writer.node("Reshape", [y, shape]), name + "output.proj")
@@ -206,7 +223,7 @@ def _fuse(graph: "_Rows", fine: str, coarse: str) -> str:
     expand = graph.weight(name + "ffn.pw_exp.conv")
     wide, channels = expand.shape[0], graph.rows_of(f"{TIMM}blocks.2.0.pw_proj.conv")[0]
     width = graph.rows_of(name + "ffn.pw_proj.conv")[0]
-    from_fine, from_coarse = graph.matrix(expand[:, :channels]), graph.matrix(expand[:, channels:])
+    from_fine, from_coarse = (graph.matrix(part, name + "ffn.pw_exp.conv") for part in (expand[:, :channels], expand[:, channels:]))
     w = writer.slice(graph.grid(coarse), writer.ints(1), writer.ints(2), 0)
     q = writer.node("Div", [w, writer.ints(MSFA_STRIPS)])  # rows of coarse in a strip, half of fine's
     window = writer.node("Div", [writer.node("Mul", [w, writer.ints(2)]), writer.ints(MSFA_SIDE)])  # side of what one soft token averages
@@ -222,7 +239,7 @@ def _fuse(graph: "_Rows", fine: str, coarse: str) -> str:
         y = writer.node("Reshape", [y, writer.node("Concat", [q, writer.ints(2), w, writer.ints(2, wide)], axis=0)])
         y = graph.gelu(graph.norm2d(writer.node("Add", [y, z]), name + "ffn.pw_exp.bn.weight"))
         y = graph.norm2d(graph.linear(y, name + "ffn.pw_proj.conv"), name + "ffn.pw_proj.bn.weight")
-        strips.append(writer.node("ReduceMean", [writer.node("Reshape", [y, by_window])], axes=[1, 3], keepdims=0))  # [rows, 16, C]
+        strips.append(writer.mean(writer.node("Reshape", [y, by_window]), 1, 3))  # [rows, 16, C]
     return graph.norm2d(writer.node("Concat", strips, axis=0), name + "norm.weight")
 
 
@@ -243,8 +260,8 @@ def _storage(precision: str) -> str:
 class _Rows:
     """The vocabulary both towers are written in: values ``[…, C]`` channel-last, weights by name, stored at one precision."""
 
-    def __init__(self, writer: OnnxWriter, checkpoint, precision: str):
-        self.writer, self.checkpoint, self.precision = writer, checkpoint, precision
+    def __init__(self, writer: OnnxWriter, checkpoint, precision: str, only: str | None = None):
+        self.writer, self.checkpoint, self.precision, self.only = writer, checkpoint, precision, re.compile(only or "")
         self._names = frozenset(checkpoint.names())
         self._made: dict = {}
 
@@ -259,17 +276,24 @@ class _Rows:
     def weight(self, name: str) -> np.ndarray:
         return self.checkpoint.read(name + ".weight").reshape(self.rows_of(name))
 
+    def ready(self, *names: str) -> None:
+        """Make the matrices of linear layers here, for use in the body of a loop."""
+        for name in names:
+            self._once(name, lambda name=name: self.matrix(self.weight(name), name))
+
     def linear(self, x: str, name: str, *, exact: bool = False) -> str:
         bias = self._once(name + ".bias", lambda: self.writer.constant(self.checkpoint.read(name + ".bias"), "bias")) if self.has(name + ".bias") else None
-        y = self.writer.multiply(x, self._once(name, lambda: self.matrix(self.weight(name), exact)))
+        y = self.writer.multiply(x, self._once(name, lambda: self.matrix(self.weight(name), name, exact)))
         return y if bias is None else self.writer.node("Add", [y, bias])
 
-    def product(self, x: str, weight: np.ndarray, *, exact: bool = False) -> str:
-        return self.writer.multiply(x, self.matrix(weight, exact))
+    def product(self, x: str, weight: np.ndarray, name: str, *, exact: bool = False) -> str:
+        return self.writer.multiply(x, self.matrix(weight, name, exact))
 
-    def matrix(self, weight: np.ndarray, exact: bool = False):
+    def matrix(self, weight: np.ndarray, name: str, exact: bool = False):
+        if not self.only.search(name):
+            return self.writer.matrix(weight, "f32")
         if self.precision == "int8" and not exact:
-            return self.writer.matrix(weight, INT8_KIND, accuracy_level=INT8_ACCURACY)
+            return self.writer.matrix(weight, "int8-stored")
         return self.writer.matrix(weight, _storage(self.precision))
 
     def _once(self, name: str, make):
@@ -334,20 +358,25 @@ class _Rows:
         return self.writer.node("FastGelu", [x], domain=MICROSOFT)  # the tanh form, as both towers were trained
 
     def attention(self, q: str, k: str, v: str, n_head: int, n_rows: int, width: int) -> str:
-        """Full attention over ``[rows, width]``, a strip of queries at a time.
+        """Full attention over ``n_rows`` rows of ``width``: head by head, a strip of queries at a time, so that the scores of a strip stay near the cores.
 
-        onnxruntime's operator works in blocks where it knows the processor's cache; where it does not (many Arm boards) it holds queries × keys × heads.
+        onnxruntime's MultiHeadAttention takes twice the time here: its blocks are small, and it packs keys and values anew for each of them.
         """
-        writer = self.writer
-        heads = writer.ints(1, n_rows, n_head, width // n_head)
-        k, v = (writer.node("Transpose", [writer.node("Reshape", [part, heads])], perm=[0, 2, 1, 3]) for part in (k, v))
-        strips = []
-        for number in range(STRIPS):
-            bounds = (writer.ints(n_rows * (number + step) // STRIPS) for step in (0, 1))
-            strip = writer.node("Unsqueeze", [writer.slice(q, *bounds, 0), writer.ints(0)])
-            y = writer.node("MultiHeadAttention", [strip, k, v], domain=MICROSOFT, num_heads=n_head)
-            strips.append(writer.node("Squeeze", [y, writer.ints(0)]))
-        return writer.node("Concat", strips, axis=0)
+        writer, n_head_dim = self.writer, width // n_head
+        split = writer.ints(n_rows, n_head, n_head_dim)
+        q, k, v = (writer.node("Transpose", [writer.node("Reshape", [part, split])], perm=[1, 0, 2]) for part in (q, k, v))
+
+        def head(q: str, k: str, v: str) -> tuple[str]:
+            bounds = [writer.ints(n_rows * step // SCORE_STRIPS) for step in range(SCORE_STRIPS + 1)]
+            return (writer.node("Concat", [self.attend(writer.slice(q, *pair, 0), k, v, n_head_dim) for pair in pairwise(bounds)], axis=0),)
+
+        (y,) = writer.scan([q, k, v], [n_rows, n_head_dim], head, [[n_rows, n_head_dim]])
+        return writer.node("Reshape", [writer.node("Transpose", [y], perm=[1, 0, 2]), writer.ints(n_rows, width)])
+
+    def attend(self, q: str, k: str, v: str, dim: int) -> str:
+        """``softmax(q kᵀ / √dim) v`` for ``q [n, dim]``, ``k [m, dim]``, ``v [m, …]``; the scores ``[n, m]`` are there whole."""
+        scores = self.writer.node("FusedMatMul", [q, k], domain=MICROSOFT, transB=1, alpha=dim**-0.5)
+        return self.writer.node("MatMul", [self.writer.node("Softmax", [scores], axis=-1), v])
 
     def grid(self, x: str) -> str:
         """int64 ``[1, h, w]`` of a value ``[1, h, w, C]``."""

@@ -47,7 +47,7 @@ class Chat:
     """
 
     def __init__(self, model: "Model", *, system: str | None = None, tools: Sequence[Mapping] = (), pad_audio: bool = True):
-        self.model, self.session = model, Session(model)
+        self.model, self.session = model, Session(model.cache)
         self.messages: list[Message] = [Message("system", system)] if system else []
         self.tools, self.pad_audio = tuple(tools), pad_audio
         self.reply: Reply | None = None

@@ -31,11 +31,13 @@ def open_onnx(path: Path, *, n_threads: int, spin: bool = False, in_place: bool 
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # threads that wait by spinning stop when a run ends
     for name, side in (sides or {}).items():
         options.add_free_dimension_override_by_name(name, side)
     if in_place:
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_session_config_entry("session.disable_quant_qdq", "1")  # it would make other operators of weights that are stored in 8 bits
         # the level above widens half-precision constants at load (onnxruntime's FuseFp16InitializerToFp32Node)
         options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, "ORT_ENABLE_LAYOUT", onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED)
     try:
@@ -88,6 +90,7 @@ class AudioEncoder:
     def close(self) -> None:
         """Let go of the weights. Streams of this encoder end."""
         self._session = None
+        trim_heap()
 
     def __enter__(self) -> "AudioEncoder":
         return self
@@ -171,7 +174,8 @@ class ImageEncoder:
         if self.size not in self.part.image_sizes:
             raise UsageError(f"pictures of {self.size} px were asked for; this encoder takes {', '.join(map(str, self.part.image_sizes))}")
         path = bundle.path(self.part.file)
-        self._session = open_onnx(path, n_threads=n_threads, in_place=True, sides={"side": self.size})
+        # thousands of short products a picture: waking a thread for each would take a tenth of the time
+        self._session = open_onnx(path, n_threads=n_threads, spin=True, in_place=True, sides={"side": self.size})
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         expected = ("pixels", [1, 3, self.size, self.size]), ("soft_tokens", [self.part.n_soft_tokens, self.part.n_embd])
         found = [(value.name, list(value.shape)) for value in (*inputs, *outputs)]

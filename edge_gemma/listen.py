@@ -60,7 +60,7 @@ class Heard:
     - ``ready`` (a microphone is open), ``speech`` (an utterance began), ``partial`` (so many soft tokens are in the decoder by now),
       ``silence`` (it ended; the answer starts), ``text`` (a piece of the answer), ``turn`` (its whole text, its last chunk);
     - ``interrupted`` (speech stopped the answer; ``text`` is what had come), ``dropped`` (``n`` blocks were lost so far),
-      ``lost``, ``back`` (the microphone; ``text`` says why), ``failed`` (a turn that could not be answered; ``text`` says why).
+      ``lost``, ``back`` (the microphone; ``text`` says why; what was said until then is answered), ``failed`` (a turn that could not be answered; ``text`` says why).
 
     ``at_s`` counts seconds of sound; ``wait_s`` (with turn) is the time from the last sample's arrival to the first token.
     """
@@ -126,9 +126,9 @@ class LiveTurn:
         self._stream = self._encoder.stream()
 
     def finish(self) -> None:
-        """The turn was spoken to its end: encode the tail, prefill the rest of the prompt but for its last position."""
+        """The turn was spoken to its end: encode the tail. The decoder takes it with the end of the prompt when the answer starts."""
         self._close_clip()
-        self._chat.session.append(self._after(len(self._clips[-1])))
+        self._chat.session.append(self._after(len(self._clips[-1])), prefill=False)
 
     def generate(self, options: Options = Options()) -> Iterator[Chunk]:
         """Answer, after :meth:`finish`."""
@@ -148,13 +148,13 @@ class LiveTurn:
         """Forget the turn; the chat is as it was."""
         self._stream.close()
 
-    def _append(self, rows: np.ndarray) -> None:
+    def _append(self, rows: np.ndarray, prefill: bool = True) -> None:
         if len(rows):
             self._rows.append(rows)
-            self._chat.session.append([Rows(rows)])
+            self._chat.session.append([Rows(rows)], prefill=prefill)
 
     def _close_clip(self) -> None:
-        self._append(self._stream.finish())
+        self._append(self._stream.finish(), prefill=False)  # what closes the clip follows at once, in the same pass
         width = self._chat.model.bundle.manifest.decoder.n_embd
         self._clips.append(np.concatenate(self._rows) if self._rows else np.zeros((0, width), np.float32))
         self._rows = []
@@ -201,18 +201,18 @@ def transcribe(
         return text
 
     for event in events():
+        if event.kind == "start":
+            start = event.at
         if event.kind == "start" or turn is None:
-            start = event.at if event.kind == "start" else next_start
             turn, n = LiveTurn(chat, instruction, pad_audio=options.pad_audio, max_tokens=options.sampling.max_tokens), 0
         turn.push(event.samples)
         n += len(event.samples)
         if event.kind in ("cut", "end"):
-            next_start = event.at
             if n >= _MIN_CLIP:
                 yield Segment(start / RATE_HZ, event.at / RATE_HZ, answer(turn))
             else:
                 turn.abandon()
-            turn = None
+            turn, start = None, event.at  # behind a cut the next piece begins at once
 
 
 def ask(chat: Chat, blocks: Iterable[np.ndarray], question: str, options: ListenOptions = ListenOptions()) -> Iterator[Chunk]:
@@ -273,8 +273,9 @@ class Listener:
                         break
                     yield from self._hear(block)
                     yield from self._drain(wait=True)
-            for event in self.detector.finish():
-                yield from self._event(event)
+            if not self._stopping.is_set():
+                for event in self.detector.finish():
+                    yield from self._event(event)
             yield from self._drain(wait=True)
         finally:
             if self._turn:
@@ -295,11 +296,10 @@ class Listener:
                     self._dropped = self.source.dropped_blocks
                     yield [Heard("dropped", self._at_s, n=self._dropped)]
             except DeviceLost as error:
-                if self._turn:
-                    self._turn.abandon()
-                    self._turn = None
-                self.detector = SpeechDetector(self.options.vad, self.detector._probability)
                 yield [Heard("lost", self._at_s, str(error))]
+                for event in self.detector.finish():  # what was heard so far is answered: nobody says it twice with pleasure
+                    yield list(self._event(event))
+                self.detector = SpeechDetector(self.options.vad, self.detector._probability)
                 while not self._stopping.wait(RETRY_S):
                     try:
                         self.source.reopen()
@@ -372,6 +372,7 @@ class _Answer:
     def __init__(self, listener: Listener, turn: LiveTurn, heard_s: float):
         self._chat, self._turn, self._heard_s, self._options = listener.chat, turn, heard_s, listener.options.sampling
         self._one_at_a_time = getattr(listener.chat.model.plan.settings, "encoders", None) == "one at a time"
+        self._ending = listener._stopping
         self.out: queue.Queue[Heard | None] = queue.Queue()
         self._voice = listener.make_voice()
         self._stopped = threading.Event()
@@ -413,9 +414,13 @@ class _Answer:
         except EdgeGemmaError as error:
             self.out.put(Heard("failed", 0.0, str(error)))
         finally:
-            if self._one_at_a_time:
-                self._chat.model.encoder("audio")
-            self.out.put(None)
+            try:
+                if self._one_at_a_time and not self._ending.is_set():  # back before the next utterance, not after its first word
+                    self._chat.model.encoder("audio")
+            except EdgeGemmaError as error:
+                self.out.put(Heard("failed", 0.0, str(error)))
+            finally:
+                self.out.put(None)
 
     def stop(self) -> str:
         """Stop decoding and speaking, wait for the thread. Returns what was said of the answer."""

@@ -59,7 +59,7 @@ def library():
     low._edge_gemma_on_log = on_log  # the C side keeps the pointer: it must outlive every model
     low.llama_log_set(on_log, ctypes.c_void_p(0))
     low.llama_backend_init()
-    _leave_amx_out()
+    leave_amx_out()
     return low
 
 
@@ -131,7 +131,7 @@ def _extra_buffer_types():
     return ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(address)(device) or None if address else None
 
 
-def _leave_amx_out() -> None:
+def leave_amx_out() -> None:
     """Take AMX (matrix units of server CPUs) off that list, so that the loader uses the kernels laptops have.
 
     GCC before 13 takes _tile_loadconfig to read 8 of its 64 bytes and leaves the rest unset; a llama.cpp built with it dies at the first product

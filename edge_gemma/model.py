@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from .bundle import Bundle
+from .cache import Cache
 from .chat import Chat
-from .decode import EVALUATE_ROWS, Context
+from .decode import EVALUATE_ROWS
 from .device import Device, find_device, probe
-from .errors import RuntimeFailure, UsageError
+from .errors import UsageError
 from .memory import quick
 from .plan import RUNTIME_ANON_BYTES, Plan, Request, make_plan
 from .prompt import Audio, Image, Prompt, read_special_rows
@@ -92,18 +93,16 @@ class Model:
     def __init__(self, bundle: Bundle, plan: Plan, *, lora: Sequence[tuple[str | Path, float]] = (), on_progress=None):
         self.bundle, self.plan = bundle, plan
         manifest = bundle.manifest
-        self.identity = manifest.files[manifest.decoder.file].sha256
         self.weights = Weights(bundle, plan, lora=lora, on_progress=on_progress)
         try:
             self.decoder = self.weights.decoder
-            self.context: Context = self.decoder.context()
+            self.cache = Cache(self.weights, manifest.files[manifest.decoder.file].sha256)
             self.prompt = Prompt(manifest, self.decoder.tokenize, read_special_rows(bundle))
         except BaseException:
             self.weights.close()
             raise
-        self._owners: dict[int, Session | None] = dict.fromkeys(range(plan.settings.n_seq_max))  # oldest use first
         self._encoders: dict[str, object] = {}
-        self._scratch = Session(self)
+        self._scratch = Session(self.cache)
 
     # text
 
@@ -140,7 +139,7 @@ class Model:
         >>> with getfixture("tiny_model").session() as session:
         ...     session.append([Tokens([2, 300])])
         """
-        return Session(self)
+        return Session(self.cache)
 
     def chat(self, *, system: str | None = None, tools: Sequence[Mapping] = (), pad_audio: bool = True) -> Chat:
         """A conversation in turns; see :class:`Chat`.
@@ -159,19 +158,19 @@ class Model:
         """
         waiting = list(enumerate(self.spans(p) for p in prompts))
         active: list[_Lane] = []
-        self.context.clear_cancel()
+        self.cache.context.clear_cancel()
         try:
             while waiting or active:
                 while waiting and len(active) < self.plan.settings.n_seq_max:
                     active.append(_Lane(self, *waiting.pop(0), options))
-                with self.context.lock:
+                with self.cache.context.lock:
                     new = [lane for lane in active if not lane.ids]
                     for lane in new:  # a prompt is prefilled by itself; its first token is sampled from its own logits
                         lane.session._prefill(lane.session.length, outputs="last")
                         lane.next_id(0)
                     ready = [lane for lane in active if lane.ids and not lane.done and lane not in new]
                     if ready:
-                        self.context.decode_step([(lane.session._sequence, lane.session.length - 1, lane.ids[-1]) for lane in ready])
+                        self.cache.context.decode_step([(lane.session._sequence, lane.session.length - 1, lane.ids[-1]) for lane in ready])
                         for row, lane in enumerate(ready):
                             lane.session._cached = lane.session.length
                             lane.next_id(row)
@@ -276,28 +275,6 @@ class Model:
         while self._encoders:
             self._encoders.popitem()[1].close()
 
-    # the cache's places
-
-    def take_sequence(self, session: Session) -> int:
-        """A place in the KV cache: a free one, else the one whose session was idle longest."""
-        free = next((s for s, owner in self._owners.items() if owner is None), None)
-        if free is None:
-            idle = next((s for s, owner in self._owners.items() if not owner._busy), None)
-            if idle is None:
-                raise RuntimeFailure(f"all {len(self._owners)} sequences of the KV cache are busy generating; load with a larger n_seq_max")
-            free = self._owners[idle].give_up_sequence()
-        del self._owners[free]
-        self._owners[free] = session
-        return free
-
-    def return_sequence(self, session: Session) -> None:
-        for sequence, owner in self._owners.items():
-            if owner is session:
-                self._owners[sequence] = None
-
-    def trim(self) -> None:
-        self.weights.trim()
-
     def close(self) -> None:
         self.release_encoders()
         self.weights.close()
@@ -314,9 +291,9 @@ class _Lane:
 
     def __init__(self, model: Model, index: int, spans: list[Span], options: Options):
         self.index, self.options, self._model = index, options, model
-        self.session = Session(model)
+        self.session = Session(model.cache)
         self.session.replace(spans)
-        self.session._busy = True
+        self.session.busy = True
         self._prompt_tokens = self.session.length
         seed = None if options.seed is None else (options.seed + index) % 2**32
         self._sampler = Sampler(model.decoder, dataclasses.replace(options, seed=seed))
@@ -326,7 +303,7 @@ class _Lane:
         self.done = False
 
     def next_id(self, row: int) -> None:
-        decoder, context = self._model.decoder, self._model.context
+        decoder, context = self._model.decoder, self._model.cache.context
         token = self._sampler.sample(context, row)
         logprobs = (self._sampler.logprob(context, token, row),) if self.options.logprobs is not None else ()
         if decoder.is_end(token):
@@ -352,7 +329,7 @@ class _Lane:
 
     def close(self) -> None:
         self._sampler.close()
-        self.session._busy = False
+        self.session.busy = False
         self.session.close()
 
 

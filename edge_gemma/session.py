@@ -1,7 +1,7 @@
 """One conversation: what was appended, what of it is in the KV cache, and how it goes on.
 
-In: spans. Out: chunks. :class:`Session` knows no turns; those are chat.py's. State lives here, never on the model; a session's place in
-the cache can be taken by another (it is prefilled again when it is next used), so any number of sessions share what was planned.
+In: spans, and a share of a KV cache (cache.py). Out: chunks. :class:`Session` knows no turns; those are chat.py's. State lives here, never on
+the model.
 """
 
 from __future__ import annotations
@@ -12,19 +12,16 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 
+from .cache import Cache
 from .decode import Cancelled
 from .errors import BundleError, ContextFull, RuntimeFailure, UsageError
 from .sample import Options, Sampler
 from .spans import Rows, Span, Tokens
 from .stream import Chunk, TextStream, Timings, Usage
-
-if TYPE_CHECKING:
-    from .model import Model
 
 Key = int | tuple[str, int]  # what a position holds: a token id, or (digest, index) of an embedding row
 SAVE_MAGIC = b"edge-gemma conversation 1\n"
@@ -42,14 +39,13 @@ class Session:
     3
     """
 
-    def __init__(self, model: "Model"):
-        self.model = model
-        self._context = model.context
+    def __init__(self, cache: Cache):
+        self._cache, self._context = cache, cache.context
         self._keys: list[Key] = []
         self._rows: dict[str, Rows] = {}
         self._cached = 0  # positions whose K and V are in the cache
         self._sequence: int | None = None  # our place in it
-        self._busy = False
+        self.busy = False
         self._cancelled = threading.Event()
         self._fresh, self._prefill_s = 0, 0.0  # prefilled since the last generation
 
@@ -62,15 +58,17 @@ class Session:
     def n_ctx(self) -> int:
         return self._context.settings.n_ctx
 
-    def append(self, spans: Sequence[Span]) -> None:
-        """Add spans and prefill all but the last position. Raises ContextFull (nothing is added), Cancelled, RuntimeFailure."""
+    def append(self, spans: Sequence[Span], *, prefill: bool = True) -> None:
+        """Add spans and prefill all but the last position; without ``prefill``, leave them to what comes next, so that a prompt's end
+        and its logits take one pass. Raises ContextFull (nothing is added), Cancelled, RuntimeFailure."""
         keys, rows = _keys(spans)
         if self.length + len(keys) > self.n_ctx:
             raise ContextFull(f"{len(keys)} positions do not fit behind the {self.length} of {self.n_ctx} that are taken; load with a larger n_ctx or start anew")
         self._cancelled.clear()
         self._keys += keys
         self._rows |= rows
-        self._prefill(self._held_back())
+        if prefill:
+            self._prefill(self._held_back())
 
     def replace(self, spans: Sequence[Span]) -> int:
         """Make ``spans`` the whole content, reusing the cache as far as they agree with it. Returns the positions reused."""
@@ -109,11 +107,11 @@ class Session:
             raise UsageError("nothing to continue: append a prompt first")
         started = time.perf_counter()
         self._cancelled.clear()
-        sampler = Sampler(self.model.decoder, options)
-        stream, decoder = TextStream(options.stop), self.model.decoder
+        sampler = Sampler(self._cache.decoder, options)
+        stream, decoder = TextStream(options.stop), self._cache.decoder
         prompt_tokens, reused = self.length, None
         reason, n, first_s, last_s = "cancelled", 0, None, started
-        self._busy = True
+        self.busy = True
         try:
             while True:
                 try:
@@ -142,11 +140,11 @@ class Session:
                     break
                 yield Chunk(text, (token,), logprobs)
         finally:
-            self._busy = False
+            self.busy = False
             sampler.close()
             timings = _timings(started, first_s, last_s, n, self._fresh, self._prefill_s)
             self._fresh, self._prefill_s = 0, 0.0
-            self.model.trim()
+            self._cache.weights.trim()
         yield Chunk(stream.finish(), finish_reason=reason, usage=Usage(prompt_tokens, reused or 0, n, sampler.seed), timings=timings)
 
     def cancel(self) -> None:
@@ -172,7 +170,7 @@ class Session:
                     if self._cancelled.is_set():
                         raise Cancelled(position)
                     if isinstance(span, Tokens) and len(span) > 1:
-                        self.model.weights.prefetch(span.ids)
+                        self._cache.weights.prefetch(span.ids)
                     last = position + len(span) == end
                     self._context.decode(self._sequence, position, span, outputs if last else "none")
                     self._cached = position + len(span)
@@ -185,7 +183,10 @@ class Session:
                     self._prefill_s += time.perf_counter() - begin
 
     def _runs(self, start: int, end: int) -> Iterator[tuple[int, Span]]:
-        """Positions ``start … end`` as spans: neighbouring ids together, neighbouring rows of one block together."""
+        """Positions ``start … end`` as spans: neighbouring ids together, neighbouring causal rows together, one block of others by itself.
+
+        Every span is a pass over all weights, so rows that came in pieces (a clip while it is spoken) must not stay in pieces.
+        """
         position = start
         while position < end:
             key, stop = self._keys[position], position + 1
@@ -194,29 +195,30 @@ class Session:
                     stop += 1
                 yield position, Tokens(self._keys[position:stop])
             else:
-                digest, index = key
-                while stop < end and self._keys[stop] == (digest, index + stop - position):
+                (digest, index), causal = key, self._rows[key[0]].causal
+                while stop < end and not isinstance(following := self._keys[stop], int):
+                    if not (self._rows[following[0]].causal if causal else following == (digest, index + stop - position)):
+                        break
                     stop += 1
-                block = self._rows[digest]
-                yield position, Rows(block.rows[index : index + stop - position], block.causal, digest)
+                yield position, Rows(np.stack([self._rows[digest].rows[i] for digest, i in self._keys[position:stop]]), causal)
             position = stop
 
     def _take_sequence(self) -> None:
         if self._sequence is None:
-            self._sequence = self.model.take_sequence(self)
+            self._sequence = self._cache.take_sequence(self)
             self._context.clear(self._sequence)
             self._cached = 0
 
     def give_up_sequence(self) -> int:
         """Leave the cache to another session; what was appended stays and is prefilled again when needed."""
-        if self._busy:
+        if self.busy:
             raise RuntimeFailure("every sequence of the KV cache is busy generating; load with a larger n_seq_max")
         sequence, self._sequence, self._cached = self._sequence, None, 0
         return sequence
 
     def close(self) -> None:
         if self._sequence is not None:
-            self.model.return_sequence(self)
+            self._cache.return_sequence(self._sequence)
             self._sequence, self._cached = None, 0
 
     def __enter__(self) -> "Session":
@@ -233,7 +235,7 @@ class Session:
             state = self._context.save(self._sequence) if self._sequence is not None and self._cached else b""
         rows = [(digest, block.causal, list(block.rows.shape), block.rows.tobytes()) for digest, block in self._rows.items()]
         saved = _Saved(
-            bundle_sha256=self.model.identity, n_ctx=self.n_ctx, kv_type=self._context.settings.kv_type, n_ubatch=self._context.settings.n_ubatch,
+            bundle_sha256=self._cache.identity, n_ctx=self.n_ctx, kv_type=self._context.settings.kv_type, n_ubatch=self._context.settings.n_ubatch,
             keys=list(self._keys), cached=self._cached if state else 0, rows=rows, state=state, extra=extra,
         )  # fmt: skip
         body = msgspec.msgpack.encode(saved)
@@ -253,11 +255,11 @@ class Session:
         """Take a saved conversation over; returns its ``extra``. Nothing of it reaches llama.cpp before header, checksum,
         bundle, context and KV type agree; where only the context differs the cache is prefilled again. Raises BundleError."""
         saved = _read_saved(Path(path))
-        if saved.bundle_sha256 != self.model.identity:
-            raise BundleError(f"{path} was saved with another bundle (decoder {saved.bundle_sha256[:12]}…, this one is {self.model.identity[:12]}…)")
+        if saved.bundle_sha256 != self._cache.identity:
+            raise BundleError(f"{path} was saved with another bundle (decoder {saved.bundle_sha256[:12]}…, this one is {self._cache.identity[:12]}…)")
         if len(saved.keys) > self.n_ctx:
             raise ContextFull(f"{path} holds {len(saved.keys)} positions; this context has {self.n_ctx}. Load with n_ctx ≥ {saved.n_ctx}")
-        keys, rows = _checked_keys(saved, self.model.decoder.n_vocab, self.model.decoder.n_embd, path)
+        keys, rows = _checked_keys(saved, self._cache.decoder.n_vocab, self._cache.decoder.n_embd, path)
         settings = self._context.settings
         same = (saved.n_ctx, saved.kv_type, saved.n_ubatch) == (settings.n_ctx, settings.kv_type, settings.n_ubatch)
         with self._context.lock:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import DeviceLost, MediaError, MissingExtra, UsageError
-from .vision import MAX_PIXELS, Picture, _accept
+from .errors import DeviceLost, EdgeGemmaError, MediaError, MissingExtra, UsageError
+from .vision import MAX_PIXELS, Picture, local_file
 
 TIMESTAMP_TOKENS = 12  # "00:05 " and the \n\n, begin and end rows around a frame, generously
 FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,h264,hevc,mjpeg,ivf,dv,rm,gif,wav,mp3,flac,aac"  # files; no playlists
@@ -54,7 +54,7 @@ class Video:
 
     def frames(self, size: int, max_frames: int | None = None) -> Iterator[tuple[float, Picture]]:
         """``(time_s, Picture)`` in order, at most ``max_frames``."""
-        path = _accept(self.path)
+        path = local_file(self.path, "video")
         limit = min(self.max_frames, max_frames or self.max_frames)
         opened = _animation(path) or _Decoded(path)
         n = 0
@@ -109,6 +109,8 @@ class _Decoded:
         try:
             self.container = av.open(str(path), metadata_errors="replace", options={"protocol_whitelist": "file", "format_whitelist": FORMATS})
         except (av.error.FFmpegError, OSError, ValueError) as error:
+            if _is_picture(path):
+                raise MediaError(f"{path.name} is a picture, not a video; name it among the pictures, or use Image(…)") from None
             raise MediaError(f"{path.name} is not a video this can read: {getattr(error, 'strerror', None) or error}") from None
         if not self.container.streams.video:
             others = ", ".join(stream.type for stream in self.container.streams) or "none"
@@ -187,6 +189,14 @@ class _Animated:
         pass
 
 
+def _is_picture(path: Path) -> bool:
+    try:
+        Picture(path)
+    except EdgeGemmaError:
+        return False
+    return True
+
+
 def _animation(path: Path) -> _Animated | None:
     if path.suffix.lower() not in (".gif", ".webp", ".png", ".apng", ".avif"):
         return None
@@ -208,7 +218,7 @@ def capture(camera: int | str = 0, *, warm_up_frames: int = 8) -> Picture:
     try:
         import cv2
     except ImportError:
-        raise MissingExtra("Taking a picture with a camera (or, on a Raspberry Pi, `sudo apt install python3-picamera2`)", "camera") from None
+        raise MissingExtra("Taking a picture with a camera (OpenCV; on a Raspberry Pi instead: sudo apt install python3-picamera2)", "camera") from None
     if hasattr(cv2, "setLogLevel"):  # OpenCV 4 talks to stderr about every camera it does not find
         cv2.setLogLevel(0)
     lens = cv2.VideoCapture(camera)

@@ -32,6 +32,8 @@ DECODE_BYTES_PER_PIXEL = 7  # RGBA and its RGB copy together, the worst case of 
 # Formats Pillow decodes by itself. Left out on purpose: EPS and the like, which start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "JPEG2000", "AVIF")
 
+_SIGNATURES = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"RIFF": "WebP"}
+
 PAN_AND_SCAN_MIN_CROP = 256  # the values Gemma 3's model card and paper use for pan and scan
 PAN_AND_SCAN_MAX_CROPS = 4
 PAN_AND_SCAN_MIN_RATIO = 1.2
@@ -213,18 +215,26 @@ def _formats(source) -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in pillow.OPEN)  # some builds lack a codec
 
 
+def local_file(source: str | os.PathLike, what: str) -> Path:
+    """``source`` as the path of a file that is there and not empty; ``what`` (image, video) is for the message when it is not. Raises MediaError."""
+    path = Path(source).expanduser()
+    if re.match(r"[a-z][a-z0-9+]+:/", str(path)):  # Path has folded // into /
+        raise MediaError(f"{source} is a network address; download it first and name the file")
+    if path.is_dir():
+        raise MediaError(f"{path} is a directory; name the {what} files in it" + (f", for instance {path}/*.jpg" if what == "image" else ""))
+    if not path.is_file():
+        raise MediaError(f"there is no {what} file {path}")
+    if not path.stat().st_size:
+        raise MediaError(f"{path} is empty (0 bytes)")
+    return path
+
+
 def _accept(source):
     """The source in one of the four forms a Picture keeps."""
     if isinstance(source, (str, os.PathLike)):
-        path = Path(source).expanduser()
-        if path.is_dir():
-            raise MediaError(f"{path} is a directory; name the image files in it, for instance {path}/*.jpg")
-        if not path.is_file():
-            raise MediaError(f"there is no image file {path}")
+        path = local_file(source, "image")
         if (n_bytes := path.stat().st_size) > MAX_FILE_BYTES:
             raise MediaError(f"{path} has {format_bytes(n_bytes)}; image files up to {format_bytes(MAX_FILE_BYTES)} are read")
-        if not n_bytes:
-            raise MediaError(f"{path} is empty (0 bytes)")
         return path
     if isinstance(source, (bytes, bytearray, memoryview)):
         if not source or len(source) > MAX_FILE_BYTES:
@@ -297,6 +307,8 @@ def _why_not(source, name: str, error: Exception) -> str:
         return f"{name} looks like a video; use Video(…), or `describe --video`"
     if isinstance(error, OSError) and error.errno:
         return f"cannot read {name}: {error.strerror}"
+    if kind := next((kind for signature, kind in _SIGNATURES.items() if head.startswith(signature)), None):
+        return f"{name} is a {kind} whose header is damaged. Perhaps an incomplete download; copy it again"
     return f"{name} is not a picture this can read (its first bytes are {head[:8].hex(' ')}); JPEG, PNG, WebP, GIF, BMP, TIFF and AVIF are"
 
 

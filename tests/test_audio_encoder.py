@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import hearing
 from checkpoints import recipe, write_checkpoint
+from edge_gemma.benchmarks import audio_reference
 from edge_gemma.bundle import Bundle
 from edge_gemma.convert.audio import hard_rows, write_audio_encoder
 from edge_gemma.convert.checkpoint import Checkpoint
@@ -36,6 +37,13 @@ def test_soft_tokens_equal_transformers(encoder, seconds):
     assert whole.shape == want.shape and whole.dtype == np.float32
     assert np.abs(whole - want).max() < 3e-5
     assert np.array_equal(in_packets(encoder, wave, [*range(0, len(wave), 160), len(wave)]), whole)  # 10 ms
+
+
+@pytest.mark.parametrize("seconds", ["0.9", "6.3"])
+def test_the_numpy_reference_equals_transformers(audio_checkpoint, seconds):
+    """What `benchmarks.hear exact` holds the full-size encoder against; 0.9 s ends on an odd number of rows."""
+    soft = audio_reference.encode(audio_checkpoint, REFERENCE[f"wave_{seconds}"])
+    assert soft.shape == REFERENCE[f"audio_soft_{seconds}"].shape and np.abs(soft - REFERENCE[f"audio_soft_{seconds}"]).max() < 1e-5
 
 
 @settings(max_examples=25, deadline=None)

@@ -68,6 +68,13 @@ def test_cores_are_limited():
     assert lines == [str(one)]
 
 
+def test_no_right_to_lock_memory():
+    lines = []
+    code = "import ctypes; room = ctypes.create_string_buffer(16 << 20); print(ctypes.CDLL(None).mlock(room, 16 << 20))"
+    assert run(python(code), Limits(may_lock=False), on_line=lines.append).ok
+    assert lines == ["-1"]
+
+
 def test_an_exception_ends_the_child_and_removes_its_group():
     pids = []
 

@@ -118,9 +118,36 @@ def test_missing_voice_is_said_before_anything_is_loaded(run, bundle, monkeypatc
     assert code == 2 and "espeak-ng is not installed" in err
 
 
+def test_bench_wer_on_a_stub_decoder(run, bundle, clip, tmp_path, monkeypatch):
+    """Files, speech detection, encoder, prompt and prefill are real; only what the decoder says is scripted: 3 of 11 words wrong."""
+    from edge_gemma.session import Session
+    from edge_gemma.stream import Chunk
+
+    said = iter(["The first sentence", " is here.", "And this was a second one!"])
+
+    def answer(session, options):
+        assert session.length > 20 and options.temperature == 0 and options.max_tokens == 448  # the prompt with its soft tokens
+        text = next(said)
+        if text.startswith("The"):
+            yield Chunk(text)
+            text = next(said)
+        yield Chunk(text, finish_reason="stop")
+
+    monkeypatch.setattr(Session, "generate", answer)
+    (tmp_path / "two.wav").write_bytes(clip.read_bytes())
+    (tmp_path / "two.txt").write_text("The first sentence is here. And this is the second one there.")
+    (tmp_path / "broken.wav").write_text("no sound")
+    (tmp_path / "broken.txt").write_text("lost")
+    code, out, err = run("bench", "wer", bundle, tmp_path, "--short", "--json")
+    found = json.loads(out)
+    assert code == 0 and {**found, "bundle": ""} == {"wer": round(4 / 13, 4), "words": 13, "errors": 4, "files": 2, "failed": 1, "bundle": ""}
+    assert "two.wav: 3 of 12 words wrong: the first sentence is here and this was a second one" in err and "broken.wav is not a sound file" in err
+    assert next(said, None) is None
+
+
 @pytest.mark.slow
 def test_bench_wer_runs_the_whole_way(run, bundle, clip, tmp_path):
-    """Random weights hear noise: the rate means nothing, the counting does."""
+    """With the real decoder, whose random weights hear noise: the rate means nothing, the counting does."""
     (tmp_path / "two.wav").write_bytes(clip.read_bytes())
     (tmp_path / "two.txt").write_text("The first sentence is here. And this is the second one.")
     code, out, _ = run("bench", "wer", bundle, tmp_path, "--json")

@@ -45,6 +45,16 @@ def test_raspberry_pi_os_as_it_ships(tmp_path):
     assert not said(found, "lesser CPU") and not said(found, "GPU (")
 
 
+def test_an_sd_card_and_the_right_to_lock_memory(tmp_path):
+    without = {**PI_OS, "proc/self/limits": "Max locked memory         8388608              8388608              bytes\n", "proc/self/status": "CapEff:\t0000000000000000\n"}
+    assert said(report(machine(tmp_path / "a", without)), "SD card", "whole file") and said(report(machine(tmp_path / "a", without)), "memlock unlimited")
+    raised = {**without, "proc/self/limits": "Max locked memory         unlimited            unlimited            bytes\n"}
+    root = {**without, "proc/self/status": "CapEff:\t000001ffffffffff\n"}
+    for name, files in ("b", raised), ("c", root):
+        found = report(machine(tmp_path / name, files))
+        assert found.may_lock_memory and said(found, "SD card", "a third") and not said(found, "memlock")
+
+
 def test_the_line_to_add_where_cmdline_txt_is_elsewhere(tmp_path):
     files = {k: v for k, v in PI_OS.items() if not k.startswith("boot")}
     assert said(report(machine(tmp_path / "a", files)), "append cgroup_enable=memory to the one line of /boot/firmware/cmdline.txt")

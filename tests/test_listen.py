@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -71,6 +72,26 @@ def test_a_live_turn_holds_exactly_the_whole_prompt(hearing_model, pad_audio):
         assert n_live == sum(len(span) for span in spans)
         assert [m.role for m in live.messages] == [m.role for m in whole.messages] == ["user", "assistant"]
         assert _near(text, answer)
+
+
+def test_after_the_last_sample_two_passes_are_left(hearing_model, monkeypatch):
+    """A pass over the weights is what waiting costs: one for the last rows and the end row, one for the rest of the prompt and its logits."""
+    passes: list[tuple[str, int]] = []
+    decode = hearing_model.context.decode
+    monkeypatch.setattr(hearing_model.context, "decode", lambda *a: passes.append((type(a[2]).__name__, len(a[2]))) or decode(*a))
+    wave = REFERENCE["wave_6.3"]
+    with hearing_model.chat(pad_audio=False) as chat:
+        turn = LiveTurn(chat, "Transcribe this")
+        for k in range(0, 96_000, 1000):
+            turn.push(wave[k : k + 1000])
+        assert passes[2:] == [("Rows", 3)] * 11  # one for each step; the first step came behind the held-back end of the instruction
+        early = turn.n_rows
+        passes.clear()
+        turn.push(wave[96_000:])
+        turn.finish()
+        for _ in turn.generate(GREEDY):
+            break
+        assert early == 36 and [kind for kind, _ in passes] == ["Rows", "Tokens"] and passes[0][1] == 1 + 4 + 1  # held back, the tail, the end row
 
 
 def _near(a, b):
@@ -163,6 +184,7 @@ def live(script, monkeypatch):
         def __init__(self):
             self.script = iter(script)
             self.reopened = 0
+            self.at_end = lambda: None
 
         def __enter__(self):
             return self
@@ -174,6 +196,7 @@ def live(script, monkeypatch):
             item = next(self.script, None)
             if item is None:
                 listener_stop.set()
+                self.at_end()
                 return np.zeros(0, np.float32)
             if isinstance(item, Exception):
                 raise item
@@ -193,13 +216,10 @@ def live(script, monkeypatch):
     return Scripted(), listener_stop
 
 
-def run(listener, stop):
-    out = []
-    for record in listener.records():
-        out.append(record)
-        if stop.is_set():
-            listener.stop()
-    return out
+def run(listener):
+    """All records until the script is over and the last answer has come."""
+    listener.source.at_end = lambda: None if listener._answer else listener.stop()
+    return list(listener.records())
 
 
 def blocks(x):
@@ -250,14 +270,34 @@ def test_speech_stops_an_answer(hearing_model, monkeypatch):
 
 def test_a_lost_microphone_is_reported_and_taken_back(hearing_model, monkeypatch):
     script = [*blocks(speech(0.5)), DeviceLost("the microphone is gone"), *blocks(np.concatenate([speech(1), silence(1)]))]
-    source, stop = live(script, monkeypatch)
+    source, _ = live(script, monkeypatch)
     with hearing_model.chat() as chat:
         listener = Listener(chat, source, ListenOptions(sampling=GREEDY), detector=SpeechDetector(probability=loudness))
-        records = run(listener, stop)
+        records = run(listener)
         kinds = [r.kind for r in records]
         assert kinds[:2] == ["ready", "speech"] and "lost" in kinds and "back" in kinds
         assert kinds.index("lost") < kinds.index("back") < len(kinds) - 1 - kinds[::-1].index("speech")
+        # what was being said when it was lost is answered, and so is what is said afterwards
+        assert kinds.count("silence") == 2 and kinds.index("lost") < kinds.index("silence")
+        assert kinds.count("turn") + kinds.count("interrupted") == 2
         assert next(r for r in records if r.kind == "lost").text == "the microphone is gone"
+
+
+def test_the_encoder_is_let_go_while_answering_where_the_plan_says_so(hearing_model, monkeypatch):
+    """One at a time: open while someone speaks, closed from the first token to the last, open again for the next utterance."""
+    plan = hearing_model.plan
+    monkeypatch.setattr(hearing_model, "plan", replace(plan, settings=replace(plan.settings, encoders="one at a time")))
+    open_while: dict[str, set[bool]] = {}
+    real = hearing_model.decoder.is_end  # asked once for every sampled token
+    monkeypatch.setattr(hearing_model.decoder, "is_end", lambda token: open_while.setdefault("answering", set()).add("audio" in hearing_model._encoders) or real(token))
+    x = np.concatenate([speech(1), silence(1), speech(1), silence(1)])
+    with hearing_model.chat() as chat:
+        for record in Listener(chat, blocks(x), ListenOptions(sampling=GREEDY), detector=SpeechDetector(probability=loudness)).records():
+            if record.kind == "partial":
+                open_while.setdefault("listening", set()).add("audio" in hearing_model._encoders)
+            assert record.kind != "failed", record
+        assert len(chat.messages) == 4
+    assert open_while == {"listening": {True}, "answering": {False}} and "audio" in hearing_model._encoders
 
 
 def test_a_wake_word_gates_each_utterance(hearing_model):

@@ -18,9 +18,10 @@ from edge_gemma.bundle import Bundle
 from edge_gemma.cli import main
 from edge_gemma.convert import imatrix as im
 from edge_gemma.convert.ladder import run as ladder
+from edge_gemma.convert.ladder import time_kept
 from edge_gemma.convert.pipeline import Options, convert
 from edge_gemma.convert.quality import compare
-from edge_gemma.errors import BundleError, UsageError
+from edge_gemma.errors import BundleError, RuntimeFailure, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +136,46 @@ def test_the_ladder_makes_a_table_and_a_plot(world, tmp_path, capsys):
         ladder(checkpoint, tmp_path / "other", text, ["q4_0+imatrix"])
     with pytest.raises(UsageError, match="no recipe 'q9'"):
         ladder(checkpoint, tmp_path / "other", text, ["q9"])
+    with pytest.raises(UsageError, match="there is no text .*nowhere.txt"):
+        ladder(checkpoint, tmp_path / "other", tmp_path / "nowhere.txt", ["q8_0"])
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(UsageError, match="short.txt has .* tokens"):  # known once the reference is there
+        ladder(checkpoint, tmp_path / "other", tmp_path / "short.txt", ["q8_0"])
     assert not (tmp_path / "other").exists()
+
+
+def test_speeds_can_be_added_to_a_kept_ladder_later(world, tmp_path, capsys):
+    checkpoint, _, text = world
+    where = [str(checkpoint), str(tmp_path / "ladder"), str(text), "--recipes", "q8_0,q4_0"]
+    main_ok("ladder", *where, "--rounds", "0", "--keep", "--tokens", "600", "--json")
+    quality = json.loads(capsys.readouterr().out)
+    assert [rung["decode_tok_s"] for rung in quality] == [0, 0]
+    main_ok("ladder", *where, "--speed-only", "--rounds", "1", "--json")
+    timed = json.loads(capsys.readouterr().out)
+    assert all(rung["decode_tok_s"] > 0 and rung["pss_bytes"] > 0 for rung in timed)
+    assert [(rung["recipe"], rung["receipt"]) for rung in timed] == [(rung["recipe"], rung["receipt"]) for rung in quality]
+    assert json.loads((tmp_path / "ladder" / "table.json").read_text()) == timed
+    assert sorted(path.name for path in (tmp_path / "ladder").iterdir()) == ["ladder.png", "table.json", "table.md"]  # without --keep the bundles went
+    with pytest.raises(UsageError, match="no longer holds the bundles of q8_0, q4_0"):
+        time_kept(tmp_path / "ladder")
+    with pytest.raises(UsageError, match="holds no ladder to time"):
+        time_kept(tmp_path)
+
+
+def test_where_a_small_file_cannot_be_written_is_said_before_the_work(world, tmp_path, monkeypatch):
+    _, bundle, text = world
+    with pytest.raises(UsageError, match="there is no folder .*nowhere to write m.gguf into"):
+        im.calibrate(bundle, text, tmp_path / "nowhere" / "m.gguf", max_tokens=600, n_threads=1)
+    with pytest.raises(UsageError, match="is a folder; give the name of a file"):
+        im.calibrate(bundle, text, tmp_path, overwrite=True)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(RuntimeFailure, match="cannot write .*m.gguf: No space left on device"):
+        im.write_imatrix(tmp_path / "m.gguf", {"blk.0.attn_q.weight": (np.ones(32), 1)}, chunks=1, chunk_tokens=1, datasets=["x"])
+    assert not list(tmp_path.iterdir())
 
 
 def main_ok(*arguments: str) -> None:
@@ -191,8 +231,6 @@ def test_a_killed_conversion_leaves_no_bundle_and_the_next_run_cleans_up(tmp_pat
 
 def test_a_full_disk_is_seen_before_work_starts(world, tmp_path, monkeypatch):
     import shutil
-
-    from edge_gemma.errors import RuntimeFailure
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20))
     with pytest.raises(RuntimeFailure, match=r"needs .* on disk, .* has 1.0 MiB free"):

@@ -55,15 +55,24 @@ def test_turns_are_prefilled_once(tiny_model):
             before = chat.session.length
 
 
-def test_append_and_generate_equal_one_prompt(tiny_model):
+def test_appending_piece_by_piece_holds_what_one_prompt_holds(tiny_model):
+    """A product over one row and one over many round differently on some CPUs (by 0.002 of a deviation of 0.8 here), so not the same bits."""
     tokens = tiny_model.tokenize("one two three four five six")
     with tiny_model.session() as whole, tiny_model.session() as pieces:
         whole.append([Tokens([2, *tokens])])
-        expected = ids(whole.generate(SHORT))
+        expected = likely(whole)
         pieces.append([Tokens([2])])
         for token in tokens:
             pieces.append([Tokens([token])])
-        assert ids(pieces.generate(SHORT)) == expected
+        found = likely(pieces)
+        assert found.keys() == expected.keys()
+        assert max(abs(found[token] - expected[token]) for token in expected) < 0.02
+
+
+def likely(session) -> dict[int, float]:
+    """The log-probabilities of the eight likeliest next tokens."""
+    (first, *_) = [entry for chunk in session.generate(Options(temperature=0, max_tokens=1, logprobs=8)) for entry in chunk.logprobs]
+    return dict(first.top)
 
 
 def test_two_sessions_share_one_place_in_the_cache(tiny_model):
@@ -203,7 +212,7 @@ def test_what_was_saved_is_checked_before_anything_is_restored(tiny_model, tiny_
         session.restore(tmp_path / "s")
         assert session._cached == 0 and session.length > 0
         assert ids(session.generate(SHORT))
-        other.identity = "0" * 64
+        other.cache.identity = "0" * 64
         with pytest.raises(BundleError, match="another bundle"):
             session.restore(tmp_path / "s")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import wave
 
 import numpy as np
@@ -88,8 +87,15 @@ def test_bad_videos(tmp_path, clip):
         Video(clip, rate_hz=0)
     with pytest.raises(UsageError, match="to a later end_s; got 5 to 2"):
         Video(clip, start_s=5, end_s=2)
-    with pytest.raises(MediaError, match="there is no image file|no .*file"):
+    with pytest.raises(MediaError, match="there is no video file"):
         list(Video(tmp_path / "none.mp4").frames(8))
+    with pytest.raises(MediaError, match="is a directory; name the video files"):
+        list(Video(tmp_path).frames(8))
+    with pytest.raises(MediaError, match="is a network address; download it first"):
+        list(Video("http://a.org/b.mp4").frames(8))
+    Pillow.new("RGB", (8, 8)).save(tmp_path / "still.jpg")
+    with pytest.raises(MediaError, match="still.jpg is a picture, not a video"):
+        list(Video(tmp_path / "still.jpg").frames(8))
     (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 40)
     with pytest.raises(MediaError, match="noise.mp4 is not a video this can read"):
         list(Video(tmp_path / "noise.mp4").frames(8))

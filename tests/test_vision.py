@@ -195,7 +195,7 @@ def test_truncated_jpeg():
     seen = Picture(data[: len(data) // 2], name="half.jpg")  # the header is whole
     with pytest.raises(MediaError, match="half.jpg is damaged: .*truncated.*incomplete download"):
         seen.array(64)
-    with pytest.raises(MediaError, match="not a picture"):
+    with pytest.raises(MediaError, match="a JPEG whose header is damaged. Perhaps an incomplete download"):
         Picture(data[:3])
 
 
@@ -220,8 +220,8 @@ def test_zero_size(tmp_path):
         Picture(b"")
     with pytest.raises(UsageError, match=r"got \[0, 4, 3\] uint8"):
         Picture(np.zeros((0, 4, 3), np.uint8))
-    with pytest.raises(MediaError):
-        Picture(png_header(0, 5))
+    with pytest.raises(MediaError, match="flat.png is a PNG whose header is damaged"):
+        Picture(png_header(0, 5), name="flat.png")
 
 
 def test_directory_svg_pdf_missing(tmp_path):
@@ -229,6 +229,8 @@ def test_directory_svg_pdf_missing(tmp_path):
         Picture(tmp_path)
     with pytest.raises(MediaError, match="there is no image file"):
         Picture(tmp_path / "nothing.jpg")
+    with pytest.raises(MediaError, match="https://a.org/b.jpg is a network address; download it first"):
+        Picture("https://a.org/b.jpg")
     (tmp_path / "a.svg").write_text('<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg" width="4" height="4"/>')
     with pytest.raises(MediaError, match="a.svg is an SVG drawing, not pixels; render it first"):
         Picture(tmp_path / "a.svg")

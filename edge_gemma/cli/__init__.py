@@ -12,7 +12,7 @@ import sys
 
 import typer
 
-GROUPS = ("text", "bundles", "system", "store", "convert", "see", "hear", "bench")
+GROUPS = ("demo", "text", "bundles", "system", "store", "convert", "see", "hear", "bench")
 
 app = typer.Typer(
     name="edge-gemma",

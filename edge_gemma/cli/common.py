@@ -1,4 +1,4 @@
-"""What several commands share: options that make a request, a load with progress, and streams that Ctrl-C can stop."""
+"""What several commands share: single options, notes and JSON, a progress line, and streams that Ctrl-C can stop."""
 
 from __future__ import annotations
 
@@ -19,26 +19,9 @@ T = TypeVar("T")
 
 BundleArg = Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle's folder, or the name of an installed one (`edge-gemma ls`).")]
 DeviceOption = Annotated[str, typer.Option("--device", help="A device profile (`edge-gemma profiles`), a profile file, or auto: this machine.")]
-BudgetOption = Annotated[str | None, typer.Option("--budget", help="Memory to stay inside, like 2GiB or 420MiB. Default: what the device has to give.")]
-CtxOption = Annotated[int | None, typer.Option("--ctx", help="Context in tokens. Default: up to 4096, less if that is what fits.")]
-UbatchOption = Annotated[int | None, typer.Option("--ubatch", help="Tokens per prefill step. Default: 256, less if that is what fits.")]
-KvOption = Annotated[str | None, typer.Option("--kv", help="Type of the KV cache: f16, q8_0 or q4_0.")]
-ThreadsOption = Annotated[int | None, typer.Option("--threads", "-t", help="Threads. Default: the fast cores we may use.")]
-RepackOption = Annotated[bool | None, typer.Option("--repack/--no-repack", help="Copy weights into the CPU's fast layout. Default: if that fits.")]
-GpuOption = Annotated[int | None, typer.Option("--gpu-layers", help="Layers on the GPU, −1 for all; needs a llama.cpp built for it.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for programs.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show llama.cpp's log.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.", hidden=True)]
-
-
-def make_request(ctx, ubatch, kv, threads, repack, gpu_layers, encoders: tuple[str, ...] | None = None, budget: str | None = None):
-    from ..plan import Request
-    from ..units import parse_bytes
-
-    return Request(
-        budget_bytes=None if budget is None else parse_bytes(budget), n_ctx=ctx, n_ubatch=ubatch, kv_type=kv,
-        n_threads=threads, repack=repack, n_gpu_layers=gpu_layers, encoders=encoders,
-    )  # fmt: skip
 
 
 def open_bundle(name: str):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from .common import DebugOption, JsonOption, note
+
 CheckpointArg = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face folder, or the name of a repository on the hub (org/name).")]
 ThreadsOption = Annotated[int, typer.Option("--threads", "-t", help="Threads. Default: all cores.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for programs.")]
+TokensOption = Annotated[int, typer.Option("--tokens", help="Use at most so many of the text's tokens; 0: all of it.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 
 
@@ -33,14 +34,14 @@ def convert(
     vision: Annotated[str | None, typer.Option("--vision", help="Vision encoder: f32, f16, int8 or none. Default int8 where there is one.")] = None,
     name: Annotated[str | None, typer.Option("--name", help="The model's name in the manifest. Default: the folder's.")] = None,
     check: Annotated[Path | None, typer.Option("--check", help="A text: measure perplexity and KL divergence against the unquantized weights.")] = None,
-    check_tokens: Annotated[int, typer.Option("--check-tokens", help="Use at most so many of the text's tokens.")] = 0,
+    check_tokens: Annotated[int, typer.Option("--check-tokens", help="Use at most so many of that text's tokens; 0: all of it.")] = 0,
     threads: ThreadsOption = 0,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Read everything back, load it and generate a few tokens.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written, with sizes, disk and memory; write nothing.")] = False,
     recipes: Annotated[bool, typer.Option("--recipes", is_eager=True, callback=lambda on: _list_recipes() if on else None, help="List the recipes and stop.")] = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
-    debug: Annotated[bool, typer.Option("--debug", hidden=True)] = False,
+    debug: DebugOption = False,
 ) -> None:
     """Turn a Hugging Face checkpoint of Gemma 3 or Gemma 3n into a bundle, in one pass and without PyTorch.
 
@@ -70,9 +71,9 @@ def convert(
         print(json.dumps(record, ensure_ascii=False))
         return
     for reason in sorted(set(result.skipped.values())):
-        _say(f"skipped {sum(why == reason for why in result.skipped.values())} tensors: {reason}")
+        note(f"skipped {sum(why == reason for why in result.skipped.values())} tensors: {reason}")
     if result.sample is not None:
-        _say(f"verified; it says: The{result.sample!r}")
+        note(f"verified; it says: The{result.sample!r}")
     for key, value in (manifest.quality or {}).items():
         print(f"{key:>16}  {value}")
     print(f"{result.bundle.folder}: {manifest.family}, {manifest.recipe['name']}, {format_bytes(total)} in {result.seconds:.0f} s")
@@ -84,7 +85,7 @@ def convert_lora(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The adapter's GGUF, to be made.")],
     force: ForceOption = False,
     as_json: JsonOption = False,
-    debug: Annotated[bool, typer.Option("--debug", hidden=True)] = False,
+    debug: DebugOption = False,
 ) -> None:
     """Turn a PEFT LoRA adapter into a GGUF adapter for `--lora`."""
     from ..convert.lora import convert_lora as run
@@ -95,7 +96,7 @@ def convert_lora(
         print(json.dumps({"adapter": str(out), "bytes": out.stat().st_size, "notes": notes}))
         return
     for text in notes:
-        _say(text)
+        note(text)
     print(f"{out}: {format_bytes(out.stat().st_size)}")
 
 
@@ -103,11 +104,11 @@ def calibrate(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="The bundle to run: best the bf16 or f16 conversion of the checkpoint.")],
     text: Annotated[Path, typer.Argument(metavar="TEXT", help="A text like what the model will see; 20,000 tokens or more.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The importance matrix, to be made (.gguf).")],
-    tokens: Annotated[int, typer.Option("--tokens", help="Use at most so many of the text's tokens.")] = 0,
+    tokens: TokensOption = 0,
     threads: ThreadsOption = 0,
     force: ForceOption = False,
     as_json: JsonOption = False,
-    debug: Annotated[bool, typer.Option("--debug", hidden=True)] = False,
+    debug: DebugOption = False,
 ) -> None:
     """Measure which columns of the weights matter on a text, for `convert --imatrix`. The output head is included."""
     from ..bundle import Bundle
@@ -121,7 +122,7 @@ def calibrate(
         print(json.dumps({"imatrix": str(result.path), "entries": result.n_entries, "tokens": result.n_tokens, "missing": list(result.missing)}))
         return
     for tensor in result.missing:
-        _say(f"never used: {tensor}")
+        note(f"never used: {tensor}")
     print(f"{result.path}: {result.n_entries} matrices from {result.n_tokens} tokens")
 
 
@@ -131,30 +132,34 @@ def ladder(
     text: Annotated[Path, typer.Argument(metavar="TEXT", help="The text to measure quality on.")],
     recipes: Annotated[str, typer.Option("--recipes", help="Comma-separated; a name may be followed by +imatrix.")] = "q8_0,q6_k,q5_k_m,q4_k_m,q4_0,iq4_xs,q3_k_m",
     imatrix: Annotated[Path | None, typer.Option("--imatrix", help="The importance matrix that +imatrix stands for.")] = None,
-    tokens: Annotated[int, typer.Option("--tokens", help="Use at most so many of the text's tokens.")] = 0,
+    tokens: TokensOption = 0,
     rounds: Annotated[int, typer.Option("--rounds", help="Speed is the median of so many interleaved rounds; 0 skips it.")] = 3,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the bundles; else only the table stays.")] = False,
+    speed_only: Annotated[bool, typer.Option("--speed-only", help="Time the bundles that an earlier run kept in OUT, and add that to its table.")] = False,
     threads: ThreadsOption = 0,
     force: ForceOption = False,
     as_json: JsonOption = False,
-    debug: Annotated[bool, typer.Option("--debug", hidden=True)] = False,
+    debug: DebugOption = False,
 ) -> None:
-    """Convert to several recipes and compare them: size, bits per weight, perplexity, KL divergence, speed, memory."""
-    from ..convert.ladder import run, table
+    """Convert to several recipes and compare them: size, bits per weight, perplexity, KL divergence, speed, memory.
+
+    Quality takes long, speed wants a calm machine: `--rounds 0 --keep` first, then the same line with `--speed-only`.
+    """
+    from ..convert.ladder import run, table, time_kept
 
     with _Progress() as progress:
-        rungs = run(
-            _checkpoint(checkpoint), out, text, recipes.split(","), imatrix=imatrix, max_tokens=tokens, rounds=rounds, keep=keep, n_threads=threads,
-            overwrite=force, stage=progress.stage, note=progress.note, steps=progress.steps,
-        )  # fmt: skip
+        if speed_only:
+            progress.stage("speed")
+            rungs = time_kept(out, rounds=rounds, n_threads=threads, keep=keep, steps=progress.steps)
+        else:
+            rungs = run(
+                _checkpoint(checkpoint), out, text, recipes.split(","), imatrix=imatrix, max_tokens=tokens, rounds=rounds, keep=keep, n_threads=threads,
+                overwrite=force, stage=progress.stage, note=progress.note, steps=progress.steps,
+            )  # fmt: skip
     print(json.dumps([rung.record() for rung in rungs]) if as_json else table(rungs))
 
 
 # --- helpers ---
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _list_recipes() -> None:
@@ -171,7 +176,7 @@ def _checkpoint(text: str) -> Path:
         return Path(text).expanduser()
     from ..hub import fetch_checkpoint
 
-    _say(f"no folder {text}; asking the hub")
+    note(f"no folder {text}; asking the hub")
     with _Progress() as progress:
         return fetch_checkpoint(text, on_progress=lambda what, done, total: progress.bytes(what, done, total))
 
@@ -200,7 +205,7 @@ def _print_plan(prepared, options, out: Path, as_json: bool) -> None:
         key = (_group(source.name), kind)
         count, total = groups.get(key, (0, 0))
         groups[key] = (count + 1, total + nbytes)
-    weights = sum(source.n_rows * source.n_per_row for source in prepared.mapping.sources)
+    weights = sum({source.parts: source.n_rows * source.n_per_row for source in prepared.mapping.sources}.values())  # a head of its own is the same weights again
     memory = prepared.memory_bytes(options.threads())
     if as_json:
         record = {
@@ -264,7 +269,7 @@ class _Progress:
     def stage(self, text: str) -> None:
         self._bar.reset(self._task, description=text, done="", total=None)
         if not self._console.is_terminal:
-            _say(text)
+            note(text)
 
     def note(self, text: str) -> None:
         self._console.print(text, markup=False)

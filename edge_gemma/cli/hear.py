@@ -9,8 +9,10 @@ from typing import Annotated
 
 import typer
 
-from .common import BudgetOption, BundleArg, CtxOption, DebugOption, DeviceOption, JsonOption, ThreadsOption, VerboseOption, note, print_json
-from .text import MaxTokens, Seed, System
+from .answering import load_model
+from .common import BundleArg, DebugOption, JsonOption, note, open_bundle, print_json
+from .options import Loading, Sampling, grouped
+from .text import System
 
 FileArg = Annotated[Path | None, typer.Argument(metavar="FILE", help="A sound file (wav, flac, ogg, mp3) of any length, rate and channels.")]
 Mic = Annotated[bool, typer.Option("--mic", help="Hear the microphone instead, until Ctrl-C.")]
@@ -19,28 +21,26 @@ Language = Annotated[str | None, typer.Option("--language", help="The language s
 Srt = Annotated[bool, typer.Option("--srt", help="Subtitles (SubRip) on stdout.")]
 Vtt = Annotated[bool, typer.Option("--vtt", help="Subtitles (WebVTT) on stdout.")]
 PadAudio = Annotated[bool, typer.Option("--pad-audio/--short", help="Fill each clip to 188 rows as transformers does; --short answers sooner and may differ.")]
-Temperature = Annotated[float, typer.Option("--temperature", "--temp", help="0 is greedy.")]
 EndS = Annotated[float, typer.Option("--pause", help="Seconds of silence that end an utterance.")]
+_SILENCE_S = 6  # longer than any --pause (VadSettings), so that it ends an utterance
 
 
 def register(app: typer.Typer) -> None:
-    app.command("transcribe")(transcribe)
-    app.command("translate")(translate)
-    app.command("ask")(ask)
-    app.command("listen")(listen)
+    app.command("transcribe")(grouped(transcribe))
+    app.command("translate")(grouped(translate))
+    app.command("ask")(grouped(ask))
+    app.command("listen")(grouped(listen))
     app.command("devices")(devices)
 
 
-def _open_chat(bundle: str, device: str, budget, ctx, threads, verbose: bool, *, system: str | None = None, pad_audio: bool = True):
+def _open_chat(bundle: str, loading: Loading, *, system: str | None = None, pad_audio: bool = True):
     """(model, chat) for a bundle that hears. Raises UsageError for one that does not, before anything is loaded."""
     from ..errors import UsageError
-    from .common import make_request, open_bundle
-    from .text import _load
 
     found = open_bundle(bundle)
     if found.manifest.audio is None:
         raise UsageError(f"{found.manifest.name} has no audio encoder, so it cannot hear; Gemma 3n E2B and E4B can, converted without --audio none")
-    model, _ = _load(bundle, device, make_request(ctx, None, None, threads, None, None, ("audio",), budget), None, verbose)
+    model, _ = load_model(bundle, loading, ("audio",))
     return model, model.chat(system=system, pad_audio=pad_audio)
 
 
@@ -52,8 +52,9 @@ def _blocks(file: Path | None, mic: bool, name: str | None) -> Iterable:
     if (file is None) == (not mic):
         raise UsageError("give a sound file or --mic" if file is None else "give a sound file or --mic, not both")
     if mic:
-        from ..audio import Microphone
+        from ..audio import Microphone, find_sound_device
 
+        find_sound_device(name, "input")
         return _microphone_blocks(Microphone(name))
     return _file_blocks(AudioFile(file))
 
@@ -66,54 +67,77 @@ def _file_blocks(file) -> Iterator:
 
 
 def _microphone_blocks(microphone) -> Iterator:
-    """Until Ctrl-C, or until the microphone is lost."""
+    """Until Ctrl-C. A lost microphone counts as silence, so that what was being said is written down; then it is waited for."""
+    import time
+
+    import numpy as np
+
+    from ..errors import DeviceLost
+    from ..features import RATE_HZ
+    from ..listen import RETRY_S
+
     with microphone:
         note(f"listening to {microphone.name}; Ctrl-C ends")
         try:
-            yield from microphone.blocks()
+            while True:
+                try:
+                    yield microphone.read()
+                    continue
+                except DeviceLost as error:
+                    note(str(error))
+                yield np.zeros(_SILENCE_S * RATE_HZ, np.float32)
+                while True:
+                    time.sleep(RETRY_S)
+                    try:
+                        microphone.reopen()
+                        note(f"the microphone is back: {microphone.name}")
+                        break
+                    except DeviceLost:
+                        pass
         except KeyboardInterrupt:
             pass
-        if microphone.dropped_blocks:
-            note(f"note: {microphone.dropped_blocks} blocks of 32 ms were lost; the machine was too slow")
+        finally:
+            if microphone.dropped_blocks:
+                note(f"note: {microphone.dropped_blocks} blocks of 32 ms were lost; the machine was too slow")
+
+
+TRANSCRIBING = Sampling(max_tokens=448, temperature=0.0)  # a clip of 30 s holds fewer than 448 tokens of speech
 
 
 def transcribe(
     bundle: BundleArg, file: FileArg = None, mic: Mic = False, name: MicName = None, language: Language = None, srt: Srt = False, vtt: Vtt = False,
-    pad_audio: PadAudio = True, max_tokens: MaxTokens = 448, temperature: Temperature = 0.0, pause: EndS = 0.6, device: DeviceOption = "auto",
-    budget: BudgetOption = None, ctx: CtxOption = None, threads: ThreadsOption = None, as_json: JsonOption = False, verbose: VerboseOption = False,
+    pad_audio: PadAudio = True, pause: EndS = 0.6, sampling: Sampling = TRANSCRIBING, loading: Loading = Loading(), as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:  # fmt: skip
     """Write down what is said in a file or into the microphone."""
     from ..listen import TRANSCRIBE, TRANSCRIBE_ANY
 
     instruction = TRANSCRIBE.format(language=language) if language else TRANSCRIBE_ANY
-    _segments(bundle, file, mic, name, instruction, srt, vtt, as_json, pad_audio, max_tokens, temperature, pause, (device, budget, ctx, threads, verbose))
+    _segments(bundle, file, mic, name, instruction, srt, vtt, as_json, pad_audio, pause, sampling, loading)
 
 
 def translate(
     bundle: BundleArg, file: FileArg = None, to: Annotated[str, typer.Option("--to", help="The language to translate into, like English.")] = "English",
-    mic: Mic = False, name: MicName = None, language: Language = None, srt: Srt = False, vtt: Vtt = False, pad_audio: PadAudio = True,
-    max_tokens: MaxTokens = 448, temperature: Temperature = 0.0, pause: EndS = 0.6, device: DeviceOption = "auto", budget: BudgetOption = None,
-    ctx: CtxOption = None, threads: ThreadsOption = None, as_json: JsonOption = False, verbose: VerboseOption = False, debug: DebugOption = False,
+    mic: Mic = False, name: MicName = None, language: Language = None, srt: Srt = False, vtt: Vtt = False, pad_audio: PadAudio = True, pause: EndS = 0.6,
+    sampling: Sampling = TRANSCRIBING, loading: Loading = Loading(), as_json: JsonOption = False, debug: DebugOption = False,
 ) -> None:  # fmt: skip
     """Translate what is said in a file or into the microphone. With --language, the model writes it down in that language first."""
     from ..listen import TRANSLATE, TRANSLATE_ONLY
 
     instruction = TRANSLATE.format(language=language, to=to) if language else TRANSLATE_ONLY.format(to=to)
-    _segments(bundle, file, mic, name, instruction, srt, vtt, as_json, pad_audio, max_tokens, temperature, pause, (device, budget, ctx, threads, verbose))
+    _segments(bundle, file, mic, name, instruction, srt, vtt, as_json, pad_audio, pause, sampling, loading)
 
 
-def _segments(bundle, file, mic, name, instruction, srt, vtt, as_json, pad_audio, max_tokens, temperature, pause, loading) -> None:
+def _segments(bundle, file, mic, name, instruction, srt, vtt, as_json, pad_audio, pause, sampling, loading) -> None:
     from ..errors import UsageError
     from ..listen import ListenOptions, transcribe
-    from ..sample import Options
     from ..vad import VadSettings
 
     if srt + vtt + as_json > 1:
         raise UsageError("choose one of --srt, --vtt and --json")
     blocks = _blocks(file, mic, name)
-    options = ListenOptions(pad_audio=pad_audio, vad=VadSettings(end_s=pause), sampling=Options(temperature=temperature, max_tokens=max_tokens))
-    model, chat = _open_chat(bundle, *loading, pad_audio=pad_audio)
+    options = ListenOptions(pad_audio=pad_audio, vad=VadSettings(end_s=pause), sampling=sampling.options())
+    model, chat = _open_chat(bundle, loading, pad_audio=pad_audio)
     n = 0
     with model, chat:
         if vtt:
@@ -151,14 +175,12 @@ def cue(segment, number: int | None) -> str:
 def ask(
     bundle: BundleArg,
     words: Annotated[list[str], typer.Argument(metavar='[FILE] "question"', help="A sound file of at most 30 s, and the question about it.")],
-    mic: Mic = False, name: MicName = None, pad_audio: PadAudio = True, max_tokens: MaxTokens = 512, temperature: Temperature = 1.0, seed: Seed = None,
-    device: DeviceOption = "auto", budget: BudgetOption = None, ctx: CtxOption = None, threads: ThreadsOption = None, as_json: JsonOption = False,
-    verbose: VerboseOption = False, debug: DebugOption = False,
+    mic: Mic = False, name: MicName = None, pad_audio: PadAudio = True, sampling: Sampling = Sampling(max_tokens=512), loading: Loading = Loading(),
+    as_json: JsonOption = False, debug: DebugOption = False,
 ) -> None:  # fmt: skip
     """Answer a question about a sound. With --mic, about the next utterance."""
     from ..errors import MediaError, UsageError
     from ..listen import ListenOptions, ask
-    from ..sample import Options
 
     if len(words) != (1 if mic else 2):
         raise UsageError('write it like: edge-gemma ask BUNDLE clip.wav "What is this?"' + "   or, with --mic, the question alone" * mic)
@@ -167,8 +189,10 @@ def ask(
         from ..audio import read_audio
 
         blocks = [read_audio(words[0])]
-    options = ListenOptions(pad_audio=pad_audio, sampling=Options(temperature=temperature, max_tokens=max_tokens, seed=seed))
-    model, chat = _open_chat(bundle, device, budget, ctx, threads, verbose, pad_audio=pad_audio)
+        if not len(blocks[0]):
+            raise MediaError(f"{words[0]} holds no samples")
+    options = ListenOptions(pad_audio=pad_audio, sampling=sampling.options())
+    model, chat = _open_chat(bundle, loading, pad_audio=pad_audio)
     with model, chat:
         text = []
         for chunk in ask(chat, _one_utterance(blocks) if mic else blocks, words[-1], options):
@@ -179,8 +203,6 @@ def ask(
             print_json({"text": "".join(text), "finish_reason": chunk.finish_reason, "usage": chunk.usage, "timings": chunk.timings})
         else:
             print()
-    if not mic and not len(blocks[0]):
-        raise MediaError(f"{words[0]} holds no samples")
 
 
 def _one_utterance(blocks: Iterable) -> Iterator:
@@ -202,14 +224,12 @@ def listen(
     voice: Annotated[str, typer.Option("--voice", help="Speak the answers: none, an espeak-ng voice like en or de, or a piper voice file.")] = "none",
     barge_in: Annotated[bool, typer.Option("--barge-in/--half-duplex", help="Speech stops an answer; half-duplex where the microphone hears the loudspeaker.")] = True,
     wake_word: Annotated[str | None, typer.Option("--wake-word", help="Hear nothing until this is said: a name of pymicro-wakeword, like okay_nabu.")] = None,
-    pad_audio: PadAudio = False, max_tokens: MaxTokens = 512, temperature: Temperature = 1.0, seed: Seed = None, pause: EndS = 0.6,
-    device: DeviceOption = "auto", budget: BudgetOption = None, ctx: CtxOption = None, threads: ThreadsOption = None, as_json: JsonOption = False,
-    verbose: VerboseOption = False, debug: DebugOption = False,
+    pad_audio: PadAudio = False, pause: EndS = 0.6, sampling: Sampling = Sampling(max_tokens=512), loading: Loading = Loading(),
+    as_json: JsonOption = False, debug: DebugOption = False,
 ) -> None:  # fmt: skip
     """Talk with the model: hear, answer, speak, until Ctrl-C. Answers begin when you stop speaking; speaking again stops them."""
     from ..audio import Microphone, find_sound_device
     from ..listen import Listener, ListenOptions
-    from ..sample import Options
     from ..vad import VadSettings
 
     make_voice = _voice_maker(voice)
@@ -219,8 +239,8 @@ def listen(
         from ..vad import wake_word as make_gate
 
         gate = make_gate(wake_word)
-    options = ListenOptions(instruction, pad_audio, barge_in, VadSettings(end_s=pause), Options(temperature=temperature, max_tokens=max_tokens, seed=seed))
-    model, chat = _open_chat(bundle, device, budget, ctx, threads, verbose, system=system, pad_audio=pad_audio)
+    options = ListenOptions(instruction, pad_audio, barge_in, VadSettings(end_s=pause), sampling.options())
+    model, chat = _open_chat(bundle, loading, system=system, pad_audio=pad_audio)
     with model, chat:
         listener = Listener(chat, Microphone(name), options, make_voice=make_voice, gate=gate)
         try:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .common import BudgetOption, BundleArg, CtxOption, DebugOption, DeviceOption, JsonOption, ThreadsOption, VerboseOption, interruptible, make_request, note
-from .text import MaxTokens, Seed, Temperature
+from .answering import finish, load_model, stream
+from .common import BundleArg, DebugOption, JsonOption, note
+from .options import Loading, Sampling, grouped
 
 QUESTION = "Describe what you see."
 # A last word with such an ending is a picture that is missing, not a question.
@@ -18,7 +18,7 @@ _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", 
 
 
 def register(app: typer.Typer) -> None:
-    app.command("describe")(describe)
+    app.command("describe")(grouped(describe))
 
 
 def split(words: list[str]) -> tuple[list[str], str]:
@@ -40,26 +40,18 @@ def describe(
     camera: Annotated[str | None, typer.Option("--camera", help="Take a picture with this camera: a number, or a device path.")] = None,
     pan_and_scan: Annotated[bool, typer.Option("--pan-and-scan", help="Gemma 3: show wide or tall pictures in crops, too.")] = False,
     size: Annotated[int | None, typer.Option("--size", help="Side of the encoder's input in pixels, where it takes several: Gemma 3n 768, 512 or 256.")] = None,
-    max_tokens: MaxTokens = 256,
-    temperature: Temperature = 1.0,
-    seed: Seed = None,
-    device: DeviceOption = "auto",
-    budget: BudgetOption = None,
-    ctx: CtxOption = None,
-    threads: ThreadsOption = None,
+    sampling: Sampling = Sampling(),
+    loading: Loading = Loading(),
     stats: Annotated[bool, typer.Option("--stats", help="Show time and memory at the end.")] = False,
     as_json: JsonOption = False,
-    verbose: VerboseOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Say what pictures show, or answer a question about them. Several pictures can be compared."""
     from ..errors import UsageError
     from ..memory import PeakSampler
     from ..prompt import Image
-    from ..sample import Options
     from ..video import Video, capture
     from ..vision import Picture
-    from .text import _finish_run, _load
 
     images, question = split(words or [])
     if not images and not video and camera is None:
@@ -71,22 +63,13 @@ def describe(
         if picture.animated:
             note(f"{picture.name} is animated; its first frame is shown. --video {picture.name} shows more of it")
     parts = [*(Image(source=picture, size=size) for picture in pictures), *(Video(path, rate_hz=rate) for path in video or ()), question]
-    options = Options(max_tokens=max_tokens, temperature=temperature, seed=seed)
     with PeakSampler() as sampler:
-        model, load_s = _load(bundle, device, make_request(ctx, None, None, threads, None, None, ("vision",), budget), None, verbose)
+        model, load_s = load_model(bundle, loading, ("vision",))
         sampler.rebase()
         with model, model.chat() as talk:
             started = time.perf_counter()
-            parts = model.media(parts, pan_and_scan=pan_and_scan, used_tokens=max_tokens // 2)
-            text, end = [], None
-            for chunk in interruptible(talk.send(parts, options), talk.cancel):
-                text.append(chunk.text)
-                end = chunk if chunk.finish_reason else end
-                if not as_json:
-                    sys.stdout.write(chunk.text)
-                    sys.stdout.flush()
+            parts = model.media(parts, pan_and_scan=pan_and_scan, used_tokens=sampling.max_tokens // 2)
+            answer = stream(talk.send(parts, sampling.options()), talk.cancel, quiet=as_json)
             wall_s = time.perf_counter() - started
         planned = model.plan.total_bytes
-    _finish_run(as_json, stats, "".join(text), end, [], load_s, wall_s, planned, sampler.peak_pss_bytes)
-    if end.finish_reason == "cancelled":
-        raise typer.Exit(130)
+    finish(answer, load_s, wall_s, planned, sampler.peak_pss_bytes, as_json=as_json, stats=stats)
