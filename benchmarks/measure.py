@@ -7,6 +7,7 @@ what the kernel counted by phase, and a timeline. What it does not know: what is
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import threading
@@ -81,6 +82,7 @@ def measure(
     """
     watcher = _Watcher(task, interval_s, watch_pages, on_phase)
     files = _model_files(Path(task.path)) if limits.memory_bytes or cold_start else []
+    shared = _held_by_others(files)
     try:
         outcome = run_capped(
             [sys.executable, "-W", "ignore", "-m", "edge_gemma.benchmarks.worker", task.to_json()],
@@ -88,11 +90,30 @@ def measure(
         )  # fmt: skip
     finally:
         watcher.stop()
+    outcome.notes += [f"process {pid} has {name} mapped as well: of shared pages only a part is counted, so the measured peak is too low" for pid, name in shared]
     return watcher.run(outcome)
 
 
 def _model_files(path: Path) -> list[Path]:
     return [path] if path.is_file() else [found for found in path.rglob("*") if found.is_file()]
+
+
+def _held_by_others(files: Sequence[Path]) -> list[tuple[int, str]]:
+    """(process, file name) of who else has one of these files mapped."""
+    if not sys.platform.startswith("linux"):
+        return []
+    wanted = {(found.st_dev, found.st_ino): path.name for path in files if (found := path.stat()).st_size}
+    shared = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            lines = (folder / "maps").read_text().splitlines() if int(folder.name) != os.getpid() else []
+        except OSError:
+            continue  # gone, or somebody else's
+        for device, inode in {tuple(line.split()[3:5]) for line in lines if "/" in line}:
+            major, minor = (int(part, 16) for part in device.split(":"))
+            if name := wanted.get((os.makedev(major, minor), int(inode))):
+                shared.append((int(folder.name), name))
+    return shared
 
 
 class _Watcher:

@@ -115,6 +115,19 @@ def test_memory_without_cgroups_says_so(folder):
     assert section.rows[0]["limit"] == "rlimit" and any("no permission to make a memory cgroup" in note for note in section.notes)
 
 
+def test_a_file_that_others_have_mapped_is_told(folder):
+    """PSS shares out common pages; a forgotten process with the same model would make every figure look better."""
+    import subprocess
+
+    other = subprocess.Popen([sys.executable, "-c", "import mmap, sys; f = open(sys.argv[1], 'rb'); m = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ); print(m[0], flush=True); input()", str(folder / "decoder.gguf")], stdin=-1, stdout=-1)
+    try:
+        other.stdout.readline()
+        assert measure._held_by_others([folder / "decoder.gguf", folder / "manifest.json"]) == [(other.pid, "decoder.gguf")]
+    finally:
+        other.communicate(b"\n")
+    assert measure._held_by_others([folder / "decoder.gguf"]) == []
+
+
 def test_memory_of_what_does_not_fit_is_not_run(folder, tmp_path):
     board = tmp_path / "tight.toml"
     board.write_text('board="tight"\ncpu="small"\ntotal="48 MiB"\navailable="40 MiB"\npage="4 KiB"\ncpus=1\nfeatures=[]\nmemory_cgroup=true\n')
