@@ -283,6 +283,8 @@ def _mtmd(path: str, kind: str, threads: str, text: str) -> Iterator:
     from llama_cpp import llama_cpp as low
     from llama_cpp import mtmd_cpp as mtmd
 
+    from ..gguf_header import read_header
+
     quiet = low.llama_log_callback(lambda *_: None)
     low.llama_log_set(quiet, ctypes.c_void_p())
     if hasattr(mtmd, "mtmd_log_set"):
@@ -296,7 +298,7 @@ def _mtmd(path: str, kind: str, threads: str, text: str) -> Iterator:
     if not context:
         raise SystemExit(f"mtmd cannot load {path}")
     size = SIZES[kind]
-    width = low.llama_model_n_embd(model)
+    width = next(value for key, value in read_header(Path(text)).metadata.items() if key.endswith(".embedding_length"))  # llama.cpp does not read it with vocab_only
     yield None
     while True:
         pixels = _pixels(size)
@@ -425,7 +427,8 @@ def run(commands: list[tuple[str, list[str]]], rounds: int) -> list[dict]:
     probes = {row["contender"]: np.array(row.pop("probe")) for row in rows}
     reference = next((probe for name, probe in probes.items() if name.endswith("in torch")), probes[rows[0]["contender"]])
     for row in rows:
-        row["relative_rms"] = float(np.sqrt(((probes[row["contender"]] - reference) ** 2).mean() / reference.var()))
+        probe = probes[row["contender"]]  # a contender may hand out fewer rows
+        row["relative_rms"] = float(np.sqrt(((probe - reference) ** 2).mean() / reference.var())) if probe.shape == reference.shape else None
     return rows
 
 
@@ -601,7 +604,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{'':32}{'s / image':>10}{'cpu s':>8}{'peak PSS':>12}{'anonymous':>12}{'rms difference':>16}")
     for row in rows:
         memory = f"{row['peak_pss_mib']:8d} MiB{row['peak_anon_mib']:8d} MiB"
-        print(f"{row['contender']:32}{row['seconds']:10.2f}{row['cpu_seconds']:8.1f}{memory}{row['relative_rms']:16.1e}")
+        print(f"{row['contender']:32}{row['seconds']:10.2f}{row['cpu_seconds']:8.1f}{memory}{'–' if row['relative_rms'] is None else format(row['relative_rms'], '.1e'):>16}")
 
 
 if __name__ == "__main__":
