@@ -153,7 +153,7 @@ def _check(manifest: Manifest, request: Request) -> None:
             raise UsageError(f"encoder {encoder!r} is unknown; expected audio or vision")
         if getattr(manifest, encoder) is None:
             verb = {"audio": "hear", "vision": "see"}[encoder]
-            raise UsageError(f"{manifest.name} is a bundle without an {encoder} encoder, so it cannot {verb}; convert the checkpoint with --{encoder}")
+            raise UsageError(f"{manifest.name} is a bundle without {'an' if encoder == 'audio' else 'a'} {encoder} encoder, so it cannot {verb}; convert the checkpoint with --{encoder}")
 
 
 def _wanted_encoders(manifest: Manifest, request: Request) -> tuple[str, ...]:
