@@ -218,7 +218,9 @@ def _memory_task(folder: Path, bundle: Bundle, name: str, plan: Plan, limits: Li
 
 def _measured(run: Run) -> dict:
     row = {"outcome": run.outcome.describe(), "limit": run.outcome.kind, "oom_kills": run.outcome.oom_kills, "max_usage_bytes": run.outcome.max_usage_bytes, "major_faults": run.outcome.major_faults}
-    if run.ok:
+    if run.ok and not run.peak_pss_bytes:  # the watching process was held up from the end of load to exit
+        row["outcome"] = "ran, but nobody saw its memory; measure again"
+    elif run.ok:
         here = run.planned_peak_bytes
         row |= {"here_planned_bytes": here, "peak_pss_bytes": run.peak_pss_bytes, "peak_rss_bytes": run.peak_rss_bytes, "load_peak_rss_bytes": run.load_peak_rss_bytes}
         row |= {"error": here / run.peak_pss_bytes - 1, "phases": run.phases}

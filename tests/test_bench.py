@@ -330,6 +330,8 @@ def test_bench_refusals(folder, capsys):
     assert cli("bench", "memory", str(folder), "-d", "pi-9", capsys=capsys)[0] == 2
     code, out = cli("bench", "compare", str(folder), "--also", "transformers", capsys=capsys)
     assert code == 2 and "--also takes SYSTEM=MODEL" in out.err
+    code, out = cli("bench", "memory", str(folder), "--plan-only", "--save", str(folder / "absent" / "now.json"), capsys=capsys)
+    assert code == 2 and "to write now.json into" in out.err and out.out == ""
 
 
 def test_planned_rows_and_ratios(folder):

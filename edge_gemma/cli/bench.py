@@ -133,6 +133,7 @@ def report(
     from ..benchmarks import regress
     from ..benchmarks.report import write_report
 
+    _check_folders(out)
     sections, machine, notes = [], None, []
     for file in files:
         found = regress.read(file)
@@ -179,6 +180,14 @@ def _file_or_bundle(name: str) -> Path:
     return Path(name) if name.endswith(".gguf") else _folders([name])[0]
 
 
+def _check_folders(*files: Path | None) -> None:
+    from ..errors import UsageError
+
+    for file in files:
+        if file and not file.parent.is_dir():
+            raise UsageError(f"no folder {file.parent} to write {file.name} into")
+
+
 def _print_changes(changes: list, notes: list[str], every: bool = False) -> None:
     for text in [*notes, *(str(change) for change in changes if every or change.verdict != "same")]:
         print(f"- {text}")
@@ -193,6 +202,7 @@ def _finish(jobs: list[Callable], json: bool, report: Path | None, save: Path | 
 
     machine = describe_machine()
     before = regress.read(against) if against else None  # a wrong file is told before an hour of measuring
+    _check_folders(save, report)
     with Calm() as calm:
         sections = [job() for job in jobs]
     machine["warnings"] = calm.warnings()
