@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="for calibrating and quality; llama.cpp's threads wait in a loop, so one is faster on a busy machine")
     parser.add_argument("--keep", action="store_true", help="keep the bundles")
+    parser.add_argument("--add", action="store_true", help="keep the table and bundles of an earlier run and add the recipes it lacks")
     parser.add_argument("--speed-only", action="store_true", help="time the bundles that were kept, and add that to the table")
     arguments = parser.parse_args()
     say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
@@ -91,7 +92,7 @@ def _quality(arguments, say, steps) -> list[Rung]:
         calibrate(bundle, work / "docstrings.txt", matrix, max_tokens=arguments.calibration_tokens, n_threads=arguments.threads)
     return run(
         checkpoint, arguments.out / "ladder", work / "topics.txt", arguments.recipes.split(","), imatrix=matrix, max_tokens=arguments.tokens, rounds=arguments.rounds,
-        keep=arguments.keep, n_threads=arguments.threads, overwrite=True, stage=say, steps=steps,
+        keep=arguments.keep, n_threads=arguments.threads, overwrite=not arguments.add, add=arguments.add, stage=say, steps=steps,
     )  # fmt: skip
 
 

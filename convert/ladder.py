@@ -56,11 +56,12 @@ def run(
     n_threads: int = 0,
     speed_threads: int = 0,
     overwrite: bool = False,
+    add: bool = False,
     stage: Callable[[str], None] = lambda text: None,
     note: Callable[[str], None] = lambda text: None,
     steps: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Rung]:
-    """Convert, compare, time (``rounds=0``: not yet). Raises UsageError before any work for an unknown recipe, ``+imatrix`` without one, or an output that exists."""
+    """Convert, compare, time (``rounds=0``: not yet). ``add`` keeps the table that ``out`` has and adds the recipes that are not in it. Raises UsageError before any work for an unknown recipe, ``+imatrix`` without one, or an output that exists."""
     wanted = {_label(name): name for recipe in recipes if (name := recipe.strip())}
     for name in wanted.values():
         read_recipe(name.removesuffix("+imatrix"))
@@ -68,8 +69,12 @@ def run(
             raise UsageError(f"{name}: give the importance matrix with --imatrix FILE (`edge-gemma calibrate` makes one)")
     if not text.is_file():
         raise UsageError(f"there is no text {text} to measure on")
-    if out.exists() and not overwrite:
+    if out.exists() and not (overwrite or add):
         raise UsageError(f"{out} exists; choose another folder or pass --force")
+    earlier = _kept(out) if add and (out / TABLE).exists() else []
+    wanted = {label: name for label, name in wanted.items() if label not in {rung.recipe for rung in earlier}}
+    if not wanted:
+        return earlier
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -80,8 +85,11 @@ def run(
             stage(f"convert {label}")
             options = Options(
                 quant=name.removesuffix("+imatrix"), imatrix=imatrix if name.endswith("+imatrix") else None, audio="none", vision="none",
-                overwrite=overwrite, n_threads=n_threads, verify=False,
+                overwrite=overwrite or add, n_threads=n_threads, verify=False,
             )  # fmt: skip
+            if label == REFERENCE and earlier:
+                bundles[label] = Bundle.open(out / label)
+                continue
             result = convert(checkpoint, out / label, options)
             bundles[label] = result.bundle
             for text_note in result.notes:
@@ -89,7 +97,10 @@ def run(
         stage("quality")
         candidates = {name: bundles[name].decoder_path for name in wanted}
         receipts = compare(bundles[REFERENCE].decoder_path, candidates, text, max_tokens=max_tokens, n_threads=n_threads, progress=steps)
-        rungs = [_rung(name, bundles[name], receipts[name]) for name in wanted]
+        rungs = earlier + [_rung(name, bundles[name], receipts[name]) for name in wanted]
+        if len({(rung.receipt.text, rung.receipt.tokens) for rung in rungs}) > 1:
+            raise UsageError(f"{out} was measured on other text than {text.name}; make a new ladder, or ask for as many tokens of the same text")
+        bundles |= {rung.recipe: Bundle.open(out / rung.recipe) for rung in earlier}
         _write(rungs, out)  # before the speeds: whoever interrupts those keeps the long part
         if rounds:
             stage("speed")
@@ -106,19 +117,25 @@ def run(
 
 def time_kept(out: Path, *, rounds: int = 3, n_threads: int = 0, keep: bool = True, steps: Callable[[int, int], None] = lambda done, total: None) -> list[Rung]:
     """Speed and memory of the bundles that :func:`run` kept in ``out``, added to its table. Raises UsageError when there are none."""
-    try:
-        rungs = msgspec.json.decode((out / TABLE).read_bytes(), type=list[Rung])
-    except (OSError, msgspec.DecodeError) as error:
-        raise UsageError(f"{out} holds no ladder to time ({error}); make one first, with --keep") from None
-    gone = [rung.recipe for rung in rungs if not (out / rung.recipe / MANIFEST).is_file()]
-    if gone:
-        raise UsageError(f"{out} no longer holds the bundles of {', '.join(gone)}; run the ladder again with --keep")
+    rungs = _kept(out)
     bundles = {rung.recipe: Bundle.open(out / rung.recipe) for rung in rungs}
     rungs = _with_speed(rungs, bundles, max(1, rounds), n_threads, steps)
     _write(rungs, out)
     if not keep:
         for label in (REFERENCE, *bundles):
             shutil.rmtree(out / label, ignore_errors=True)
+    return rungs
+
+
+def _kept(out: Path) -> list[Rung]:
+    """The table of an earlier run whose bundles are still there."""
+    try:
+        rungs = msgspec.json.decode((out / TABLE).read_bytes(), type=list[Rung])
+    except (OSError, msgspec.DecodeError) as error:
+        raise UsageError(f"{out} holds no ladder to go on with ({error}); make one first, with --keep") from None
+    gone = [rung.recipe for rung in rungs if not (out / rung.recipe / MANIFEST).is_file()]
+    if gone:
+        raise UsageError(f"{out} no longer holds the bundles of {', '.join(gone)}; run the ladder again with --keep")
     return rungs
 
 

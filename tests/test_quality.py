@@ -150,15 +150,21 @@ def test_speeds_can_be_added_to_a_kept_ladder_later(world, tmp_path, capsys):
     main_ok("ladder", *where, "--rounds", "0", "--keep", "--tokens", "600", "--json")
     quality = json.loads(capsys.readouterr().out)
     assert [rung["decode_tok_s"] for rung in quality] == [0, 0]
+    main_ok("ladder", *where[:-1], "q8_0,q6_k", "--add", "--rounds", "0", "--keep", "--tokens", "600", "--json")
+    added = json.loads(capsys.readouterr().out)
+    assert added[:2] == quality and [rung["recipe"] for rung in added] == ["q8_0", "q4_0", "q6_k"]
+    quality = added
+    with pytest.raises(UsageError, match="was measured on other text"):
+        ladder(checkpoint, tmp_path / "ladder", text, ["q5_k_m"], max_tokens=1200, add=True, rounds=0, keep=True)
     main_ok("ladder", *where, "--speed-only", "--rounds", "1", "--json")
     timed = json.loads(capsys.readouterr().out)
     assert all(rung["decode_tok_s"] > 0 and rung["pss_bytes"] > 0 for rung in timed)
     assert [(rung["recipe"], rung["receipt"]) for rung in timed] == [(rung["recipe"], rung["receipt"]) for rung in quality]
     assert json.loads((tmp_path / "ladder" / "table.json").read_text()) == timed
     assert sorted(path.name for path in (tmp_path / "ladder").iterdir()) == ["ladder.png", "table.json", "table.md"]  # without --keep the bundles went
-    with pytest.raises(UsageError, match="no longer holds the bundles of q8_0, q4_0"):
+    with pytest.raises(UsageError, match="no longer holds the bundles of q8_0, q4_0, q6_k"):
         time_kept(tmp_path / "ladder")
-    with pytest.raises(UsageError, match="holds no ladder to time"):
+    with pytest.raises(UsageError, match="holds no ladder to go on with"):
         time_kept(tmp_path)
 
 

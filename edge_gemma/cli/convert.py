@@ -135,6 +135,7 @@ def ladder(
     tokens: TokensOption = 0,
     rounds: Annotated[int, typer.Option("--rounds", help="Speed is the median of so many interleaved rounds; 0 skips it.")] = 3,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the bundles; else only the table stays.")] = False,
+    add: Annotated[bool, typer.Option("--add", help="Add recipes to the table of an earlier run that kept its bundles in OUT.")] = False,
     speed_only: Annotated[bool, typer.Option("--speed-only", help="Time the bundles that an earlier run kept in OUT, and add that to its table.")] = False,
     threads: ThreadsOption = 0,
     force: ForceOption = False,
@@ -154,7 +155,7 @@ def ladder(
         else:
             rungs = run(
                 _checkpoint(checkpoint), out, text, recipes.split(","), imatrix=imatrix, max_tokens=tokens, rounds=rounds, keep=keep, n_threads=threads,
-                overwrite=force, stage=progress.stage, note=progress.note, steps=progress.steps,
+                overwrite=force, add=add, stage=progress.stage, note=progress.note, steps=progress.steps,
             )  # fmt: skip
     print(json.dumps([rung.record() for rung in rungs]) if as_json else table(rungs))
 
