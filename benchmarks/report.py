@@ -184,18 +184,20 @@ def _timeline(timeline: list[dict]):
 
     # the kernel tells anonymous from file-backed; what of the anonymous part is which, the plan knows from the end of load on
     encoders, kv, compute = planned("audio", "vision"), planned("KV"), planned("compute")
+    begin = starts.get("listen", starts.get("look", 1e9))
+    before = max((sample["anon_bytes"] for sample in samples if loaded <= sample["seconds"] < begin), default=0)  # encoders fill up bit by bit from here
     bands: dict[str, list[float]] = {name: [] for name in ("anonymous: weights, vocabulary, Python", "KV cache", "compute", "encoders", "file, hot", "file, cold")}
     for sample in samples:
         left, after = sample["anon_bytes"], sample["seconds"] >= loaded
         parts = {}
-        for name, size in ("KV cache", kv), ("compute", compute if sample["seconds"] >= starts.get("prefill", loaded) else 0), ("encoders", encoders if sample["seconds"] >= starts.get("listen", starts.get("look", 1e9)) else 0):
+        for name, size in ("KV cache", kv), ("compute", compute if sample["seconds"] >= starts.get("prefill", loaded) else 0), ("encoders", min(encoders, max(0, left - before)) if sample["seconds"] >= begin else 0):
             parts[name] = min(size, left) if after else 0
             left -= parts[name]
         parts |= {"anonymous: weights, vocabulary, Python": left, "file, hot": sample["file_bytes"] - sample["cold_bytes"], "file, cold": sample["cold_bytes"]}
         for name, values in bands.items():
             values.append(parts[name] / MiB)
     shown = {name: values for name, values in bands.items() if any(values)}
-    axes.stackplot(x, *shown.values(), labels=list(shown), colors=COLOURS, alpha=0.9)
+    axes.stackplot(x, *shown.values(), labels=list(shown), colors=[dict(zip(bands, COLOURS))[name] for name in shown], alpha=0.9)
     peak, limit = max(sum(values) for values in zip(*shown.values())), head["budget_bytes"] / MiB
     axes.set_ylim(0, 1.25 * max(peak, limit if limit < 2 * peak else 0))
     top = axes.get_ylim()[1]
