@@ -80,6 +80,7 @@ def run(
     except OSError as error:
         raise RuntimeFailure(f"cannot make the folder {out}: {error.strerror}") from None
     bundles: dict[str, Bundle] = {}
+    done = False
     try:
         for label, name in {REFERENCE: REFERENCE, **wanted}.items():
             stage(f"convert {label}")
@@ -101,6 +102,7 @@ def run(
         if len({(rung.receipt.text, rung.receipt.tokens) for rung in rungs}) > 1:
             raise UsageError(f"{out} was measured on other text than {text.name}; make a new ladder, or ask for as many tokens of the same text")
         bundles |= {rung.recipe: Bundle.open(out / rung.recipe) for rung in earlier}
+        done = True
         _write(rungs, out)  # before the speeds: whoever interrupts those keeps the long part
         if rounds:
             stage("speed")
@@ -110,6 +112,9 @@ def run(
         if not keep:
             for bundle in bundles.values():
                 shutil.rmtree(bundle.folder, ignore_errors=True)
+        elif not done:  # what belongs to no table would be taken for the next ladder's
+            for name in wanted:
+                shutil.rmtree(out / name, ignore_errors=True)
         if not any(out.iterdir()):
             out.rmdir()  # failed before there was anything to show
     return rungs

@@ -132,18 +132,19 @@ class Prompt:
     ) -> tuple[list[Span], Callable[[int], list[Span]]]:
         """Around a clip still being spoken: (the spans before its first soft token, ``after(n_rows) -> `` the spans that follow).
 
-        ``messages`` hold exactly one ``Audio()``. Its rows are causal: append them as ``Rows`` while the encoder yields them.
+        ``messages`` hold exactly one ``Audio()``; pictures and clips of earlier turns bring their soft tokens. Its rows are causal: append
+        them as ``Rows`` while the encoder yields them.
         """
         pieces = self._pieces(messages, tools, continued, True)
         live = [i for i, piece in enumerate(pieces) if isinstance(piece, Audio) and piece.source is None and piece.rows is None]
-        if len(live) != 1 or any(isinstance(piece, Image | Audio) for i, piece in enumerate(pieces) if i not in live):
-            raise UsageError(f"listening takes messages with exactly one Audio() and no other media; found {len(live)} of them")
+        if len(live) != 1:
+            raise UsageError(f"listening takes messages with exactly one Audio(); found {len(live)} of them")
         before, behind = pieces[: live[0]], pieces[live[0] + 1 :]
 
         def after(n_rows: int) -> list[Span]:
             return _merge([*self._audio_end(n_rows, pad_audio), *self._fill(behind, pad_audio, None)])
 
-        return _merge([Tokens([*before, self._token("start_of_audio", "hear")])]), after
+        return _merge([*self._fill(before, pad_audio, None), Tokens([self._token("start_of_audio", "hear")])]), after
 
     def between_clips(self, n_rows: int, *, pad_audio: bool = True) -> list[Span]:
         """While listening: what stands between a clip of ``n_rows`` soft tokens and the next one of the same turn."""

@@ -75,7 +75,7 @@ def test_each_round_reads_its_whole_prompt(folder):
 
 def test_interleaving_turns_around(monkeypatch):
     order = []
-    monkeypatch.setattr(measure, "measure", lambda task: order.append(task) or task)
+    monkeypatch.setattr(measure, "measure", lambda task, limits: order.append(task) or task)
     assert measure.interleave("ab", 3, [[], []]) == [["a"] * 3, ["b"] * 3]
     assert order == ["a", "b", "b", "a", "a", "b"]
 

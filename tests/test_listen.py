@@ -77,8 +77,8 @@ def test_a_live_turn_holds_exactly_the_whole_prompt(hearing_model, pad_audio):
 def test_after_the_last_sample_two_passes_are_left(hearing_model, monkeypatch):
     """A pass over the weights is what waiting costs: one for the last rows and the end row, one for the rest of the prompt and its logits."""
     passes: list[tuple[str, int]] = []
-    decode = hearing_model.context.decode
-    monkeypatch.setattr(hearing_model.context, "decode", lambda *a: passes.append((type(a[2]).__name__, len(a[2]))) or decode(*a))
+    decode = hearing_model.cache.context.decode
+    monkeypatch.setattr(hearing_model.cache.context, "decode", lambda *a: passes.append((type(a[2]).__name__, len(a[2]))) or decode(*a))
     wave = REFERENCE["wave_6.3"]
     with hearing_model.chat(pad_audio=False) as chat:
         turn = LiveTurn(chat, "Transcribe this")
