@@ -60,7 +60,7 @@ def test_precisions(audio_checkpoint, encoder_bundle, tmp_path, precision, rms):
     bundle = hearing.encoder_bundle(audio_checkpoint, tmp_path / "bundle", precision)
     wave, want = REFERENCE["wave_6.3"], REFERENCE["audio_soft_6.3"]
     part, f32_bytes = bundle.manifest.audio, Bundle.open(encoder_bundle).manifest.audio.weights_bytes
-    assert 0.95 < part.weights_bytes / f32_bytes < 1.05 if precision == "f16" else part.weights_bytes < 0.45 * f32_bytes  # in memory
+    assert 0.95 < part.weights_bytes / f32_bytes < 1.05 if precision == "f16" else part.weights_bytes < 0.5 * f32_bytes  # in memory; a third of this small tower is never quantized
     with AudioEncoder(bundle, n_threads=1) as encoder:
         soft = encoder.encode(wave)
         assert np.sqrt(np.mean((soft - want) ** 2) / np.mean(want**2)) < rms
