@@ -208,5 +208,6 @@ def _plot(rungs: Sequence[Rung], path: Path) -> None:
         axes.scatter(rung.bytes / MiB, max(rung.receipt.kld_mean, 1e-6), color="tab:red" if "edge" in rung.recipe else "tab:blue")
         axes.annotate(rung.recipe, (rung.bytes / MiB, max(rung.receipt.kld_mean, 1e-6)), textcoords="offset points", xytext=(5, 4), fontsize=8)
     axes.set(xlabel="bundle, MiB", ylabel="mean KL divergence from bf16, nats", yscale="log", title="What each recipe costs")
+    axes.margins(x=0.2)  # room for the names
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
