@@ -80,7 +80,7 @@ def run(
     except OSError as error:
         raise RuntimeFailure(f"cannot make the folder {out}: {error.strerror}") from None
     bundles: dict[str, Bundle] = {}
-    done = False
+    doomed: list[Bundle] = []  # what goes at the end: until there is a table, whatever this run made
     try:
         for label, name in {REFERENCE: REFERENCE, **wanted}.items():
             stage(f"convert {label}")
@@ -88,11 +88,12 @@ def run(
                 quant=name.removesuffix("+imatrix"), imatrix=imatrix if name.endswith("+imatrix") else None, audio="none", vision="none",
                 overwrite=overwrite or add, n_threads=n_threads, verify=False,
             )  # fmt: skip
-            if label == REFERENCE and earlier:
+            if label == REFERENCE and earlier and (out / label / MANIFEST).is_file():
                 bundles[label] = Bundle.open(out / label)
                 continue
             result = convert(checkpoint, out / label, options)
             bundles[label] = result.bundle
+            doomed.append(result.bundle)
             for text_note in result.notes:
                 note(f"{label}: {text_note}")
         stage("quality")
@@ -102,19 +103,15 @@ def run(
         if len({(rung.receipt.text, rung.receipt.tokens) for rung in rungs}) > 1:
             raise UsageError(f"{out} was measured on other text than {text.name}; make a new ladder, or ask for as many tokens of the same text")
         bundles |= {rung.recipe: Bundle.open(out / rung.recipe) for rung in earlier}
-        done = True
         _write(rungs, out)  # before the speeds: whoever interrupts those keeps the long part
+        doomed = [] if keep else list(bundles.values())
         if rounds:
             stage("speed")
             rungs = _with_speed(rungs, bundles, rounds, speed_threads, steps)
             _write(rungs, out)
     finally:
-        if not keep:
-            for bundle in bundles.values():
-                shutil.rmtree(bundle.folder, ignore_errors=True)
-        elif not done:  # what belongs to no table would be taken for the next ladder's
-            for name in wanted:
-                shutil.rmtree(out / name, ignore_errors=True)
+        for bundle in doomed:
+            shutil.rmtree(bundle.folder, ignore_errors=True)
         if not any(out.iterdir()):
             out.rmdir()  # failed before there was anything to show
     return rungs
@@ -211,5 +208,6 @@ def _plot(rungs: Sequence[Rung], path: Path) -> None:
         axes.scatter(rung.bytes / MiB, max(rung.receipt.kld_mean, 1e-6), color="tab:red" if "edge" in rung.recipe else "tab:blue")
         axes.annotate(rung.recipe, (rung.bytes / MiB, max(rung.receipt.kld_mean, 1e-6)), textcoords="offset points", xytext=(5, 4), fontsize=8)
     axes.set(xlabel="bundle, MiB", ylabel="mean KL divergence from bf16, nats", yscale="log", title="What each recipe costs")
+    axes.margins(x=0.2)  # room for the names
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
