@@ -260,6 +260,7 @@ class Listener:
         self.detector = self.detector or SpeechDetector(self.options.vad)
         self._n, self._dropped, self._open = 0, 0, self.gate is None
         self._turn: LiveTurn | None = None
+        self._given_up = False
         self._answer: _Answer | None = None
         try:
             if isinstance(self.source, Microphone):
@@ -330,7 +331,9 @@ class Listener:
                 yield Heard("interrupted", self._at_s, text)
                 self._answer = None
             yield Heard("speech", event.at / RATE_HZ)
-            self._turn = None
+            self._turn, self._given_up = None, False
+        if self._given_up:  # the utterance failed on the way; its end alone would make no sense
+            return
         try:
             if self._turn is None:
                 options = self.options
@@ -347,7 +350,7 @@ class Listener:
         except Cancelled:
             self._turn = None
         except EdgeGemmaError as error:
-            self._turn = None
+            self._turn, self._given_up = None, True
             yield Heard("failed", self._at_s, str(error))
 
     def _drain(self, wait: bool = False) -> Iterator[Heard]:

@@ -138,7 +138,7 @@ class Prompt:
         pieces = self._pieces(messages, tools, continued, True)
         live = [i for i, piece in enumerate(pieces) if isinstance(piece, Audio) and piece.source is None and piece.rows is None]
         if len(live) != 1:
-            raise UsageError(f"listening takes messages with exactly one Audio(); found {len(live)} of them")
+            raise UsageError(f"listening takes messages with exactly one Audio() that is still to be spoken; found {len(live)} of them")
         before, behind = pieces[: live[0]], pieces[live[0] + 1 :]
 
         def after(n_rows: int) -> list[Span]:
