@@ -11,6 +11,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -41,27 +42,29 @@ class Decoder:
         params.n_gpu_layers = settings.n_gpu_layers
         params.use_extra_bufts = settings.repack
         params.load_mode = low.LLAMA_LOAD_MODE_MMAP
-        stopped = False
+        stopped = threading.Event()
 
         def progress(fraction: float, _) -> bool:
-            nonlocal stopped
             try:
-                stopped = on_progress is not None and on_progress(fraction) is False
+                if on_progress is not None and on_progress(fraction) is False:
+                    stopped.set()
             except BaseException:  # an exception cannot cross the C frames: stop the load, tell afterwards
-                stopped = True
-            return not stopped
+                stopped.set()
+            return not stopped.is_set()
 
         params.progress_callback = low.llama_progress_callback(progress)
-        self._model = low.llama_model_load_from_file(os.fsencode(path), params)
-        if not self._model:
-            if stopped:
-                raise KeyboardInterrupt
-            raise BundleError(f"llama.cpp could not load {path}: {llama.last_log()}")
+        self._model = None
         self._contexts: set[Context] = set()
         self._adapters = []
         try:
-            for file, scale in lora:  # before any context: the graph is sized from them
-                self._adapters.append((self._open_adapter(Path(file)), float(scale)))
+            with llama.interrupts_held(stopped.set):
+                self._model = low.llama_model_load_from_file(os.fsencode(path), params)
+                if not self._model:
+                    if stopped.is_set():
+                        raise KeyboardInterrupt
+                    raise BundleError(f"llama.cpp could not load {path}: {llama.last_log()}")
+                for file, scale in lora:  # before any context: the graph is sized from them
+                    self._adapters.append((self._open_adapter(Path(file)), float(scale)))
         except BaseException:
             self.close()
             raise
@@ -122,8 +125,9 @@ class Decoder:
             for adapter, _ in self._adapters:
                 self._low.llama_adapter_lora_free(adapter)
             self._adapters = []
-            self._low.llama_model_free(self._model)
-            self._model = None
+            with llama.interrupts_held():
+                self._low.llama_model_free(self._model)
+                self._model = None
 
 
 class Cancelled(Exception):
@@ -169,7 +173,14 @@ class Context:
         if on_tensor is not None:
             self._on_tensor = low.ggml_backend_sched_eval_callback(lambda tensor, ask, _: bool(on_tensor(tensor, ask)))
             params.cb_eval = self._on_tensor
-        self._ctx = low.llama_init_from_model(decoder._model, params)
+        self._ctx = None
+        self.lock = threading.RLock()
+        try:
+            with llama.interrupts_held():
+                self._ctx = low.llama_init_from_model(decoder._model, params)
+        except BaseException:
+            self.close()
+            raise
         if not self._ctx:
             raise RuntimeFailure(f"llama.cpp could not make a context of {settings.n_ctx} tokens: {llama.last_log()}")
         if decoder._adapters:
@@ -177,7 +188,6 @@ class Context:
             scales = (ctypes.c_float * len(decoder._adapters))(*[s for _, s in decoder._adapters])
             low.llama_set_adapters_lora(self._ctx, ctypes.cast(pointers, ctypes.POINTER(low.llama_adapter_lora_p_ctypes)), len(decoder._adapters), scales)
         self._memory = low.llama_get_memory(self._ctx)
-        self.lock = threading.RLock()
         self._buffers(settings.n_ubatch, settings.n_seq_max)
         decoder._contexts.add(self)
 
@@ -266,7 +276,8 @@ class Context:
         self._out_index = np.flatnonzero(self._out[:n])
         if len(self._out_index) > self.n_outputs:
             raise UsageError(f"{len(self._out_index)} logits rows asked of a context made for {self.n_outputs}")
-        code = self._low.llama_decode(self._ctx, self._batch)
+        with llama.interrupts_held(self.cancel) if self._on_tensor else nullcontext():
+            code = self._low.llama_decode(self._ctx, self._batch)
         if code == 0:
             return
         for sequence, position in starts.items():
@@ -358,8 +369,9 @@ class Context:
         with self.lock:  # a decode in another thread lands first
             if self._ctx:
                 self.decoder._contexts.discard(self)
-                self._low.llama_free(self._ctx)
-                self._ctx = None
+                with llama.interrupts_held():
+                    self._low.llama_free(self._ctx)
+                    self._ctx = None
 
     def check_open(self) -> None:
         if not self._ctx:

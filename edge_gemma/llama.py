@@ -12,11 +12,13 @@ import functools
 import itertools
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -57,10 +59,36 @@ def library():
             sys.stderr.write(line)
 
     low._edge_gemma_on_log = on_log  # the C side keeps the pointer: it must outlive every model
-    low.llama_log_set(on_log, ctypes.c_void_p(0))
-    low.llama_backend_init()
-    leave_amx_out()
+    with interrupts_held():
+        low.llama_log_set(on_log, ctypes.c_void_p(0))
+        low.llama_backend_init()
+        leave_amx_out()
     return low
+
+
+@contextmanager
+def interrupts_held(stop: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Ctrl-C in here calls ``stop`` at once and is raised when the block is left: ctypes prints and forgets what is raised in a callback.
+
+    To be put around calls of llama.cpp that call back into Python (its log, its progress). Does nothing off the main thread, where no signal is handled.
+    """
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+        yield
+        return
+    came = []
+
+    def hold(number: int, frame) -> None:
+        came.append((number, frame))
+        stop()
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if came:
+            previous(*came[0])
 
 
 def last_log(pattern: str = "error|fail|invalid|wrong|missing|unknown|unsupported") -> str:

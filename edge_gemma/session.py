@@ -169,7 +169,7 @@ class Session:
                 for position, span in self._runs(self._cached, end):
                     if self._cancelled.is_set():
                         raise Cancelled(position)
-                    if isinstance(span, Tokens) and len(span) > 1:
+                    if isinstance(span, Tokens):  # one token too: its rows lie on several pages, each a wait of its own when the disk is asked
                         self._cache.weights.prefetch(span.ids)
                     last = position + len(span) == end
                     self._context.decode(self._sequence, position, span, outputs if last else "none")

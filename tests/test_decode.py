@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 
@@ -160,6 +161,28 @@ def test_a_file_llama_cpp_refuses_is_our_error(tmp_path):
 def test_a_load_can_be_stopped(gemma3n):
     with pytest.raises(KeyboardInterrupt):
         Decoder(gemma3n.decoder_path, Settings(n_ctx=64), on_progress=lambda fraction: False)
+
+
+class _Interrupting(list):
+    """A log that Ctrl-C is pressed in: inside a callback of llama.cpp, where what is raised would be printed and forgotten."""
+
+    def append(self, line):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_in_a_callback_of_llama_cpp_is_kept(gemma3n, decoder, monkeypatch, capsys):
+    settings = Settings(n_ctx=64, n_ubatch=64, n_threads=1)
+    with pytest.raises(KeyboardInterrupt):
+        Decoder(gemma3n.decoder_path, settings, on_progress=lambda fraction: signal.raise_signal(signal.SIGINT))
+    watching = decoder.context(on_tensor=lambda pointer, ask: bool(signal.raise_signal(signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt):
+        watching.decode(0, 0, Tokens([2, 3]))
+    monkeypatch.setattr("edge_gemma.llama._log_tail", _Interrupting())
+    with pytest.raises(KeyboardInterrupt):
+        Decoder(gemma3n.decoder_path, settings)
+    with pytest.raises(KeyboardInterrupt):
+        decoder.context(settings)
+    assert "Exception ignored" not in capsys.readouterr().err and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_tokens_round_trip(decoder):
