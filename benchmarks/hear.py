@@ -32,7 +32,7 @@ import numpy as np
 from ..bundle import AudioEncoder as Part
 from ..bundle import Bundle, BundleWriter, Decoder, Manifest, Source, file_entry
 from ..features import RATE_HZ
-from ..memory import PeakSampler, rollup
+from ..memory import Footprint, PeakSampler, rollup
 from ..units import MiB
 
 INSTRUCTION = "Write down what is said in the following piece of speech."  # 12 tokens
@@ -267,7 +267,7 @@ def soak(work: Path, precision: str, minutes: float, clips: list[Path]) -> dict:
     position = n_rows = n_steps = utterances = played = taken = dropped = 0
     behind_s = most_behind_s = 0.0  # how late the listener would be, at the arrival of a packet
     times: list[tuple[int, float]] = []
-    memory: list[int] = []
+    memory: list[Footprint] = []  # after each minute of sound
     began = time.perf_counter()
     with AudioEncoder(bundle, n_threads=os.cpu_count() or 1) as loaded:
         detector, stream = SpeechDetector(), None
@@ -295,7 +295,7 @@ def soak(work: Path, precision: str, minutes: float, clips: list[Path]) -> dict:
                 most_behind_s = max(most_behind_s, behind_s)
                 dropped += behind_s > QUEUE_S
             if position >= next_look:
-                memory.append(rollup().pss_bytes)
+                memory.append(rollup())
                 next_look += RATE_HZ * 60
     took_s = time.perf_counter() - began
     tenth = max(1, len(times) // 10)
@@ -304,8 +304,9 @@ def soak(work: Path, precision: str, minutes: float, clips: list[Path]) -> dict:
     return {
         "minutes": round(position / RATE_HZ / 60, 1), "took_s": round(took_s), "clips_played": played, "utterances": utterances, "soft_tokens": n_rows, "steps": n_steps,
         "speech_minutes": round(taken / RATE_HZ / 60, 1), "dropped_blocks": dropped, "most_behind_s": round(most_behind_s, 2),
-        "first_tenth_step_ms": round(1000 * first, 1), "last_tenth_step_ms": round(1000 * last, 1), "pss_third_minute_mib": round(settled[0] / MiB, 1),
-        "pss_last_mib": round(settled[-1] / MiB, 1), "pss_max_mib": round(max(settled) / MiB, 1), "precision": precision,
+        "first_tenth_step_ms": round(1000 * first, 1), "last_tenth_step_ms": round(1000 * last, 1), "pss_third_minute_mib": round(settled[0].pss_bytes / MiB, 1),
+        "pss_last_mib": round(settled[-1].pss_bytes / MiB, 1), "pss_max_mib": round(max(m.pss_bytes for m in settled) / MiB, 1),
+        "anon_third_minute_mib": round(settled[0].anon_bytes / MiB, 1), "anon_last_mib": round(settled[-1].anon_bytes / MiB, 1), "precision": precision,
     }  # fmt: skip
 
 

@@ -23,6 +23,9 @@ from .caps import run as run_capped
 from .systems import Task
 
 
+WALK_DUTY = 0.004  # walking the page tables of 1.5 GB takes 15 ms of a core that the measured threads want: of two, one waits for the other
+
+
 @dataclass
 class Sample:
     """One moment of a run, bytes. ``hot`` and ``cold`` split the mapped model file by what its manifest calls each tensor."""
@@ -133,7 +136,7 @@ class _Watcher:
 
     def start(self, pid: int) -> None:
         self.pid = pid
-        self.sampler = PeakSampler(pid=pid, interval_s=self.interval_s)
+        self.sampler = PeakSampler(pid=pid, interval_s=self.interval_s, duty=WALK_DUTY)
         self.sampler.__enter__()
         self.begin = time.perf_counter()
         if self._watch:
@@ -182,7 +185,7 @@ class _Watcher:
         self.sampler.__exit__()
         self.load_peak = (memory.high_water_bytes(pid), memory.rollup(pid).pss_bytes)
         self.pid = pid
-        self.sampler = PeakSampler(pid=pid, interval_s=self.interval_s)
+        self.sampler = PeakSampler(pid=pid, interval_s=self.interval_s, duty=WALK_DUTY)
         self.sampler.__enter__()
 
     def _close_sampler(self) -> None:
