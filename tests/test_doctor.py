@@ -8,7 +8,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from edge_gemma import cli
+from edge_gemma.cli import app as cli
 from edge_gemma.device import load_profile, probe
 from edge_gemma.doctor import Llama, ask_llama, examine, expected_repacks
 from edge_gemma.errors import MissingExtra, UsageError

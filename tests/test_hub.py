@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from edge_gemma import cli, hub, store
+from edge_gemma import hub, store
+from edge_gemma.cli import app as cli
 from edge_gemma.bundle import Bundle
 from edge_gemma.errors import BundleError, HashMismatch, HubError, UsageError
 from edge_gemma.hub import Reference, parse_reference, pull

@@ -7,22 +7,7 @@ One module per group of commands; each has ``register(app)`` and imports what it
 
 from __future__ import annotations
 
-import importlib
 import sys
-
-import typer
-
-GROUPS = ("demo", "text", "bundles", "system", "store", "convert", "see", "hear", "bench")
-
-app = typer.Typer(
-    name="edge-gemma",
-    help="Gemma 3n and small Gemma 3, offline, inside a planned memory budget.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    epilog="Exit codes: 0 done · 2 usage · 3 bad bundle or checkpoint · 4 refused by the plan · 5 download · 6 audio or image · 7 failed while running · 130 Ctrl-C",
-)
-for group in GROUPS:
-    importlib.import_module(f".{group}", __name__).register(app)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -31,6 +16,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
     try:
+        from .app import app  # in here: a board takes seconds for it, and Ctrl-C must be quiet then too
+
         app(args=arguments)
     except EdgeGemmaError as error:
         if debug:
