@@ -170,7 +170,15 @@ class _Interrupting(list):
         signal.raise_signal(signal.SIGINT)
 
 
-def test_ctrl_c_in_a_callback_of_llama_cpp_is_kept(gemma3n, decoder, monkeypatch, capsys):
+@pytest.fixture
+def ctrl_c():
+    """Python's own answer to Ctrl-C, which a test run in the background (`nohup make test &`) does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_in_a_callback_of_llama_cpp_is_kept(gemma3n, decoder, ctrl_c, monkeypatch, capsys):
     settings = Settings(n_ctx=64, n_ubatch=64, n_threads=1)
     with pytest.raises(KeyboardInterrupt):
         Decoder(gemma3n.decoder_path, settings, on_progress=lambda fraction: signal.raise_signal(signal.SIGINT))
