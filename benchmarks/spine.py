@@ -1,10 +1,11 @@
 """The runtime's promises, measured in one command.
 
-    python -m edge_gemma.benchmarks.spine [all | base | small | large | capped | plan] [--repeats N] [--work DIR] [--json FILE]
+    python -m edge_gemma.benchmarks.spine [all | base | small | large | deep | capped | plan] [--repeats N] [--work DIR] [--json FILE]
 
 - ``base``    what Python, the libraries and a vocabulary take: the constants of plan.py
 - ``small``   real Gemma 3 270M against ``llama_cpp.Llama`` on the same file: decode speed and peak PSS, interleaved
 - ``large``   full-size synthetic E2B (head apart, and tied) against ``llama_cpp.Llama``: memory in use, load peak, decode speed
+- ``deep``    the speeds of that E2B behind a 1,000-token prompt
 - ``capped``  E2B under a hard 2 GiB limit and E4B under 3 GiB, a 1,000-token prompt, against the same without a limit
 - ``plan``    planned against measured peak of 270M, E2B and E4B at two context sizes each
 
@@ -120,6 +121,14 @@ def large(models: Models, repeats: int = 3) -> tuple[str, list[dict]]:
     return text, rows
 
 
+def deep(models: Models, repeats: int = 3) -> tuple[str, list[dict]]:
+    common = {"n_ctx": 2048, "n_threads": THREADS, "n_prompt": 1000, "n_predict": 64, "rounds": 2}
+    tasks = [Task(STOCK, str(models.gguf("e2b")), **common), Task(OURS, str(models.bundle("e2b")), **common)]
+    stock, ours = [summary(task.system, runs) for task, runs in zip(tasks, interleave(tasks, repeats, [[] for _ in tasks]))]
+    rows = [stock, ours, ratio(ours, stock)]
+    return f"## E2B (separate Q4_0 head) behind a 1,000-token prompt, {THREADS} threads, n_ctx 2048, {repeats} interleaved runs of 2 rounds\n\n" + system_table(rows), rows
+
+
 def capped(models: Models, repeats: int = 3) -> tuple[str, list[dict]]:
     rows = []
     for name, limit in ("e2b", 2 * GiB), ("e4b", 3 * GiB):
@@ -220,7 +229,7 @@ def tok(row: dict, key: str) -> str:
     return "–" if row[key] is None else f"{row[key]:.1f} ± {row[f'{key}_spread']:.0%}"
 
 
-SECTIONS = {"base": base, "small": small, "large": large, "capped": capped, "plan": plan}
+SECTIONS = {"base": base, "small": small, "large": large, "deep": deep, "capped": capped, "plan": plan}
 
 
 def main() -> None:
@@ -235,7 +244,7 @@ def main() -> None:
     print(f"Machine: {found['machine']['text']}\n", flush=True)
     try:
         for name in wanted:
-            repeats = {"repeats": options.repeats} if options.repeats and name in ("small", "large", "capped") else {}
+            repeats = {"repeats": options.repeats} if options.repeats and name in ("small", "large", "deep", "capped") else {}
             text, found[name] = SECTIONS[name](models, **repeats)
             print(text + "\n", flush=True)
     finally:  # what was measured before a Ctrl-C is kept
