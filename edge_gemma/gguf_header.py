@@ -222,16 +222,21 @@ def _tensor_info(cursor: _Cursor, path: Path) -> tuple[str, int, tuple[int, ...]
     return name, kind, shape, offset
 
 
-def layout_rank(use: str, type: str, n_dims: int) -> int:
-    """Where a tensor goes in a file of ours: never read, looked up, repackable, read as it lies.
+_REPACKED_EVERYWHERE = ("IQ4_NL", "Q2_K", "Q4_0", "Q4_K")  # by llama.cpp on x86-64 and on Arm; the other quantized types by some CPUs or none
 
-    Cold first and hot last, because pages populated last survive a tight limit best. Among the hot ones those that some CPU
-    copies into repacked buffers (quantized matrices) stand apart from the small ones it never copies: the kernel maps whole
-    folios (up to 2 MiB), so a norm between two matrices would pull their released originals back in (measured: 135 MiB of E2B).
 
-    >>> [layout_rank("lookup", "Q8_0", 2), layout_rank("matmul", "Q4_0", 2), layout_rank("matmul", "F32", 1)]
-    [1, 2, 3]
+def layout_rank(use: str, type: str, n_dims: int) -> tuple[int, str]:
+    """Where a tensor goes in a file of ours: never read, looked up, repacked, repacked on some CPUs (type by type), read as it lies.
+
+    Cold first and hot last, because pages populated last survive a tight limit best. Among the hot ones those that a CPU copies into
+    repacked buffers stand apart from those it reads where they are: the kernel maps whole folios (up to 2 MiB), so a norm, or a matrix
+    of another type, between two of them would pull their released originals back in (measured: 135 MiB of E2B).
+
+    >>> [layout_rank("lookup", "Q8_0", 2), layout_rank("matmul", "Q4_0", 2), layout_rank("matmul", "Q6_K", 2), layout_rank("matmul", "F32", 1)]
+    [(1, ''), (2, ''), (3, 'Q6_K'), (4, '')]
     """
     if use != "matmul":
-        return {"unused": 0, "lookup": 1}[use]
-    return 2 if n_dims == 2 and type not in ("F32", "F16", "BF16") else 3
+        return {"unused": 0, "lookup": 1}[use], ""
+    if n_dims != 2 or type in ("F32", "F16", "BF16"):
+        return 4, ""
+    return (2, "") if type in _REPACKED_EVERYWHERE else (3, type)
