@@ -222,21 +222,18 @@ def _tensor_info(cursor: _Cursor, path: Path) -> tuple[str, int, tuple[int, ...]
     return name, kind, shape, offset
 
 
-_REPACKED_EVERYWHERE = ("IQ4_NL", "Q2_K", "Q4_0", "Q4_K")  # by llama.cpp on x86-64 and on Arm; the other quantized types by some CPUs or none
-
-
 def layout_rank(use: str, type: str, n_dims: int) -> tuple[int, str]:
-    """Where a tensor goes in a file of ours: never read, looked up, repacked, repacked on some CPUs (type by type), read as it lies.
+    """Where a tensor goes in a file of ours: never read, looked up, a matrix (type by type), read as it lies on every CPU.
 
-    Cold first and hot last, because pages populated last survive a tight limit best. Among the hot ones those that a CPU copies into
-    repacked buffers stand apart from those it reads where they are: the kernel maps whole folios (up to 2 MiB), so a norm, or a matrix
-    of another type, between two of them would pull their released originals back in (measured: 135 MiB of E2B).
+    Cold first and hot last, because pages populated last survive a tight limit best. Which of the hot ones a CPU
+    copies into repacked buffers goes by their type, so each type stands by itself: the kernel maps whole folios (up to 2 MiB), and a norm or
+    a matrix that is read in place between two copied ones would pull their released originals back in (measured: 135 MiB of E2B).
 
     >>> [layout_rank("lookup", "Q8_0", 2), layout_rank("matmul", "Q4_0", 2), layout_rank("matmul", "Q6_K", 2), layout_rank("matmul", "F32", 1)]
-    [(1, ''), (2, ''), (3, 'Q6_K'), (4, '')]
+    [(1, ''), (2, 'Q4_0'), (2, 'Q6_K'), (3, '')]
     """
     if use != "matmul":
         return {"unused": 0, "lookup": 1}[use], ""
     if n_dims != 2 or type in ("F32", "F16", "BF16"):
-        return 4, ""
-    return (2, "") if type in _REPACKED_EVERYWHERE else (3, type)
+        return 3, ""
+    return 2, type

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 
@@ -235,3 +236,10 @@ def test_the_vision_tower_goes_into_the_bundle(tmp_path):
     assert manifest.vision.kind == "siglip" and manifest.vision.n_soft_tokens == 16 and manifest.audio is None
     assert {"start_of_image": 10, "end_of_image": 768, "image_soft": 769}.items() <= manifest.special_tokens.items()
     assert manifest.special_rows == (), "end of image is an ordinary token of Gemma 3"
+
+
+def test_matrices_of_one_type_lie_together(tmp_path):
+    """What is read in place must not lie between what is copied: the kernel would map the copied ones' originals back in."""
+    made = convert(write_checkpoint("g3text", tmp_path / "checkpoint"), tmp_path / "bundle", Options(quant="q4_k_m", verify=False)).bundle
+    hot = [t.type for t in sorted(made.manifest.decoder.tensors, key=lambda t: t.offset) if t.use == "matmul" and len(t.shape) == 2]
+    assert len(set(hot)) > 1 and len(list(itertools.groupby(hot))) == len(set(hot))
