@@ -157,6 +157,9 @@ def test_encoders_count_and_go_one_at_a_time_when_that_is_what_fits(manifest):
     tight = plan(both, Request(budget_bytes=everything.needed_bytes - 250 * MiB))
     assert tight.fits and tight.settings.encoders == "one at a time"
     assert any("one at a time" in line for line in tight.concessions)
+    for made in (everything, tight):  # the library stays when an encoder is let go
+        assert next(item for item in made.items if item.name == "onnxruntime").phases == AFTER_LOAD
+    assert all(item.name != "onnxruntime" for item in text.items)
     refused = plan(both, Request(budget_bytes=text.needed_bytes + MiB))
     assert not refused.fits and "without its audio and vision encoder" in refused.refusal
 
