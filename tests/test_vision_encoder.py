@@ -67,6 +67,14 @@ def test_one_kind_of_layer_can_be_quantized_alone(siglip_checkpoint, tmp_path):
     assert sizes["all"] < sizes["mlp"] < sizes["none"] == write_vision_encoder(siglip_checkpoint, tmp_path / "f32", "f32").weights_bytes
 
 
+def test_the_first_stages_of_mobilenet_are_never_in_8_bits(mnv5, tmp_path):
+    sizes = {}
+    for name, only in (("as converted", None), ("all", "")):
+        (tmp_path / name).mkdir()
+        sizes[name] = write_vision_encoder(mnv5, tmp_path / name, "int8", only=only).weights_bytes
+    assert sizes["as converted"] > sizes["all"]
+
+
 def test_manifest_entry_is_true(seeing_bundle, mnv5, tmp_path):
     bundle = Bundle.open(seeing_bundle)
     part = bundle.manifest.vision
