@@ -22,7 +22,6 @@ from .caps import Limits, Outcome
 from .caps import run as run_capped
 from .systems import Task
 
-
 WALK_DUTY = 0.004  # walking the page tables of 1.5 GB takes 15 ms of a core that the measured threads want: of two, one waits for the other
 
 
