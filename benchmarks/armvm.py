@@ -18,6 +18,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -145,7 +146,7 @@ def _make_disk(folder: Path, site: Path) -> None:
         (root / "models").mkdir()
         shutil.copytree(site, root / "site")
         _script(root / "board-init", _INIT)
-        make_image(folder / "root.ext4", root, spare_bytes=256 * MiB)
+        make_image(folder / "root.ext4", root, spare_bytes=8 * GiB)  # sparse: room for what tests write, which is discarded
 
 
 def make_image(image: Path, folder: Path, *, spare_bytes: int = 64 * MiB) -> Path:
@@ -254,7 +255,7 @@ CORE_TESTS = ("bundle", "caps", "decode", "device", "features", "gguf", "import"
 def test(folder: Path, arguments: Sequence[str]) -> Iterator[str]:
     """The core of the test suite on arm64."""
     chosen = list(arguments) or sorted(str(path.relative_to(_checkout())) for path in (_checkout() / "tests").glob("test_*.py") if any(word in path.stem for word in CORE_TESTS))
-    yield from boot(folder, f"python3 -m pytest -p no:cacheprovider --timeout=3000 {shlex.join(chosen)}\n", memory_bytes=6 * GiB, timeout_s=7200)
+    yield from boot(folder, f"python3 -u -m pytest -vv --color=no --durations=15 -o cache_dir=/var/tmp/cache --timeout=1200 {shlex.join(chosen)}\n", memory_bytes=6 * GiB, timeout_s=7200)
 
 
 # --- the memory benchmark ------------------------------------------------------------------------------------------
@@ -334,6 +335,7 @@ def main() -> None:
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave through boot's finally, so that no machine is left running
     if options.action == "build":
         build(options.folder, say=say)
     elif options.action == "test":

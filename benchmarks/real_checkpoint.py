@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..convert.vocabulary import UNKNOWN, USER_DEFINED
 from ..errors import MissingExtra
 from ..gguf_header import Header, Skipped, read_header
 
@@ -104,11 +105,14 @@ def _tokenizer_model(path: Path, header: Header) -> bytes:
         n = struct.unpack_from("<Q", raw, at)[0]
         text = bytes(raw[at + 8 : at + 8 + n])
         at += 8 + n
-        if kind[i] == 4:  # user-defined pieces keep sentencepiece's mark for spaces there
+        if kind[i] == USER_DEFINED:  # user-defined pieces keep sentencepiece's mark for spaces there
             text = text.replace(b" ", "\u2581".encode())
-        piece = _field(1, text) + _tag(2, 5) + struct.pack("<f", score[i]) + _tag(3, 0) + _varint(int(kind[i]))
+        piece_type = UNKNOWN if text == b"<unk>" else int(kind[i])  # a GGUF calls it a control token; sentencepiece does not load without it
+        piece = _field(1, text) + _tag(2, 5) + struct.pack("<f", score[i]) + _tag(3, 0) + _varint(piece_type)
         pieces.append(_field(1, piece))
-    trainer = _tag(3, 0) + _varint(2) + _tag(35, 0) + _varint(1) + b"".join(_tag(number, 0) + _varint(i) for number, i in ((40, 3), (41, 2), (42, 1), (43, 0)))
+    special = ((b"<unk>", 3), (b"<bos>", 2), (b"<eos>", 1), (b"<pad>", 0))
+    trainer = _tag(3, 0) + _varint(2) + _tag(35, 0) + _varint(1)
+    trainer += b"".join(_tag(40 + n, 0) + _varint(id) + _field(45 + n, name) for n, (name, id) in enumerate(special))
     return b"".join(pieces) + _field(2, trainer) + _field(3, _tag(3, 0) + _varint(0))
 
 

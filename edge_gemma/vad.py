@@ -165,7 +165,7 @@ class SpeechDetector:
         if length < self._search_chunks:
             return [] if self._silent > self._chunks["post_roll_s"] else self._give(len(self._held), "more")
         if self._silent == 2:  # 64 ms of pause, near enough to the longest length: cut in its middle
-            return self._give(len(self._held) - 1, "cut")
+            return self._give(max(1, len(self._held) - 1), "cut")  # the first of the two may be given out already
         if length >= self._max_chunks:
             return self._give(self._quietest(), "cut")
         return []

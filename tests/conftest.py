@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hypothesis
 import pytest
 
 from checkpoints import write_checkpoint
+
+# an emulated or a busy machine is slow: that fails nothing
+hypothesis.settings.register_profile("edge-gemma", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("edge-gemma")
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ def test_the_numpy_reference_equals_transformers(audio_checkpoint, seconds):
     assert soft.shape == REFERENCE[f"audio_soft_{seconds}"].shape and np.abs(soft - REFERENCE[f"audio_soft_{seconds}"]).max() < 1e-5
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(cuts=st.lists(st.integers(0, 100_800), max_size=60))
 def test_random_packets_give_the_same_bits(encoder, cuts):
     wave = REFERENCE["wave_6.3"]

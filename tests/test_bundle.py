@@ -102,7 +102,7 @@ def test_what_is_no_bundle_says_what_to_do(tmp_path):
         Bundle.open(tmp_path)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_no_bytes_make_the_manifest_reader_fall_over(tiny_bundle, data):
     good = (tiny_bundle / MANIFEST).read_bytes()

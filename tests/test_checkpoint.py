@@ -193,7 +193,7 @@ tensor_like = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     header=st.binary(max_size=200) | st.dictionaries(st.text(max_size=6), tensor_like | json_values, max_size=4).map(lambda d: json.dumps(d).encode()),
     length=st.none() | st.integers(0, (1 << 64) - 1),

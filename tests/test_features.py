@@ -17,7 +17,7 @@ def test_equals_transformers_bit_for_bit(seconds):
     assert np.array_equal(log_mel(REFERENCE[f"wave_{seconds}"]), REFERENCE[f"mel_{seconds}"])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(cuts=st.lists(st.integers(0, 14400), max_size=40))
 def test_any_packets_give_the_same_bits(cuts):
     wave, mel = REFERENCE["wave_0.9"], LogMel()

@@ -93,7 +93,7 @@ def test_every_truncation_is_refused(write):
             read_header(write(GOOD[:n]))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.lists(st.tuples(st.integers(0, len(GOOD) - 1), st.integers(0, 255)), min_size=1, max_size=6))
 def test_flipped_bytes_are_read_or_refused(tmp_path_factory, flips):
     data = bytearray(GOOD)
@@ -108,7 +108,7 @@ def test_flipped_bytes_are_read_or_refused(tmp_path_factory, flips):
     assert all(0 <= t.offset and t.offset + t.nbytes <= len(data) for t in header.tensors)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=200))
 def test_noise_behind_the_magic_is_read_or_refused(tmp_path_factory, noise):
     path = tmp_path_factory.mktemp("noise") / "x.gguf"

@@ -62,7 +62,7 @@ def test_json_has_what_scripts_read(manifest):
     assert {"name", "bytes", "kind"} <= set(data["items"][0])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(a=st.integers(64, 1024), b=st.integers(64, 1024), ubatch=st.sampled_from([32, 64, 256, 512]), kv=st.sampled_from(["f16", "q8_0"]), n=st.integers(1, 4))
 def test_bytes_never_fall_when_the_request_grows(manifest, a, b, ubatch, kv, n):
     small, large = (plan(manifest, Request(n_ctx=c, n_ubatch=ubatch, kv_type=kv, n_seq_max=n)).total_bytes for c in sorted((a, b)))
@@ -70,7 +70,7 @@ def test_bytes_never_fall_when_the_request_grows(manifest, a, b, ubatch, kv, n):
     assert plan(manifest, Request(n_ctx=a, n_ubatch=ubatch, kv_type=kv, n_seq_max=n)).total_bytes <= plan(manifest, Request(n_ctx=a, n_ubatch=ubatch, kv_type=kv, n_seq_max=n + 1)).total_bytes
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(budget=st.integers(1, 400 * MiB))
 def test_a_plan_that_fits_stays_inside_and_one_that_does_not_says_what_would(manifest, budget):
     made = plan(manifest, Request(budget_bytes=budget))

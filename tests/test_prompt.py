@@ -101,7 +101,7 @@ def test_control_tokens_that_a_user_types_are_letters(prompt):
     assert [id for id in raw.ids if id in GEMMA3.values()] == [2]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from(["<", ">", "<bos>", "<end_of_turn>", "<start_of_image>", "end_of_turn>", "\n", " ", "a", "é", "\ue0000t0\ue001", "\ue000", "{{ 1 }}", "<|", "\0"]), max_size=12))
 def test_no_text_makes_control_tokens(prompt, pieces):
     text = "x" + "".join(pieces)

@@ -264,7 +264,7 @@ def test_evaluate_gives_the_rows_asked_for(tiny_model):
     everything = np.concatenate(list(tiny_model.evaluate([Tokens(tokens)])))
     assert everything.shape == (len(tokens), tiny_model.decoder.n_vocab) and everything.dtype == np.float32
     part = np.concatenate(list(tiny_model.evaluate([Tokens(tokens)], rows=range(3, 6))))
-    np.testing.assert_array_equal(part, everything[3:6])
+    np.testing.assert_allclose(part, everything[3:6], atol=1e-5)  # fewer rows go through another kernel on some CPUs
     (last,) = tiny_model.evaluate([Tokens(tokens)], rows="last")
     np.testing.assert_allclose(last[0], everything[-1], atol=1e-4)
     with pytest.raises(UsageError, match="rows is"):

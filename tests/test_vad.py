@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import librivox
@@ -54,8 +54,9 @@ def test_a_click_is_no_speech():
     assert detect(script((1, 0), (0.03, 0.9), (1, 0))) == []  # at most two chunks
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(parts=st.lists(st.tuples(st.floats(0.03, 6), st.sampled_from([0.0, 0.4, 0.9])), min_size=1, max_size=12), packet=st.integers(100, 50_000))
+@example(parts=[(1.46875, 0.9), (1.46875, 0.4), (1.0, 0.0)], packet=100)  # the pause begins where looking for one begins
 def test_every_sample_at_most_once_in_order_and_no_speech_lost(parts, packet):
     x = script(*parts)
     events = detect(x, packet, max_s=6.0)

@@ -126,7 +126,7 @@ def test_refusals(tmp_path, files, n_vocab, message):
         v.read_vocabulary(tmp_path, {}, n_vocab)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.binary(max_size=300))
 def test_any_bytes_are_a_model_or_refused(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "fuzz.model"
