@@ -117,20 +117,20 @@ def memory(
     if len(bundles) > 1:
         section.note(OVERVIEW_NOTE)
     done: dict[tuple, Run] = {}
-    host = probe()
+    host, cpus = probe(), usable_cpus()
+    boards = {name: find_device(name) for name in devices or profile_names()}
+    section.note(*_beyond_this_machine(boards, host, len(cpus)) if run else ())
     with _keeping(section):
         for folder in bundles:
             bundle = Bundle.open(folder)
-            for name in devices or profile_names():
-                board = find_device(name)
+            for name, board in boards.items():
                 plan = make_plan(bundle.manifest, board, Request(n_ctx=n_ctx), _repacks(board))
                 row = _planned(bundle, name, board, plan)
                 section.rows.append(row)
                 if not plan.fits or not run:
                     continue
                 progress(f"{bundle.manifest.name} on {name}")
-                limits, said = _board_limits(board, host)
-                section.note(*said)
+                limits = Limits() if name == "auto" else Limits(board.usable_bytes, tuple(cpus[: len(board.cpus)]))
                 if plan.total_bytes > host.usable_bytes:
                     row["outcome"] = f"not run: this machine has only {format_bytes(host.usable_bytes)} to spend"
                     continue
@@ -191,17 +191,15 @@ def _planned(bundle: Bundle, name: str, board: Device, plan: Plan) -> dict:
     }  # fmt: skip
 
 
-def _board_limits(board: Device, host: Device) -> tuple[Limits, list[str]]:
-    """The board's limits as far as this machine can set them, and what it cannot."""
+def _beyond_this_machine(boards: dict[str, Device], host: Device, n_cpus: int) -> list[str]:
+    """What of the boards' limits this machine cannot set."""
+    others = {name: board for name, board in boards.items() if name != "auto"}
     notes = []
-    cpus = usable_cpus()
-    if board.name == "auto":
-        return Limits(), notes
-    if len(board.cpus) > len(cpus):
-        notes.append(f"{board.name} has {len(board.cpus)} cores, this machine {len(cpus)}: run on {len(cpus)}")
-    if board.usable_bytes > host.usable_bytes:
-        notes.append(f"{board.name} has more memory to spend ({format_bytes(board.usable_bytes)}) than this machine ({format_bytes(host.usable_bytes)}): its limit cannot bind here")
-    return Limits(board.usable_bytes, tuple(cpus[: len(board.cpus)])), notes
+    if wider := [f"{name} ({len(board.cpus)})" for name, board in others.items() if len(board.cpus) > n_cpus]:
+        notes.append(f"Run on this machine's {n_cpus} cores for want of the board's own: {', '.join(wider)}")
+    if larger := [f"{name} ({format_bytes(board.usable_bytes)})" for name, board in others.items() if board.usable_bytes > host.usable_bytes]:
+        notes.append(f"A limit that cannot bind here, because this machine has only {format_bytes(host.usable_bytes)} to spend: {', '.join(larger)}")
+    return notes
 
 
 def _memory_task(folder: Path, bundle: Bundle, name: str, plan: Plan, limits: Limits, n_prompt: int, n_predict: int) -> Task:

@@ -1,18 +1,19 @@
 """The machine a figure was made on: what it is, how fast its memory is, and whether it was calm.
 
-In: nothing. Out: :func:`describe_machine` (one line and its parts), :func:`bandwidth` (bytes per second), :class:`Calm` (clock, heat, load
+In: nothing. Out: :func:`describe_machine` (one line and its parts), :func:`bandwidth` (bytes per second), :class:`Calm` (clock, heat, use
 before and after). What it does not know: models.
 """
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 from ..units import GiB, MiB, format_bytes
 from .caps import usable_cpus
@@ -110,7 +111,8 @@ class Calm:
     after: dict = field(default_factory=dict)
 
     def __enter__(self) -> "Calm":
-        self.before = self._state()
+        # a load average would still count a benchmark that has just ended
+        self.before = self._state() | {"busy": psutil.cpu_percent(0.5) / 100}
         return self
 
     def __exit__(self, *_) -> None:
@@ -127,14 +129,13 @@ class Calm:
             "celsius": max(heat) if heat else None,
             "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or None,
             "throttled": throttled or None,
-            "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         }
 
     def warnings(self) -> list[str]:
         found = []
         before, after = self.before, self.after
-        if before.get("load") is not None and before["load"] > 0.5:
-            found.append(f"the machine was busy when it began (load {before['load']:.1f}); expect slower and less steady figures")
+        if before.get("busy", 0) > 0.1:
+            found.append(f"the machine was busy when it began ({before['busy']:.0%} of its cores in use); expect slower and less steady figures")
         if before.get("clock_mhz") and after.get("clock_mhz") and after["clock_mhz"] < 0.9 * before["clock_mhz"]:
             found.append(f"the clock fell from {before['clock_mhz']} to {after['clock_mhz']} MHz on the way: thermal throttling or a power limit")
         if after.get("celsius") and after["celsius"] >= 80:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..errors import UsageError
+from ..units import MiB
 from .bench import KINDS, Section
 
 FORMAT = "edge-gemma-bench"
@@ -33,7 +34,8 @@ class Change:
     verdict: str
 
     def __str__(self) -> str:
-        return f"{self.verdict:>6}  {self.kind} {self.row}: {self.field} {self.before:.4g} → {self.now:.4g} ({self.change:+.1%}, noise {self.noise:.1%})"
+        before, now = (f"{v / MiB:.0f} MiB" if self.field.endswith("_bytes") else f"{v:.4g}" for v in (self.before, self.now))
+        return f"{self.verdict:>6}  {self.kind} {self.row}: {self.field.removesuffix('_bytes')} {before} → {now} ({self.change:+.1%}, noise {self.noise:.1%})"
 
 
 def to_json(sections: Sequence[Section], machine: dict) -> dict:

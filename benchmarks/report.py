@@ -176,7 +176,7 @@ def _timeline(timeline: list[dict]):
     head, samples = timeline[0], timeline[1:]
     figure, axes = _figure()
     x = [sample["seconds"] for sample in samples]
-    starts = dict((name, at) for name, at in reversed(head["phases"]))
+    starts = dict(sorted({name: at for name, at in reversed(head["phases"])}.items(), key=lambda item: item[1]))  # of each phase, the first time
     loaded = starts.get("loaded", 0.0)
 
     def planned(*begins: str) -> float:
@@ -206,12 +206,16 @@ def _timeline(timeline: list[dict]):
         axes.annotate("limit", (x[-1], limit), ha="right", va="bottom", fontsize=8)
     elif limit:
         axes.annotate(f"limit {limit:.0f} MiB, far above", (x[-1], top), ha="right", va="top", fontsize=8)
-    seen = set()
-    for name, at in head["phases"]:
-        if name not in seen and name not in ("start", "exit"):
-            seen.add(name)
+    begins: list[tuple[float, str]] = []  # a phase that begins where the label before it still stands shares that label
+    for name, at in starts.items():
+        if name not in ("start", "exit"):
             axes.axvline(at, color=INK, linewidth=0.5)
-            axes.annotate(name, (at, top), rotation=90, fontsize=7, va="top", ha="left")
+            if begins and at - begins[-1][0] < 0.013 * len(begins[-1][1]) * x[-1]:
+                begins[-1] = (begins[-1][0], f"{begins[-1][1]}, {name}")
+            else:
+                begins.append((at, name))
+    for at, names in begins:
+        axes.annotate(names, (at, top), xytext=(0, 2), textcoords="offset points", fontsize=7, va="bottom", ha="left")
     axes.set_xlabel("seconds")
     axes.set_ylabel("MiB")
     figure.legend(loc="outside lower center", ncols=3)
@@ -265,13 +269,15 @@ def _quality(section: Section) -> Iterator[tuple[str, str, object]]:
 
 
 def _compare(section: Section) -> Iterator[tuple[str, str, object]]:
+    systems = [row["system"] for row in section.rows]
+    names = [row["system"] if systems.count(row["system"]) == 1 else f"{row['system']}, {row['file']}" for row in section.rows]
     for key, label, scale in (("decode_tok_s", "decode tok/s", 1), ("prefill_tok_s", "prefill tok/s", 1), ("peak_pss_bytes", "peak PSS, MiB", MiB)):
         figure, axes = _figure(6.4, 1.0 + 0.4 * len(section.rows))
         for y, (colour, row) in enumerate(zip(COLOURS * 9, section.rows)):
             value = (row[key] or 0) / scale
             axes.barh(y, value, color=colour, height=0.6, xerr=value * row.get(f"{key}_spread", 0.0), ecolor=INK)
-            axes.annotate(f"{value:.0f}", (value, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
-        axes.set_yticks(range(len(section.rows)), [row["system"] for row in section.rows])
+            axes.annotate(f"{value:.0f}", (value * (1 + row.get(f"{key}_spread", 0.0)), y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.set_yticks(range(len(section.rows)), names)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(label)
