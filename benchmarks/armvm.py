@@ -1,7 +1,7 @@
 """A 64-bit Arm board in a virtual machine: real memory figures, emulated speed.
 
     python -m edge_gemma.benchmarks.armvm build DIR             a Debian arm64 machine with everything edge-gemma needs (once, some minutes)
-    python -m edge_gemma.benchmarks.armvm memory DIR            270M, E2B and E4B under hard limits: planned against measured
+    python -m edge_gemma.benchmarks.armvm memory DIR            270M, E2B (with and without ears) and E4B under hard limits: planned against measured
     python -m edge_gemma.benchmarks.armvm test DIR [PYTEST…]    the core of the test suite on arm64
     python -m edge_gemma.benchmarks.armvm run DIR -- COMMAND…   anything else, as root, with this checkout on its Python path
 
@@ -261,18 +261,24 @@ def test(folder: Path, arguments: Sequence[str]) -> Iterator[str]:
 # --- the memory benchmark ------------------------------------------------------------------------------------------
 
 # (model of benchmarks/spine.py, hard limit, n_ctx, prompt, tokens written); small, because every token is emulated
-CASES = (("270m", 420 * MiB, 512, 128, 16), ("270m", 1 * GiB, 2048, 256, 8), ("e2b", 2 * GiB, 1024, 48, 6), ("e2b", 2 * GiB, 2048, 48, 6), ("e4b", 3 * GiB, 1024, 32, 4))
+CASES = (
+    ("270m", 420 * MiB, 512, 128, 16), ("270m", 1 * GiB, 2048, 256, 8), ("e2b", 2 * GiB, 1024, 48, 6), ("e2b", 2 * GiB, 2048, 48, 6), ("e2b-ears", 3 * GiB, 1024, 48, 4),
+    ("e4b", 3 * GiB, 1024, 32, 4),
+)  # fmt: skip
+EARS, HEARD_S = "e2b-ears", 2.0  # E2B with the full-size int8 audio encoder, which hears so many seconds before the prompt
 
 
 def memory(folder: Path, work: Path, names: Sequence[str], say: Callable[[str], None]) -> list[dict]:
     """Run :data:`CASES` on the board and return their rows: planned against measured, under a real limit."""
+    from .hear import encoder_bundle
     from .spine import Models
 
     models, image = Models(work), folder / "models.ext4"
     names = list(names) or sorted({case[0] for case in CASES})
     with tempfile.TemporaryDirectory(dir=work) as staging:
         for name in names:
-            shutil.copytree(models.bundle(name), Path(staging) / name, copy_function=os.link)
+            bundle = encoder_bundle(work, "int8", models.gguf("e2b")).folder if name == EARS else models.bundle(name)
+            shutil.copytree(bundle, Path(staging) / name, copy_function=os.link)
         say(f"disk image of {', '.join(names)}")
         make_image(image, Path(staging))
     rows = []
@@ -298,7 +304,8 @@ def guest(names: Sequence[str]) -> None:
     for name, limit_bytes, n_ctx, n_prompt, n_predict in CASES:
         if name not in names:
             continue
-        run = measure(Task("edge-gemma", f"/models/{name}", n_ctx=n_ctx, n_prompt=n_prompt, n_predict=n_predict, budget_bytes=limit_bytes), Limits(limit_bytes), interval_s=0.2)
+        task = Task("edge-gemma", f"/models/{name}", n_ctx=n_ctx, n_prompt=n_prompt, n_predict=n_predict, budget_bytes=limit_bytes, audio_s=HEARD_S if name == EARS else 0.0)
+        run = measure(task, Limits(limit_bytes), interval_s=0.2)
         row = {"model": name, "n_ctx": n_ctx, "limit_bytes": limit_bytes, "limit": run.outcome.kind, "outcome": run.outcome.describe(), "oom_kills": run.outcome.oom_kills}
         row |= {"max_usage_bytes": run.outcome.max_usage_bytes, "major_faults": run.outcome.major_faults}
         print(RESULT + json.dumps(row | (planned_row(name, n_ctx, run) if run.ok else {"error_tail": run.outcome.error_tail})), flush=True)
@@ -326,7 +333,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["build", "memory", "test", "run", "guest"])
     parser.add_argument("folder", type=Path, nargs="?", default=Path())
-    parser.add_argument("rest", nargs="*", help="after --: the command (run), pytest's arguments (test), 270m e2b e4b (memory)")
+    parser.add_argument("rest", nargs="*", help="after --: the command (run), pytest's arguments (test), 270m e2b e2b-ears e4b (memory)")
     parser.add_argument("--memory", default="4GiB", help="of the machine (run)")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "edge-gemma-bench", help="where the model files are made and kept (memory)")
     parser.add_argument("--json", type=Path, help="write the rows here (memory)")
