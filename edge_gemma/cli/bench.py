@@ -66,7 +66,7 @@ def memory(
 def speed(
     bundles: Bundles,
     depth: Annotated[Optional[list[int]], typer.Option("--depth", min=1, help="prompt length in tokens, repeatable")] = None,
-    threads: Annotated[Optional[list[int]], typer.Option("--threads", min=1, help="thread count, repeatable")] = None,
+    threads: Annotated[Optional[list[int]], typer.Option("--threads", "-t", min=1, help="thread count, repeatable")] = None,
     repeats: Repeats = 3, json: Json = False, report: Report = None, save: Save = None, against: Against = None,
 ) -> None:  # fmt: skip
     """Prefill and decode speed over context length and threads, load time cold and warm, share of the memory's bandwidth."""
@@ -104,10 +104,10 @@ def quality(
 @bench.command()
 def compare(
     bundle: Annotated[str, typer.Argument(help="a bundle; llama_cpp.Llama on the same file is always compared")],
-    other: Annotated[Optional[list[str]], typer.Option("--also", help="SYSTEM=MODEL, repeatable; systems: llama-server, onnxruntime-genai, litert-lm, transformers, llama_cpp.Llama")] = None,
+    other: Annotated[Optional[list[str]], typer.Option("--also", help="SYSTEM=MODEL, repeatable; systems: edge-gemma, llama_cpp.Llama, llama-server, onnxruntime-genai, litert-lm, transformers")] = None,
     ctx: Annotated[int, typer.Option("--ctx", min=64)] = 2048,
     prompt: Annotated[int, typer.Option("--prompt", min=1, help="prompt length in tokens")] = 512,
-    threads: Annotated[int, typer.Option("--threads", min=0, help="0: all usable cores")] = 0,
+    threads: Annotated[int, typer.Option("--threads", "-t", min=0, help="0: all usable cores")] = 0,
     repeats: Repeats = 3, json: Json = False, report: Report = None, save: Save = None, against: Against = None,
 ) -> None:  # fmt: skip
     """One interleaved run against what a user would pick instead."""

@@ -18,7 +18,7 @@ import typer
 T = TypeVar("T")
 
 BundleArg = Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle's folder, or the name of an installed one (`edge-gemma ls`).")]
-DeviceOption = Annotated[str, typer.Option("--device", help="A device profile (`edge-gemma profiles`), a profile file, or auto: this machine.")]
+DeviceOption = Annotated[str, typer.Option("--device", "-d", help="A device profile (`edge-gemma profiles`), a profile file, or auto: this machine.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for programs.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show llama.cpp's log.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.", hidden=True)]
