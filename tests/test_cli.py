@@ -144,6 +144,16 @@ def test_help_is_quick_and_names_the_commands():
     assert all(name in done.stdout for name in ("demo", "doctor", "profiles", "pull", "ls", "rm", "import", "inspect", "verify", "plan", "run", "chat"))
 
 
+def test_the_demo_stays_inside_its_budget(sample_gguf, tmp_path, monkeypatch):
+    """What the README shows first: real weights in an empty store, and the second run finds them there."""
+    monkeypatch.setenv("EDGE_GEMMA_HOME", str(tmp_path / "store"))
+    for again in False, True:
+        done = cli("demo", "-n", 4, "-t", 1, "--json")
+        result = json.loads(done.stdout)
+        assert done.returncode == 0 and ("assembling the sample weights" in done.stderr) is not again
+        assert result["usage"]["completion_tokens"] == 4 and 0 < result["memory"]["peak_pss_bytes"] < 420 * 2**20
+
+
 def test_shell_completion_is_there():
     # as typer's own tests do: without it the shell is looked for among the parents of this process
     env = os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
