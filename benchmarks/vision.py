@@ -32,86 +32,15 @@ from statistics import median
 
 import numpy as np
 
-from ..errors import UsageError
+from ..errors import EdgeGemmaError, RuntimeFailure, UsageError
 from ..memory import PeakSampler
 from ..units import MiB
 from .machine import describe_machine
-from .vision_checkpoint import KINDS as TOWERS
-from .vision_checkpoint import MOBILENET_WIDTH, write_checkpoint
+from .vision_checkpoint import SIZES, write_checkpoint
+from .vision_mtmd import TYPES as MTMD_TYPES
+from .vision_mtmd import of_width, soft_tokens, write_mmproj
 
-SIZES = {"siglip": 896, "mobilenetv5": 768}
-MTMD_TYPES = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0"}
 _PROBE = 997  # every so many-th value of the soft tokens is compared; likewise in vision_torch.py
-
-
-# ---- llama.cpp's file of the same weights
-
-_MMPROJ = (
-    ("model.vision_tower.embeddings.patch_embedding", "v.patch_embd"), ("model.vision_tower.embeddings.position_embedding", "v.position_embd"),
-    ("model.vision_tower.post_layernorm", "v.post_ln"), ("model.vision_tower.encoder.layers.", "v.blk."), ("layer_norm", "ln"), ("self_attn.out_proj", "attn_out"),
-    ("self_attn.q_proj", "attn_q"), ("self_attn.k_proj", "attn_k"), ("self_attn.v_proj", "attn_v"), ("mlp.fc1", "ffn_up"), ("mlp.fc2", "ffn_down"),
-    ("model.multi_modal_projector.mm_input_projection_weight", "mm.input_projection.weight"), ("model.multi_modal_projector.mm_soft_emb_norm", "mm.soft_emb_norm"),
-    ("model.vision_tower.timm_model.blocks.", "v.blk."), ("model.vision_tower.timm_model.", "v."),
-    ("model.embed_vision.soft_embedding_norm", "mm.soft_emb_norm"), ("model.embed_vision.embedding_projection", "mm.input_projection"),
-)  # fmt: skip
-
-
-def write_mmproj(checkpoint, path: Path, dtype: str = "f16") -> None:
-    """An ``mmproj`` GGUF of a checkpoint's tower, as llama.cpp's ``conversion/gemma.py`` lays it out (matrices and convolutions at ``dtype``, the rest F32)."""
-    import gguf
-
-    from ..convert.quantize import fitting_type, quantize_rows
-
-    if dtype not in MTMD_TYPES:
-        raise UsageError(f"unknown type {dtype!r} of an mmproj file; choose one of {', '.join(MTMD_TYPES)}")
-    siglip = "model.vision_tower.embeddings.patch_embedding.weight" in checkpoint.names()
-    vision = checkpoint.config["vision_config"]
-    size = vision.get("image_size", SIZES["siglip"] if siglip else SIZES["mobilenetv5"])
-    writer = gguf.GGUFWriter(path, "clip", use_temp_file=False)
-    writer.add_clip_has_vision_encoder(True)
-    writer.add_vision_image_size(size)
-    n_soft = checkpoint.config.get("mm_tokens_per_image", 256)
-    if siglip:
-        writer.add_clip_projector_type("gemma3")
-        writer.add_vision_use_gelu(True)
-        writer.add_vision_patch_size(vision["patch_size"])
-        if (pool := size // vision["patch_size"] // int(n_soft**0.5)) != 4:
-            writer.add_vision_projector_scale_factor(pool)
-        n_layer, n_ff, n_head = vision["num_hidden_layers"], vision["intermediate_size"], vision["num_attention_heads"]
-    else:
-        writer.add_clip_vision_projector_type("gemma3nv")
-        writer.add_vision_patch_size(size // 256)
-        n_layer, n_ff, n_head = 128, 4 * MOBILENET_WIDTH, 8  # as llama.cpp's own converter fills them; this tower does not read them
-    writer.add_vision_embedding_length(vision["hidden_size"])
-    writer.add_vision_feed_forward_length(n_ff)
-    writer.add_vision_block_count(n_layer)
-    writer.add_vision_head_count(n_head)
-    writer.add_vision_attention_layernorm_eps(1e-6)
-    writer.add_vision_projection_dim(checkpoint.config["text_config"]["hidden_size"])
-    writer.add_vision_image_mean([0.5] * 3 if siglip else [0.0] * 3)
-    writer.add_vision_image_std([0.5] * 3 if siglip else [1.0] * 3)
-    for name in checkpoint.names():
-        if ".head." in name or "embed_vision.embedding.weight" in name or "hard_embedding" in name or not ("vision" in name or "multi_modal" in name):
-            continue
-        values, short = checkpoint.read(name), name
-        for old, new in _MMPROJ:
-            short = short.replace(old, new)
-        if name.endswith("mm_soft_emb_norm.weight"):
-            values = values + 1
-        exact = values.ndim == 1 or "position" in name or "patch" in name or "stem" in name
-        if name.endswith("gamma"):
-            values = values.reshape(-1, 1, 1)  # llama.cpp multiplies [W, H, C]
-        if exact or dtype == "f32":
-            writer.add_tensor(short, values)
-        elif dtype == "q8_0" and values.ndim == 2 and fitting_type("Q8_0", values.shape[1]) == "Q8_0":
-            blocks = quantize_rows("Q8_0", np.ascontiguousarray(values, np.float32)).reshape(values.shape[0], -1)
-            writer.add_tensor(short, blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-        else:
-            writer.add_tensor(short, values.astype(np.float16))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 # ---- contenders: each prints "ready", then answers every line with one image
@@ -134,15 +63,18 @@ def _pixels(size: int) -> np.ndarray:  # [size, size, 3] uint8
     return values.clip(0, 255).astype(np.uint8)
 
 
+def _normalized(kind: str) -> np.ndarray:  # [1, 3, size, size] float32, as the graphs take it
+    mean, std = (0.5, 0.5) if kind == "siglip" else (0.0, 1.0)
+    return (np.ascontiguousarray(_pixels(SIZES[kind]).transpose(2, 0, 1)[None], np.float32) / np.float32(255) - np.float32(mean)) / np.float32(std)
+
+
 def _ours(folder: str, kind: str, threads: str) -> Iterator:
     from ..encode import open_onnx, run_onnx
 
-    size, (mean, std) = SIZES[kind], ((0.5, 0.5) if kind == "siglip" else (0.0, 1.0))
-    session = open_onnx(Path(folder) / "vision_encoder.onnx", n_threads=int(threads), spin=True, in_place=True, sides={"side": size})
+    session = open_onnx(Path(folder) / "vision_encoder.onnx", n_threads=int(threads), spin=True, in_place=True, sides={"side": SIZES[kind]})
     yield None
     while True:
-        pixels = (np.ascontiguousarray(_pixels(size).transpose(2, 0, 1)[None], np.float32) / np.float32(255) - np.float32(mean)) / np.float32(std)
-        yield run_onnx(session, ["soft_tokens"], {"pixels": pixels})[0]
+        yield run_onnx(session, ["soft_tokens"], {"pixels": _normalized(kind)})[0]
 
 
 def _onnx(path: str, kind: str, threads: str) -> Iterator:
@@ -151,70 +83,13 @@ def _onnx(path: str, kind: str, threads: str) -> Iterator:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = int(threads)
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    size, (mean, std) = SIZES[kind], ((0.5, 0.5) if kind == "siglip" else (0.0, 1.0))
     yield None
     while True:
-        pixels = (np.ascontiguousarray(_pixels(size).transpose(2, 0, 1)[None], np.float32) / np.float32(255) - np.float32(mean)) / np.float32(std)
-        yield session.run(None, {session.get_inputs()[0].name: pixels})[0]
-
-
-def _of_width(text: Path, n_embd: int, out: Path) -> Path:
-    """A text GGUF whose header claims the width ``n_embd``: mtmd compares it, and with ``vocab_only`` nothing else is read."""
-    from ..gguf_header import read_header
-
-    header = read_header(text)
-    key = next(key for key in header.metadata if key.endswith(".embedding_length")).encode()
-    data = bytearray(text.read_bytes())
-    at = data.index(key) + len(key) + 4  # behind the key stands the value's type, uint32
-    data[at : at + 4] = n_embd.to_bytes(4, "little")
-    out.write_bytes(data)
-    return out
+        yield session.run(None, {session.get_inputs()[0].name: _normalized(kind)})[0]
 
 
 def _mtmd(path: str, kind: str, threads: str, text: str) -> Iterator:
-    import ctypes
-
-    from llama_cpp import llama_cpp as low
-    from llama_cpp import mtmd_cpp as mtmd
-
-    from ..gguf_header import read_header
-
-    quiet = low.llama_log_callback(lambda *_: None)
-    low.llama_log_set(quiet, ctypes.c_void_p())
-    if hasattr(mtmd, "mtmd_log_set"):
-        mtmd.mtmd_log_set(quiet, ctypes.c_void_p())
-    params = low.llama_model_default_params()
-    params.vocab_only = True  # only its width and vocabulary are asked for
-    model = low.llama_model_load_from_file(text.encode(), params)
-    options = mtmd.mtmd_context_params_default()
-    options.use_gpu, options.n_threads, options.warmup = False, int(threads), False
-    context = mtmd.mtmd_init_from_file(path.encode(), model, options)
-    if not context:
-        raise SystemExit(f"mtmd cannot load {path}")
-    size = SIZES[kind]
-    width = next(value for key, value in read_header(Path(text)).metadata.items() if key.endswith(".embedding_length"))  # llama.cpp does not read it with vocab_only
-    yield None
-    while True:
-        pixels = _pixels(size)
-        bitmap = mtmd.mtmd_bitmap_init(size, size, pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)))
-        chunks = mtmd.mtmd_input_chunks_init()
-        prompt = mtmd.mtmd_input_text()
-        marker = mtmd.mtmd_default_marker()
-        prompt.text, prompt.text_len, prompt.add_special, prompt.parse_special = marker, len(marker), False, True
-        bitmaps = (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap)
-        if mtmd.mtmd_tokenize(context, chunks, ctypes.byref(prompt), bitmaps, 1) != 0:
-            raise SystemExit("mtmd_tokenize failed")
-        rows = None
-        for index in range(mtmd.mtmd_input_chunks_size(chunks)):
-            chunk = mtmd.mtmd_input_chunks_get(chunks, index)
-            if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE:
-                if mtmd.mtmd_encode_chunk(context, chunk) != 0:
-                    raise SystemExit("mtmd_encode_chunk failed")
-                n = mtmd.mtmd_input_chunk_get_n_tokens(chunk) * width
-                rows = np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(context), (n,)).copy()
-        mtmd.mtmd_input_chunks_free(chunks)
-        mtmd.mtmd_bitmap_free(bitmap)
-        yield rows
+    return soft_tokens(path, text, lambda: _pixels(SIZES[kind]), int(threads))
 
 
 class Contender:
@@ -300,7 +175,7 @@ def prepare(choice: Choice, work: Path) -> list[tuple[str, list[str]]]:
         commands.append(("onnxruntime on torch's export", [*module, "onnx", str(export), kind, threads]))
         commands.append(("timm / transformers in torch", [choice.torch_python, script, "worker", str(choice.folder), kind, threads]))
     if choice.mtmd_text:
-        text = made(f"{kind}-text.gguf", lambda out: _of_width(Path(choice.mtmd_text), n_embd, out))
+        text = made(f"{kind}-text.gguf", lambda out: of_width(Path(choice.mtmd_text), n_embd, out))
         for dtype in choice.mtmd_types:
             mmproj = made(f"{kind}-mmproj-{dtype}.gguf", lambda out, dtype=dtype: write_mmproj(checkpoint, out, dtype))
             commands.append((f"llama.cpp mtmd {dtype}", [*module, "mtmd", str(mmproj), kind, threads, str(text)]))
@@ -317,6 +192,8 @@ def run(commands: list[tuple[str, list[str]]], rounds: int) -> list[dict]:
             except ChildProcessError as error:
                 contenders.remove(contender)  # llama.cpp aborts on some files; the others go on
                 print(f"round {number}: {error}; left out", file=sys.stderr)
+    if not contenders:
+        raise RuntimeFailure("no contender encoded a picture; why each ended is said above")
     rows = [contender.close() for contender in contenders]
     probes = {row["contender"]: np.array(row.pop("probe")) for row in rows}
     reference = next((probe for name, probe in probes.items() if name.endswith("in torch")), probes[rows[0]["contender"]])
@@ -443,7 +320,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m edge_gemma.benchmarks.vision", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     write = commands.add_parser("write")
-    write.add_argument("kind", choices=list(TOWERS))
+    write.add_argument("kind", choices=list(SIZES))
     write.add_argument("folder", type=Path)
     write.add_argument("--n-embd", type=int)
     ready = commands.add_parser("prepare")
@@ -504,4 +381,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except EdgeGemmaError as error:
+        sys.exit(f"vision: {error}")

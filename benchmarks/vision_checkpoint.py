@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import UsageError
 
-KINDS = ("siglip", "mobilenetv5")
+SIZES = {"siglip": 896, "mobilenetv5": 768}  # kind → pixels a side
 MOBILENET_WIDTH = 2048  # of MobileNetV5's output
 
 
@@ -89,8 +89,8 @@ def mobilenet_shapes(n_embd: int = 2048) -> dict[str, tuple[int, ...]]:
 
 def write_checkpoint(kind: str, folder: Path, n_embd: int | None = None, seed: int = 1) -> None:
     """``model.safetensors`` (bf16, random, unit gain) and ``config.json`` of one vision tower. One tensor in memory at a time."""
-    if kind not in KINDS:
-        raise UsageError(f"unknown tower {kind!r}; choose one of {', '.join(KINDS)}")
+    if kind not in SIZES:
+        raise UsageError(f"unknown tower {kind!r}; choose one of {', '.join(SIZES)}")
     n_embd = n_embd or {"siglip": 2560, "mobilenetv5": 2048}[kind]
     shapes = siglip_shapes(n_embd) if kind == "siglip" else mobilenet_shapes(n_embd)
     folder.mkdir(parents=True, exist_ok=True)

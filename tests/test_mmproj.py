@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import seeing
-from edge_gemma.benchmarks.vision import write_mmproj
+from edge_gemma.benchmarks.vision_mtmd import write_mmproj
 from edge_gemma.convert.mmproj import Mmproj, vision_from_mmproj
 from edge_gemma.convert.vision import write_vision_encoder
 from edge_gemma.encode import open_onnx

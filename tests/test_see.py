@@ -13,7 +13,7 @@ import edge_gemma
 import seeing
 from checkpoints import recipe, write_checkpoint
 from edge_gemma import cli
-from edge_gemma.benchmarks.vision import write_mmproj
+from edge_gemma.benchmarks.vision_mtmd import write_mmproj
 from edge_gemma.cli.see import QUESTION, split
 from edge_gemma.convert.checkpoint import Checkpoint
 from edge_gemma.errors import BundleError, MediaError, PlanRefused, UnsupportedModel, UsageError

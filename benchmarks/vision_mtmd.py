@@ -1,0 +1,139 @@
+"""What llama.cpp's mtmd makes of the same vision tower: its file of the weights, and its soft tokens.
+
+In: a checkpoint's tower; an image. Out: an ``mmproj`` GGUF; rows. What it does not know: time, memory, what they are compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import UsageError
+from ..gguf_header import read_header
+from .vision_checkpoint import MOBILENET_WIDTH, SIZES
+
+TYPES = ("f32", "f16", "q8_0")
+
+_MMPROJ = (
+    ("model.vision_tower.embeddings.patch_embedding", "v.patch_embd"), ("model.vision_tower.embeddings.position_embedding", "v.position_embd"),
+    ("model.vision_tower.post_layernorm", "v.post_ln"), ("model.vision_tower.encoder.layers.", "v.blk."), ("layer_norm", "ln"), ("self_attn.out_proj", "attn_out"),
+    ("self_attn.q_proj", "attn_q"), ("self_attn.k_proj", "attn_k"), ("self_attn.v_proj", "attn_v"), ("mlp.fc1", "ffn_up"), ("mlp.fc2", "ffn_down"),
+    ("model.multi_modal_projector.mm_input_projection_weight", "mm.input_projection.weight"), ("model.multi_modal_projector.mm_soft_emb_norm", "mm.soft_emb_norm"),
+    ("model.vision_tower.timm_model.blocks.", "v.blk."), ("model.vision_tower.timm_model.", "v."),
+    ("model.embed_vision.soft_embedding_norm", "mm.soft_emb_norm"), ("model.embed_vision.embedding_projection", "mm.input_projection"),
+)  # fmt: skip
+
+
+def write_mmproj(checkpoint, path: Path, dtype: str = "f16") -> None:
+    """An ``mmproj`` GGUF of a checkpoint's tower, as llama.cpp's ``conversion/gemma.py`` lays it out (matrices and convolutions at ``dtype``, the rest F32)."""
+    import gguf
+
+    from ..convert.quantize import fitting_type, quantize_rows
+
+    if dtype not in TYPES:
+        raise UsageError(f"unknown type {dtype!r} of an mmproj file; choose one of {', '.join(TYPES)}")
+    siglip = "model.vision_tower.embeddings.patch_embedding.weight" in checkpoint.names()
+    vision = checkpoint.config["vision_config"]
+    size = vision.get("image_size", SIZES["siglip"] if siglip else SIZES["mobilenetv5"])
+    writer = gguf.GGUFWriter(path, "clip", use_temp_file=False)
+    writer.add_clip_has_vision_encoder(True)
+    writer.add_vision_image_size(size)
+    n_soft = checkpoint.config.get("mm_tokens_per_image", 256)
+    if siglip:
+        writer.add_clip_projector_type("gemma3")
+        writer.add_vision_use_gelu(True)
+        writer.add_vision_patch_size(vision["patch_size"])
+        if (pool := size // vision["patch_size"] // int(n_soft**0.5)) != 4:
+            writer.add_vision_projector_scale_factor(pool)
+        n_layer, n_ff, n_head = vision["num_hidden_layers"], vision["intermediate_size"], vision["num_attention_heads"]
+    else:
+        writer.add_clip_vision_projector_type("gemma3nv")
+        writer.add_vision_patch_size(size // 256)
+        n_layer, n_ff, n_head = 128, 4 * MOBILENET_WIDTH, 8  # as llama.cpp's own converter fills them; this tower does not read them
+    writer.add_vision_embedding_length(vision["hidden_size"])
+    writer.add_vision_feed_forward_length(n_ff)
+    writer.add_vision_block_count(n_layer)
+    writer.add_vision_head_count(n_head)
+    writer.add_vision_attention_layernorm_eps(1e-6)
+    writer.add_vision_projection_dim(checkpoint.config["text_config"]["hidden_size"])
+    writer.add_vision_image_mean([0.5] * 3 if siglip else [0.0] * 3)
+    writer.add_vision_image_std([0.5] * 3 if siglip else [1.0] * 3)
+    for name in checkpoint.names():
+        if ".head." in name or "embed_vision.embedding.weight" in name or "hard_embedding" in name or not ("vision" in name or "multi_modal" in name):
+            continue
+        values, short = checkpoint.read(name), name
+        for old, new in _MMPROJ:
+            short = short.replace(old, new)
+        if name.endswith("mm_soft_emb_norm.weight"):
+            values = values + 1
+        exact = values.ndim == 1 or "position" in name or "patch" in name or "stem" in name
+        if name.endswith("gamma"):
+            values = values.reshape(-1, 1, 1)  # llama.cpp multiplies [W, H, C]
+        if exact or dtype == "f32":
+            writer.add_tensor(short, values)
+        elif dtype == "q8_0" and values.ndim == 2 and fitting_type("Q8_0", values.shape[1]) == "Q8_0":
+            blocks = quantize_rows("Q8_0", np.ascontiguousarray(values, np.float32)).reshape(values.shape[0], -1)
+            writer.add_tensor(short, blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        else:
+            writer.add_tensor(short, values.astype(np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def of_width(text: Path, n_embd: int, out: Path) -> Path:
+    """A text GGUF whose header claims the width ``n_embd``: mtmd compares it, and with ``vocab_only`` nothing else is read."""
+    header = read_header(text)
+    key = next(key for key in header.metadata if key.endswith(".embedding_length")).encode()
+    data = bytearray(text.read_bytes())
+    at = data.index(key) + len(key) + 4  # behind the key stands the value's type, uint32
+    data[at : at + 4] = n_embd.to_bytes(4, "little")
+    out.write_bytes(data)
+    return out
+
+
+def soft_tokens(path: str, text: str, pixels_of: Callable[[], np.ndarray], n_threads: int) -> Iterator[np.ndarray | None]:
+    """mtmd with the mmproj file ``path`` beside the text GGUF ``text``: None once it is loaded, then the rows of one ``pixels_of()`` [size, size, 3] uint8 after another."""
+    import ctypes
+
+    from llama_cpp import llama_cpp as low
+    from llama_cpp import mtmd_cpp as mtmd
+
+    quiet = low.llama_log_callback(lambda *_: None)
+    low.llama_log_set(quiet, ctypes.c_void_p())
+    if hasattr(mtmd, "mtmd_log_set"):
+        mtmd.mtmd_log_set(quiet, ctypes.c_void_p())
+    params = low.llama_model_default_params()
+    params.vocab_only = True  # only its width and vocabulary are asked for
+    model = low.llama_model_load_from_file(text.encode(), params)
+    options = mtmd.mtmd_context_params_default()
+    options.use_gpu, options.n_threads, options.warmup = False, n_threads, False
+    context = mtmd.mtmd_init_from_file(path.encode(), model, options)
+    if not context:
+        raise SystemExit(f"mtmd cannot load {path}")
+    width = next(value for key, value in read_header(Path(text)).metadata.items() if key.endswith(".embedding_length"))  # llama.cpp does not read it with vocab_only
+    yield None
+    while True:
+        pixels = pixels_of()
+        bitmap = mtmd.mtmd_bitmap_init(*pixels.shape[:2], pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)))
+        chunks = mtmd.mtmd_input_chunks_init()
+        prompt = mtmd.mtmd_input_text()
+        marker = mtmd.mtmd_default_marker()
+        prompt.text, prompt.text_len, prompt.add_special, prompt.parse_special = marker, len(marker), False, True
+        bitmaps = (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap)
+        if mtmd.mtmd_tokenize(context, chunks, ctypes.byref(prompt), bitmaps, 1) != 0:
+            raise SystemExit("mtmd_tokenize failed")
+        rows = None
+        for index in range(mtmd.mtmd_input_chunks_size(chunks)):
+            chunk = mtmd.mtmd_input_chunks_get(chunks, index)
+            if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE:
+                if mtmd.mtmd_encode_chunk(context, chunk) != 0:
+                    raise SystemExit("mtmd_encode_chunk failed")
+                n = mtmd.mtmd_input_chunk_get_n_tokens(chunk) * width
+                rows = np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(context), (n,)).copy()
+        mtmd.mtmd_input_chunks_free(chunks)
+        mtmd.mtmd_bitmap_free(bitmap)
+        yield rows
