@@ -1,9 +1,13 @@
 """The Arm machine's pure parts; building and booting it takes minutes and QEMU (docs/measure.md)."""
 
 import io
+import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
+import psutil
 import pytest
 
 from edge_gemma.benchmarks import armvm
@@ -33,6 +37,20 @@ def test_refusals(tmp_path, monkeypatch):
         armvm.build(tmp_path)
     with pytest.raises(RuntimeFailure, match=r"sh failed \(status 3\): broken"):
         armvm._call("sh", "-c", "echo broken >&2; exit 3")
+
+
+def test_a_terminated_command_takes_the_machine_along(tmp_path):
+    """The machine is a process of its own; what stands for it here says who it is and sleeps."""
+    (tmp_path / "root.ext4").touch()
+    machine = tmp_path / "qemu-system-aarch64"
+    machine.write_text("#!/bin/sh\necho $$\nexec sleep 60\n")
+    machine.chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with subprocess.Popen([sys.executable, "-m", "edge_gemma.benchmarks.armvm", "run", str(tmp_path), "true"], env=env, stdout=subprocess.PIPE, text=True) as command:
+        pid = int(command.stdout.readline())
+        command.terminate()
+        assert command.wait(30) == 143
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def test_rows_show_memory_and_no_speed():
