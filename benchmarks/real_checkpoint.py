@@ -107,7 +107,7 @@ def _tokenizer_model(path: Path, header: Header) -> bytes:
         at += 8 + n
         if kind[i] == USER_DEFINED:  # user-defined pieces keep sentencepiece's mark for spaces there
             text = text.replace(b" ", "\u2581".encode())
-        piece_type = UNKNOWN if text == b"<unk>" else int(kind[i])  # a GGUF calls it a control token; sentencepiece does not load without it
+        piece_type = UNKNOWN if text == b"<unk>" else int(kind[i])  # a GGUF calls it a control token; LiteRT-LM's sentencepiece wants one unknown piece
         piece = _field(1, text) + _tag(2, 5) + struct.pack("<f", score[i]) + _tag(3, 0) + _varint(piece_type)
         pieces.append(_field(1, piece))
     special = ((b"<unk>", 3), (b"<bos>", 2), (b"<eos>", 1), (b"<pad>", 0))

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from edge_gemma.benchmarks import bench, machine, measure, regress, rivals, spine
+from edge_gemma.benchmarks import bench, machine, measure, regress, report, rivals, spine
 from edge_gemma.benchmarks.bench import Section
 from edge_gemma.benchmarks.caps import Limits
 from edge_gemma.benchmarks.report import write_report
@@ -254,6 +254,11 @@ def test_regressions_are_flagged_beyond_the_noise(tmp_path, now, spread, verdict
     assert [change.verdict for change in changes if change.field == "decode_tok_s"] == [verdict] and notes == []
 
 
+def test_bytes_that_changed_are_told_in_mib():
+    change = regress.Change("compare", "m", "peak_pss_bytes", 353 * MiB, 360 * MiB, 0.02, 0.02, "same")
+    assert "peak_pss 353 MiB → 360 MiB (+2.0%" in str(change)
+
+
 def test_another_machine_is_not_compared_for_speed(tmp_path):
     regress.save(tmp_path / "a.json", [speed_section(20.0)], HERE)
     changes, notes = regress.compare(regress.read(tmp_path / "a.json"), [speed_section(1.0)], HERE | {"cpu": "B"})
@@ -286,6 +291,17 @@ def test_the_report_is_one_page_without_a_network(tmp_path, memory_section, comp
     assert len(ids) == len(set(ids))
     assert {path.suffix for path in written} == {".html", ".json", ".png"} and all(path.stat().st_size > 500 for path in written)
     assert [s.kind for s in regress.sections(regress.read(tmp_path / "report.json"))] == ["memory", "compare", "speed", "latency", "quality"]
+
+
+def test_labels_of_a_picture_are_told_apart():
+    phases = [["start", 0.0], ["load", 0.1], ["loaded", 5.0], ["prefill", 5.2], ["decode", 9.0], ["prefill", 9.5], ["exit", 10.0]]
+    samples = [{"seconds": float(n), "anon_bytes": 100 * MiB, "file_bytes": 50 * MiB, "cold_bytes": 0} for n in range(11)]
+    drawn = [text.get_text() for text in report._timeline([{"budget_bytes": 0, "phases": phases, "items": []}, *samples]).axes[0].texts]
+    assert drawn == ["load", "loaded, prefill", "decode"]
+    row = {"decode_tok_s": 1.0, "prefill_tok_s": 1.0, "peak_pss_bytes": MiB}
+    rows = [{"system": system, "file": file, **row} for system, file in (("edge-gemma", "a"), ("llama_cpp.Llama", "b"), ("edge-gemma", "c"))]
+    _, _, figure = next(report.draw(Section("compare", rows)))
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["edge-gemma, a", "llama_cpp.Llama", "edge-gemma, c"]
 
 
 def test_without_matplotlib_tables_and_json_remain(tmp_path, compare_section, monkeypatch):
