@@ -33,7 +33,7 @@ system:
 	  else echo "audio tests need system libraries. Type:  sudo apt-get install --no-install-recommends$$missing"; fi; fi
 
 $(STAMP): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed; found $$($(PYTHON) --version). Try PYTHON=python3.12 make"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; found $$($(PYTHON) --version). Try PYTHON=python3.12 make"; exit 1; }
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo "A C++ compiler is needed to build llama.cpp. Type:  sudo apt-get install build-essential"; exit 1; }
 	@[ -x $(PY) ] || $(PYTHON) -m venv $(VENV) || { echo "Type:  sudo apt-get install python3-venv"; exit 1; }
 	@echo "installing into $(VENV); llama.cpp is compiled once (3 to 10 minutes on a small machine), then cached by pip"

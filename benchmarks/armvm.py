@@ -27,8 +27,8 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ..errors import RuntimeFailure, UsageError
-from ..units import GiB, MiB, format_bytes, parse_bytes
+from edge_gemma.errors import RuntimeFailure, UsageError
+from edge_gemma.units import GiB, MiB, format_bytes, parse_bytes
 
 RELEASE, PYTHON = "bookworm", "3.11"  # Debian 12 and its Python; Raspberry Pi OS is built on it
 PACKAGES = "python3,busybox-static,linux-image-cloud-arm64,libgomp1,libstdc++6,libportaudio2,libasound2,ca-certificates"
@@ -270,8 +270,8 @@ CASES = (
 
 def memory(folder: Path, work: Path, names: Sequence[str], say: Callable[[str], None]) -> list[dict]:
     """Run :data:`CASES` on the board and return their rows: planned against measured, under a real limit."""
-    from .hear import encoder_bundle
-    from .spine import Models
+    from edge_gemma.benchmarks.hear import encoder_bundle
+    from edge_gemma.benchmarks.spine import Models
 
     models, image = Models(work), folder / "models.ext4"
     rows = []
@@ -295,10 +295,10 @@ def memory(folder: Path, work: Path, names: Sequence[str], say: Callable[[str], 
 
 def guest(names: Sequence[str]) -> None:
     """Inside the machine: one line of JSON for each case. Times are left out on purpose."""
-    from .caps import Limits
-    from .measure import measure
-    from .spine import planned_row
-    from .systems import Task
+    from edge_gemma.benchmarks.caps import Limits
+    from edge_gemma.benchmarks.measure import measure
+    from edge_gemma.benchmarks.spine import planned_row
+    from edge_gemma.benchmarks.systems import Task
 
     for name, limit_bytes, n_ctx, n_prompt, n_predict in CASES:
         if name not in names:
@@ -318,7 +318,7 @@ def row_text(row: dict) -> str:
 
 
 def memory_table(rows: Sequence[dict]) -> str:
-    from .spine import mib, table
+    from edge_gemma.benchmarks.spine import mib, table
 
     head = ["model", "n_ctx", "hard limit MiB", "outcome", "OOM kills", "planned MiB", "measured PSS MiB", "anonymous MiB", "plan is off by"]
     cells = [

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from edge_gemma.convert.audio import EMBEDDER, TOWER, AudioConfig
+from edge_gemma.convert.checkpoint import Checkpoint
 
-from ..convert.audio import EMBEDDER, TOWER, AudioConfig
-from ..convert.checkpoint import Checkpoint
-from ..features import LogMel
+from edge_gemma.hearing.log_mel import LogMel
 
 
 def encode(checkpoint: Checkpoint, samples: np.ndarray) -> np.ndarray:

@@ -12,15 +12,19 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ..bundle import Bundle
-from ..device import Device, find_device, load_profile, probe, profile_names, repacked
-from ..errors import UsageError
-from ..plan import Plan, Request, make_plan
-from ..units import MiB, format_bytes
-from .caps import Limits, usable_cpus
-from .machine import bandwidth, bytes_per_token
-from .measure import Run, interleave, measure, median_of, spread_of
-from .systems import Task
+from edge_gemma.benchmarks.caps import Limits, usable_cpus
+from edge_gemma.benchmarks.machine import bandwidth, bytes_per_token
+from edge_gemma.benchmarks.measure import Run, interleave, measure, median_of, spread_of
+from edge_gemma.benchmarks.systems import Task
+
+from edge_gemma.bundles.folder import Bundle
+from edge_gemma.errors import UsageError
+from edge_gemma.machine.device import Device, load_profile, profile_names
+from edge_gemma.machine.probe import find_device, probe
+from edge_gemma.machine.repack import repacked
+from edge_gemma.plan.ladder import make_plan
+from edge_gemma.plan.records import Plan, Request
+from edge_gemma.units import MiB, format_bytes
 
 Progress = Callable[[str], None]
 
@@ -175,7 +179,7 @@ OVERVIEW_NOTE = (
 
 def _repacks(board: Device):
     if board.name == "auto":
-        from ..weights import repacked_here
+        from edge_gemma.engines.llama.weights import repacked_here
 
         return repacked_here
     return lambda tensor: repacked(tensor.type, tensor.shape, board.cpu_features)
@@ -323,7 +327,7 @@ def _latency_rows(section: Section, bundle: Bundle, cases: Sequence[tuple[str, f
 
 def quality(reference: Path, bundles: Sequence[Path], text: Path, *, max_tokens: int = 4096, progress: Progress = lambda line: None) -> Section:
     """Perplexity and KL divergence of bundles against a reference of the same vocabulary, with each one's size. GGUF files count as bundles here."""
-    from ..convert.quality import compare as receipts
+    from edge_gemma.convert.quality import compare as receipts
 
     def decoder(path: Path) -> Path:
         return path if path.is_file() else Bundle.open(path).decoder_path
@@ -351,7 +355,7 @@ def compare(
     common = {"n_ctx": n_ctx, "n_threads": n_threads, "n_prompt": n_prompt, "n_predict": n_predict, "rounds": 2}
     tasks = [Task("edge-gemma", str(bundle), **common), Task("llama_cpp.Llama", str(opened.decoder_path), **common)]
     tasks += [Task(system, str(path), **common) for system, path in others]
-    from . import rivals
+    from edge_gemma.benchmarks import rivals
 
     for task in tasks:
         if reason := rivals.missing(task.system):

@@ -27,8 +27,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import RuntimeFailure, UsageError
-from ..units import MiB, format_bytes
+from edge_gemma.errors import RuntimeFailure, UsageError
+from edge_gemma.units import MiB, format_bytes
 
 ROOT = Path("/sys/fs/cgroup")
 _PREFIX = "edge-gemma-"

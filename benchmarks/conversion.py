@@ -25,15 +25,15 @@ import time
 from pathlib import Path
 from statistics import median
 
+from edge_gemma.benchmarks.machine import describe_machine
+from edge_gemma.convert.pipeline import Options, convert
+from edge_gemma.convert.quality import measure_speed
+from edge_gemma.convert.recipe import read_recipe
 from msgspec.structs import replace
 
-from ..bundle import Bundle
-from ..convert.pipeline import Options, convert
-from ..convert.quality import measure_speed
-from ..convert.recipe import read_recipe
-from ..memory import PeakSampler
-from ..units import MiB, format_bytes
-from .machine import describe_machine
+from edge_gemma.bundles.folder import Bundle
+from edge_gemma.machine.peak import PeakSampler
+from edge_gemma.units import MiB, format_bytes
 
 
 def speed(checkpoint: Path, recipes: list[str], work: Path, *, rounds: int = 3, n_tokens: int = 64, keep: bool = False) -> dict[str, dict]:
@@ -132,7 +132,7 @@ def _forget(checkpoint: Path) -> None:
 
 
 def _quantize(source: str, target: str, file_type: str) -> None:
-    from .. import llama
+    from edge_gemma.engines.llama import library as llama
 
     low = llama.library()
     params = low.llama_model_quantize_default_params()

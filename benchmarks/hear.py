@@ -29,11 +29,13 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from ..bundle import AudioEncoder as Part
-from ..bundle import Bundle, BundleWriter, Decoder, Manifest, Source, file_entry
-from ..features import RATE_HZ
-from ..memory import Footprint, PeakSampler, rollup
-from ..units import MiB
+from edge_gemma.bundles.folder import Bundle, BundleWriter, file_entry
+from edge_gemma.bundles.manifest import AudioEncoder as Part
+from edge_gemma.bundles.manifest import Decoder, Manifest, Source
+from edge_gemma.hearing.samples import RATE_HZ
+from edge_gemma.machine.footprint import Footprint, rollup
+from edge_gemma.machine.peak import PeakSampler
+from edge_gemma.units import MiB
 
 INSTRUCTION = "Write down what is said in the following piece of speech."  # 12 tokens
 QUEUE_S = 30.0  # audio.Microphone's
@@ -50,9 +52,9 @@ def encoder_bundle(work: Path, precision: str, decoder: Path | None = None) -> B
     out = work / f"hear-{precision}{'-' + decoder.stem if decoder else ''}"
     if (out / "manifest.json").is_file():
         return Bundle.open(out)
-    from ..convert.audio import write_audio_encoder
-    from ..convert.checkpoint import Checkpoint
-    from . import audio_checkpoint
+    from edge_gemma.benchmarks import audio_checkpoint
+    from edge_gemma.convert.audio import write_audio_encoder
+    from edge_gemma.convert.checkpoint import Checkpoint
 
     checkpoint = work / "audio-checkpoint"
     if not (checkpoint / "config.json").is_file():
@@ -73,7 +75,7 @@ def _manifest(folder: Path, part: Part, decoder: Path | None) -> Manifest:
         text = Decoder(file="decoder.gguf", header_bytes=4, header_sha256="0" * 64, **sizes)
         base = Manifest(name="encoder", family="gemma3n", instruct=False, decoder=text, source=Source(origin="synthetic"), files={})
     else:
-        from ..importer import import_gguf
+        from edge_gemma.store.importer import import_gguf
 
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             imported = import_gguf(decoder, Path(temporary) / "bundle")
@@ -94,7 +96,7 @@ def noise(seconds: float) -> np.ndarray:
 
 def encoder(work: Path, precision: str, n_threads: int, seconds: float) -> dict:
     """Steps of 480 ms through the encoder. PSS is that of the whole process, Python and onnxruntime included."""
-    from ..encode import AudioEncoder
+    from edge_gemma.hearing.encoder import AudioEncoder
 
     bundle = encoder_bundle(work, precision)
     samples = noise(seconds)
@@ -123,9 +125,10 @@ def encoder(work: Path, precision: str, n_threads: int, seconds: float) -> dict:
 
 def exact(work: Path, seconds: list[float]) -> dict:
     """The full-size encoder in float32 against numpy (audio_reference.py) on the same checkpoint: the largest difference of a soft token's values, which have an rms of 1."""
-    from ..convert.checkpoint import Checkpoint
-    from ..encode import AudioEncoder
-    from . import audio_reference
+    from edge_gemma.benchmarks import audio_reference
+    from edge_gemma.convert.checkpoint import Checkpoint
+
+    from edge_gemma.hearing.encoder import AudioEncoder
 
     bundle = encoder_bundle(work, "f32")
     checkpoint = Checkpoint.open(work / "audio-checkpoint")
@@ -145,10 +148,10 @@ def latency(work: Path, decoder: Path, precision: str, rounds: int, n_threads: i
     ``live``: encoded and prefilled while it is spoken. ``after``: the same, all of it after the end, the instruction prefilled before.
     Lengths are varied by up to a step, alike for all, so that no case is lucky with where its end falls.
     """
-    from .. import load
-    from ..listen import LiveTurn
-    from ..plan import Request
-    from ..sample import Options
+    from edge_gemma import load
+    from edge_gemma.conversation.live_turn import LiveTurn
+    from edge_gemma.options import Options
+    from edge_gemma.plan.records import Request
 
     bundle = encoder_bundle(work, precision, decoder)
     waits: dict[str, list[tuple[float, float]]] = {}  # (whole wait, of it the encoder's part)
@@ -197,7 +200,7 @@ def latency(work: Path, decoder: Path, precision: str, rounds: int, n_threads: i
 
 def hangover_ms() -> int:
     """How long after the last word speech detection says that it was the last: what a hands-free turn waits on top of the figures above."""
-    from ..vad import SpeechDetector
+    from edge_gemma.hearing.utterances import SpeechDetector
 
     detector = SpeechDetector(probability=lambda chunk: float(np.abs(chunk).max() > 0.1))
     n = 0
@@ -228,12 +231,13 @@ def memory(work: Path, decoder: Path, precision: str, n_threads: int | None, cli
 
 def _session_memory(folder: Path, encoders: str, n_threads: int | None, clips: list[Path]) -> dict[str, tuple[int, int]]:
     """{phase: (planned, measured) bytes}."""
-    from ..audio import read_audio
-    from ..listen import Listener, ListenOptions
-    from ..model import Model, here
-    from ..plan import Request, make_plan
-    from ..sample import Options
-    from ..weights import repacked_here
+    from edge_gemma.conversation.listener import Listener, ListenOptions
+    from edge_gemma.engines.llama.weights import repacked_here
+    from edge_gemma.hearing.sound import read_audio
+    from edge_gemma.model import Model, here
+    from edge_gemma.options import Options
+    from edge_gemma.plan.ladder import make_plan
+    from edge_gemma.plan.records import Request
 
     bundle = Bundle.open(folder)
     plan = make_plan(bundle.manifest, here("auto"), Request(n_ctx=2048, n_threads=n_threads), repacked_here).require()
@@ -258,9 +262,9 @@ def soak(work: Path, precision: str, minutes: float, clips: list[Path]) -> dict:
 
     Drops are those that the microphone's queue of 30 s would have had: each packet is given the time it really took, and arrives when it would have been spoken.
     """
-    from ..audio import read_audio
-    from ..encode import AudioEncoder
-    from ..vad import SpeechDetector
+    from edge_gemma.hearing.encoder import AudioEncoder
+    from edge_gemma.hearing.sound import read_audio
+    from edge_gemma.hearing.utterances import SpeechDetector
 
     sounds = [np.concatenate([read_audio(path), np.zeros(RATE_HZ, np.float32)]) for path in clips]
     bundle = encoder_bundle(work, precision)

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from edge_gemma.benchmarks.caps import usable_cpus
 
-from ..units import GiB, MiB, format_bytes
-from .caps import usable_cpus
+from edge_gemma.units import GiB, MiB, format_bytes
 
 
 def _read(path: str) -> str:
@@ -34,7 +34,7 @@ def describe_machine() -> dict:
     """
     import numpy
 
-    from ..device import probe
+    from edge_gemma.machine.probe import probe
 
     here = probe()
     parts = {

@@ -16,11 +16,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .. import memory
-from ..memory import PeakSampler
-from .caps import Limits, Outcome
-from .caps import run as run_capped
-from .systems import Task
+from edge_gemma.benchmarks.caps import Limits, Outcome
+from edge_gemma.benchmarks.caps import run as run_capped
+from edge_gemma.benchmarks.systems import Task
+
+from edge_gemma.machine import footprint as memory
+from edge_gemma.machine.peak import PeakSampler
 
 WALK_DUTY = 0.004  # walking the page tables of 1.5 GB takes 15 ms of a core that the measured threads want: of two, one waits for the other
 
@@ -211,7 +212,7 @@ def _cold_ranges(path: Path) -> tuple[Path | None, list[tuple[int, int]]]:
     """The decoder's file and the byte ranges its manifest does not read whole for every token."""
     if path.is_file():
         return path, []
-    from ..bundle import Bundle
+    from edge_gemma.bundles.folder import Bundle
 
     bundle = Bundle.open(path)
     return bundle.decoder_path, [(t.offset, t.nbytes) for t in bundle.manifest.decoder.tensors if t.use != "matmul"]

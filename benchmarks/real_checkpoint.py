@@ -15,10 +15,10 @@ import struct
 from pathlib import Path
 
 import numpy as np
+from edge_gemma.convert.vocabulary import UNKNOWN, USER_DEFINED
 
-from ..convert.vocabulary import UNKNOWN, USER_DEFINED
-from ..errors import MissingExtra
-from ..gguf_header import Header, Skipped, read_header
+from edge_gemma.bundles.gguf import Header, Skipped, read_header
+from edge_gemma.errors import MissingExtra
 
 # GGUF → transformers, the inverse of the converter's table for gemma3
 _LAYER = {

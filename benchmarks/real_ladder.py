@@ -19,11 +19,11 @@ import sys
 import warnings
 from pathlib import Path
 
-from ..convert.imatrix import calibrate
-from ..convert.ladder import Rung, run, table, time_kept
-from ..convert.pipeline import Options, convert
-from .machine import describe_machine
-from .real_checkpoint import sample_gguf, write_checkpoint
+from edge_gemma.benchmarks.machine import describe_machine
+from edge_gemma.benchmarks.real_checkpoint import sample_gguf, write_checkpoint
+from edge_gemma.convert.imatrix import calibrate
+from edge_gemma.convert.ladder import Rung, run, table, time_kept
+from edge_gemma.convert.pipeline import Options, convert
 
 RECIPES = "q8_0,q6_k,q5_k_m,q4_k_m,q4_k_m+imatrix,q4_0,q4_0+imatrix,iq4_xs,iq4_xs+imatrix,q3_k_m,edge+imatrix,edge_fast+imatrix"
 CALIBRATION_MODULES = (

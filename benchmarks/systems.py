@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
+
 @dataclass(frozen=True)
 class Task:
     """One run. ``path`` is a bundle for ``edge-gemma`` and a GGUF (or what that system reads) for others. Sizes in tokens."""
@@ -73,7 +74,7 @@ class LlamaCpp(System):
 
         import llama_cpp
 
-        from ..llama import leave_amx_out
+        from edge_gemma.engines.llama.library import leave_amx_out
 
         leave_amx_out()
         self._quiet = llama_cpp.llama_log_callback(lambda *_: None)

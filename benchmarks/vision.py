@@ -31,14 +31,14 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+from edge_gemma.benchmarks.machine import describe_machine
+from edge_gemma.benchmarks.vision_checkpoint import SIZES, write_checkpoint
+from edge_gemma.benchmarks.vision_mtmd import TYPES as MTMD_TYPES
+from edge_gemma.benchmarks.vision_mtmd import of_width, soft_tokens, write_mmproj
 
-from ..errors import EdgeGemmaError, RuntimeFailure, UsageError
-from ..memory import PeakSampler
-from ..units import MiB
-from .machine import describe_machine
-from .vision_checkpoint import SIZES, write_checkpoint
-from .vision_mtmd import TYPES as MTMD_TYPES
-from .vision_mtmd import of_width, soft_tokens, write_mmproj
+from edge_gemma.errors import EdgeGemmaError, RuntimeFailure, UsageError
+from edge_gemma.machine.peak import PeakSampler
+from edge_gemma.units import MiB
 
 _PROBE = 997  # every so many-th value of the soft tokens is compared; likewise in vision_torch.py
 
@@ -69,7 +69,7 @@ def _normalized(kind: str) -> np.ndarray:  # [1, 3, size, size] float32, as the 
 
 
 def _ours(folder: str, kind: str, threads: str) -> Iterator:
-    from ..encode import open_onnx, run_onnx
+    from edge_gemma.engines.onnx.runtime import open_onnx, run_onnx
 
     session = open_onnx(Path(folder) / "vision_encoder.onnx", n_threads=int(threads), spin=True, in_place=True, sides={"side": SIZES[kind]})
     yield None
@@ -143,8 +143,8 @@ class Choice:
 
 def prepare(choice: Choice, work: Path) -> list[tuple[str, list[str]]]:
     """Converts, exports and writes what the contenders need into ``work``, as far as it is not there. Returns (name, command) of each contender."""
-    from ..convert.checkpoint import Checkpoint
-    from ..convert.vision import TIMM, write_vision_encoder
+    from edge_gemma.convert.checkpoint import Checkpoint
+    from edge_gemma.convert.vision import TIMM, write_vision_encoder
 
     checkpoint = Checkpoint.open(choice.folder)
     kind = "mobilenetv5" if TIMM + "conv_stem.conv.weight" in checkpoint.names() else "siglip"
@@ -205,8 +205,8 @@ def run(commands: list[tuple[str, list[str]]], rounds: int) -> list[dict]:
 
 def activations(folder: Path, precisions: list[str]) -> None:
     """Anonymous memory at the peak of one image, beyond an opened session, for each input size."""
-    from ..convert.checkpoint import Checkpoint
-    from ..convert.vision import write_vision_encoder
+    from edge_gemma.convert.checkpoint import Checkpoint
+    from edge_gemma.convert.vision import write_vision_encoder
 
     checkpoint = Checkpoint.open(folder)
     for precision in precisions:
@@ -219,8 +219,8 @@ def activations(folder: Path, precisions: list[str]) -> None:
 
 
 def _activation(folder: str, size: int) -> None:
-    from ..encode import open_onnx
-    from ..memory import quick, trim_heap
+    from edge_gemma.engines.onnx.runtime import open_onnx
+    from edge_gemma.machine.footprint import quick, trim_heap
 
     session = open_onnx(Path(folder) / "vision_encoder.onnx", n_threads=2, spin=True, in_place=True, sides={"side": size})
     pixels, before = np.zeros((1, 3, size, size), np.float32), quick().anon_bytes
@@ -244,8 +244,8 @@ KINDS = {
 
 def kinds(folder: Path) -> list[dict]:
     """int8 for one kind of layer at a time, the rest float32: MiB saved, error of the soft tokens (relative rms), seconds of one image."""
-    from ..convert.checkpoint import Checkpoint
-    from ..convert.vision import write_vision_encoder
+    from edge_gemma.convert.checkpoint import Checkpoint
+    from edge_gemma.convert.vision import write_vision_encoder
 
     checkpoint, exact, rows = Checkpoint.open(folder), None, []
     kind = "mobilenetv5" if any(".timm_model." in name for name in checkpoint.names()) else "siglip"
@@ -269,12 +269,12 @@ def kinds(folder: Path) -> list[dict]:
 def make_bundle(folder: Path, decoder: Path, out: Path, precision: str) -> None:
     """The tower of ``folder`` and the decoder of a GGUF as one bundle, for measuring both together."""
     import msgspec
+    from edge_gemma.convert.audio import hard_rows
+    from edge_gemma.convert.checkpoint import Checkpoint
+    from edge_gemma.convert.vision import write_vision_encoder
 
-    from ..bundle import BundleWriter, file_entry
-    from ..convert.audio import hard_rows
-    from ..convert.checkpoint import Checkpoint
-    from ..convert.vision import write_vision_encoder
-    from ..importer import import_gguf
+    from edge_gemma.bundles.folder import BundleWriter, file_entry
+    from edge_gemma.store.importer import import_gguf
 
     checkpoint, embedder = Checkpoint.open(folder), "model.embed_vision."
     with tempfile.TemporaryDirectory(dir=out.parent) as temporary, BundleWriter(out) as writer:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UsageError
+from edge_gemma.errors import UsageError
 
 SIZES = {"siglip": 896, "mobilenetv5": 768}  # kind → pixels a side
 MOBILENET_WIDTH = 2048  # of MobileNetV5's output

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from edge_gemma.benchmarks.vision_checkpoint import MOBILENET_WIDTH, SIZES
 
-from ..errors import UsageError
-from ..gguf_header import read_header
-from .vision_checkpoint import MOBILENET_WIDTH, SIZES
+from edge_gemma.bundles.gguf import read_header
+from edge_gemma.errors import UsageError
 
 TYPES = ("f32", "f16", "q8_0")
 
@@ -29,8 +29,7 @@ _MMPROJ = (
 def write_mmproj(checkpoint, path: Path, dtype: str = "f16") -> None:
     """An ``mmproj`` GGUF of a checkpoint's tower, as llama.cpp's ``conversion/gemma.py`` lays it out (matrices and convolutions at ``dtype``, the rest F32)."""
     import gguf
-
-    from ..convert.quantize import fitting_type, quantize_rows
+    from edge_gemma.convert.quantize import fitting_type, quantize_rows
 
     if dtype not in TYPES:
         raise UsageError(f"unknown type {dtype!r} of an mmproj file; choose one of {', '.join(TYPES)}")

@@ -23,7 +23,9 @@ def module(folder: str, kind: str):
     class Siglip(torch.nn.Module):
         def __init__(self):
             from transformers import Gemma3Config
-            from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
+            from transformers.models.gemma3.modeling_gemma3 import (
+                Gemma3MultiModalProjector,
+            )
 
             super().__init__()
             self.vision_tower = AutoModel.from_config(vision)
@@ -36,7 +38,9 @@ def module(folder: str, kind: str):
     class MobileNet(torch.nn.Module):
         def __init__(self):
             from transformers import Gemma3nTextConfig
-            from transformers.models.gemma3n.modeling_gemma3n import Gemma3nMultimodalEmbedder
+            from transformers.models.gemma3n.modeling_gemma3n import (
+                Gemma3nMultimodalEmbedder,
+            )
 
             super().__init__()
             self.vision_tower = AutoModel.from_config(vision)

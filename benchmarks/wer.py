@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import EdgeGemmaError, UsageError
+from edge_gemma.errors import EdgeGemmaError, UsageError
 
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3")
 
@@ -71,7 +71,7 @@ def dataset(folder: Path) -> Iterator[tuple[Path, str]]:
 
 def measure(hear: Callable[[Iterable[np.ndarray]], str], pairs: Iterable[tuple[Path, str]], progress=lambda line: None) -> dict:
     """``hear(blocks) -> text`` over the pairs → totals. A file that cannot be read is counted, not skipped silently."""
-    from ..listen import file_blocks
+    from edge_gemma.conversation.listener import file_blocks
 
     n_words = n_errors = n_files = n_failed = 0
     for path, text in pairs:
@@ -93,9 +93,14 @@ def run(bundle: str, folder: Path, *, language: str | None = None, limit: int | 
     """Load the bundle and measure it, greedily."""
     from itertools import islice
 
-    from .. import load
-    from ..listen import TRANSCRIBE, TRANSCRIBE_ANY, ListenOptions, transcribe
-    from ..sample import Options
+    from edge_gemma import load
+    from edge_gemma.conversation.listener import (
+        TRANSCRIBE,
+        TRANSCRIBE_ANY,
+        ListenOptions,
+        transcribe,
+    )
+    from edge_gemma.options import Options
 
     pairs = list(islice(dataset(folder), limit))
     instruction = TRANSCRIBE.format(language=language) if language else TRANSCRIBE_ANY

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from .systems import OWN, System, Task, sound
+from edge_gemma.benchmarks.systems import OWN, System, Task, sound
 
 # Own text, repeated as far as a prompt needs; a base model continues it without ever ending.
 PASSAGE = (
@@ -31,7 +31,9 @@ def say(**fields) -> None:
 def find_system(name: str) -> type[System]:
     if name in OWN:
         return OWN[name]
-    from . import rivals  # late: what a rival needs (sockets, HTTP) must not count as memory of ours
+    from edge_gemma.benchmarks import (
+        rivals,  # late: what a rival needs (sockets, HTTP) must not count as memory of ours
+    )
 
     return rivals.SYSTEMS[name]
 
@@ -101,7 +103,7 @@ def answer_latency(system: System) -> list[dict]:
     ``text``: a conversation of ``n_prompt`` tokens stands in the cache; the clock starts with a new turn of 32.
     """
     from edge_gemma import Audio, Options, Rows, Tokens
-    from edge_gemma.prompt import Message
+    from edge_gemma.messages import Message
 
     task, model = system.task, system.model
     first_token = Options(temperature=0, max_tokens=task.n_predict)

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from edge_gemma.convert.checkpoint import Checkpoint
+from edge_gemma.convert.onnx_writer import OnnxWriter, Precision
 
-from ..bundle import AudioEncoder
-from ..errors import CheckpointError, UnsupportedModel
-from .checkpoint import Checkpoint
-from .onnx_writer import OnnxWriter, Precision
+from edge_gemma.bundles.manifest import AudioEncoder
+from edge_gemma.errors import CheckpointError, UnsupportedModel
 
 FILE = "audio_encoder.onnx"
 TOWER, EMBEDDER = "model.audio_tower.", "model.embed_audio."

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import CheckpointError
-from ..units import MiB, format_bytes
+from edge_gemma.errors import CheckpointError
+from edge_gemma.units import MiB, format_bytes
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 MAX_JSON_BYTES = 256 * MiB  # tokenizer.json of Gemma has 33 MB, an index less than 1 MB

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from edge_gemma.convert.gemma import SPARSE_LAYERS, SPARSITY_MULTIPLIER, Dims, Source
+from edge_gemma.convert.gguf_writer import gguf_header, padded
+from edge_gemma.convert.quantize import quantize_rows
+from edge_gemma.convert.vocabulary import Vocabulary
 
-from ..bundle import File
-from ..gguf_header import TYPE_SIZES, layout_rank
-from .gemma import SPARSE_LAYERS, SPARSITY_MULTIPLIER, Dims, Source
-from .gguf_writer import gguf_header, padded
-from .quantize import quantize_rows
-from .vocabulary import Vocabulary
+from edge_gemma.bundles.gguf import TYPE_SIZES, layout_rank
+from edge_gemma.bundles.manifest import File
 
 CHUNK_VALUES = 1 << 21  # 8 MiB as float32: large enough to hide Python, small enough for a board
 Progress = Callable[[int], None]

@@ -12,10 +12,17 @@ from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
+from edge_gemma.convert.checkpoint import Checkpoint
 
-from ..errors import CheckpointError, UnsupportedModel
-from ..importer import GEMMA3N_ALTUP, GEMMA3N_KV_LAYERS, GEMMA3N_LAUREL, SUPPORTED, SWA_PERIOD, expected_tensors
-from .checkpoint import Checkpoint
+from edge_gemma.bundles.description import (
+    GEMMA3N_ALTUP,
+    GEMMA3N_KV_LAYERS,
+    GEMMA3N_LAUREL,
+    SUPPORTED,
+    SWA_PERIOD,
+    expected_tensors,
+)
+from edge_gemma.errors import CheckpointError, UnsupportedModel
 
 PREFIX = "model.language_model."
 SPARSE_LAYERS, SPARSITY, SPARSITY_MULTIPLIER = 10, 0.95, 1.6448536  # the 95 % quantile of a normal distribution

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from edge_gemma.convert.quantize import TYPE_IDS
 
-from ..errors import RuntimeFailure, UsageError
-from .quantize import TYPE_IDS
+from edge_gemma.errors import RuntimeFailure, UsageError
 
 ALIGNMENT = 32  # GGUF's default
 _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9

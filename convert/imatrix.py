@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from edge_gemma.convert.gemma import Mapping
+from edge_gemma.convert.gguf_writer import check_output, write_gguf
 
-from ..bundle import Bundle
-from ..errors import BundleError, UsageError
-from ..gguf_header import read_header
-from .gemma import Mapping
-from .gguf_writer import check_output, write_gguf
+from edge_gemma.bundles.folder import Bundle
+from edge_gemma.bundles.gguf import read_header
+from edge_gemma.errors import BundleError, UsageError
 
 CHUNK_TOKENS = 512
 _SUM, _COUNT = ".in_sum2", ".counts"
@@ -108,7 +108,8 @@ def calibrate(
 
     ``max_tokens`` bounds the work (0: the whole text). Raises UsageError (too little text, ``out`` exists), BundleError.
     """
-    from .. import decode, llama
+    from edge_gemma.engines.llama import decoder as decode
+    from edge_gemma.engines.llama.calibration import watch_matmuls
 
     check_output(out, overwrite=overwrite)
     try:
@@ -135,7 +136,7 @@ def calibrate(
         n_chunks = min(len(ids), max_tokens or len(ids)) // step
         if not n_chunks:
             raise UsageError(f"{text} has {len(ids)} tokens; calibrating needs at least {step}, better 20,000 or more")
-        context = decoder.context(n_outputs=settings.n_ubatch, on_tensor=llama.watch_matmuls(wanted, collect))
+        context = decoder.context(n_outputs=settings.n_ubatch, on_tensor=watch_matmuls(wanted, collect))
         start = [decoder.bos] if decoder.add_bos else []
         for k in range(n_chunks):
             for _ in context.evaluate([decode.Tokens((*start, *ids[k * step : (k + 1) * step]))]):

@@ -16,13 +16,14 @@ from pathlib import Path
 from statistics import median
 
 import msgspec
+from edge_gemma.convert.pipeline import Options, convert
+from edge_gemma.convert.quality import Receipt, compare, measure_speed
+from edge_gemma.convert.recipe import read_recipe
 
-from ..bundle import MANIFEST, Bundle
-from ..errors import RuntimeFailure, UsageError
-from ..units import MiB
-from .pipeline import Options, convert
-from .quality import Receipt, compare, measure_speed
-from .recipe import read_recipe
+from edge_gemma.bundles.folder import Bundle
+from edge_gemma.bundles.manifest import MANIFEST
+from edge_gemma.errors import RuntimeFailure, UsageError
+from edge_gemma.units import MiB
 
 REFERENCE = "bf16"
 TABLE = "table.json"

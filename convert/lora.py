@@ -13,12 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from edge_gemma.convert.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    canonical_name,
+    read_header,
+    read_json,
+)
+from edge_gemma.convert.gemma import PREFIX, Dims, family_of, read_dims
+from edge_gemma.convert.gguf_writer import check_output, write_gguf
 
-from ..errors import CheckpointError, UnsupportedModel, UsageError
-from ..importer import GEMMA3N_KV_LAYERS
-from .checkpoint import DTYPES, Checkpoint, canonical_name, read_header, read_json
-from .gemma import PREFIX, Dims, family_of, read_dims
-from .gguf_writer import check_output, write_gguf
+from edge_gemma.bundles.description import GEMMA3N_KV_LAYERS
+from edge_gemma.errors import CheckpointError, UnsupportedModel, UsageError
 
 # transformers' module → GGUF's tensor, where llama.cpp multiplies with build_lora_mm (src/models/gemma3.cpp, gemma3n.cpp)
 _TARGETS = {
@@ -98,7 +104,7 @@ def _pattern(patterns, module: str, default):
 
 
 def _shape(dims: Dims, target: str) -> tuple[int, int]:
-    from .gemma import _checkpoint_shapes
+    from edge_gemma.convert.gemma import _checkpoint_shapes
 
     return _checkpoint_shapes(dims)[f"{PREFIX}layers.0.{target}.weight"]
 

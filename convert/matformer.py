@@ -9,19 +9,14 @@ front, as they were nested in training; all layers have one width, because llama
 
 from __future__ import annotations
 
-import sys
+import tomllib
 from pathlib import Path
 
 import msgspec
+from edge_gemma.convert.gemma import Cut, Dims
 
-from ..errors import UnsupportedModel, UsageError
-from ..importer import GEMMA3N_KV_LAYERS
-from .gemma import Cut, Dims
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from edge_gemma.bundles.description import GEMMA3N_KV_LAYERS
+from edge_gemma.errors import UnsupportedModel, UsageError
 
 E4B_LAYERS = 35
 E2B_DROPS = tuple(range(20, 25))  # and half the FFN: what Google's E2B is of E4B

@@ -13,11 +13,13 @@ import re
 from pathlib import Path
 
 import numpy as np
+from edge_gemma.convert.vision import write_vision_encoder
 
-from ..bundle import VisionEncoder
-from ..errors import BundleError, UnsupportedModel
-from ..gguf_header import Header, TensorInfo, read_header
-from .vision import write_vision_encoder
+from edge_gemma.bundles.description import Description
+from edge_gemma.bundles.gguf import Header, TensorInfo, read_header
+from edge_gemma.bundles.manifest import VisionEncoder
+from edge_gemma.errors import BundleError, UnsupportedModel
+from edge_gemma.store.importer import WriteVision
 
 _TOWER, _PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."
 _FIXED = {
@@ -134,3 +136,22 @@ def _config(header: Header, path: Path) -> dict:
             "layer_norm_eps": number("clip.vision.attention.layer_norm_epsilon", (int, float), 1e-6),
         },
     }
+
+
+def vision_writer(mmproj: str | Path, precision: str = "f16") -> WriteVision:
+    """What ``import_gguf`` calls to give an imported Gemma 3 its vision encoder. It raises UnsupportedModel, BundleError."""
+    mmproj = Path(mmproj)
+
+    def write(folder: Path, description: Description) -> VisionEncoder:
+        missing = [token for token in ("start_of_image", "end_of_image") if token not in description.special_tokens]
+        if description.family != "gemma3" or missing:
+            without = f" without {missing[0]}" if missing else ""
+            raise UnsupportedModel(f"{mmproj.name} belongs to a Gemma 3 that sees; {description.name} is a {description.family}{without}")
+        part = vision_from_mmproj(mmproj, folder, precision)
+        if part.n_embd != description.decoder.n_embd:
+            raise BundleError(
+                f"{mmproj.name} gives rows {part.n_embd} wide, {description.name} takes {description.decoder.n_embd}: they belong to different models"
+            )
+        return part
+
+    return write

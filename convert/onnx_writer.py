@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from ..errors import UsageError
+from edge_gemma.errors import UsageError
 
 Precision = Literal["f32", "f16", "int8", "int8-block", "int4-block"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)

@@ -16,16 +16,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from edge_gemma.convert.checkpoint import Checkpoint
+from edge_gemma.convert.decoder import CHUNK_VALUES, Layout, plan_layout, write_decoder
+from edge_gemma.convert.gemma import TOWERS, Mapping, map_tensors, read_dims
+from edge_gemma.convert.recipe import Recipe, choose_types, read_recipe
+from edge_gemma.convert.vocabulary import Vocabulary, read_vocabulary
 
-from ..bundle import Bundle, BundleWriter, Manifest, Source, file_entry
-from ..errors import CheckpointError, RuntimeFailure, UsageError
-from ..importer import describe
-from ..units import MiB, format_bytes
-from .checkpoint import Checkpoint
-from .decoder import CHUNK_VALUES, Layout, plan_layout, write_decoder
-from .gemma import TOWERS, Mapping, map_tensors, read_dims
-from .recipe import Recipe, choose_types, read_recipe
-from .vocabulary import Vocabulary, read_vocabulary
+from edge_gemma.bundles.description import describe
+from edge_gemma.bundles.folder import Bundle, BundleWriter, file_entry
+from edge_gemma.bundles.manifest import Manifest, Source
+from edge_gemma.errors import CheckpointError, RuntimeFailure, UsageError
+from edge_gemma.units import MiB, format_bytes
 
 DECODER = "decoder.gguf"
 SPECIAL_ROWS = "special_rows.npy"
@@ -120,18 +121,18 @@ def prepare(folder: str | Path, options: Options) -> Prepared:
     dims = read_dims(checkpoint.config)
     cut = None
     if options.slice:
-        from .matformer import read_cut
+        from edge_gemma.convert.matformer import read_cut
 
         cut = read_cut(options.slice, dims)
     mapping = map_tensors(checkpoint, dims, cut, untied=recipe.untied)
     tensors = checkpoint
     if options.merge:
-        from .lora import Merged
+        from edge_gemma.convert.lora import Merged
 
         tensors = Merged(checkpoint, dims, options.merge)
     importance = {}
     if options.imatrix:
-        from .imatrix import read_importance
+        from edge_gemma.convert.imatrix import read_importance
 
         importance = read_importance(Path(options.imatrix), mapping)
     types, notes = choose_types(recipe, mapping, has_imatrix=bool(options.imatrix))
@@ -190,14 +191,16 @@ def convert(folder: str | Path, out: str | Path, options: Options = Options(), r
         quality = _receipt(prepared, options, path, report) if options.check else None
         manifest = _manifest(prepared, options, path, files, special_rows, towers, quality)
         if options.verify:
-            from ..llama import check_loads  # late: starts a child process with llama.cpp
+            from edge_gemma.engines.llama.library import (
+                check_loads,  # late: starts a child process with llama.cpp
+            )
 
             check_loads(path)
         bundle = writer.commit(manifest)
     seconds = time.perf_counter() - started
     sample = None
     if options.verify:
-        from .quality import try_out
+        from edge_gemma.convert.quality import try_out
 
         report.stage("verify")
         bundle.verify()
@@ -207,7 +210,7 @@ def convert(folder: str | Path, out: str | Path, options: Options = Options(), r
 
 def _receipt(prepared: Prepared, options: Options, path: Path, report: Report) -> dict:
     """Quality against the same weights in bf16, written beside for the time it takes."""
-    from .quality import compare
+    from edge_gemma.convert.quality import compare
 
     reference = path.with_name(".reference.gguf")
     write_decoder(reference, _reference_layout(prepared), prepared.tensors, n_threads=options.threads())
@@ -233,7 +236,7 @@ def _write_special_rows(checkpoint: Checkpoint, folder: Path) -> tuple[str, ...]
     wanted = [(name, embedder, index) for name, embedder, index in _HARD_ROWS if f"{embedder}hard_embedding_norm.weight" in checkpoint]
     if not wanted:
         return ()
-    from .audio import hard_rows
+    from edge_gemma.convert.audio import hard_rows
 
     rows = [hard_rows(checkpoint, embedder, [checkpoint.shape(f"{embedder}embedding.weight")[0] - 1 if index is None else index]) for _, embedder, index in wanted]
     np.save(folder / SPECIAL_ROWS, np.concatenate(rows).astype(np.float32))

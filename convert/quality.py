@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..bundle import Bundle
-from ..errors import BundleError, UsageError
+from edge_gemma.bundles.folder import Bundle
+from edge_gemma.errors import BundleError, UsageError
 
 CHUNK_TOKENS = 512
 BLOCK_ROWS = 64  # logits rows at a time: 64 × 262,144 × 4 bytes = 64 MiB a model
@@ -49,7 +49,7 @@ def compare(
 
     Raises UsageError (too little text, another vocabulary), BundleError.
     """
-    from .. import decode
+    from edge_gemma.engines.llama import decoder as decode
 
     n_threads = n_threads or os.cpu_count() or 1
     settings = decode.Settings(n_ctx=CHUNK_TOKENS, n_ubatch=BLOCK_ROWS, n_threads=n_threads, flash_attention=False)
@@ -171,10 +171,10 @@ def _child(bundle: Bundle, request: dict) -> dict:
 
 
 def _in_child(folder: str, request: str) -> None:
-    from .. import decode
-    from ..weights import Weights
-    from ..memory import rollup
-    from ..plan import Plan, Settings
+    from edge_gemma.engines.llama import decoder as decode
+    from edge_gemma.engines.llama.weights import Weights
+    from edge_gemma.machine.footprint import rollup
+    from edge_gemma.plan.records import Plan, Settings
 
     bundle, wanted = Bundle.open(folder), json.loads(request)
     n_threads = wanted.get("n_threads") or len(os.sched_getaffinity(0))

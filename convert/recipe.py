@@ -12,20 +12,15 @@ them to what ``llama_model_quantize`` chooses.
 from __future__ import annotations
 
 import re
-import sys
+import tomllib
 from pathlib import Path
 from typing import Literal
 
 import msgspec
+from edge_gemma.convert.gemma import Mapping, Source
+from edge_gemma.convert.quantize import TYPES, fitting_type
 
-from ..errors import UsageError
-from .gemma import Mapping, Source
-from .quantize import TYPES, fitting_type
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from edge_gemma.errors import UsageError
 
 FOLDER = Path(__file__).parent / "recipes"
 # Matrices llama.cpp never quantizes (tensor_allows_quantization); of them the two coefficient tables stay F32 in its converter

@@ -2,7 +2,7 @@
 
 In: anything with ``config``, ``names()``, ``shape(name)`` and ``read(name)`` under canonical names: a
 :class:`~edge_gemma.convert.checkpoint.Checkpoint`, or an ``mmproj`` GGUF (:class:`~edge_gemma.convert.mmproj.Mmproj`). Out: the ONNX files in a folder and
-the manifest's :class:`~edge_gemma.bundle.VisionEncoder`. One tensor is in memory at a time. It never imports torch or timm.
+the manifest's :class:`~edge_gemma.bundles.manifest.VisionEncoder`. One tensor is in memory at a time. It never imports torch or timm.
 
 The graph takes ``pixels [1, 3, side, side]`` float32 and gives ``soft_tokens [256, n_embd]`` float32. Inside, values lie
 channel-last, ``[rows, C]``: a 1×1 convolution is then a plain matrix product on weights used as they lie in the mapped file, and a
@@ -20,11 +20,11 @@ from math import gcd, isqrt
 from pathlib import Path
 
 import numpy as np
+from edge_gemma.convert.onnx_writer import MICROSOFT, OPSET_OF_BLOCKS, OnnxWriter
 
-from ..bundle import VisionEncoder
-from ..errors import CheckpointError, UsageError
-from ..units import MiB
-from .onnx_writer import MICROSOFT, OPSET_OF_BLOCKS, OnnxWriter
+from edge_gemma.bundles.manifest import VisionEncoder
+from edge_gemma.errors import CheckpointError, UsageError
+from edge_gemma.units import MiB
 
 FILE = "vision_encoder.onnx"
 PRECISIONS = ("f32", "f16", "int8")
@@ -33,7 +33,7 @@ MSFA_SIDE = 16  # timm: msfa_output_resolution; 16 × 16 = 256 soft tokens for e
 MOBILENET_SIZES = (768, 512, 256)  # the model card's; each is a multiple of 16 · 16, so that fusion pools whole windows
 STRIPS = 8  # the early stages run in strips of the picture: 192² × 768 values would be 113 MB, several times over
 MSFA_STRIPS = 4  # divides MSFA_SIDE
-# Peak beyond the weights of MobileNetV5 while it runs as edge_gemma.encode runs it (MiB, by precision and input side), measured by
+# Peak beyond the weights of MobileNetV5 while it runs as edge_gemma.seeing.encoder runs it (MiB, by precision and input side), measured by
 # `python -m edge_gemma.benchmarks.vision activations FOLDER`; half and int8 weights are widened one at a time, which counts here. What lives at the same
 # moment, and what the heap keeps between, differs from picture to picture by half: this is the highest of eight and a tenth.
 MOBILENET_ACTIVATION_MIB = {"f32": {768: 260, 512: 115, 256: 32}, "f16": {768: 540, 512: 365, 256: 160}, "int8": {768: 440, 512: 280, 256: 150}}

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from edge_gemma.convert.checkpoint import MAX_JSON_BYTES, read_json
 
-from ..errors import CheckpointError
-from ..units import format_bytes
-from .checkpoint import MAX_JSON_BYTES, read_json
+from edge_gemma.errors import CheckpointError
+from edge_gemma.units import format_bytes
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # sentencepiece_model.proto = llama.cpp's token types
 MAX_PIECES = 1 << 24

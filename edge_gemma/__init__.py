@@ -9,10 +9,22 @@ from __future__ import annotations
 import importlib
 
 _HOMES = {
-    "load": "model", "Model": "model", "Options": "sample", "Request": "plan", "Session": "session", "Chat": "chat",
-    "Chunk": "stream", "Tokens": "spans", "Rows": "spans", "Image": "prompt", "Audio": "prompt", "Video": "video", "Picture": "vision", "Bundle": "bundle",
+    "Audio": "messages",
+    "Bundle": "bundles.folder",
+    "Chat": "conversation.chat",
+    "Chunk": "conversation.stream",
     "EdgeGemmaError": "errors",
-}  # fmt: skip
+    "Image": "messages",
+    "Model": "model",
+    "Options": "options",
+    "Picture": "seeing.picture",
+    "Request": "plan.records",
+    "Rows": "spans",
+    "Session": "conversation.session",
+    "Tokens": "spans",
+    "Video": "seeing.video",
+    "load": "model",
+}
 __all__ = sorted(_HOMES)
 __version__ = "0.1.0"
 

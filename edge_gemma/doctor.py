@@ -17,11 +17,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .device import Device, probe, read_text, repack_rules, repacked
-from .errors import EdgeGemmaError
-from .gguf_header import GGML_TYPES
-from .store import home
-from .units import GiB, MiB, format_bytes
+from edge_gemma.bundles.gguf import GGML_TYPES
+from edge_gemma.errors import EdgeGemmaError
+from edge_gemma.machine.device import Device
+from edge_gemma.machine.probe import probe, read_text
+from edge_gemma.machine.repack import repack_rules, repacked
+from edge_gemma.store.installed import home
+from edge_gemma.units import GiB, MiB, format_bytes
 
 # extra → what it is for, packages, shared libraries with their Debian packages
 EXTRAS = {
@@ -98,7 +100,7 @@ def examine(root: str | Path = "/", *, device: Device | None = None, llama: Call
 
 def ask_llama() -> Llama:
     """Version, GPU support and repacked types of the installed llama.cpp. Raises EdgeGemmaError when it cannot be loaded."""
-    from . import llama
+    from edge_gemma.engines.llama import library as llama
 
     gpu = llama.supports_gpu()
     kinds = {name: id for id, (name, _, _) in GGML_TYPES.items()}

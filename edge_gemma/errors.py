@@ -55,7 +55,7 @@ class CheckpointError(EdgeGemmaError):
 
 
 class PlanRefused(EdgeGemmaError):
-    """``plan`` is the refused :class:`edge_gemma.plan.Plan`; the message shows its arithmetic."""
+    """``plan`` is the refused :class:`edge_gemma.plan.records.Plan`; the message shows its arithmetic."""
 
     exit_code = 4
 

@@ -14,21 +14,26 @@ from pathlib import Path
 
 import numpy as np
 
-from .bundle import Bundle
-from .cache import Cache
-from .chat import Chat
-from .decode import EVALUATE_ROWS
-from .device import Device, find_device, probe
-from .errors import UsageError
-from .memory import quick
-from .plan import RUNTIME_ANON_BYTES, Plan, Request, make_plan
-from .prompt import Audio, Image, Prompt, read_special_rows
-from .sample import Options, Sampler
-from .session import Session
-from .spans import Span, Tokens
-from .stream import Chunk, TextStream, Usage
-from .units import parse_bytes
-from .weights import Weights, repacked_here
+from edge_gemma.bundles.folder import Bundle
+from edge_gemma.conversation.batch import _Lane
+from edge_gemma.conversation.chat import Chat
+from edge_gemma.conversation.sequences import Cache
+from edge_gemma.conversation.session import Session
+from edge_gemma.conversation.stream import Chunk
+from edge_gemma.engines.llama.decoder import EVALUATE_ROWS
+from edge_gemma.engines.llama.weights import Weights, repacked_here
+from edge_gemma.errors import UsageError
+from edge_gemma.machine.device import Device
+from edge_gemma.machine.footprint import quick
+from edge_gemma.machine.probe import find_device, probe
+from edge_gemma.messages import Audio, Image
+from edge_gemma.options import Options
+from edge_gemma.plan.costs import RUNTIME_ANON_BYTES
+from edge_gemma.plan.ladder import make_plan
+from edge_gemma.plan.records import Plan, Request
+from edge_gemma.prompts.prompt import Prompt, read_special_rows
+from edge_gemma.spans import Span, Tokens
+from edge_gemma.units import parse_bytes
 
 PromptLike = str | Sequence[Span]
 
@@ -52,7 +57,7 @@ def load(
     True
     """
     if not isinstance(bundle, Bundle):
-        from .store import resolve
+        from edge_gemma.store.installed import resolve
 
         bundle = Bundle.open(resolve(bundle))
     changes = {"budget_bytes": None if budget is None else parse_bytes(budget), "n_ctx": n_ctx}
@@ -233,8 +238,8 @@ class Model:
         return self.encoder("vision")(image)
 
     def media(self, parts: Sequence, *, pan_and_scan: bool = False, used_tokens: int = 0) -> list:
-        """A message's parts with videos cut into frames and pictures checked, before anything is encoded; see :func:`edge_gemma.look.prepare`."""
-        from .look import prepare
+        """A message's parts with videos cut into frames and pictures checked, before anything is encoded; see :func:`edge_gemma.seeing.soft_tokens.prepare`."""
+        from edge_gemma.seeing.soft_tokens import prepare
 
         manifest = self.bundle.manifest
         return prepare(parts, manifest.vision, self.plan.settings.n_ctx - used_tokens, pan_and_scan=pan_and_scan, name=manifest.name)
@@ -244,7 +249,7 @@ class Model:
         if isinstance(part, Image):
             return self.encode_image(part)
         if isinstance(part.source, str | os.PathLike):
-            from .audio import read_audio
+            from edge_gemma.hearing.sound import read_audio
 
             return self.encode_audio(read_audio(part.source))
         return self.encode_audio(part.source)
@@ -259,12 +264,12 @@ class Model:
                 self.release_encoders()
             n_threads = self.plan.settings.n_threads
             if name == "audio":
-                from .encode import AudioEncoder
+                from edge_gemma.hearing.encoder import AudioEncoder
 
                 self._encoders[name] = AudioEncoder(self.bundle, n_threads=n_threads)
             else:
-                from .look import Look
-                from .softcache import SoftTokenCache
+                from edge_gemma.seeing.cache import SoftTokenCache
+                from edge_gemma.seeing.soft_tokens import Look
 
                 keep = self.plan.settings.encoders == "resident"
                 self._encoders[name] = Look(self.bundle, n_threads=n_threads, keep=keep, cache=SoftTokenCache())
@@ -284,55 +289,6 @@ class Model:
 
     def __exit__(self, *_) -> None:
         self.close()
-
-
-class _Lane:
-    """One prompt of a batch."""
-
-    def __init__(self, model: Model, index: int, spans: list[Span], options: Options):
-        self.index, self.options, self._model = index, options, model
-        self.session = Session(model.cache)
-        self.session.replace(spans)
-        self.session.busy = True
-        self._prompt_tokens = self.session.length
-        seed = None if options.seed is None else (options.seed + index) % 2**32
-        self._sampler = Sampler(model.decoder, dataclasses.replace(options, seed=seed))
-        self._stream = TextStream(options.stop)
-        self.ids: list[int] = []
-        self._out: list[Chunk] = []
-        self.done = False
-
-    def next_id(self, row: int) -> None:
-        decoder, context = self._model.decoder, self._model.cache.context
-        token = self._sampler.sample(context, row)
-        logprobs = (self._sampler.logprob(context, token, row),) if self.options.logprobs is not None else ()
-        if decoder.is_end(token):
-            return self._finish("stop")
-        self.ids.append(token)
-        self.session._keys.append(token)
-        self._out.append(Chunk(self._stream.push(decoder.piece(token)), (token,), logprobs))
-        if self._stream.stopped:
-            self._finish("stop_string")
-        elif len(self.ids) >= self.options.max_tokens:
-            self._finish("length")
-        elif self.session.length >= self.session.n_ctx:
-            self._finish("context")
-
-    def _finish(self, reason: str) -> None:
-        usage = Usage(self._prompt_tokens, 0, len(self.ids), self._sampler.seed)
-        self._out.append(Chunk(self._stream.finish(), finish_reason=reason, usage=usage))
-        self.done = True
-
-    def take(self) -> list[Chunk]:
-        out, self._out = self._out, []
-        return out
-
-    def close(self) -> None:
-        self._sampler.close()
-        self.session.busy = False
-        self.session.close()
-
-
 async def in_thread(chunks: Iterator[Chunk], cancel: Callable[[], None]) -> AsyncIterator[Chunk]:
     """Drive a blocking iterator from a worker thread, one item at a time; ``cancel`` unblocks it when the consumer leaves."""
     end = object()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .errors import UsageError
+from edge_gemma.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hypothesis
 import pytest
-
 from checkpoints import write_checkpoint
 
 # an emulated or a busy machine is slow: that fails nothing
@@ -54,7 +53,7 @@ def gemma_tokenize(sample_gguf):
     """``tokenize(text, special) -> list[int]`` with the real Gemma 3 vocabulary in llama.cpp."""
     import ctypes
 
-    from edge_gemma.llama import library
+    from edge_gemma.engines.llama.library import library
 
     low = library()  # with its log handler: one of our own would be gone when other fixtures close their models
     params = low.llama_model_default_params()
@@ -122,9 +121,10 @@ def looking_bundle(tmp_path_factory):
 @pytest.fixture(scope="session")
 def hearing_model(tmp_path_factory):
     """The reference Gemma 3n with its ears, 1024 tokens of context, as transformers' answers in reference/g3n-audio.npz expect it."""
-    import edge_gemma
     import hearing
-    from edge_gemma.plan import Request
+
+    import edge_gemma
+    from edge_gemma.plan.records import Request
 
     # one thread: this decoder is so small that threads would wait for each other, on a busy machine for seconds
     with edge_gemma.load(hearing.hearing_bundle(tmp_path_factory.mktemp("hearing")), n_ctx=1024, request=Request(n_threads=1)) as model:

@@ -6,11 +6,12 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
-
 from checkpoints import REFERENCE, write_checkpoint
-from edge_gemma.bundle import Bundle, BundleWriter, Decoder, Manifest, Source, file_entry
 from edge_gemma.convert.audio import write_audio_encoder
 from edge_gemma.convert.checkpoint import Checkpoint
+
+from edge_gemma.bundles.folder import Bundle, BundleWriter, file_entry
+from edge_gemma.bundles.manifest import Decoder, Manifest, Source
 
 
 def reference() -> dict[str, np.ndarray]:

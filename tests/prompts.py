@@ -61,7 +61,13 @@ GEMMA3N = {**GEMMA3, "start_of_audio": 256000}
 
 
 def manifest(family="gemma3", chat_template=TEMPLATE, special_tokens=GEMMA3, special_rows=(), n_soft_tokens=3):
-    from edge_gemma.bundle import Decoder, File, Manifest, Source, VisionEncoder
+    from edge_gemma.bundles.manifest import (
+        Decoder,
+        File,
+        Manifest,
+        Source,
+        VisionEncoder,
+    )
 
     decoder = Decoder(file="decoder.gguf", n_layer=1, n_embd=8, n_ff=8, n_head=1, n_head_kv=1, head_dim=8, n_vocab=262144, header_bytes=0, header_sha256="0" * 64,
                       n_ctx_train=32768, sliding_window=512, kv_layers=("global",))  # fmt: skip

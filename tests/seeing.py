@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-
 from checkpoints import REFERENCE, write_checkpoint
 
 # a MobileNetV5 of narrow blocks: every kind of block of the real one, in its order (timm's notation)
@@ -55,8 +54,10 @@ def tower_checkpoint(name: str, folder: Path):
 
 def encoder_bundle(checkpoint, out: Path, precision: str = "f32"):
     """A bundle with a real vision encoder and a decoder that is only a name: for what never decodes."""
-    from edge_gemma.bundle import BundleWriter, Decoder, Manifest, Source, file_entry
     from edge_gemma.convert.vision import write_vision_encoder
+
+    from edge_gemma.bundles.folder import BundleWriter, file_entry
+    from edge_gemma.bundles.manifest import Decoder, Manifest, Source
 
     with BundleWriter(out) as writer:
         stand_in = b"not read by these tests"

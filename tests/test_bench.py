@@ -5,13 +5,21 @@ import re
 import sys
 
 import pytest
-
-from edge_gemma.benchmarks import bench, machine, measure, regress, report, rivals, spine
+from edge_gemma.benchmarks import (
+    bench,
+    machine,
+    measure,
+    regress,
+    report,
+    rivals,
+    spine,
+)
 from edge_gemma.benchmarks.bench import Section
 from edge_gemma.benchmarks.caps import Limits
 from edge_gemma.benchmarks.report import write_report
 from edge_gemma.benchmarks.synthetic import Types, tiny_gguf
 from edge_gemma.benchmarks.systems import Task
+
 from edge_gemma.errors import UsageError
 from edge_gemma.units import MiB
 
@@ -21,7 +29,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A bundle of a gemma3n whose PLE and embedding are cold, large enough to be seen in a process."""
-    from edge_gemma.importer import import_gguf
+    from edge_gemma.store.importer import import_gguf
 
     work = tmp_path_factory.mktemp("bench")
     import_gguf(tiny_gguf(work / "tiny.gguf", "gemma3n", types=Types(head="q4_0", embed="q8_0"), n_vocab=4096), work / "tiny")
@@ -370,8 +378,9 @@ def test_a_tight_cgroup_is_not_charged_twice_for_python(monkeypatch):
     import dataclasses
 
     from edge_gemma import model
-    from edge_gemma.device import load_profile, probe
-    from edge_gemma.memory import Footprint
+    from edge_gemma.machine.device import load_profile
+    from edge_gemma.machine.footprint import Footprint
+    from edge_gemma.machine.probe import probe
 
     tight = dataclasses.replace(probe(), limit_bytes=284 * MiB, headroom_bytes=260 * MiB)
     monkeypatch.setattr(model, "probe", lambda: tight)

@@ -13,7 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_gemma.bundle import MANIFEST, VERSION, Bundle, BundleWriter, decode_manifest, encode_manifest
+from edge_gemma.bundles.folder import Bundle, BundleWriter
+from edge_gemma.bundles.manifest import (
+    MANIFEST,
+    VERSION,
+    decode_manifest,
+    encode_manifest,
+)
 from edge_gemma.errors import BundleError, HashMismatch, UsageError
 
 
@@ -139,7 +145,7 @@ def test_a_writer_publishes_whole_or_not_at_all(tmp_path, tiny_bundle):
 
 
 def test_a_killed_writer_is_cleaned_up_by_the_next(tmp_path):
-    code = "import os, sys; from edge_gemma.bundle import BundleWriter; w = BundleWriter(sys.argv[1]).__enter__(); (w.folder/'x').write_bytes(b'1'); os._exit(9)"
+    code = "import os, sys; from edge_gemma.bundles.folder import BundleWriter; w = BundleWriter(sys.argv[1]).__enter__(); (w.folder/'x').write_bytes(b'1'); os._exit(9)"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=False)
     assert len(os.listdir(tmp_path)) == 1
     with BundleWriter(tmp_path / "out"):
@@ -150,7 +156,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, tiny_bundle):
     """A file-size limit stands in for the full disk: the write fails with an OSError all the same."""
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "from edge_gemma.importer import import_gguf\n"
+        "from edge_gemma.store.importer import import_gguf\n"
         "from edge_gemma.errors import RuntimeFailure\n"
         "try: import_gguf(sys.argv[1], sys.argv[2], relayout=True)\n"
         "except RuntimeFailure as error: print(error)"

@@ -2,11 +2,11 @@
 
 import json
 
+import hearing
 import numpy as np
 import pytest
 import soundfile
 
-import hearing
 from edge_gemma.cli import main
 
 
@@ -34,7 +34,7 @@ def clip(tmp_path_factory):
     """Two sentences of espeak-ng with a pause between, 44.1 kHz stereo."""
     import shutil
 
-    from edge_gemma.speech import espeak
+    from edge_gemma.conversation.voice import espeak
 
     if shutil.which("espeak-ng") is None:
         pytest.skip("espeak-ng is not installed (make system)")
@@ -92,7 +92,7 @@ def test_mistakes_are_answered_in_one_line(run, bundle, tmp_path, tiny_bundle, c
 
 
 def test_no_microphone_here(run, bundle, monkeypatch):
-    from edge_gemma import audio
+    from edge_gemma.hearing import devices as audio
 
     monkeypatch.setattr(audio, "devices", lambda: [])
     for arguments in (("listen", bundle), ("devices", "--meter"), ("transcribe", bundle, "--mic", *SHORT)):
@@ -101,7 +101,7 @@ def test_no_microphone_here(run, bundle, monkeypatch):
 
 
 def test_devices_as_json(run, monkeypatch):
-    from edge_gemma import audio
+    from edge_gemma.hearing import devices as audio
 
     monkeypatch.setattr(audio, "devices", lambda: [audio.SoundDevice(0, "USB Microphone", 1, 0, 48000, True, False)])
     code, out, _ = run("devices", "--json")
@@ -111,7 +111,7 @@ def test_devices_as_json(run, monkeypatch):
 
 
 def test_missing_voice_is_said_before_anything_is_loaded(run, bundle, monkeypatch):
-    from edge_gemma import speech
+    from edge_gemma.conversation import voice as speech
 
     monkeypatch.setattr(speech.shutil, "which", lambda name: None)
     code, _, err = run("listen", bundle, "--voice", "en")
@@ -120,8 +120,8 @@ def test_missing_voice_is_said_before_anything_is_loaded(run, bundle, monkeypatc
 
 def test_bench_wer_on_a_stub_decoder(run, bundle, clip, tmp_path, monkeypatch):
     """Files, speech detection, encoder, prompt and prefill are real; only what the decoder says is scripted: 3 of 11 words wrong."""
-    from edge_gemma.session import Session
-    from edge_gemma.stream import Chunk
+    from edge_gemma.conversation.session import Session
+    from edge_gemma.conversation.stream import Chunk
 
     said = iter(["The first sentence", " is here.", "And this was a second one!"])
 

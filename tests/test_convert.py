@@ -8,13 +8,18 @@ import shutil
 
 import numpy as np
 import pytest
-
 from checkpoints import REFERENCE, recipe, write_checkpoint
-from edge_gemma.bundle import Bundle
 from edge_gemma.convert.checkpoint import Checkpoint
 from edge_gemma.convert.gemma import map_tensors, read_dims
 from edge_gemma.convert.pipeline import Options, convert, prepare
-from edge_gemma.errors import CheckpointError, RuntimeFailure, UnsupportedModel, UsageError
+
+from edge_gemma.bundles.folder import Bundle
+from edge_gemma.errors import (
+    CheckpointError,
+    RuntimeFailure,
+    UnsupportedModel,
+    UsageError,
+)
 
 F32 = Options(quant="f32", verify=False, audio="none", vision="none")
 # Logits against transformers (float32): exact up to summation for gemma3; for gemma3n llama.cpp's f16 GELU table and its top-k statistics
@@ -23,7 +28,7 @@ NO_TOWERS = lambda name: "_tower" not in name  # noqa: E731
 
 
 def logits_of(bundle: Bundle, ids) -> np.ndarray:
-    from edge_gemma import decode
+    from edge_gemma.engines.llama import decoder as decode
     from edge_gemma.spans import Tokens
 
     decoder = decode.Decoder(bundle.decoder_path, decode.Settings(n_ctx=512, n_ubatch=512, n_threads=2))

@@ -8,17 +8,17 @@ import time
 
 import numpy as np
 import pytest
-
 from checkpoints import REFERENCE, write_checkpoint
 from edge_gemma.benchmarks.synthetic import Types, tiny_gguf
-from edge_gemma.bundle import Bundle
 from edge_gemma.convert.pipeline import Options, convert
-from edge_gemma.decode import Cancelled, Decoder
-from edge_gemma.llama import repacks
+
+from edge_gemma.bundles.folder import Bundle
+from edge_gemma.bundles.gguf import GGML_TYPES
+from edge_gemma.engines.llama.decoder import Cancelled, Decoder
+from edge_gemma.engines.llama.library import repacks
 from edge_gemma.errors import BundleError, UsageError
-from edge_gemma.gguf_header import GGML_TYPES
-from edge_gemma.plan import Settings
-from edge_gemma.prompt import read_special_rows
+from edge_gemma.plan.records import Settings
+from edge_gemma.prompts.prompt import read_special_rows
 from edge_gemma.spans import Rows, Tokens
 
 TOLERANCE = 0.04  # specs: llama.cpp's f16 GELU table and its top-k statistics against float32 transformers
@@ -73,8 +73,8 @@ def test_the_end_row_matters(gemma3n, decoder):
 def test_the_probe_knows_what_the_loader_repacks(family, kind, tmp_path):
     if family == "gemma3n" and kind.endswith("_k"):
         pytest.skip("LAuReL's rows of 64 take no K-quant")
-    from edge_gemma.importer import describe
-    from edge_gemma.weights import repacked_here
+    from edge_gemma.bundles.description import describe
+    from edge_gemma.engines.llama.weights import repacked_here
 
     path = tiny_gguf(tmp_path / "x.gguf", family, types=Types(kind, "q8_0"), head_dim=64)
     decoder = Decoder(path, Settings(n_ctx=64))
@@ -185,7 +185,7 @@ def test_ctrl_c_in_a_callback_of_llama_cpp_is_kept(gemma3n, decoder, ctrl_c, mon
     watching = decoder.context(on_tensor=lambda pointer, ask: bool(signal.raise_signal(signal.SIGINT)))
     with pytest.raises(KeyboardInterrupt):
         watching.decode(0, 0, Tokens([2, 3]))
-    monkeypatch.setattr("edge_gemma.llama._log_tail", _Interrupting())
+    monkeypatch.setattr("edge_gemma.engines.llama.library._log_tail", _Interrupting())
     with pytest.raises(KeyboardInterrupt):
         Decoder(gemma3n.decoder_path, settings)
     with pytest.raises(KeyboardInterrupt):

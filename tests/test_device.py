@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_gemma import llama
-from edge_gemma.device import describe, find_device, load_profile, probe, profile_names, profile_notes, repack_rules, repacked
+from edge_gemma.bundles.gguf import GGML_TYPES
+from edge_gemma.engines.llama import library as llama
 from edge_gemma.errors import UsageError
-from edge_gemma.gguf_header import GGML_TYPES
+from edge_gemma.machine.device import describe, load_profile, profile_names, profile_notes
+from edge_gemma.machine.probe import find_device, probe
+from edge_gemma.machine.repack import repack_rules, repacked
 from edge_gemma.units import GiB, MiB
 
 BOARDS = {

@@ -6,14 +6,15 @@ import dataclasses
 import json
 
 import pytest
+from test_device import A76, V2_MOUNT, X86, build_features, machine
 from typer.testing import CliRunner
 
 from edge_gemma.cli import app as cli
-from edge_gemma.device import load_profile, probe
 from edge_gemma.doctor import Llama, ask_llama, examine, expected_repacks
 from edge_gemma.errors import MissingExtra, UsageError
+from edge_gemma.machine.device import load_profile
+from edge_gemma.machine.probe import probe
 from edge_gemma.units import GiB
-from test_device import A76, V2_MOUNT, X86, build_features, machine
 
 runner = CliRunner()
 

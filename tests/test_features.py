@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+from hearing import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_gemma.errors import MediaError
-from edge_gemma.features import MAX_CLIP_SAMPLES, LogMel, log_mel
-from hearing import reference
+from edge_gemma.hearing.log_mel import LogMel, log_mel
+from edge_gemma.hearing.samples import MAX_CLIP_SAMPLES
 
 REFERENCE = reference()
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_gemma.bundles.gguf import Skipped, find_strings, read_header
 from edge_gemma.errors import BundleError, UnsupportedModel
-from edge_gemma.gguf_header import Skipped, find_strings, read_header
 
 STRING, ARRAY, UINT32, FLOAT32 = 8, 9, 4, 6
 

@@ -10,16 +10,17 @@ import threading
 from collections import namedtuple
 
 import pytest
+from hubserver import COMMIT, serve
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from edge_gemma import hub, store
+from edge_gemma.bundles.folder import Bundle
 from edge_gemma.cli import app as cli
-from edge_gemma.bundle import Bundle
 from edge_gemma.errors import BundleError, HashMismatch, HubError, UsageError
-from edge_gemma.hub import Reference, parse_reference, pull
-from hubserver import COMMIT, serve
+from edge_gemma.store import hub
+from edge_gemma.store import installed as store
+from edge_gemma.store.hub import Reference, parse_reference, pull
 
 runner = CliRunner()
 
@@ -33,7 +34,7 @@ def gguf(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bundle(gguf):
-    from edge_gemma.importer import import_gguf
+    from edge_gemma.store.importer import import_gguf
 
     return import_gguf(gguf, gguf.parent / "bundle", name="tiny")
 
@@ -390,11 +391,11 @@ def test_ls_and_rm_on_the_command_line(server, monkeypatch):
 
 
 def test_pull_on_the_command_line(server, gguf, monkeypatch):
-    monkeypatch.setattr("edge_gemma.hub.pull", lambda *a, **k: pull(*a, **{**k, "on_progress": stop_after(1)}, endpoint=server.url))
+    monkeypatch.setattr("edge_gemma.store.hub.pull", lambda *a, **k: pull(*a, **{**k, "on_progress": stop_after(1)}, endpoint=server.url))
     stopped = runner.invoke(cli.app, ["pull", "org/one"])
     assert stopped.exit_code == 130 and "what arrived is kept. Go on with: edge-gemma pull org/one" in stopped.stderr
     assert "1 unfinished download" in runner.invoke(cli.app, ["ls"]).stderr
-    monkeypatch.setattr("edge_gemma.hub.pull", lambda *a, **k: pull(*a, **k, endpoint=server.url))
+    monkeypatch.setattr("edge_gemma.store.hub.pull", lambda *a, **k: pull(*a, **k, endpoint=server.url))
     done = runner.invoke(cli.app, ["pull", "org/one"])
     assert done.exit_code == 0 and 'Try: edge-gemma run tiny-Q8_0 "Hello"' in done.stdout and "licence: Gemma" in done.stderr
     again = json.loads(runner.invoke(cli.app, ["pull", "org/one", "--json"]).stdout)

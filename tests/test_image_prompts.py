@@ -6,15 +6,15 @@ import json
 
 import numpy as np
 import pytest
-
 import seeing
 from checkpoints import REFERENCE, recipe, write_checkpoint
-from edge_gemma.bundle import Bundle
 from edge_gemma.convert.pipeline import Options, convert
-from edge_gemma.decode import Decoder
-from edge_gemma.look import Look
-from edge_gemma.plan import Settings
-from edge_gemma.prompt import read_special_rows
+
+from edge_gemma.bundles.folder import Bundle
+from edge_gemma.engines.llama.decoder import Decoder
+from edge_gemma.plan.records import Settings
+from edge_gemma.prompts.prompt import read_special_rows
+from edge_gemma.seeing.soft_tokens import Look
 from edge_gemma.spans import Rows, Tokens
 
 # transformers and llama.cpp differ by llama.cpp's f16 GELU table, and for Gemma 3n its top-k statistics, at logits of deviation ~1

@@ -6,15 +6,16 @@ import os
 
 import numpy as np
 import pytest
-
 from edge_gemma.benchmarks.synthetic import Types, tiny_gguf
-from edge_gemma.bundle import Bundle
-from edge_gemma.decode import Decoder
+
+from edge_gemma.bundles.description import describe
+from edge_gemma.bundles.folder import Bundle
+from edge_gemma.bundles.gguf import read_header
+from edge_gemma.engines.llama.decoder import Decoder
 from edge_gemma.errors import BundleError, UnsupportedModel
-from edge_gemma.gguf_header import read_header
-from edge_gemma.importer import describe, import_gguf
-from edge_gemma.plan import Settings
+from edge_gemma.plan.records import Settings
 from edge_gemma.spans import Tokens
+from edge_gemma.store.importer import import_gguf
 
 
 @pytest.fixture(scope="module", params=["gemma3", "gemma3n"])

@@ -4,17 +4,19 @@ import threading
 import time
 from dataclasses import replace
 
+import hearing
 import numpy as np
 import pytest
 
-import hearing
+from edge_gemma.conversation.listener import Listener, ListenOptions, ask, transcribe
+from edge_gemma.conversation.live_turn import LiveTurn
+from edge_gemma.conversation.voice import Voice
 from edge_gemma.errors import DeviceLost, UsageError
-from edge_gemma.listen import Listener, ListenOptions, LiveTurn, ask, transcribe
-from edge_gemma.prompt import Audio, Message, read_special_rows
-from edge_gemma.sample import Options
+from edge_gemma.hearing.utterances import CHUNK, SpeechDetector, VadSettings
+from edge_gemma.messages import Audio, Message
+from edge_gemma.options import Options
+from edge_gemma.prompts.prompt import read_special_rows
 from edge_gemma.spans import Rows, Tokens
-from edge_gemma.speech import Voice
-from edge_gemma.vad import CHUNK, SpeechDetector, VadSettings
 
 REFERENCE = hearing.reference()
 GREEDY = Options(temperature=0, max_tokens=6)
@@ -191,7 +193,7 @@ class FakeMicrophone:
 
 
 def live(script, monkeypatch):
-    from edge_gemma import listen
+    from edge_gemma.conversation import listener as listen
 
     class Scripted:
         name, dropped_blocks = "scripted", 0

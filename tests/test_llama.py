@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-from edge_gemma import llama
+from edge_gemma.engines.llama import library as llama
 
 
 def names(listed) -> list[bytes]:

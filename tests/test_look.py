@@ -6,15 +6,15 @@ import os
 
 import numpy as np
 import pytest
-
 import seeing
-from edge_gemma.bundle import Bundle
+
+from edge_gemma.bundles.folder import Bundle
 from edge_gemma.errors import MediaError, PlanRefused, UnsupportedModel, UsageError
-from edge_gemma.look import Look, prepare, soft_token_cost
-from edge_gemma.prompt import Audio, Image
-from edge_gemma.softcache import SoftTokenCache
-from edge_gemma.video import Video
-from edge_gemma.vision import Picture
+from edge_gemma.messages import Audio, Image
+from edge_gemma.seeing.cache import SoftTokenCache
+from edge_gemma.seeing.picture import Picture
+from edge_gemma.seeing.soft_tokens import Look, prepare, soft_token_cost
+from edge_gemma.seeing.video import Video
 
 
 @pytest.fixture

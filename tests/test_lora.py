@@ -6,12 +6,12 @@ import json
 
 import numpy as np
 import pytest
-
 from checkpoints import recipe, values, write_checkpoint, write_safetensors
-from edge_gemma import decode
 from edge_gemma.convert.gemma import read_dims
 from edge_gemma.convert.lora import convert_lora, read_adapter
 from edge_gemma.convert.pipeline import Options, convert
+
+from edge_gemma.engines.llama import decoder as decode
 from edge_gemma.errors import CheckpointError, UnsupportedModel, UsageError
 
 IDS = tuple(range(2, 60))
@@ -56,7 +56,8 @@ def test_merged_equals_run_time_equals_the_formula(tiny_checkpoint, tmp_path, ch
     weight = values("model.layers.1.self_attn.q_proj.weight", (256, 256), data["seed"], "gemma3")
     a, b = (tensors[f"base_model.model.model.layers.1.self_attn.q_proj.lora_{x}.weight"] for x in "AB")
     from checkpoints import bf16
-    from edge_gemma.gguf_header import read_header
+
+    from edge_gemma.bundles.gguf import read_header
 
     tensor = read_header(merged.decoder_path).tensor("blk.1.attn_q.weight")
     written = np.frombuffer(merged.decoder_path.read_bytes(), np.float32, 256 * 256, tensor.offset).reshape(256, 256)

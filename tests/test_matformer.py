@@ -6,9 +6,9 @@ import json
 import re
 
 import pytest
-
 from checkpoints import recipe, values, write_checkpoint, write_safetensors
 from edge_gemma.convert.pipeline import Options, convert, prepare
+
 from edge_gemma.errors import UnsupportedModel, UsageError
 
 SMALL = Options(quant="q8_0", verify=False, audio="none", vision="none", slice="e2b", name="same")

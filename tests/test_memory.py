@@ -8,8 +8,15 @@ import time
 
 import pytest
 
-from edge_gemma import memory
-from edge_gemma.memory import PAGE_BYTES, PeakSampler, mapping_of, quick, resident_bytes, rollup
+from edge_gemma.machine import footprint as memory
+from edge_gemma.machine.footprint import (
+    PAGE_BYTES,
+    mapping_of,
+    quick,
+    resident_bytes,
+    rollup,
+)
+from edge_gemma.machine.peak import PeakSampler
 from edge_gemma.units import MiB
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -11,11 +11,11 @@ import threading
 import wave
 
 import numpy as np
+import pulse
 import pytest
 
-import pulse
-from edge_gemma.audio import read_audio
-from edge_gemma.vad import SpeechDetector
+from edge_gemma.hearing.sound import read_audio
+from edge_gemma.hearing.utterances import SpeechDetector
 
 pytestmark = pytest.mark.skipif(pulse.missing() is not None, reason=str(pulse.missing()))
 
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.skipif(pulse.missing() is not None, reason=str(pulse.mi
 CHILD = """
 import json, sys, threading, time
 import numpy as np
-from edge_gemma.audio import Microphone
+from edge_gemma.hearing.devices import Microphone
 from edge_gemma.errors import DeviceLost
-from edge_gemma.vad import SpeechDetector
+from edge_gemma.hearing.utterances import SpeechDetector
 
 def say(**record):
     print(json.dumps(record), flush=True)

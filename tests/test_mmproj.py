@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 import seeing
 from edge_gemma.benchmarks.vision_mtmd import write_mmproj
 from edge_gemma.convert.mmproj import Mmproj, vision_from_mmproj
 from edge_gemma.convert.vision import write_vision_encoder
-from edge_gemma.encode import open_onnx
+
+from edge_gemma.bundles.gguf import read_header
+from edge_gemma.engines.onnx.runtime import open_onnx
 from edge_gemma.errors import BundleError, UnsupportedModel
-from edge_gemma.gguf_header import read_header
 
 
 @pytest.fixture(scope="module")

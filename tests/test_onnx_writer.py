@@ -4,9 +4,16 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from edge_gemma.convert.onnx_writer import (
+    ALIGNMENT,
+    OPSET_OF_BLOCKS,
+    PRECISIONS,
+    OnnxWriter,
+    quantize_blocks,
+    quantize_channels,
+)
 
-from edge_gemma.convert.onnx_writer import ALIGNMENT, OPSET_OF_BLOCKS, PRECISIONS, OnnxWriter, quantize_blocks, quantize_channels
-from edge_gemma.encode import open_onnx
+from edge_gemma.engines.onnx.runtime import open_onnx
 from edge_gemma.errors import UsageError
 
 RNG = np.random.default_rng(4)

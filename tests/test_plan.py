@@ -6,18 +6,21 @@ import dataclasses
 import json
 
 import pytest
+from edge_gemma.benchmarks.synthetic import tiny_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_gemma.benchmarks.synthetic import tiny_gguf
-from edge_gemma.bundle import AudioEncoder, Bundle, Manifest, VisionEncoder
-from edge_gemma.decode import Decoder
-from edge_gemma.device import load_profile, probe
+from edge_gemma.bundles.folder import Bundle
+from edge_gemma.bundles.manifest import AudioEncoder, Manifest, VisionEncoder
+from edge_gemma.engines.llama.decoder import Decoder
+from edge_gemma.engines.llama.weights import repacked_here
 from edge_gemma.errors import PlanRefused, UsageError
-from edge_gemma.importer import import_gguf
-from edge_gemma.plan import AFTER_LOAD, Plan, Request, arithmetic, make_plan
+from edge_gemma.machine.device import load_profile
+from edge_gemma.machine.probe import probe
+from edge_gemma.plan.ladder import arithmetic, make_plan
+from edge_gemma.plan.records import AFTER_LOAD, Plan, Request
+from edge_gemma.store.importer import import_gguf
 from edge_gemma.units import MiB
-from edge_gemma.weights import repacked_here
 
 PI = load_profile("pi-5-4gb")
 

@@ -10,13 +10,20 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from edge_gemma.calls import FunctionCall, check_tools, parse_calls, tool_schema, tools_text
-from edge_gemma.errors import BundleError, UsageError
-from edge_gemma.prompt import Audio, Image, Message, Prompt, read_special_rows
-from edge_gemma.spans import Rows, Tokens
-from edge_gemma.template import GEMMA_TEMPLATE, render
 from prompts import CONVERSATIONS, GEMMA3, GEMMA3N, TEMPLATE, manifest
+
+from edge_gemma.errors import BundleError, UsageError
+from edge_gemma.messages import Audio, Image, Message
+from edge_gemma.prompts.calls import (
+    FunctionCall,
+    check_tools,
+    parse_calls,
+    tool_schema,
+    tools_text,
+)
+from edge_gemma.prompts.prompt import Prompt, read_special_rows
+from edge_gemma.prompts.template import GEMMA_TEMPLATE, render
+from edge_gemma.spans import Rows, Tokens
 
 REFERENCE = {case["name"]: case["ids"] for case in json.loads((Path(__file__).parent / "reference/prompt-ids.json").read_text())}
 SPECIAL_ROWS = {name: np.full(8, i + 1, np.float32) for i, name in enumerate(("end_of_image", "end_of_audio", "audio_padding"))}

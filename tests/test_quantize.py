@@ -7,14 +7,14 @@ import ctypes
 import msgspec
 import numpy as np
 import pytest
-
 from checkpoints import recipe as read_checkpoint_recipe
 from checkpoints import write_checkpoint
 from edge_gemma.convert import quantize
 from edge_gemma.convert.pipeline import Options, convert
 from edge_gemma.convert.recipe import names, read_recipe
+
+from edge_gemma.bundles.gguf import read_header
 from edge_gemma.errors import UsageError
-from edge_gemma.gguf_header import read_header
 
 STOCK = [name for name in names() if not name.startswith("edge")]
 
@@ -25,7 +25,7 @@ def tensors_of(path) -> dict[str, tuple[str, bytes]]:
 
 
 def llama_model_quantize(source, target, file_type: int, importance: dict[str, np.ndarray] | None = None) -> None:
-    from edge_gemma import llama
+    from edge_gemma.engines.llama import library as llama
 
     low = llama.library()
 
@@ -124,9 +124,8 @@ def test_any_cut_into_chunks_gives_the_same_bytes():
 
 def test_quantization_aware_weights_survive_the_round_trip():
     """Q4_0 → bf16 → Q4_0 keeps every code and the value each stands for, so a …-qat-q4_0-unquantized checkpoint becomes what it was trained as."""
-    from gguf import GGMLQuantizationType, dequantize
-
     from checkpoints import bf16
+    from gguf import GGMLQuantizationType, dequantize
 
     rows = np.random.default_rng(2).standard_normal((64, 256), dtype=np.float32)
     trained = quantize.quantize_rows("Q4_0", rows).reshape(64, -1)

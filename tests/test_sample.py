@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from edge_gemma import Options
+from edge_gemma.engines.llama.grammar import schema_to_grammar
 from edge_gemma.errors import UsageError
-from edge_gemma.sample import schema_to_grammar
 
 
 def answer(model, **options) -> tuple[str, str]:

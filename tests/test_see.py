@@ -8,17 +8,24 @@ import sys
 
 import numpy as np
 import pytest
-
-import edge_gemma
 import seeing
 from checkpoints import recipe, write_checkpoint
-from edge_gemma import cli
 from edge_gemma.benchmarks.vision_mtmd import write_mmproj
-from edge_gemma.cli.see import QUESTION, split
 from edge_gemma.convert.checkpoint import Checkpoint
-from edge_gemma.errors import BundleError, MediaError, PlanRefused, UnsupportedModel, UsageError
-from edge_gemma.importer import import_gguf
-from edge_gemma.look import Look
+from edge_gemma.convert.mmproj import vision_writer
+
+import edge_gemma
+from edge_gemma import cli
+from edge_gemma.cli.see import QUESTION, split
+from edge_gemma.errors import (
+    BundleError,
+    MediaError,
+    PlanRefused,
+    UnsupportedModel,
+    UsageError,
+)
+from edge_gemma.seeing.soft_tokens import Look
+from edge_gemma.store.importer import import_gguf
 
 GREEDY = edge_gemma.Options(max_tokens=4, temperature=0)
 
@@ -138,7 +145,7 @@ def test_import_with_mmproj(sample_gguf, tmp_path):
     data["config"]["text_config"]["hidden_size"] = 640
     checkpoint = Checkpoint.open(write_checkpoint(data, tmp_path / "checkpoint", keep=lambda name: "vision" in name or "multi_modal" in name))
     write_mmproj(checkpoint, tmp_path / "mmproj.gguf", "f32")
-    bundle = import_gguf(sample_gguf, tmp_path / "out", mmproj=tmp_path / "mmproj.gguf", vision="f16")
+    bundle = import_gguf(sample_gguf, tmp_path / "out", write_vision=vision_writer(tmp_path / "mmproj.gguf"))
     assert (bundle.manifest.vision.kind, bundle.manifest.vision.precision, bundle.manifest.vision.n_embd) == ("siglip", "f16", 640)
     bundle.verify()
     with Look(bundle) as look:
@@ -148,5 +155,5 @@ def test_import_with_mmproj(sample_gguf, tmp_path):
 def test_import_refuses_a_foreign_mmproj(siglip_checkpoint, sample_gguf, tmp_path):
     write_mmproj(siglip_checkpoint, tmp_path / "mmproj.gguf", "f32")
     with pytest.raises(BundleError, match="gives rows 256 wide, .* takes 640: they belong to different models"):
-        import_gguf(sample_gguf, tmp_path / "out", mmproj=tmp_path / "mmproj.gguf")
+        import_gguf(sample_gguf, tmp_path / "out", write_vision=vision_writer(tmp_path / "mmproj.gguf"))
     assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ import pytest
 import edge_gemma
 from edge_gemma import Options, Request, Rows, Tokens
 from edge_gemma.errors import BundleError, ContextFull, RuntimeFailure, UsageError
-from edge_gemma.memory import rollup
+from edge_gemma.machine.footprint import rollup
 from edge_gemma.units import MiB
 
 SHORT = Options(seed=11, max_tokens=8)  # greedy would repeat one token: the weights are random
@@ -272,7 +272,7 @@ def test_evaluate_gives_the_rows_asked_for(tiny_model):
 
 
 def test_function_calls_come_back_parsed(tiny_model):
-    from edge_gemma.prompt import tool_schema
+    from edge_gemma.prompts.calls import tool_schema
 
     tools = [{"name": "lamp", "description": "switch a lamp", "parameters": {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]}}]
     with tiny_model.chat(tools=tools) as chat:

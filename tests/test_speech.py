@@ -6,9 +6,9 @@ import threading
 import numpy as np
 import pytest
 
-from edge_gemma import speech
+from edge_gemma.conversation import voice as speech
+from edge_gemma.conversation.voice import Sentences, Voice, espeak, piper, read_wav
 from edge_gemma.errors import RuntimeFailure, UsageError
-from edge_gemma.speech import Sentences, Voice, espeak, piper, read_wav
 
 
 def cut(*pieces):
@@ -101,8 +101,8 @@ def test_what_is_no_wav_is_refused():
 
 def test_a_wake_word_is_heard():
     pytest.importorskip("pymicro_wakeword")
-    from edge_gemma.audio import Resampler
-    from edge_gemma.vad import wake_word
+    from edge_gemma.hearing.sound import Resampler
+    from edge_gemma.hearing.wake_word import wake_word
 
     if shutil.which("espeak-ng") is None:
         pytest.skip("espeak-ng is not installed (make system)")

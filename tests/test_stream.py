@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_gemma.stream import TextStream
+from edge_gemma.conversation.stream import TextStream
 
 
 def pieces(data: bytes, cuts: list[int]) -> list[bytes]:

@@ -2,16 +2,16 @@
 
 import json
 
+import librivox
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import librivox
-from edge_gemma.audio import read_audio
 from edge_gemma.errors import UsageError
-from edge_gemma.features import RATE_HZ
-from edge_gemma.vad import CHUNK, SpeechDetector, VadSettings
+from edge_gemma.hearing.samples import RATE_HZ
+from edge_gemma.hearing.sound import read_audio
+from edge_gemma.hearing.utterances import CHUNK, SpeechDetector, VadSettings
 
 
 def loud(chunk):

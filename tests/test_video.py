@@ -9,8 +9,9 @@ import pytest
 from PIL import Image as Pillow
 
 from edge_gemma.errors import DeviceLost, MediaError, UsageError
-from edge_gemma.video import Video, capture, expand, timestamp
-from edge_gemma.vision import Picture
+from edge_gemma.seeing.camera import capture
+from edge_gemma.seeing.picture import Picture
+from edge_gemma.seeing.video import Video, expand, timestamp
 
 RATE_HZ = 10
 

@@ -9,10 +9,10 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image as Pillow
+from seeing import picture, squeezed
 
 from edge_gemma.errors import MediaError, UsageError
-from edge_gemma.vision import Crop, Picture, pan_and_scan, with_crops
-from seeing import picture, squeezed
+from edge_gemma.seeing.picture import Crop, Picture, pan_and_scan, with_crops
 
 
 def file_bytes(image: Pillow.Image, format: str, **options) -> bytes:

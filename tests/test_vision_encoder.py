@@ -6,15 +6,22 @@ import json
 
 import numpy as np
 import pytest
-
 import seeing
 from checkpoints import REFERENCE, write_checkpoint
-from edge_gemma.bundle import Bundle, encode_manifest, file_entry
 from edge_gemma.convert.checkpoint import Checkpoint
 from edge_gemma.convert.vision import write_vision_encoder
-from edge_gemma.encode import ImageEncoder
-from edge_gemma.errors import BundleError, CheckpointError, RuntimeFailure, UnsupportedModel, UsageError
-from edge_gemma.vision import Picture
+
+from edge_gemma.bundles.folder import Bundle, file_entry
+from edge_gemma.bundles.manifest import encode_manifest
+from edge_gemma.errors import (
+    BundleError,
+    CheckpointError,
+    RuntimeFailure,
+    UnsupportedModel,
+    UsageError,
+)
+from edge_gemma.seeing.encoder import ImageEncoder
+from edge_gemma.seeing.picture import Picture
 
 
 def relative_rms(found: np.ndarray, expected: np.ndarray) -> float:

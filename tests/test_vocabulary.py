@@ -8,11 +8,11 @@ import shutil
 import numpy as np
 import pytest
 import sentencepiece
+from checkpoints import REFERENCE
+from edge_gemma.convert import vocabulary as v
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoints import REFERENCE
-from edge_gemma.convert import vocabulary as v
 from edge_gemma.errors import CheckpointError
 
 N = 768
@@ -140,7 +140,8 @@ def test_any_bytes_are_a_model_or_refused(tmp_path_factory, data):
 def test_a_real_vocabulary_comes_back_from_its_gguf(sample_gguf):
     """benchmarks/real_checkpoint.py writes the tokenizer.model that converters, ours and others', begin with."""
     from edge_gemma.benchmarks.real_checkpoint import _tokenizer_model
-    from edge_gemma.gguf_header import read_header
+
+    from edge_gemma.bundles.gguf import read_header
 
     library = sentencepiece.SentencePieceProcessor(model_proto=_tokenizer_model(sample_gguf, read_header(sample_gguf)))
     assert (library.unk_id(), library.bos_id(), library.eos_id(), library.pad_id()) == (3, 2, 1, 0) and library.vocab_size() == 262144

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import soundfile
-
 from edge_gemma.benchmarks.wer import dataset, errors, measure, words
+
 from edge_gemma.errors import MediaError, UsageError
 
 

@@ -12,11 +12,13 @@ import sys
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and exit: errors of ours become one message and their exit code, never a stack trace."""
-    from ..errors import EdgeGemmaError
+    from edge_gemma.errors import EdgeGemmaError
 
     debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
     try:
-        from .app import app  # in here: a board takes seconds for it, and Ctrl-C must be quiet then too
+        from edge_gemma.cli.app import (
+            app,  # in here: a board takes seconds for it, and Ctrl-C must be quiet then too
+        )
 
         app(args=arguments)
     except EdgeGemmaError as error:

@@ -7,13 +7,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from .common import ProgressLine, interruptible, note, open_bundle, parse_lora, print_json
-from .options import Loading
+from edge_gemma.cli.common import (
+    ProgressLine,
+    interruptible,
+    note,
+    open_bundle,
+    parse_lora,
+    print_json,
+)
+from edge_gemma.cli.options import Loading
 
 
 def load_model(bundle: str, loading: Loading, encoders: tuple[str, ...] | None = None):
     """Plan and load; returns (model, seconds)."""
-    from .. import llama, load
+    from edge_gemma import load
+    from edge_gemma.engines.llama import library as llama
 
     llama.set_verbose(loading.verbose)
     started = time.perf_counter()
@@ -63,7 +71,7 @@ def finish(answer: Answer, load_s: float, wall_s: float, planned_bytes: int, mea
 
 
 def stats_line(end, load_s: float | None = None, memory: dict | None = None) -> str:
-    from ..units import format_bytes
+    from edge_gemma.units import format_bytes
 
     def rate(value, unit):
         return "–" if value is None else f"{value:.1f} {unit}"

@@ -36,8 +36,8 @@ def wer(
     json: Json = False,
 ) -> None:
     """Word error rate on recordings with transcripts, greedily decoded."""
-    from ..benchmarks import wer as run
-    from ..store import resolve
+    from edge_gemma.benchmarks import wer as run
+    from edge_gemma.store.installed import resolve
 
     found = run.run(str(resolve(bundle)), dataset, language=language, limit=limit, pad_audio=not short, progress=_say)
     if json:
@@ -56,7 +56,7 @@ def memory(
     json: Json = False, report: Report = None, save: Save = None, against: Against = None,
 ) -> None:  # fmt: skip
     """What each bundle takes on each board: planned, and measured under that board's limits where this machine can."""
-    from ..benchmarks import bench as run
+    from edge_gemma.benchmarks import bench as run
 
     names = run.device_names(device or ["all"])
     _finish([lambda: run.memory(_folders(bundles), names, n_ctx=ctx, run=not plan_only, progress=_say)], json, report, save, against)
@@ -70,7 +70,7 @@ def speed(
     repeats: Repeats = 3, json: Json = False, report: Report = None, save: Save = None, against: Against = None,
 ) -> None:  # fmt: skip
     """Prefill and decode speed over context length and threads, load time cold and warm, share of the memory's bandwidth."""
-    from ..benchmarks import bench as run
+    from edge_gemma.benchmarks import bench as run
 
     _finish([lambda: run.speed(_folders(bundles), depths=depth or (128, 512, 2048), threads=threads or (), repeats=repeats, progress=_say)], json, report, save, against)
 
@@ -82,7 +82,7 @@ def latency(
     repeats: Repeats = 3, json: Json = False, report: Report = None, save: Save = None, against: Against = None,
 ) -> None:  # fmt: skip
     """From the end of what the user says to the first token of the answer."""
-    from ..benchmarks import bench as run
+    from edge_gemma.benchmarks import bench as run
 
     _finish([lambda: run.latency(_folders(bundles), lengths_s=seconds or (1, 2, 5, 10, 20, 30), repeats=repeats, progress=_say)], json, report, save, against)
 
@@ -96,7 +96,7 @@ def quality(
     json: Json = False, report: Report = None, save: Save = None, against: Against = None,
 ) -> None:  # fmt: skip
     """Perplexity and KL divergence against a reference of the same vocabulary."""
-    from ..benchmarks import bench as run
+    from edge_gemma.benchmarks import bench as run
 
     _finish([lambda: run.quality(_file_or_bundle(reference), [_file_or_bundle(b) for b in bundles], text, max_tokens=tokens, progress=_say)], json, report, save, against)
 
@@ -111,8 +111,8 @@ def compare(
     repeats: Repeats = 3, json: Json = False, report: Report = None, save: Save = None, against: Against = None,
 ) -> None:  # fmt: skip
     """One interleaved run against what a user would pick instead."""
-    from ..benchmarks import bench as run
-    from ..errors import UsageError
+    from edge_gemma.benchmarks import bench as run
+    from edge_gemma.errors import UsageError
 
     others = []
     for text in other or ():
@@ -130,8 +130,8 @@ def report(
     out: Annotated[Path, typer.Argument(help="the HTML page to write")],
 ) -> None:
     """One page of figures that were kept earlier."""
-    from ..benchmarks import regress
-    from ..benchmarks.report import write_report
+    from edge_gemma.benchmarks import regress
+    from edge_gemma.benchmarks.report import write_report
 
     _check_folders(out)
     sections, machine, notes = [], None, []
@@ -151,7 +151,7 @@ def diff(
     json: Json = False,
 ) -> None:
     """What changed between two files by more than the noise both state; exit code 1 when something got worse."""
-    from ..benchmarks import regress
+    from edge_gemma.benchmarks import regress
 
     old, new = regress.read(before), regress.read(now)
     changes, notes = regress.compare(old, regress.sections(new), new["machine"])
@@ -171,7 +171,7 @@ def _say(text: str) -> None:
 
 
 def _folders(names: list[str]) -> list[Path]:
-    from ..hub import resolve
+    from edge_gemma.store.installed import resolve
 
     return [Path(resolve(name)) for name in names]
 
@@ -181,7 +181,7 @@ def _file_or_bundle(name: str) -> Path:
 
 
 def _check_folders(*files: Path | None) -> None:
-    from ..errors import UsageError
+    from edge_gemma.errors import UsageError
 
     for file in files:
         if file and not file.parent.is_dir():
@@ -197,8 +197,8 @@ def _print_changes(changes: list, notes: list[str], every: bool = False) -> None
 
 def _finish(jobs: list[Callable], json: bool, report: Path | None, save: Path | None, against: Path | None) -> None:
     """Run, print, keep, compare. What was measured before a Ctrl-C is printed and kept as well."""
-    from ..benchmarks import regress
-    from ..benchmarks.machine import Calm, describe_machine
+    from edge_gemma.benchmarks import regress
+    from edge_gemma.benchmarks.machine import Calm, describe_machine
 
     machine = describe_machine()
     before = regress.read(against) if against else None  # a wrong file is told before an hour of measuring
@@ -210,7 +210,7 @@ def _finish(jobs: list[Callable], json: bool, report: Path | None, save: Path | 
     if save:
         regress.save(save, sections, machine)
     if report:
-        from ..benchmarks.report import write_report
+        from edge_gemma.benchmarks.report import write_report
 
         _say(f"wrote {', '.join(str(path) for path in write_report(report, sections, machine, machine['warnings']))}")
     if json:

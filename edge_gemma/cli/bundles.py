@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from .common import BundleArg, DebugOption, JsonOption, ProgressLine, note, open_bundle, print_json
+from edge_gemma.cli.common import (
+    BundleArg,
+    DebugOption,
+    JsonOption,
+    ProgressLine,
+    note,
+    open_bundle,
+    print_json,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -28,14 +36,19 @@ def import_(
     debug: DebugOption = False,
 ) -> None:
     """Make a bundle of an existing GGUF: hard-linked where possible, else copied."""
-    from ..errors import BundleError
-    from ..importer import import_gguf
-    from ..units import format_bytes
+    from edge_gemma.errors import BundleError
+    from edge_gemma.store.importer import import_gguf
+    from edge_gemma.units import format_bytes
 
     if not gguf.is_file():
         raise BundleError(f"no GGUF file at {gguf}")
+    write_vision = None
+    if mmproj is not None:
+        from edge_gemma.convert.mmproj import vision_writer
+
+        write_vision = vision_writer(mmproj, vision)
     with ProgressLine(f"importing {gguf.name}", gguf.stat().st_size) as line:
-        bundle = import_gguf(gguf, out, relayout=relayout, overwrite=force, name=name, mmproj=mmproj, vision=vision, progress=line.add)
+        bundle = import_gguf(gguf, out, relayout=relayout, overwrite=force, name=name, write_vision=write_vision, progress=line.add)
     if as_json:
         print_json({"bundle": str(bundle.folder), "name": bundle.manifest.name, "bytes": bundle.total_bytes()})
     else:
@@ -44,8 +57,8 @@ def import_(
 
 def inspect(bundle: BundleArg, tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False, as_json: JsonOption = False, debug: DebugOption = False) -> None:
     """Show what a bundle holds."""
-    from ..bundle import encode_manifest
-    from ..units import format_bytes
+    from edge_gemma.bundles.manifest import encode_manifest
+    from edge_gemma.units import format_bytes
 
     found = open_bundle(bundle)
     manifest = found.manifest

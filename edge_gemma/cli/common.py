@@ -25,8 +25,8 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback for
 
 
 def open_bundle(name: str):
-    from ..bundle import Bundle
-    from ..store import resolve
+    from edge_gemma.bundles.folder import Bundle
+    from edge_gemma.store.installed import resolve
 
     return Bundle.open(resolve(name))
 
@@ -80,7 +80,7 @@ class ProgressLine:
 
 def parse_lora(values: list[str] | None) -> list[tuple[str, float]]:
     """``adapter.gguf`` or ``adapter.gguf:0.5`` → (path, scale)."""
-    from ..errors import UsageError
+    from edge_gemma.errors import UsageError
 
     adapters = []
     for value in values or ():

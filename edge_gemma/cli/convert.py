@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .common import DebugOption, JsonOption, note
+from edge_gemma.cli.common import DebugOption, JsonOption, note
 
 CheckpointArg = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face folder, or the name of a repository on the hub (org/name).")]
 ThreadsOption = Annotated[int, typer.Option("--threads", "-t", help="Threads. Default: all cores.")]
@@ -47,9 +47,9 @@ def convert(
 
     Reads safetensors row by row and quantizes on all cores; a few hundred MB of memory are enough for any size.
     """
-    from ..convert.pipeline import Options, Report, prepare
-    from ..convert.pipeline import convert as run
-    from ..units import format_bytes
+    from edge_gemma.convert.pipeline import Options, Report, prepare
+    from edge_gemma.convert.pipeline import convert as run
+    from edge_gemma.units import format_bytes
 
     options = Options(
         quant=quant, imatrix=imatrix, slice=slice, merge=tuple(_scaled(text) for text in merge or ()), audio=audio, vision=vision, name=name,
@@ -88,8 +88,8 @@ def convert_lora(
     debug: DebugOption = False,
 ) -> None:
     """Turn a PEFT LoRA adapter into a GGUF adapter for `--lora`."""
-    from ..convert.lora import convert_lora as run
-    from ..units import format_bytes
+    from edge_gemma.convert.lora import convert_lora as run
+    from edge_gemma.units import format_bytes
 
     notes = run(adapter, base, out, overwrite=force)
     if as_json:
@@ -111,9 +111,9 @@ def calibrate(
     debug: DebugOption = False,
 ) -> None:
     """Measure which columns of the weights matter on a text, for `convert --imatrix`. The output head is included."""
-    from ..bundle import Bundle
-    from ..convert.imatrix import calibrate as run
-    from ..hub import resolve
+    from edge_gemma.bundles.folder import Bundle
+    from edge_gemma.convert.imatrix import calibrate as run
+    from edge_gemma.store.installed import resolve
 
     with _Progress() as progress:
         progress.stage("calibrate")
@@ -146,7 +146,7 @@ def ladder(
 
     Quality takes long, speed wants a calm machine: `--rounds 0 --keep` first, then the same line with `--speed-only`.
     """
-    from ..convert.ladder import run, table, time_kept
+    from edge_gemma.convert.ladder import run, table, time_kept
 
     with _Progress() as progress:
         if speed_only:
@@ -164,7 +164,7 @@ def ladder(
 
 
 def _list_recipes() -> None:
-    from ..convert.recipe import names, read_recipe
+    from edge_gemma.convert.recipe import names, read_recipe
 
     for name in names():
         print(f"{name:<12} {read_recipe(name).about}")
@@ -175,7 +175,7 @@ def _checkpoint(text: str) -> Path:
     """A folder, or a hub id when there is no such folder."""
     if Path(text).exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
         return Path(text).expanduser()
-    from ..hub import fetch_checkpoint
+    from edge_gemma.store.hub import fetch_checkpoint
 
     note(f"no folder {text}; asking the hub")
     with _Progress() as progress:
@@ -184,7 +184,7 @@ def _checkpoint(text: str) -> Path:
 
 def _scaled(text: str) -> tuple[Path, float]:
     """``FOLDER`` or ``FOLDER:SCALE``."""
-    from ..errors import UsageError
+    from edge_gemma.errors import UsageError
 
     path, colon, scale = text.rpartition(":")
     if not colon or Path(text).exists():
@@ -198,7 +198,7 @@ def _scaled(text: str) -> tuple[Path, float]:
 def _print_plan(prepared, options, out: Path, as_json: bool) -> None:
     import shutil
 
-    from ..units import format_bytes
+    from edge_gemma.units import format_bytes
 
     parent = next(path for path in out.absolute().parents if path.exists())
     free, groups = shutil.disk_usage(parent).free, {}
@@ -259,7 +259,7 @@ class _Progress:
         self.bytes("", self._bytes + n_bytes, self._total)
 
     def bytes(self, what: str, done: int, total: int) -> None:
-        from ..units import format_bytes
+        from edge_gemma.units import format_bytes
 
         self._bytes, self._total = done, total
         self._bar.update(self._task, completed=done, total=total or None, done=f"{format_bytes(done)} of {format_bytes(total)}", **({"description": what} if what else {}))

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from .answering import finish, load_model, stream
-from .common import DebugOption, JsonOption, note
-from .options import Loading, Sampling, grouped
+from edge_gemma.cli.answering import finish, load_model, stream
+from edge_gemma.cli.common import DebugOption, JsonOption, note
+from edge_gemma.cli.options import Loading, Sampling, grouped
 
 SAMPLE = "gemma-3-270m-sample"
 NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
@@ -29,8 +29,8 @@ def demo(
     debug: DebugOption = False,
 ) -> None:
     """Real Gemma 3 270M weights, offline, inside a planned budget; then planned against measured memory, and speeds."""
-    from ..memory import PeakSampler
-    from ..plan import arithmetic
+    from edge_gemma.machine.peak import PeakSampler
+    from edge_gemma.plan.ladder import arithmetic
 
     note(NOTICE)
     bundle = _sample_bundle()
@@ -51,7 +51,7 @@ def demo(
 
 
 def _print_figures(end, load_s: float, plan, measured_bytes: int) -> None:
-    from ..units import format_bytes
+    from edge_gemma.units import format_bytes
 
     t, tok_s = end.timings, "{:.1f} tok/s ({} tokens)".format
     rows = [
@@ -71,10 +71,11 @@ def _print_figures(end, load_s: float, plan, measured_bytes: int) -> None:
 
 def _sample_bundle():
     """The sample package's weights as an installed bundle, assembled and imported on first use."""
-    from ..bundle import Bundle, MANIFEST
-    from ..errors import MissingExtra
-    from ..importer import import_gguf
-    from ..store import bundles
+    from edge_gemma.bundles.folder import Bundle
+    from edge_gemma.bundles.manifest import MANIFEST
+    from edge_gemma.errors import MissingExtra
+    from edge_gemma.store.importer import import_gguf
+    from edge_gemma.store.installed import bundles
 
     folder = bundles() / SAMPLE
     if (folder / MANIFEST).is_file():

@@ -9,10 +9,17 @@ from typing import Annotated
 
 import typer
 
-from .answering import load_model
-from .common import BundleArg, DebugOption, JsonOption, note, open_bundle, print_json
-from .options import Loading, Sampling, grouped
-from .text import System
+from edge_gemma.cli.answering import load_model
+from edge_gemma.cli.common import (
+    BundleArg,
+    DebugOption,
+    JsonOption,
+    note,
+    open_bundle,
+    print_json,
+)
+from edge_gemma.cli.options import Loading, Sampling, grouped
+from edge_gemma.cli.text import System
 
 FileArg = Annotated[Path | None, typer.Argument(metavar="FILE", help="A sound file (wav, flac, ogg, mp3) of any length, rate and channels.")]
 Mic = Annotated[bool, typer.Option("--mic", help="Hear the microphone instead, until Ctrl-C.")]
@@ -35,7 +42,7 @@ def register(app: typer.Typer) -> None:
 
 def _open_chat(bundle: str, loading: Loading, *, system: str | None = None, pad_audio: bool = True):
     """(model, chat) for a bundle that hears. Raises UsageError for one that does not, before anything is loaded."""
-    from ..errors import UsageError
+    from edge_gemma.errors import UsageError
 
     found = open_bundle(bundle)
     if found.manifest.audio is None:
@@ -46,13 +53,13 @@ def _open_chat(bundle: str, loading: Loading, *, system: str | None = None, pad_
 
 def _blocks(file: Path | None, mic: bool, name: str | None) -> Iterable:
     """The file's blocks, or the microphone's. Checked before a model is loaded."""
-    from ..audio import AudioFile
-    from ..errors import UsageError
+    from edge_gemma.errors import UsageError
+    from edge_gemma.hearing.sound import AudioFile
 
     if (file is None) == (not mic):
         raise UsageError("give a sound file or --mic" if file is None else "give a sound file or --mic, not both")
     if mic:
-        from ..audio import Microphone, find_sound_device
+        from edge_gemma.hearing.devices import Microphone, find_sound_device
 
         find_sound_device(name, "input")
         return _microphone_blocks(Microphone(name))
@@ -72,9 +79,9 @@ def _microphone_blocks(microphone) -> Iterator:
 
     import numpy as np
 
-    from ..errors import DeviceLost
-    from ..features import RATE_HZ
-    from ..listen import RETRY_S
+    from edge_gemma.conversation.listener import RETRY_S
+    from edge_gemma.errors import DeviceLost
+    from edge_gemma.hearing.samples import RATE_HZ
 
     with microphone:
         note(f"listening to {microphone.name}; Ctrl-C ends")
@@ -110,7 +117,7 @@ def transcribe(
     debug: DebugOption = False,
 ) -> None:  # fmt: skip
     """Write down what is said in a file or into the microphone."""
-    from ..listen import TRANSCRIBE, TRANSCRIBE_ANY
+    from edge_gemma.conversation.listener import TRANSCRIBE, TRANSCRIBE_ANY
 
     instruction = TRANSCRIBE.format(language=language) if language else TRANSCRIBE_ANY
     _segments(bundle, file, mic, name, instruction, srt, vtt, as_json, pad_audio, pause, sampling, loading)
@@ -122,16 +129,16 @@ def translate(
     sampling: Sampling = TRANSCRIBING, loading: Loading = Loading(), as_json: JsonOption = False, debug: DebugOption = False,
 ) -> None:  # fmt: skip
     """Translate what is said in a file or into the microphone. With --language, the model writes it down in that language first."""
-    from ..listen import TRANSLATE, TRANSLATE_ONLY
+    from edge_gemma.conversation.listener import TRANSLATE, TRANSLATE_ONLY
 
     instruction = TRANSLATE.format(language=language, to=to) if language else TRANSLATE_ONLY.format(to=to)
     _segments(bundle, file, mic, name, instruction, srt, vtt, as_json, pad_audio, pause, sampling, loading)
 
 
 def _segments(bundle, file, mic, name, instruction, srt, vtt, as_json, pad_audio, pause, sampling, loading) -> None:
-    from ..errors import UsageError
-    from ..listen import ListenOptions, transcribe
-    from ..vad import VadSettings
+    from edge_gemma.conversation.listener import ListenOptions, transcribe
+    from edge_gemma.errors import UsageError
+    from edge_gemma.hearing.utterances import VadSettings
 
     if srt + vtt + as_json > 1:
         raise UsageError("choose one of --srt, --vtt and --json")
@@ -156,7 +163,7 @@ def _segments(bundle, file, mic, name, instruction, srt, vtt, as_json, pad_audio
 def cue(segment, number: int | None) -> str:
     """One subtitle with the blank line behind it; numbered and with decimal commas for SubRip.
 
-    >>> from edge_gemma.listen import Segment
+    >>> from edge_gemma.conversation.listener import Segment
     >>> print(cue(Segment(3661.5, 3662.25, "Hello --> there"), 7))
     7
     01:01:01,500 --> 01:01:02,250
@@ -179,14 +186,14 @@ def ask(
     as_json: JsonOption = False, debug: DebugOption = False,
 ) -> None:  # fmt: skip
     """Answer a question about a sound. With --mic, about the next utterance."""
-    from ..errors import MediaError, UsageError
-    from ..listen import ListenOptions, ask
+    from edge_gemma.conversation.listener import ListenOptions, ask
+    from edge_gemma.errors import MediaError, UsageError
 
     if len(words) != (1 if mic else 2):
         raise UsageError('write it like: edge-gemma ask BUNDLE clip.wav "What is this?"' + "   or, with --mic, the question alone" * mic)
     blocks = _blocks(None if mic else Path(words[0]), mic, name)
     if not mic:
-        from ..audio import read_audio
+        from edge_gemma.hearing.sound import read_audio
 
         blocks = [read_audio(words[0])]
         if not len(blocks[0]):
@@ -206,7 +213,7 @@ def ask(
 
 
 def _one_utterance(blocks: Iterable) -> Iterator:
-    from ..vad import SpeechDetector
+    from edge_gemma.hearing.utterances import SpeechDetector
 
     detector = SpeechDetector()
     for block in blocks:
@@ -228,15 +235,15 @@ def listen(
     as_json: JsonOption = False, debug: DebugOption = False,
 ) -> None:  # fmt: skip
     """Talk with the model: hear, answer, speak, until Ctrl-C. Answers begin when you stop speaking; speaking again stops them."""
-    from ..audio import Microphone, find_sound_device
-    from ..listen import Listener, ListenOptions
-    from ..vad import VadSettings
+    from edge_gemma.conversation.listener import Listener, ListenOptions
+    from edge_gemma.hearing.devices import Microphone, find_sound_device
+    from edge_gemma.hearing.utterances import VadSettings
 
     make_voice = _voice_maker(voice)
     find_sound_device(name, "input")  # before the model is loaded
     gate = None
     if wake_word:
-        from ..vad import wake_word as make_gate
+        from edge_gemma.hearing.wake_word import wake_word as make_gate
 
         gate = make_gate(wake_word)
     options = ListenOptions(instruction, pad_audio, barge_in, VadSettings(end_s=pause), sampling.options())
@@ -269,8 +276,8 @@ def _voice_maker(voice: str):
     """``() -> Voice | None`` for --voice. The synthesizer is found at once, so that a missing one is said before a model is loaded."""
     if voice == "none":
         return lambda: None
-    from ..audio import Speaker
-    from ..speech import Voice, espeak, piper
+    from edge_gemma.conversation.voice import Voice, espeak, piper
+    from edge_gemma.hearing.devices import Speaker
 
     synthesize = piper(voice) if voice.endswith(".onnx") else espeak(voice)
     speaker = Speaker()
@@ -284,8 +291,9 @@ def devices(
     debug: DebugOption = False,
 ) -> None:
     """List microphones and loudspeakers; --meter shows what a microphone hears."""
-    from ..audio import Microphone, level_dbfs
-    from ..audio import devices as find
+    from edge_gemma.hearing.devices import Microphone
+    from edge_gemma.hearing.devices import devices as find
+    from edge_gemma.hearing.sound import level_dbfs
 
     found = find()
     if as_json:

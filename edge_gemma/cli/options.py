@@ -14,7 +14,7 @@ from typing import Annotated, get_type_hints
 
 import typer
 
-from .common import DeviceOption, VerboseOption
+from edge_gemma.cli.common import DeviceOption, VerboseOption
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Planning:
 
     def request(self, encoders: tuple[str, ...] | None = None):
         """``encoders``: those the command will use; None: all the bundle has."""
-        from ..plan import Request
-        from ..units import parse_bytes
+        from edge_gemma.plan.records import Request
+        from edge_gemma.units import parse_bytes
 
         budget_bytes = None if self.budget is None else parse_bytes(self.budget)
         return Request(
@@ -60,7 +60,7 @@ class Sampling:
     seed: Annotated[int | None, typer.Option("--seed", help="The same seed, prompt, settings and build give the same text.")] = None
 
     def options(self, **more):
-        from ..sample import Options
+        from edge_gemma.options import Options
 
         return Options(**vars(self), **more)
 

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from .answering import finish, load_model, stream
-from .common import BundleArg, DebugOption, JsonOption, note
-from .options import Loading, Sampling, grouped
+from edge_gemma.cli.answering import finish, load_model, stream
+from edge_gemma.cli.common import BundleArg, DebugOption, JsonOption, note
+from edge_gemma.cli.options import Loading, Sampling, grouped
 
 QUESTION = "Describe what you see."
 # A last word with such an ending is a picture that is missing, not a question.
@@ -47,11 +47,12 @@ def describe(
     debug: DebugOption = False,
 ) -> None:
     """Say what pictures show, or answer a question about them. Several pictures can be compared."""
-    from ..errors import UsageError
-    from ..memory import PeakSampler
-    from ..prompt import Image
-    from ..video import Video, capture
-    from ..vision import Picture
+    from edge_gemma.errors import UsageError
+    from edge_gemma.machine.peak import PeakSampler
+    from edge_gemma.messages import Image
+    from edge_gemma.seeing.camera import capture
+    from edge_gemma.seeing.picture import Picture
+    from edge_gemma.seeing.video import Video
 
     images, question = split(words or [])
     if not images and not video and camera is None:

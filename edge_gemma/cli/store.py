@@ -13,7 +13,7 @@ JSON = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")
 
 def bundle_names(incomplete: str) -> list[str]:
     """Shell completion: the installed bundles."""
-    from ..store import ls
+    from edge_gemma.store.installed import ls
 
     return [entry.name for entry in ls() if entry.name.startswith(incomplete)]
 
@@ -35,8 +35,8 @@ def pull(
 
     Goes on where an interrupted pull stopped; checks every hash; asks the hub nothing when the model is installed already.
     """
-    from ..hub import pull as fetch
-    from ..units import format_bytes
+    from edge_gemma.store.hub import pull as fetch
+    from edge_gemma.units import format_bytes
 
     bar = _Bar()
     try:
@@ -66,7 +66,14 @@ class _Bar:
     def __call__(self, what: str, done: int, total: int) -> None:
         if self._progress is None:
             from rich.console import Console
-            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+                TransferSpeedColumn,
+            )
 
             self.used = True
             self._progress = Progress(
@@ -85,8 +92,8 @@ class _Bar:
 
 def list_(as_json: JSON = False) -> None:
     """List the installed bundles."""
-    from ..store import bundles, ls, unfinished
-    from ..units import format_bytes
+    from edge_gemma.store.installed import bundles, ls, unfinished
+    from edge_gemma.units import format_bytes
 
     entries, begun = ls(), unfinished()
     if as_json:
@@ -102,7 +109,7 @@ def list_(as_json: JSON = False) -> None:
     if not entries:
         print(f"no bundles in {bundles()}. Install one: edge-gemma pull ORG/NAME, or try `edge-gemma demo`", file=sys.stderr)
     else:
-        from .columns import columns
+        from edge_gemma.cli.columns import columns
 
         rows = [("name", "family", "size", "does", "from")]
         for e in entries:
@@ -124,9 +131,9 @@ def rm(
     as_json: JSON = False,
 ) -> None:
     """Delete installed bundles."""
-    from .. import store
-    from ..errors import UsageError
-    from ..units import format_bytes
+    from edge_gemma.errors import UsageError
+    from edge_gemma.store import installed as store
+    from edge_gemma.units import format_bytes
 
     if not names and not unfinished:
         raise UsageError("name the bundles to delete (`edge-gemma ls`), or pass --unfinished")

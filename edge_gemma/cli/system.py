@@ -13,7 +13,7 @@ JSON = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")
 
 def profile_names(incomplete: str) -> list[str]:
     """Shell completion: auto and the shipped profiles."""
-    from ..device import profile_names as shipped
+    from edge_gemma.machine.device import profile_names as shipped
 
     return [name for name in ("auto", *shipped()) if name.startswith(incomplete)]
 
@@ -25,9 +25,9 @@ def register(app: typer.Typer) -> None:
 
 def doctor(as_json: JSON = False) -> None:
     """What this machine has, what is installed, and what would make it serve better. Changes nothing."""
-    from ..doctor import examine, expected_repacks
-    from ..units import format_bytes
-    from .columns import columns
+    from edge_gemma.cli.columns import columns
+    from edge_gemma.doctor import examine, expected_repacks
+    from edge_gemma.units import format_bytes
 
     report = examine()
     device = report.device
@@ -81,10 +81,11 @@ def profiles(
     as_json: JSON = False,
 ) -> None:
     """List the boards that `plan --device` knows, or show one."""
-    from ..device import find_device, load_profile, profile_notes
-    from ..device import profile_names as shipped
-    from ..doctor import expected_repacks
-    from ..units import format_bytes
+    from edge_gemma.doctor import expected_repacks
+    from edge_gemma.machine.device import load_profile, profile_notes
+    from edge_gemma.machine.device import profile_names as shipped
+    from edge_gemma.machine.probe import find_device
+    from edge_gemma.units import format_bytes
 
     def data(device):
         return dataclasses.asdict(device) | {"usable_bytes": device.usable_bytes, "reserve_bytes": device.reserve_bytes, "repacks": expected_repacks(device)}
@@ -110,7 +111,7 @@ def profiles(
     if as_json:
         print(json.dumps({"profiles": [data(device) for device in devices]}))
         return
-    from .columns import columns
+    from edge_gemma.cli.columns import columns
 
     rows = [("profile", "memory", "for a model", "threads", "pages", "llama.cpp repacks")]
     for device in devices:

@@ -9,9 +9,16 @@ from typing import Annotated
 
 import typer
 
-from .answering import finish, load_model, stats_line, stream
-from .common import BundleArg, DebugOption, JsonOption, note, open_bundle, print_json
-from .options import Loading, Planning, Sampling, grouped
+from edge_gemma.cli.answering import finish, load_model, stats_line, stream
+from edge_gemma.cli.common import (
+    BundleArg,
+    DebugOption,
+    JsonOption,
+    note,
+    open_bundle,
+    print_json,
+)
+from edge_gemma.cli.options import Loading, Planning, Sampling, grouped
 
 System = Annotated[str | None, typer.Option("--system", help="System text.")]
 
@@ -30,12 +37,13 @@ def plan(
     debug: DebugOption = False,
 ) -> None:
     """Say what a bundle will take on a device, byte by byte, without loading it. Exit code 4 when it does not fit."""
-    from ..device import find_device, repacked
-    from ..plan import make_plan
+    from edge_gemma.machine.probe import find_device
+    from edge_gemma.machine.repack import repacked
+    from edge_gemma.plan.ladder import make_plan
 
     found, target = open_bundle(bundle), find_device(planning.device)
     if planning.device == "auto":
-        from ..weights import repacked_here as repacks
+        from edge_gemma.engines.llama.weights import repacked_here as repacks
     else:
 
         def repacks(tensor) -> bool:
@@ -51,8 +59,8 @@ def plan(
 
 
 def _print_plan(name: str, device: str, made) -> None:
-    from ..plan import arithmetic
-    from ..units import format_bytes
+    from edge_gemma.plan.ladder import arithmetic
+    from edge_gemma.units import format_bytes
 
     s = made.settings
     print(f"{name} on {device}: {'fits' if made.fits else 'does not fit'} in {format_bytes(made.budget_bytes)}")
@@ -71,7 +79,7 @@ def _print_plan(name: str, device: str, made) -> None:
 
 def _read_option(value: str | None, what: str) -> str | None:
     """A file's text for @FILE, or the value itself."""
-    from ..errors import UsageError
+    from edge_gemma.errors import UsageError
 
     if value is None or not value.startswith("@"):
         return value
@@ -84,7 +92,7 @@ def _read_option(value: str | None, what: str) -> str | None:
 def _schema(value: str | None) -> dict | None:
     import json
 
-    from ..errors import UsageError
+    from edge_gemma.errors import UsageError
 
     text = _read_option(value, "--schema")
     if text is None:
@@ -113,9 +121,9 @@ def run(
     debug: DebugOption = False,
 ) -> None:
     """Answer one prompt and leave. Instruct bundles get it as a user turn, base bundles (or --raw) continue it."""
-    from ..errors import UsageError
-    from ..memory import PeakSampler
-    from ..prompt import Audio, Image, Message
+    from edge_gemma.errors import UsageError
+    from edge_gemma.machine.peak import PeakSampler
+    from edge_gemma.messages import Audio, Image, Message
 
     if prompt in (None, "-"):
         if prompt is None and sys.stdin.isatty():
@@ -161,7 +169,7 @@ def chat(
     debug: DebugOption = False,
 ) -> None:
     """Talk with a bundle. /help lists what can be typed besides words."""
-    from ..errors import EdgeGemmaError
+    from edge_gemma.errors import EdgeGemmaError
 
     options = sampling.options()
     model, _ = load_model(bundle, loading)
@@ -214,8 +222,8 @@ def _read_line() -> str | None:
 
 def _command(line: str, talk, last):
     """A line → what to send, or None when it was a command or empty."""
-    from ..errors import UsageError
-    from ..prompt import Audio, Image
+    from edge_gemma.errors import UsageError
+    from edge_gemma.messages import Audio, Image
 
     word, _, rest = line.strip().partition(" ")
     if not word:

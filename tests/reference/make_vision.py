@@ -22,7 +22,10 @@ torch.set_grad_enabled(False)
 
 
 def model_of(recipe, folder):
-    from transformers import Gemma3ForConditionalGeneration, Gemma3nForConditionalGeneration
+    from transformers import (
+        Gemma3ForConditionalGeneration,
+        Gemma3nForConditionalGeneration,
+    )
 
     kind = {"g3n": Gemma3nForConditionalGeneration, "g3mm": Gemma3ForConditionalGeneration}[recipe]
     return kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
@@ -53,7 +56,9 @@ def g3mm(folder, encode):
 
 
 def g3n(folder, encode):
-    from transformers.models.gemma3n.feature_extraction_gemma3n import Gemma3nAudioFeatureExtractor
+    from transformers.models.gemma3n.feature_extraction_gemma3n import (
+        Gemma3nAudioFeatureExtractor,
+    )
 
     model = model_of("g3n", folder)
     config = model.config

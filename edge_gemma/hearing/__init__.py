@@ -1,0 +1,1 @@
+"""Sound → log-mel → soft tokens, as a stream; a file is a microphone that never waits."""

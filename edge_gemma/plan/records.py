@@ -1,0 +1,89 @@
+"""What goes into a plan and comes out of it: request, settings, items, plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from edge_gemma.bundles.manifest import Manifest
+from edge_gemma.errors import PlanRefused
+
+PHASES = ("load", "listen", "look", "prefill", "decode")
+AFTER_LOAD = PHASES[1:]
+Kind = Literal["anon", "file_hot", "file_cold", "reclaimable"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a plan decided for one decoder. Sizes in tokens."""
+
+    n_ctx: int
+    n_ubatch: int = 256
+    n_seq_max: int = 1
+    n_threads: int = 1
+    kv_type: str = "f16"
+    repack: bool = True
+    n_gpu_layers: int = 0
+    flash_attention: bool = True
+    encoders: Literal["resident", "one at a time"] = "resident"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the caller wants. ``None`` leaves the choice, and the conceding, to the plan."""
+
+    budget_bytes: int | None = None
+    n_ctx: int | None = None
+    n_ubatch: int | None = None
+    n_seq_max: int = 1
+    n_threads: int | None = None
+    kv_type: str | None = None
+    repack: bool | None = None
+    n_gpu_layers: int | None = None
+    encoders: tuple[str, ...] | None = None  # of "audio", "vision"; None: all the bundle has
+    lora_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of a plan. ``kind``: anon (only swap could take it), file_hot (mapped and read for every token), file_cold
+    (mapped, a few rows per token), reclaimable (clean pages that hurt nobody when taken)."""
+
+    name: str
+    bytes: int
+    kind: Kind
+    phases: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``total_bytes`` is the maximum over the phases after load of that phase's sum: what will be resident at the peak.
+
+    ``load_peak_bytes`` counts the clean file pages too that loading maps for a moment; the kernel may take those back at any
+    time, so they decide nothing.
+    """
+
+    fits: bool
+    total_bytes: int
+    load_peak_bytes: int
+    budget_bytes: int
+    needed_bytes: int  # total and the headroom that repacked weights ask for
+    items: tuple[Item, ...]
+    settings: Settings
+    concessions: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    refusal: str = ""
+
+    def phase_bytes(self, phase: str) -> int:
+        return sum(item.bytes for item in self.items if phase in item.phases)
+
+    def require(self) -> "Plan":
+        """This plan, or PlanRefused with the arithmetic and the nearest request that fits."""
+        if not self.fits:
+            raise PlanRefused(self.refusal, self)
+        return self
+
+
+def wanted_encoders(manifest: Manifest, request: Request) -> tuple[str, ...]:
+    present = tuple(name for name in ("audio", "vision") if getattr(manifest, name) is not None)
+    return present if request.encoders is None else request.encoders

@@ -1,0 +1,1 @@
+"""Turns → an ordered list of spans: token ids and embedding rows."""

@@ -1,0 +1,1 @@
+"""Pictures, clips and cameras → soft tokens."""

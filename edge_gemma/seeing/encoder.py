@@ -1,0 +1,58 @@
+"""Pictures → soft tokens, with the vision encoder of a bundle."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edge_gemma.bundles.folder import Bundle
+from edge_gemma.engines.onnx.runtime import open_onnx, run_onnx
+from edge_gemma.errors import BundleError, RuntimeFailure, UnsupportedModel, UsageError
+from edge_gemma.machine.footprint import trim_heap
+
+
+class ImageEncoder:
+    """The vision tower of a bundle, loaded for square inputs of ``size`` pixels (default: the bundle's first). One picture at a time.
+
+    >>> with ImageEncoder(Bundle.open(getfixture("seeing_bundle")), n_threads=1) as encoder:
+    ...     encoder.encode(np.zeros((1, 3, 224, 224), np.float32)).shape
+    (16, 256)
+    """
+
+    def __init__(self, bundle: Bundle, *, size: int | None = None, n_threads: int = 2):
+        if bundle.manifest.vision is None:
+            raise UnsupportedModel(f"{bundle.manifest.name} has no vision encoder, so it cannot see; Gemma 3 4B and Gemma 3n can (convert them without --vision none)")
+        self.part = bundle.manifest.vision
+        self.size = size or self.part.image_sizes[0]
+        if self.size not in self.part.image_sizes:
+            raise UsageError(f"pictures of {self.size} px were asked for; this encoder takes {', '.join(map(str, self.part.image_sizes))}")
+        path = bundle.path(self.part.file)
+        # thousands of short products a picture: waking a thread for each would take a tenth of the time
+        self._session = open_onnx(path, n_threads=n_threads, spin=True, in_place=True, sides={"side": self.size})
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        expected = ("pixels", [1, 3, self.size, self.size]), ("soft_tokens", [self.part.n_soft_tokens, self.part.n_embd])
+        found = [(value.name, list(value.shape)) for value in (*inputs, *outputs)]
+        if found != list(expected):
+            raise BundleError(f"{path} is not the vision encoder its manifest describes: it has {found}, expected {list(expected)}; convert the model again")
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        """``pixels [1, 3, size, size]`` float32, normalised (:meth:`edge_gemma.seeing.picture.Picture.array`) → soft tokens ``[n_soft_tokens, n_embd]`` float32.
+
+        Raises RuntimeFailure.
+        """
+        if self._session is None:
+            raise RuntimeFailure("the vision encoder was closed; open it again")
+        try:
+            return run_onnx(self._session, ["soft_tokens"], {"pixels": pixels})[0]
+        finally:
+            trim_heap()  # activations are needed again only with the next picture
+
+    def close(self) -> None:
+        """Let go of the weights."""
+        self._session = None
+        trim_heap()
+
+    def __enter__(self) -> "ImageEncoder":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
