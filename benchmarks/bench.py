@@ -23,7 +23,7 @@ from edge_gemma.machine.device import Device, load_profile, profile_names
 from edge_gemma.machine.probe import find_device, probe
 from edge_gemma.machine.repack import repacked
 from edge_gemma.plan.ladder import make_plan
-from edge_gemma.plan.records import Plan, Request
+from edge_gemma.plan.records import Plan, PlanRequest
 from edge_gemma.units import MiB, format_bytes
 
 Progress = Callable[[str], None]
@@ -128,7 +128,7 @@ def memory(
         for folder in bundles:
             bundle = Bundle.open(folder)
             for name, board in boards.items():
-                plan = make_plan(bundle.manifest, board, Request(n_ctx=n_ctx), _repacks(board))
+                plan = make_plan(bundle.manifest, board, PlanRequest(n_ctx=n_ctx), _repacks(board))
                 row = _planned(bundle, name, board, plan)
                 section.rows.append(row)
                 if not plan.fits or not run:

@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import median
 
 from edge_gemma.benchmarks.machine import describe_machine
-from edge_gemma.convert.pipeline import Options, convert
+from edge_gemma.convert.pipeline import Conversion, convert
 from edge_gemma.convert.quality import measure_speed
 from edge_gemma.convert.recipe import read_recipe
 from msgspec.structs import replace
@@ -60,7 +60,7 @@ def _bundle(checkpoint: Path, name: str, folder: Path) -> Bundle:
         bundle = Bundle.open(folder)
         if (bundle.manifest.recipe["name"], bundle.manifest.name) == (recipe.name, checkpoint.resolve().name):
             return bundle
-    return convert(checkpoint, folder, Options(quant=recipe, audio="none", vision="none", verify=False, overwrite=True)).bundle
+    return convert(checkpoint, folder, Conversion(quant=recipe, audio="none", vision="none", verify=False, overwrite=True)).bundle
 
 
 def run(checkpoint: Path, recipes: list[str], work: Path, *, two_step: bool = True, script: str = "") -> dict:

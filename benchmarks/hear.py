@@ -30,8 +30,7 @@ import msgspec
 import numpy as np
 
 from edge_gemma.bundles.folder import Bundle, BundleWriter, file_entry
-from edge_gemma.bundles.manifest import AudioEncoder as Part
-from edge_gemma.bundles.manifest import Decoder, Manifest, Source
+from edge_gemma.bundles.manifest import AudioPart, DecoderPart, Manifest, Source
 from edge_gemma.hearing.samples import RATE_HZ
 from edge_gemma.machine.footprint import Footprint, rollup
 from edge_gemma.machine.peak import PeakSampler
@@ -68,11 +67,11 @@ def encoder_bundle(work: Path, precision: str, decoder: Path | None = None) -> B
         return writer.commit(_manifest(writer.folder, part, decoder))
 
 
-def _manifest(folder: Path, part: Part, decoder: Path | None) -> Manifest:
+def _manifest(folder: Path, part: AudioPart, decoder: Path | None) -> Manifest:
     if decoder is None:
         (folder / "decoder.gguf").write_bytes(b"none")
         sizes = dict(n_layer=1, n_embd=part.n_embd, n_ff=1, n_head=1, n_head_kv=1, head_dim=1, n_vocab=8, n_ctx_train=1, sliding_window=0, kv_layers=("global",))
-        text = Decoder(file="decoder.gguf", header_bytes=4, header_sha256="0" * 64, **sizes)
+        text = DecoderPart(file="decoder.gguf", header_bytes=4, header_sha256="0" * 64, **sizes)
         base = Manifest(name="encoder", family="gemma3n", instruct=False, decoder=text, source=Source(origin="synthetic"), files={})
     else:
         from edge_gemma.store.importer import import_gguf
@@ -150,14 +149,14 @@ def latency(work: Path, decoder: Path, precision: str, rounds: int, n_threads: i
     """
     from edge_gemma import load
     from edge_gemma.conversation.live_turn import LiveTurn
-    from edge_gemma.options import Options
-    from edge_gemma.plan.records import Request
+    from edge_gemma.options import Sampling
+    from edge_gemma.plan.records import PlanRequest
 
     bundle = encoder_bundle(work, precision, decoder)
     waits: dict[str, list[tuple[float, float]]] = {}  # (whole wait, of it the encoder's part)
     busy: list[float] = []  # work over length of each live turn; the very first one, right after the load, leads
-    options = Options(temperature=0, max_tokens=1)
-    with load(bundle, n_ctx=1024, request=Request(n_threads=n_threads)) as model:
+    options = Sampling(temperature=0, max_tokens=1)
+    with load(bundle, n_ctx=1024, request=PlanRequest(n_threads=n_threads)) as model:
         for k in range(rounds + 1):  # the first one warms up
             jitter = 0.48 * k / (rounds + 1)
             for mode, seconds in (("live", 3), ("live", 25), ("after", 3), ("after", 25)):
@@ -235,19 +234,19 @@ def _session_memory(folder: Path, encoders: str, n_threads: int | None, clips: l
     from edge_gemma.engines.llama.weights import repacked_here
     from edge_gemma.hearing.sound import read_audio
     from edge_gemma.model import Model, here
-    from edge_gemma.options import Options
+    from edge_gemma.options import Sampling
     from edge_gemma.plan.ladder import make_plan
-    from edge_gemma.plan.records import Request
+    from edge_gemma.plan.records import PlanRequest
 
     bundle = Bundle.open(folder)
-    plan = make_plan(bundle.manifest, here("auto"), Request(n_ctx=2048, n_threads=n_threads), repacked_here).require()
+    plan = make_plan(bundle.manifest, here("auto"), PlanRequest(n_ctx=2048, n_threads=n_threads), repacked_here).require()
     if encoders == "one at a time":  # as the ladder of concessions has it where two encoders do not fit together
         items = tuple(replace(item, phases=("listen",)) if item.name.startswith("audio encoder") else item for item in plan.items)
         plan = replace(plan, settings=replace(plan.settings, encoders=encoders), items=items)
     x = np.concatenate([part for clip in clips for part in (read_audio(clip), np.zeros(RATE_HZ, np.float32))])
     peaks: dict[str, int] = {}
     with Model(bundle, plan) as model, model.chat() as chat, PeakSampler(interval_s=0.01, duty=0.2) as sampler:
-        options = ListenOptions(INSTRUCTION, sampling=Options(temperature=0, max_tokens=48))
+        options = ListenOptions(INSTRUCTION, sampling=Sampling(temperature=0, max_tokens=48))
         for record in Listener(chat, (x[k : k + PACKET] for k in range(0, len(x), PACKET)), options).records():
             phase = {"speech": "listen", "silence": "turning", "text": "decode", "turn": "after"}.get(record.kind)
             if phase and sampler.phases[-1].name != phase:

@@ -23,7 +23,7 @@ from edge_gemma.benchmarks.machine import describe_machine
 from edge_gemma.benchmarks.real_checkpoint import sample_gguf, write_checkpoint
 from edge_gemma.convert.imatrix import calibrate
 from edge_gemma.convert.ladder import Rung, run, table, time_kept
-from edge_gemma.convert.pipeline import Options, convert
+from edge_gemma.convert.pipeline import Conversion, convert
 
 RECIPES = "q8_0,q6_k,q5_k_m,q4_k_m,q4_k_m+imatrix,q4_0,q4_0+imatrix,iq4_xs,iq4_xs+imatrix,q3_k_m,edge+imatrix,edge_fast+imatrix"
 CALIBRATION_MODULES = (
@@ -88,7 +88,7 @@ def _quality(arguments, say, steps) -> list[Rung]:
     matrix = work / "docstrings.imatrix.gguf"
     if not matrix.exists():
         say("calibrate")
-        bundle = convert(checkpoint, work / "q8_0", Options(quant="q8_0", verify=False, overwrite=True)).bundle  # activations hardly differ from bf16's, and it is faster
+        bundle = convert(checkpoint, work / "q8_0", Conversion(quant="q8_0", verify=False, overwrite=True)).bundle  # activations hardly differ from bf16's, and it is faster
         calibrate(bundle, work / "docstrings.txt", matrix, max_tokens=arguments.calibration_tokens, n_threads=arguments.threads)
     return run(
         checkpoint, arguments.out / "ladder", work / "topics.txt", arguments.recipes.split(","), imatrix=matrix, max_tokens=arguments.tokens, rounds=arguments.rounds,

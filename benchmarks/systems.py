@@ -105,16 +105,16 @@ class EdgeGemma(System):
         import edge_gemma
 
         task = self.task
-        request = edge_gemma.Request(n_threads=task.n_threads or None, **dict(task.settings))
+        request = edge_gemma.PlanRequest(n_threads=task.n_threads or None, **dict(task.settings))
         self.model = edge_gemma.load(task.path, budget=task.budget_bytes or None, device=task.device, n_ctx=task.n_ctx or None, request=request)
 
     def tokenize(self, text: str) -> list[int]:
         return [id for span in self.model.spans(text) for id in span.ids]
 
     def generate(self, ids: list[int], n_predict: int) -> Iterator[int]:
-        from edge_gemma import Options, Tokens
+        from edge_gemma import Sampling, Tokens
 
-        for chunk in self.model.generate([Tokens(ids)], Options(temperature=0, max_tokens=n_predict)):
+        for chunk in self.model.generate([Tokens(ids)], Sampling(temperature=0, max_tokens=n_predict)):
             for _ in chunk.token_ids:
                 yield 1
 

@@ -298,8 +298,8 @@ def conversation(bundle: str, n_images: int, n_ctx: int | None, size: int, threa
     import edge_gemma
 
     os.environ["XDG_CACHE_HOME"] = scratch  # soft tokens that an earlier run left behind would spare this one its encoder
-    options = edge_gemma.Options(max_tokens=8, temperature=0)
-    with PeakSampler() as sampler, edge_gemma.load(bundle, n_ctx=n_ctx, request=edge_gemma.Request(n_threads=threads)) as model, model.chat() as chat:
+    options = edge_gemma.Sampling(max_tokens=8, temperature=0)
+    with PeakSampler() as sampler, edge_gemma.load(bundle, n_ctx=n_ctx, request=edge_gemma.PlanRequest(n_threads=threads)) as model, model.chat() as chat:
         sampler.rebase()
         dropped = 0
         for number in range(n_images):

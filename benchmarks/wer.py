@@ -100,11 +100,11 @@ def run(bundle: str, folder: Path, *, language: str | None = None, limit: int | 
         ListenOptions,
         transcribe,
     )
-    from edge_gemma.options import Options
+    from edge_gemma.options import Sampling
 
     pairs = list(islice(dataset(folder), limit))
     instruction = TRANSCRIBE.format(language=language) if language else TRANSCRIBE_ANY
-    options = ListenOptions(pad_audio=pad_audio, sampling=Options(temperature=0, max_tokens=448))
+    options = ListenOptions(pad_audio=pad_audio, sampling=Sampling(temperature=0, max_tokens=448))
     with load(bundle) as model, model.chat(pad_audio=pad_audio) as chat:
         return measure(lambda blocks: " ".join(s.text for s in transcribe(chat, blocks, instruction, options)), pairs, progress) | {"bundle": bundle}
 

@@ -102,11 +102,11 @@ def answer_latency(system: System) -> list[dict]:
     arrives. Packets are handed over as fast as they are dealt with, so nothing waits; ``rtf`` tells whether real time would have.
     ``text``: a conversation of ``n_prompt`` tokens stands in the cache; the clock starts with a new turn of 32.
     """
-    from edge_gemma import Audio, Options, Rows, Tokens
+    from edge_gemma import Audio, Rows, Sampling, Tokens
     from edge_gemma.messages import Message
 
     task, model = system.task, system.model
-    first_token = Options(temperature=0, max_tokens=task.n_predict)
+    first_token = Sampling(temperature=0, max_tokens=task.n_predict)
     rounds = []
     for turn in range(task.rounds):
         with model.session() as session:

@@ -26,7 +26,7 @@ import numpy as np
 from edge_gemma.convert.checkpoint import Checkpoint
 from edge_gemma.convert.onnx_writer import OnnxWriter, Precision
 
-from edge_gemma.bundles.manifest import AudioEncoder
+from edge_gemma.bundles.manifest import AudioPart
 from edge_gemma.errors import CheckpointError, UnsupportedModel
 
 FILE = "audio_encoder.onnx"
@@ -104,7 +104,7 @@ class AudioConfig:
         return 4 * (conv + feed_forward + state + STEP_FRAMES * n_embd)
 
 
-def write_audio_encoder(checkpoint: Checkpoint, folder: Path, precision: Precision, *, progress: Callable[[str], None] = lambda part: None) -> AudioEncoder:
+def write_audio_encoder(checkpoint: Checkpoint, folder: Path, precision: Precision, *, progress: Callable[[str], None] = lambda part: None) -> AudioPart:
     """Write ``audio_encoder.onnx`` and ``audio_encoder.onnx.data`` (list both under the manifest's files) into ``folder``.
 
     ``progress`` is told each part's name before it is written. The first and last projections, 1 % of the weights, stay at half precision
@@ -114,7 +114,7 @@ def write_audio_encoder(checkpoint: Checkpoint, folder: Path, precision: Precisi
     n_embd = checkpoint.shape(f"{EMBEDDER}embedding_projection.weight")[0]
     with OnnxWriter(Path(folder) / FILE) as graph:
         _Tower(checkpoint, config, graph, precision, progress).write(n_embd)
-    return AudioEncoder(
+    return AudioPart(
         file=FILE,
         precision=precision,
         n_embd=n_embd,

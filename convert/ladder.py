@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 import msgspec
-from edge_gemma.convert.pipeline import Options, convert
+from edge_gemma.convert.pipeline import Conversion, convert
 from edge_gemma.convert.quality import Receipt, compare, measure_speed
 from edge_gemma.convert.recipe import read_recipe
 
@@ -85,7 +85,7 @@ def run(
     try:
         for label, name in {REFERENCE: REFERENCE, **wanted}.items():
             stage(f"convert {label}")
-            options = Options(
+            options = Conversion(
                 quant=name.removesuffix("+imatrix"), imatrix=imatrix if name.endswith("+imatrix") else None, audio="none", vision="none",
                 overwrite=overwrite or add, n_threads=n_threads, verify=False,
             )  # fmt: skip

@@ -17,7 +17,7 @@ from edge_gemma.convert.vision import write_vision_encoder
 
 from edge_gemma.bundles.description import Description
 from edge_gemma.bundles.gguf import Header, TensorInfo, read_header
-from edge_gemma.bundles.manifest import VisionEncoder
+from edge_gemma.bundles.manifest import VisionPart
 from edge_gemma.errors import BundleError, UnsupportedModel
 from edge_gemma.store.importer import WriteVision
 
@@ -99,7 +99,7 @@ class Mmproj:
         return values - 1 if name.endswith("mm_soft_emb_norm.weight") else values
 
 
-def vision_from_mmproj(path: str | Path, folder: Path, precision: str = "f16") -> VisionEncoder:
+def vision_from_mmproj(path: str | Path, folder: Path, precision: str = "f16") -> VisionPart:
     """Write ``vision_encoder.onnx`` (+ ``.data``) of an ``mmproj`` GGUF into ``folder``. Raises BundleError, UnsupportedModel, UsageError."""
     return write_vision_encoder(Mmproj(path), folder, precision)
 
@@ -142,7 +142,7 @@ def vision_writer(mmproj: str | Path, precision: str = "f16") -> WriteVision:
     """What ``import_gguf`` calls to give an imported Gemma 3 its vision encoder. It raises UnsupportedModel, BundleError."""
     mmproj = Path(mmproj)
 
-    def write(folder: Path, description: Description) -> VisionEncoder:
+    def write(folder: Path, description: Description) -> VisionPart:
         missing = [token for token in ("start_of_image", "end_of_image") if token not in description.special_tokens]
         if description.family != "gemma3" or missing:
             without = f" without {missing[0]}" if missing else ""

@@ -1,6 +1,6 @@
 """Checkpoint → bundle in one pass: read, map, quantize, write, verify. The order of everything ``edge-gemma convert`` does.
 
-In: a checkpoint folder and :class:`Options`. Out: a bundle that exists whole or not at all. :func:`prepare` decides everything
+In: a checkpoint folder and :class:`Conversion`. Out: a bundle that exists whole or not at all. :func:`prepare` decides everything
 without reading a weight (that is also the dry run); :func:`convert` then does exactly that. A conversion that was killed leaves a hidden
 folder beside the output, which the next run for the same output removes.
 """
@@ -42,7 +42,7 @@ _BASE_MEMORY = 180 * MiB  # Python, numpy and libggml-base, and a vocabulary of 
 
 
 @dataclass(frozen=True)
-class Options:
+class Conversion:
     """``audio`` and ``vision``: a precision, "none", or None for the default where the checkpoint has the tower."""
 
     quant: str | Recipe = "q4_k_m"  # a recipe's name, a .toml file, or the recipe itself
@@ -114,7 +114,7 @@ class Result:
     extra: dict = field(default_factory=dict)
 
 
-def prepare(folder: str | Path, options: Options) -> Prepared:
+def prepare(folder: str | Path, options: Conversion) -> Prepared:
     """Decide and check everything; nothing is written. Raises CheckpointError, UnsupportedModel, UsageError."""
     recipe = options.quant if isinstance(options.quant, Recipe) else read_recipe(options.quant)
     checkpoint = Checkpoint.open(folder)
@@ -150,7 +150,7 @@ def _tower_of(name: str) -> str | None:
     return next((tower for prefix, tower in TOWERS.items() if name.startswith(prefix)), None)
 
 
-def _towers(checkpoint: Checkpoint, options: Options) -> dict[str, str]:
+def _towers(checkpoint: Checkpoint, options: Conversion) -> dict[str, str]:
     there = {_tower_of(name) for name in checkpoint.names() if name.startswith(("model.audio_tower.", "model.vision_tower."))}
     chosen = {}
     for tower, wanted in (("audio", options.audio), ("vision", options.vision)):
@@ -164,10 +164,10 @@ def _towers(checkpoint: Checkpoint, options: Options) -> dict[str, str]:
     return chosen
 
 
-def convert(folder: str | Path, out: str | Path, options: Options = Options(), report: Report = Report()) -> Result:
+def convert(folder: str | Path, out: str | Path, options: Conversion = Conversion(), report: Report = Report()) -> Result:
     """Convert a checkpoint into the bundle ``out``. Raises CheckpointError, UnsupportedModel, UsageError, RuntimeFailure (the disk).
 
-    >>> result = convert(getfixture("tiny_checkpoint"), getfixture("tmp_path") / "bundle", Options(quant="q8_0"))
+    >>> result = convert(getfixture("tiny_checkpoint"), getfixture("tmp_path") / "bundle", Conversion(quant="q8_0"))
     >>> result.bundle.manifest.family, result.bundle.manifest.recipe["name"]
     ('gemma3', 'q8_0')
     """
@@ -208,7 +208,7 @@ def convert(folder: str | Path, out: str | Path, options: Options = Options(), r
     return Result(bundle, seconds, prepared.notes, prepared.mapping.skipped, sample)
 
 
-def _receipt(prepared: Prepared, options: Options, path: Path, report: Report) -> dict:
+def _receipt(prepared: Prepared, options: Conversion, path: Path, report: Report) -> dict:
     """Quality against the same weights in bf16, written beside for the time it takes."""
     from edge_gemma.convert.quality import compare
 
@@ -225,7 +225,7 @@ def _reference_layout(prepared: Prepared) -> Layout:
     return plan_layout(prepared.mapping.dims, prepared.mapping.sources, types, prepared.vocabulary, name="reference", file_type=32)
 
 
-def _check_disk(prepared: Prepared, folder: Path, options: Options) -> None:
+def _check_disk(prepared: Prepared, folder: Path, options: Conversion) -> None:
     free, needed = shutil.disk_usage(folder).free, prepared.disk_bytes + 16 * MiB + (_reference_layout(prepared).total_bytes if options.check else 0)
     if free < needed:
         raise RuntimeFailure(f"the bundle needs {format_bytes(needed)} on disk, {folder.parent} has {format_bytes(free)} free; choose another folder or a smaller recipe")
@@ -252,7 +252,7 @@ def _write_tower(tower: str, prepared: Prepared, folder: Path, report: Report):
     return getattr(module, f"write_{tower}_encoder")(prepared.checkpoint, folder, prepared.towers[tower])
 
 
-def _manifest(prepared: Prepared, options: Options, path: Path, files: dict, special_rows: tuple[str, ...], towers: dict, quality: dict | None) -> Manifest:
+def _manifest(prepared: Prepared, options: Conversion, path: Path, files: dict, special_rows: tuple[str, ...], towers: dict, quality: dict | None) -> Manifest:
     description = describe(path)  # what the runtime will read there, by the code that it reads with
     config = prepared.checkpoint.config
     tokens = dict(description.special_tokens)

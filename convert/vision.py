@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from edge_gemma.convert.onnx_writer import MICROSOFT, OPSET_OF_BLOCKS, OnnxWriter
 
-from edge_gemma.bundles.manifest import VisionEncoder
+from edge_gemma.bundles.manifest import VisionPart
 from edge_gemma.errors import CheckpointError, UsageError
 from edge_gemma.units import MiB
 
@@ -42,7 +42,7 @@ NOT_IN_8_BITS = re.compile(r"timm_model\.blocks\.[01]\.")
 NORM_EPSILON = 1e-6  # timm RmsNorm2d, SigLIP's layer_norm_eps, Gemma's rms_norm_eps
 
 
-def write_vision_encoder(checkpoint, folder: Path, precision: str, *, only: str | None = None) -> VisionEncoder:
+def write_vision_encoder(checkpoint, folder: Path, precision: str, *, only: str | None = None) -> VisionPart:
     """Write ``vision_encoder.onnx`` (+ ``.data``) into ``folder``. Raises CheckpointError, UsageError.
 
     ``only``: a pattern; weights whose names do not match it stay float32 (to measure one kind of layer at a time).
@@ -60,7 +60,7 @@ def write_vision_encoder(checkpoint, folder: Path, precision: str, *, only: str 
 
 
 # ---- Gemma 3: SigLIP and the projector
-def _write_siglip(checkpoint, vision: dict, folder: Path, precision: str, only: str | None) -> VisionEncoder:
+def _write_siglip(checkpoint, vision: dict, folder: Path, precision: str, only: str | None) -> VisionPart:
     tower, projector = "model.vision_tower.", "model.multi_modal_projector."
     width, _, patch, _ = checkpoint.shape(tower + "embeddings.patch_embedding.weight")
     size, n_head = int(vision.get("image_size", 896)), int(vision.get("num_attention_heads", 16))
@@ -99,7 +99,7 @@ def _write_siglip(checkpoint, vision: dict, folder: Path, precision: str, only: 
         projection = checkpoint.read(projector + "mm_input_projection_weight")  # [width, n_embd]
         x = graph.product(x, projection.T, projector, exact=True)
         writer.output("soft_tokens", x, np.float32, [n_soft, projection.shape[1]])
-    return VisionEncoder(
+    return VisionPart(
         file=FILE, kind="siglip", precision=precision, n_embd=projection.shape[1], n_soft_tokens=n_soft, image_sizes=(size,),
         mean=0.5, std=0.5, weights_bytes=writer.weights_bytes, activation_bytes={str(size): _siglip_activation_bytes(side * side, width, n_ff, precision)},
     )  # fmt: skip
@@ -132,7 +132,7 @@ def _siglip_activation_bytes(rows: int, width: int, n_ff: int, precision: str) -
 
 
 # ---- Gemma 3n: MobileNetV5, multi-scale fusion and the embedder
-def _write_mobilenet(checkpoint, vision: dict, folder: Path, precision: str, only: str | None) -> VisionEncoder:
+def _write_mobilenet(checkpoint, vision: dict, folder: Path, precision: str, only: str | None) -> VisionPart:
     architecture = vision.get("architecture", "mobilenetv5_300m_enc")
     if architecture != "mobilenetv5_300m_enc":
         raise CheckpointError(f"the vision tower is {architecture!r}; mobilenetv5_300m_enc is the one this converts")
@@ -154,7 +154,7 @@ def _write_mobilenet(checkpoint, vision: dict, folder: Path, precision: str, onl
         x = graph.product(x, checkpoint.read(embed + "embedding_projection.weight"), embed, exact=True)
         x = writer.rms_norm(x, np.ones(n_embd, np.float32), vision.get("rms_norm_eps", NORM_EPSILON))
         writer.output("soft_tokens", x, np.float32, [MSFA_SIDE * MSFA_SIDE, n_embd])
-    return VisionEncoder(
+    return VisionPart(
         file=FILE, kind="mobilenetv5", precision=precision, n_embd=n_embd, n_soft_tokens=MSFA_SIDE * MSFA_SIDE, image_sizes=MOBILENET_SIZES,
         mean=0.0, std=1.0, weights_bytes=writer.weights_bytes,
         activation_bytes={str(size): mib * MiB for size, mib in MOBILENET_ACTIVATION_MIB[precision].items()},

@@ -27,10 +27,10 @@ from edge_gemma.machine.device import Device
 from edge_gemma.machine.footprint import quick
 from edge_gemma.machine.probe import find_device, probe
 from edge_gemma.messages import Audio, Image
-from edge_gemma.options import Options
+from edge_gemma.options import Sampling
 from edge_gemma.plan.costs import RUNTIME_ANON_BYTES
 from edge_gemma.plan.ladder import make_plan
-from edge_gemma.plan.records import Plan, Request
+from edge_gemma.plan.records import Plan, PlanRequest
 from edge_gemma.prompts.prompt import Prompt, read_special_rows
 from edge_gemma.spans import Span, Tokens
 from edge_gemma.units import parse_bytes
@@ -44,7 +44,7 @@ def load(
     budget: int | str | None = None,
     device: str | Device = "auto",
     n_ctx: int | None = None,
-    request: Request = Request(),
+    request: PlanRequest = PlanRequest(),
     lora: Sequence[tuple[str | Path, float]] = (),
     on_progress: Callable[[float], bool | None] | None = None,
 ) -> "Model":
@@ -128,10 +128,10 @@ class Model:
 
     # generating
 
-    def generate(self, prompt: PromptLike, options: Options = Options()) -> Iterator[Chunk]:
+    def generate(self, prompt: PromptLike, options: Sampling = Sampling()) -> Iterator[Chunk]:
         """Continue a text or spans; what it shares with the last such prompt is reused from the cache.
 
-        >>> chunks = list(getfixture("tiny_model").generate("abc", Options(max_tokens=3, temperature=0)))
+        >>> chunks = list(getfixture("tiny_model").generate("abc", Sampling(max_tokens=3, temperature=0)))
         >>> chunks[-1].finish_reason, chunks[-1].usage.completion_tokens
         ('length', 3)
         """
@@ -150,14 +150,14 @@ class Model:
         """A conversation in turns; see :class:`Chat`.
 
         >>> with getfixture("tiny_model").chat() as chat:
-        ...     text = "".join(c.text for c in chat.send("Hi", Options(max_tokens=2, seed=3)))
+        ...     text = "".join(c.text for c in chat.send("Hi", Sampling(max_tokens=2, seed=3)))
         """
         return Chat(self, system=system, tools=tools, pad_audio=pad_audio)
 
-    def generate_batch(self, prompts: Sequence[PromptLike], options: Options = Options()) -> Iterator[tuple[int, Chunk]]:
+    def generate_batch(self, prompts: Sequence[PromptLike], options: Sampling = Sampling()) -> Iterator[tuple[int, Chunk]]:
         """Several prompts in one decode per step: ``(index, chunk)`` as they come. As many at a time as ``n_seq_max`` holds.
 
-        >>> ends = [i for i, chunk in getfixture("tiny_model").generate_batch(["a", "b"], Options(max_tokens=2)) if chunk.finish_reason]
+        >>> ends = [i for i, chunk in getfixture("tiny_model").generate_batch(["a", "b"], Sampling(max_tokens=2)) if chunk.finish_reason]
         >>> sorted(ends)
         [0, 1]
         """
@@ -189,11 +189,11 @@ class Model:
                 lane.close()
             self.weights.trim()
 
-    async def agenerate(self, prompt: PromptLike, options: Options = Options()) -> AsyncIterator[Chunk]:
+    async def agenerate(self, prompt: PromptLike, options: Sampling = Sampling()) -> AsyncIterator[Chunk]:
         """:meth:`generate` without blocking the event loop; leaving the loop early stops the decoding.
 
         >>> async def text(model):
-        ...     return [chunk async for chunk in model.agenerate("abc", Options(max_tokens=2))]
+        ...     return [chunk async for chunk in model.agenerate("abc", Sampling(max_tokens=2))]
         >>> len(asyncio.run(text(getfixture("tiny_model")))) >= 2
         True
         """

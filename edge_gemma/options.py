@@ -9,13 +9,13 @@ from edge_gemma.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Options:
+class Sampling:
     """How to sample. The defaults are the ones Gemma's authors give (temperature 1, top-k 64, top-p 0.95).
 
     ``seed=None`` draws one, reported in the last chunk's usage. ``temperature=0`` is greedy. ``logprobs=n`` adds the n most
     likely alternatives to each token. ``schema`` (a JSON schema as dict) and ``grammar`` (GBNF) exclude each other.
 
-    >>> Options(temperature=0, max_tokens=16).max_tokens
+    >>> Sampling(temperature=0, max_tokens=16).max_tokens
     16
     """
 

@@ -20,9 +20,9 @@ def tiny_checkpoint(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint, tmp_path_factory):
     """The folder of :func:`tiny_checkpoint`'s bundle at F32: it answers as the reference does."""
-    from edge_gemma.convert.pipeline import Options, convert
+    from edge_gemma.convert.pipeline import Conversion, convert
 
-    return convert(tiny_checkpoint, tmp_path_factory.mktemp("tiny") / "bundle", Options(quant="f32", verify=False)).bundle.folder
+    return convert(tiny_checkpoint, tmp_path_factory.mktemp("tiny") / "bundle", Conversion(quant="f32", verify=False)).bundle.folder
 
 
 @pytest.fixture(scope="session")
@@ -94,7 +94,7 @@ def tiny_model(tiny_bundle):
     """
     import edge_gemma
 
-    with edge_gemma.load(tiny_bundle, n_ctx=512, request=edge_gemma.Request(n_threads=1)) as model:
+    with edge_gemma.load(tiny_bundle, n_ctx=512, request=edge_gemma.PlanRequest(n_threads=1)) as model:
         yield model
 
 
@@ -112,10 +112,10 @@ def sine_wav(tmp_path):
 @pytest.fixture(scope="session")
 def looking_bundle(tmp_path_factory):
     """The reference Gemma 3 with its vision encoder, all f32: small and whole, from pixels to logits."""
-    from edge_gemma.convert.pipeline import Options, convert
+    from edge_gemma.convert.pipeline import Conversion, convert
 
     folder = tmp_path_factory.mktemp("looking")
-    return convert(write_checkpoint("g3mm", folder / "checkpoint"), folder / "bundle", Options(quant="f32", vision="f32", verify=False)).bundle
+    return convert(write_checkpoint("g3mm", folder / "checkpoint"), folder / "bundle", Conversion(quant="f32", vision="f32", verify=False)).bundle
 
 
 @pytest.fixture(scope="session")
@@ -124,8 +124,8 @@ def hearing_model(tmp_path_factory):
     import hearing
 
     import edge_gemma
-    from edge_gemma.plan.records import Request
+    from edge_gemma.plan.records import PlanRequest
 
     # one thread: this decoder is so small that threads would wait for each other, on a busy machine for seconds
-    with edge_gemma.load(hearing.hearing_bundle(tmp_path_factory.mktemp("hearing")), n_ctx=1024, request=Request(n_threads=1)) as model:
+    with edge_gemma.load(hearing.hearing_bundle(tmp_path_factory.mktemp("hearing")), n_ctx=1024, request=PlanRequest(n_threads=1)) as model:
         yield model

@@ -11,7 +11,7 @@ from edge_gemma.convert.audio import write_audio_encoder
 from edge_gemma.convert.checkpoint import Checkpoint
 
 from edge_gemma.bundles.folder import Bundle, BundleWriter, file_entry
-from edge_gemma.bundles.manifest import Decoder, Manifest, Source
+from edge_gemma.bundles.manifest import DecoderPart, Manifest, Source
 
 
 def reference() -> dict[str, np.ndarray]:
@@ -35,7 +35,7 @@ def encoder_bundle(checkpoint: Checkpoint, out: Path, precision: str = "f32") ->
             name="encoder-only",
             family="gemma3n",
             instruct=False,
-            decoder=Decoder(
+            decoder=DecoderPart(
                 file="decoder.gguf", kv_layers=("global",), header_bytes=len(stand_in), header_sha256=hashlib.sha256(stand_in).hexdigest(), **dimensions
             ),
             source=Source(origin="tests"),
@@ -47,7 +47,7 @@ def encoder_bundle(checkpoint: Checkpoint, out: Path, precision: str = "f32") ->
 
 def hearing_bundle(folder: Path) -> Bundle:
     """The reference Gemma 3n without vision, whole: F32 decoder and F32 audio encoder."""
-    from edge_gemma.convert.pipeline import Options, convert
+    from edge_gemma.convert.pipeline import Conversion, convert
 
     checkpoint = write_checkpoint("g3n", folder / "checkpoint", keep=lambda name: "vision" not in name)
-    return convert(checkpoint, folder / "bundle", Options(quant="f32", audio="f32", verify=False)).bundle
+    return convert(checkpoint, folder / "bundle", Conversion(quant="f32", audio="f32", verify=False)).bundle

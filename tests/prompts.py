@@ -62,16 +62,16 @@ GEMMA3N = {**GEMMA3, "start_of_audio": 256000}
 
 def manifest(family="gemma3", chat_template=TEMPLATE, special_tokens=GEMMA3, special_rows=(), n_soft_tokens=3):
     from edge_gemma.bundles.manifest import (
-        Decoder,
+        DecoderPart,
         File,
         Manifest,
         Source,
-        VisionEncoder,
+        VisionPart,
     )
 
-    decoder = Decoder(file="decoder.gguf", n_layer=1, n_embd=8, n_ff=8, n_head=1, n_head_kv=1, head_dim=8, n_vocab=262144, header_bytes=0, header_sha256="0" * 64,
+    decoder = DecoderPart(file="decoder.gguf", n_layer=1, n_embd=8, n_ff=8, n_head=1, n_head_kv=1, head_dim=8, n_vocab=262144, header_bytes=0, header_sha256="0" * 64,
                       n_ctx_train=32768, sliding_window=512, kv_layers=("global",))  # fmt: skip
-    vision = VisionEncoder(file="vision.onnx", kind="siglip", precision="f32", n_embd=8, n_soft_tokens=n_soft_tokens, image_sizes=(896,),
+    vision = VisionPart(file="vision.onnx", kind="siglip", precision="f32", n_embd=8, n_soft_tokens=n_soft_tokens, image_sizes=(896,),
                            mean=0.5, std=0.5, weights_bytes=1, activation_bytes={"896": 1})  # fmt: skip
     files = {name: File(size=0, sha256="0" * 64) for name in ("decoder.gguf", "vision.onnx")}
     return Manifest(name="tiny", family=family, instruct=chat_template is not None, decoder=decoder, source=Source(origin="test"), files=files,

@@ -57,7 +57,7 @@ def encoder_bundle(checkpoint, out: Path, precision: str = "f32"):
     from edge_gemma.convert.vision import write_vision_encoder
 
     from edge_gemma.bundles.folder import BundleWriter, file_entry
-    from edge_gemma.bundles.manifest import Decoder, Manifest, Source
+    from edge_gemma.bundles.manifest import DecoderPart, Manifest, Source
 
     with BundleWriter(out) as writer:
         stand_in = b"not read by these tests"
@@ -68,7 +68,7 @@ def encoder_bundle(checkpoint, out: Path, precision: str = "f32"):
             name="encoder-only",
             family="gemma3" if part.kind == "siglip" else "gemma3n",
             instruct=False,
-            decoder=Decoder(
+            decoder=DecoderPart(
                 file="decoder.gguf", kv_layers=("global",), header_bytes=len(stand_in), header_sha256=hashlib.sha256(stand_in).hexdigest(), **dimensions
             ),
             source=Source(origin="tests"),

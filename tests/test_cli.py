@@ -133,10 +133,10 @@ def test_a_bundle_deleted_while_loaded_goes_on(tiny_bundle, tmp_path):
     import edge_gemma
 
     copy = shutil.copytree(tiny_bundle, tmp_path / "bundle")
-    with edge_gemma.load(copy, n_ctx=256, request=edge_gemma.Request(n_threads=1)) as model:
-        first = [c.text for c in model.generate("abc", edge_gemma.Options(temperature=0, max_tokens=5))]
+    with edge_gemma.load(copy, n_ctx=256, request=edge_gemma.PlanRequest(n_threads=1)) as model:
+        first = [c.text for c in model.generate("abc", edge_gemma.Sampling(temperature=0, max_tokens=5))]
         shutil.rmtree(copy)
-        assert [c.text for c in model.generate("abc", edge_gemma.Options(temperature=0, max_tokens=5))] == first
+        assert [c.text for c in model.generate("abc", edge_gemma.Sampling(temperature=0, max_tokens=5))] == first
 
 
 def test_help_is_quick_and_names_the_commands():

@@ -11,7 +11,7 @@ import pytest
 from checkpoints import REFERENCE, recipe, write_checkpoint
 from edge_gemma.convert.checkpoint import Checkpoint
 from edge_gemma.convert.gemma import map_tensors, read_dims
-from edge_gemma.convert.pipeline import Options, convert, prepare
+from edge_gemma.convert.pipeline import Conversion, convert, prepare
 
 from edge_gemma.bundles.folder import Bundle
 from edge_gemma.errors import (
@@ -21,7 +21,7 @@ from edge_gemma.errors import (
     UsageError,
 )
 
-F32 = Options(quant="f32", verify=False, audio="none", vision="none")
+F32 = Conversion(quant="f32", verify=False, audio="none", vision="none")
 # Logits against transformers (float32): exact up to summation for gemma3; for gemma3n llama.cpp's f16 GELU table and its top-k statistics
 TOLERANCE = {"g3text": 0.01, "g3mm": 0.01, "g3n": 0.04}
 NO_TOWERS = lambda name: "_tower" not in name  # noqa: E731
@@ -224,20 +224,20 @@ def test_untied_checkpoints_keep_their_head(tmp_path):
 
 def test_the_audio_tower_goes_into_the_bundle(tmp_path):
     folder = write_checkpoint("g3n", tmp_path / "g3n", keep=lambda name: "vision_tower" not in name)
-    result = convert(folder, tmp_path / "out", Options(quant="q8_0", audio="int8"))
+    result = convert(folder, tmp_path / "out", Conversion(quant="q8_0", audio="int8"))
     manifest = result.bundle.manifest
     assert manifest.audio.precision == "int8" and manifest.audio.n_embd == 256 and manifest.vision is None
     assert set(manifest.files) == {"decoder.gguf", "special_rows.npy", "audio_encoder.onnx", "audio_encoder.onnx.data"}
     assert result.sample  # it was loaded and asked for a few tokens
     with pytest.raises(UsageError, match="has no vision tower"):
-        prepare(folder, Options(vision="int8"))
+        prepare(folder, Conversion(vision="int8"))
     with pytest.raises(UsageError, match="expected one of none, f32"):
-        prepare(folder, Options(audio="int3"))
+        prepare(folder, Conversion(audio="int3"))
 
 
 def test_the_vision_tower_goes_into_the_bundle(tmp_path):
     folder = write_checkpoint("g3mm", tmp_path / "g3mm")
-    manifest = convert(folder, tmp_path / "out", Options(quant="q8_0", vision="f32", verify=False)).bundle.manifest
+    manifest = convert(folder, tmp_path / "out", Conversion(quant="q8_0", vision="f32", verify=False)).bundle.manifest
     assert manifest.vision.kind == "siglip" and manifest.vision.n_soft_tokens == 16 and manifest.audio is None
     assert {"start_of_image": 10, "end_of_image": 768, "image_soft": 769}.items() <= manifest.special_tokens.items()
     assert manifest.special_rows == (), "end of image is an ordinary token of Gemma 3"
@@ -245,6 +245,6 @@ def test_the_vision_tower_goes_into_the_bundle(tmp_path):
 
 def test_matrices_of_one_type_lie_together(tmp_path):
     """What is read in place must not lie between what is copied: the kernel would map the copied ones' originals back in."""
-    made = convert(write_checkpoint("g3text", tmp_path / "checkpoint"), tmp_path / "bundle", Options(quant="q4_k_m", verify=False)).bundle
+    made = convert(write_checkpoint("g3text", tmp_path / "checkpoint"), tmp_path / "bundle", Conversion(quant="q4_k_m", verify=False)).bundle
     hot = [t.type for t in sorted(made.manifest.decoder.tensors, key=lambda t: t.offset) if t.use == "matmul" and len(t.shape) == 2]
     assert len(set(hot)) > 1 and len(list(itertools.groupby(hot))) == len(set(hot))

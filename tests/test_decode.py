@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from checkpoints import REFERENCE, write_checkpoint
 from edge_gemma.benchmarks.synthetic import Types, tiny_gguf
-from edge_gemma.convert.pipeline import Options, convert
+from edge_gemma.convert.pipeline import Conversion, convert
 
 from edge_gemma.bundles.folder import Bundle
 from edge_gemma.bundles.gguf import GGML_TYPES
@@ -28,7 +28,7 @@ TOLERANCE = 0.04  # specs: llama.cpp's f16 GELU table and its top-k statistics a
 def gemma3n(tmp_path_factory) -> Bundle:
     folder = tmp_path_factory.mktemp("g3n")
     write_checkpoint("g3n", folder / "checkpoint", keep=lambda name: "_tower" not in name)
-    return convert(folder / "checkpoint", folder / "bundle", Options(quant="f32", verify=False, audio="none", vision="none")).bundle
+    return convert(folder / "checkpoint", folder / "bundle", Conversion(quant="f32", verify=False, audio="none", vision="none")).bundle
 
 
 @pytest.fixture

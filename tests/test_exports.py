@@ -5,7 +5,7 @@ import sys
 
 import edge_gemma
 
-NAMES = ["Audio", "Bundle", "Chat", "Chunk", "EdgeGemmaError", "Image", "Model", "Options", "Picture", "Request", "Rows", "Session", "Tokens", "Video", "load"]
+NAMES = ["Audio", "Bundle", "Chat", "Chunk", "EdgeGemmaError", "Image", "Model", "Picture", "PlanRequest", "Rows", "Sampling", "Session", "Tokens", "Video", "load"]
 
 
 def test_exported_names():

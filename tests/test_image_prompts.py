@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import seeing
 from checkpoints import REFERENCE, recipe, write_checkpoint
-from edge_gemma.convert.pipeline import Options, convert
+from edge_gemma.convert.pipeline import Conversion, convert
 
 from edge_gemma.bundles.folder import Bundle
 from edge_gemma.engines.llama.decoder import Decoder
@@ -62,7 +62,7 @@ def gemma3n(tmp_path_factory) -> Bundle:
     """Without the towers: their soft tokens come from the reference."""
     folder = tmp_path_factory.mktemp("g3n")
     checkpoint = write_checkpoint("g3n", folder / "checkpoint", keep=lambda name: "_tower" not in name)
-    return convert(checkpoint, folder / "bundle", Options(quant="f32", verify=False)).bundle
+    return convert(checkpoint, folder / "bundle", Conversion(quant="f32", verify=False)).bundle
 
 
 @pytest.mark.parametrize(("key", "seeds"), [("one", [6]), ("two", [6, 7])])

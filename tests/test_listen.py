@@ -14,12 +14,12 @@ from edge_gemma.conversation.voice import Voice
 from edge_gemma.errors import DeviceLost, UsageError
 from edge_gemma.hearing.utterances import CHUNK, SpeechDetector, VadSettings
 from edge_gemma.messages import Audio, Message
-from edge_gemma.options import Options
+from edge_gemma.options import Sampling
 from edge_gemma.prompts.prompt import read_special_rows
 from edge_gemma.spans import Rows, Tokens
 
 REFERENCE = hearing.reference()
-GREEDY = Options(temperature=0, max_tokens=6)
+GREEDY = Sampling(temperature=0, max_tokens=6)
 LOUD = VadSettings()
 
 
@@ -158,7 +158,7 @@ def test_transcribe_gives_a_segment_per_utterance_with_times(hearing_model):
 def test_transcribe_cuts_what_is_longer_than_a_clip_and_loses_nothing(hearing_model):
     x = np.concatenate([speech(45), silence(1)])
     with hearing_model.chat() as chat:
-        found = list(transcribe(chat, [x], options=ListenOptions(sampling=Options(temperature=0, max_tokens=2)), detector=SpeechDetector(probability=loudness)))
+        found = list(transcribe(chat, [x], options=ListenOptions(sampling=Sampling(temperature=0, max_tokens=2)), detector=SpeechDetector(probability=loudness)))
     assert len(found) == 2 and found[0].end_s == found[1].start_s <= 30 and abs(found[1].end_s - 45) < 0.1
 
 
@@ -269,7 +269,7 @@ def test_speech_stops_an_answer(hearing_model, monkeypatch):
     script = [*blocks(np.concatenate([speech(1), silence(1)])), until_speaking, *blocks(np.concatenate([speech(1), silence(1)])), until_speaking, end_voice]
     source, stop = live(script, monkeypatch)
     with hearing_model.chat() as chat:
-        sampling = Options(temperature=0, max_tokens=400)
+        sampling = Sampling(temperature=0, max_tokens=400)
         listener = Listener(chat, source, ListenOptions(sampling=sampling), make_voice=make_voice, detector=SpeechDetector(probability=loudness))
         kinds = []
         for record in listener.records():

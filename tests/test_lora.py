@@ -9,7 +9,7 @@ import pytest
 from checkpoints import recipe, values, write_checkpoint, write_safetensors
 from edge_gemma.convert.gemma import read_dims
 from edge_gemma.convert.lora import convert_lora, read_adapter
-from edge_gemma.convert.pipeline import Options, convert
+from edge_gemma.convert.pipeline import Conversion, convert
 
 from edge_gemma.engines.llama import decoder as decode
 from edge_gemma.errors import CheckpointError, UnsupportedModel, UsageError
@@ -46,8 +46,8 @@ F32 = dict(quant="f32", verify=False)
 @pytest.mark.parametrize("changes, scale", [({}, 3.0), ({"use_rslora": True}, 6.0), ({"alpha_pattern": {"q_proj": 4, "layers.4.mlp.down_proj": 4}}, 1.0)])
 def test_merged_equals_run_time_equals_the_formula(tiny_checkpoint, tmp_path, changes, scale):
     adapter, tensors = write_adapter(tmp_path / "adapter", MODULES, **changes)
-    merged = convert(tiny_checkpoint, tmp_path / "merged", Options(**F32, merge=((adapter, 1.0),))).bundle
-    plain = convert(tiny_checkpoint, tmp_path / "plain", Options(**F32)).bundle
+    merged = convert(tiny_checkpoint, tmp_path / "merged", Conversion(**F32, merge=((adapter, 1.0),))).bundle
+    plain = convert(tiny_checkpoint, tmp_path / "plain", Conversion(**F32)).bundle
     assert convert_lora(adapter, tiny_checkpoint, tmp_path / "adapter.gguf") == []
     by_merge, by_adapter, without = logits(merged.decoder_path), logits(plain.decoder_path, [(tmp_path / "adapter.gguf", 1.0)]), logits(plain.decoder_path)
     assert np.abs(by_merge - without).max() > 0.5
@@ -67,8 +67,8 @@ def test_merged_equals_run_time_equals_the_formula(tiny_checkpoint, tmp_path, ch
 
 def test_half_the_scale_is_half_the_change(tiny_checkpoint, tmp_path):
     adapter, _ = write_adapter(tmp_path / "adapter", MODULES)
-    half = convert(tiny_checkpoint, tmp_path / "half", Options(**F32, merge=((adapter, 0.5),))).bundle
-    plain = convert(tiny_checkpoint, tmp_path / "plain", Options(**F32)).bundle
+    half = convert(tiny_checkpoint, tmp_path / "half", Conversion(**F32, merge=((adapter, 0.5),))).bundle
+    plain = convert(tiny_checkpoint, tmp_path / "plain", Conversion(**F32)).bundle
     convert_lora(adapter, tiny_checkpoint, tmp_path / "adapter.gguf")
     np.testing.assert_allclose(logits(plain.decoder_path, [(tmp_path / "adapter.gguf", 0.5)]), logits(half.decoder_path), atol=5e-3)
 
@@ -79,8 +79,8 @@ def test_gemma_3n_targets(tmp_path):
     good = {f"{prefix}.2.laurel.linear_left": (64, 256), f"{prefix}.3.per_layer_projection": (256, 256), f"{prefix}.25.self_attn.k_proj": (128, 256)}
     notes = convert_lora(write_adapter(tmp_path / "good", good)[0], base, tmp_path / "good.gguf")
     assert notes == ["layers.25.self_attn.k_proj: a layer that shares its KV never computes this; left out"]
-    plain = convert(base, tmp_path / "plain", Options(**F32, audio="none", vision="none")).bundle
-    merged = convert(base, tmp_path / "merged", Options(**F32, audio="none", vision="none", merge=((tmp_path / "good", 1.0),))).bundle
+    plain = convert(base, tmp_path / "plain", Conversion(**F32, audio="none", vision="none")).bundle
+    merged = convert(base, tmp_path / "merged", Conversion(**F32, audio="none", vision="none", merge=((tmp_path / "good", 1.0),))).bundle
     np.testing.assert_allclose(logits(plain.decoder_path, [(tmp_path / "good.gguf", 1.0)]), logits(merged.decoder_path), atol=2e-2)
     for module in ("per_layer_model_projection", "altup_projections.0", "altup_unembed_projections.1", "embed_tokens_per_layer", "embed_tokens"):
         adapter, _ = write_adapter(tmp_path / "bad", {f"model.language_model.{module}": (256, 256)})

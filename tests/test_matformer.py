@@ -7,11 +7,11 @@ import re
 
 import pytest
 from checkpoints import recipe, values, write_checkpoint, write_safetensors
-from edge_gemma.convert.pipeline import Options, convert, prepare
+from edge_gemma.convert.pipeline import Conversion, convert, prepare
 
 from edge_gemma.errors import UnsupportedModel, UsageError
 
-SMALL = Options(quant="q8_0", verify=False, audio="none", vision="none", slice="e2b", name="same")
+SMALL = Conversion(quant="q8_0", verify=False, audio="none", vision="none", slice="e2b", name="same")
 
 
 def e4b_recipe() -> dict:
@@ -64,7 +64,7 @@ def e4b(tmp_path_factory):
 
 def test_the_slice_is_byte_for_byte_the_sliced_checkpoint(e4b, tmp_path):
     slice_by_hand(e4b_recipe(), tmp_path / "e2b")
-    by_hand = convert(tmp_path / "e2b", tmp_path / "by-hand", Options(quant="q8_0", verify=False, audio="none", vision="none", name="same")).bundle
+    by_hand = convert(tmp_path / "e2b", tmp_path / "by-hand", Conversion(quant="q8_0", verify=False, audio="none", vision="none", name="same")).bundle
     sliced = convert(e4b, tmp_path / "sliced", SMALL).bundle
     assert sliced.decoder_path.read_bytes() == by_hand.decoder_path.read_bytes()
     assert sliced.manifest.decoder == by_hand.manifest.decoder and sliced.manifest.recipe["slice"] == "e2b"
@@ -72,7 +72,7 @@ def test_the_slice_is_byte_for_byte_the_sliced_checkpoint(e4b, tmp_path):
 
 def test_a_file_says_the_same(e4b, tmp_path):
     (tmp_path / "mine.toml").write_text("ffn = 256\ndrop_layers = [20, 21, 22, 23, 24]\n")
-    named, filed = prepare(e4b, SMALL), prepare(e4b, Options(quant="q8_0", audio="none", slice=str(tmp_path / "mine.toml"), name="same"))
+    named, filed = prepare(e4b, SMALL), prepare(e4b, Conversion(quant="q8_0", audio="none", slice=str(tmp_path / "mine.toml"), name="same"))
     assert named.layout.header == filed.layout.header and named.mapping == filed.mapping
     assert {reason for name, reason in named.mapping.skipped.items() if "layers.2" in name} == {"a layer that the slice leaves out"}
 
@@ -93,7 +93,7 @@ def test_a_file_says_the_same(e4b, tmp_path):
 def test_rules_are_checked_before_work_starts(e4b, tmp_path, text, error, message):
     (tmp_path / "mine.toml").write_text(text)
     with pytest.raises(error, match=message):
-        prepare(e4b, Options(quant="q8_0", slice=str(tmp_path / "mine.toml")))
+        prepare(e4b, Conversion(quant="q8_0", slice=str(tmp_path / "mine.toml")))
 
 
 def test_what_cannot_be_sliced_is_refused(e4b, tiny_checkpoint, tmp_path):
@@ -103,4 +103,4 @@ def test_what_cannot_be_sliced_is_refused(e4b, tiny_checkpoint, tmp_path):
     with pytest.raises(UsageError, match="is an E2B already"):
         prepare(tmp_path / "e2b", SMALL)
     with pytest.raises(UsageError, match="expected e2b, or a TOML file"):
-        prepare(e4b, Options(slice="e3b"))
+        prepare(e4b, Conversion(slice="e3b"))

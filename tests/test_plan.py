@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_gemma.bundles.folder import Bundle
-from edge_gemma.bundles.manifest import AudioEncoder, Manifest, VisionEncoder
+from edge_gemma.bundles.manifest import AudioPart, Manifest, VisionPart
 from edge_gemma.engines.llama.decoder import Decoder
 from edge_gemma.engines.llama.weights import repacked_here
 from edge_gemma.errors import PlanRefused, UsageError
 from edge_gemma.machine.device import load_profile
 from edge_gemma.machine.probe import probe
 from edge_gemma.plan.ladder import arithmetic, make_plan
-from edge_gemma.plan.records import AFTER_LOAD, Plan, Request
+from edge_gemma.plan.records import AFTER_LOAD, Plan, PlanRequest
 from edge_gemma.store.importer import import_gguf
 from edge_gemma.units import MiB
 
@@ -36,15 +36,15 @@ def manifest(bundle) -> Manifest:
     return bundle.manifest
 
 
-def plan(manifest, request=Request(), device=PI) -> Plan:
+def plan(manifest, request=PlanRequest(), device=PI) -> Plan:
     return make_plan(manifest, device, request, lambda tensor: tensor.type == "Q4_0")
 
 
 def with_encoders(manifest: Manifest) -> Manifest:
     import msgspec
 
-    audio = AudioEncoder(file="audio.onnx", precision="int8", n_embd=8, weights_bytes=300 * MiB, activation_bytes=50 * MiB)
-    vision = VisionEncoder(
+    audio = AudioPart(file="audio.onnx", precision="int8", n_embd=8, weights_bytes=300 * MiB, activation_bytes=50 * MiB)
+    vision = VisionPart(
         file="vision.onnx", kind="siglip", precision="f32", n_embd=8, n_soft_tokens=256, image_sizes=(896,), mean=0.5, std=0.5,
         weights_bytes=400 * MiB, activation_bytes={"896": 200 * MiB},
     )  # fmt: skip
@@ -68,15 +68,15 @@ def test_json_has_what_scripts_read(manifest):
 @settings(max_examples=60)
 @given(a=st.integers(64, 1024), b=st.integers(64, 1024), ubatch=st.sampled_from([32, 64, 256, 512]), kv=st.sampled_from(["f16", "q8_0"]), n=st.integers(1, 4))
 def test_bytes_never_fall_when_the_request_grows(manifest, a, b, ubatch, kv, n):
-    small, large = (plan(manifest, Request(n_ctx=c, n_ubatch=ubatch, kv_type=kv, n_seq_max=n)).total_bytes for c in sorted((a, b)))
+    small, large = (plan(manifest, PlanRequest(n_ctx=c, n_ubatch=ubatch, kv_type=kv, n_seq_max=n)).total_bytes for c in sorted((a, b)))
     assert small <= large
-    assert plan(manifest, Request(n_ctx=a, n_ubatch=ubatch, kv_type=kv, n_seq_max=n)).total_bytes <= plan(manifest, Request(n_ctx=a, n_ubatch=ubatch, kv_type=kv, n_seq_max=n + 1)).total_bytes
+    assert plan(manifest, PlanRequest(n_ctx=a, n_ubatch=ubatch, kv_type=kv, n_seq_max=n)).total_bytes <= plan(manifest, PlanRequest(n_ctx=a, n_ubatch=ubatch, kv_type=kv, n_seq_max=n + 1)).total_bytes
 
 
 @settings(max_examples=60)
 @given(budget=st.integers(1, 400 * MiB))
 def test_a_plan_that_fits_stays_inside_and_one_that_does_not_says_what_would(manifest, budget):
-    made = plan(manifest, Request(budget_bytes=budget))
+    made = plan(manifest, PlanRequest(budget_bytes=budget))
     assert made.fits == (made.needed_bytes <= made.budget_bytes <= budget) and made.total_bytes <= made.needed_bytes
     if not made.fits:
         assert "nearest that fits: --budget" in made.refusal and str(made.settings.n_ctx)
@@ -85,7 +85,7 @@ def test_a_plan_that_fits_stays_inside_and_one_that_does_not_says_what_would(man
 @pytest.mark.parametrize("n_ctx", [256, 1000])
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
 def test_kv_and_repacked_bytes_are_what_llama_cpp_reports(bundle, n_ctx, kv_type):
-    made = make_plan(bundle.manifest, probe(), Request(n_ctx=n_ctx, kv_type=kv_type, n_ubatch=128), repacked_here)
+    made = make_plan(bundle.manifest, probe(), PlanRequest(n_ctx=n_ctx, kv_type=kv_type, n_ubatch=128), repacked_here)
     decoder = Decoder(bundle.decoder_path, made.settings)
     try:
         context = decoder.context()
@@ -103,7 +103,7 @@ def test_the_ladder_is_taken_in_order_and_never_concedes_what_was_named(manifest
     assert comfortable.concessions == ()
     seen = []
     for budget in range(comfortable.needed_bytes, 0, -MiB // 4):
-        made = plan(manifest, Request(budget_bytes=budget))
+        made = plan(manifest, PlanRequest(budget_bytes=budget))
         if not made.fits:
             break
         if made.concessions and made.concessions not in seen:
@@ -111,13 +111,13 @@ def test_the_ladder_is_taken_in_order_and_never_concedes_what_was_named(manifest
     lengths = [len(c) for c in seen]
     assert lengths == sorted(lengths) and lengths[-1] >= 2
     assert "n_ubatch" in seen[0][0] and any("q8_0" in line for line in seen[-1])
-    named = Request(budget_bytes=comfortable.needed_bytes - MiB // 2, n_ctx=1024, n_ubatch=256, kv_type="f16", repack=True)
+    named = PlanRequest(budget_bytes=comfortable.needed_bytes - MiB // 2, n_ctx=1024, n_ubatch=256, kv_type="f16", repack=True)
     refused = plan(manifest, named)
     assert not refused.fits and refused.concessions == () and refused.settings.n_ctx == 1024
 
 
 def test_refusal_prints_the_arithmetic_and_the_nearest_that_fits(manifest):
-    named = Request(n_ctx=1024, n_ubatch=64, kv_type="f16", repack=True)
+    named = PlanRequest(n_ctx=1024, n_ubatch=64, kv_type="f16", repack=True)
     budget = plan(manifest, named).needed_bytes - 100_000
     made = plan(manifest, dataclasses.replace(named, budget_bytes=budget))
     with pytest.raises(PlanRefused) as refusal:
@@ -128,24 +128,24 @@ def test_refusal_prints_the_arithmetic_and_the_nearest_that_fits(manifest):
     assert 0 < n_ctx < 1024
     assert plan(manifest, dataclasses.replace(named, budget_bytes=budget, n_ctx=n_ctx)).fits
     assert not plan(manifest, dataclasses.replace(named, budget_bytes=budget, n_ctx=n_ctx + 256)).fits
-    tiny = plan(manifest, Request(budget_bytes=1, n_ctx=512))
+    tiny = plan(manifest, PlanRequest(budget_bytes=1, n_ctx=512))
     assert "nearest that fits: --budget" in tiny.refusal
     mib = int(tiny.refusal.split("--budget ")[1].split("MiB")[0])
-    assert plan(manifest, Request(budget_bytes=mib * MiB, n_ctx=512)).fits
+    assert plan(manifest, PlanRequest(budget_bytes=mib * MiB, n_ctx=512)).fits
 
 
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (Request(n_ctx=1 << 20), "a context of 1048576 tokens"),
-        (Request(n_ctx=1), "takes 64"),
-        (Request(kv_type="q2_k"), "KV type 'q2_k'"),
-        (Request(n_ubatch=0), "n_ubatch"),
-        (Request(n_seq_max=0), "parallel sequences"),
-        (Request(n_threads=0), "threads"),
-        (Request(encoders=("audio",)), "cannot hear"),
-        (Request(encoders=("vision",)), "cannot see"),
-        (Request(encoders=("smell",)), "'smell' is unknown"),
+        (PlanRequest(n_ctx=1 << 20), "a context of 1048576 tokens"),
+        (PlanRequest(n_ctx=1), "takes 64"),
+        (PlanRequest(kv_type="q2_k"), "KV type 'q2_k'"),
+        (PlanRequest(n_ubatch=0), "n_ubatch"),
+        (PlanRequest(n_seq_max=0), "parallel sequences"),
+        (PlanRequest(n_threads=0), "threads"),
+        (PlanRequest(encoders=("audio",)), "cannot hear"),
+        (PlanRequest(encoders=("vision",)), "cannot see"),
+        (PlanRequest(encoders=("smell",)), "'smell' is unknown"),
     ],
 )
 def test_requests_that_mean_nothing_are_usage_errors(manifest, request_, message):
@@ -155,15 +155,15 @@ def test_requests_that_mean_nothing_are_usage_errors(manifest, request_, message
 
 def test_encoders_count_and_go_one_at_a_time_when_that_is_what_fits(manifest):
     both = with_encoders(manifest)
-    everything, text = plan(both), plan(both, Request(encoders=()))
+    everything, text = plan(both), plan(both, PlanRequest(encoders=()))
     assert everything.total_bytes - text.total_bytes >= (300 + 400 + 200 - 10) * MiB  # looking is the worst phase
-    tight = plan(both, Request(budget_bytes=everything.needed_bytes - 250 * MiB))
+    tight = plan(both, PlanRequest(budget_bytes=everything.needed_bytes - 250 * MiB))
     assert tight.fits and tight.settings.encoders == "one at a time"
     assert any("one at a time" in line for line in tight.concessions)
     for made in (everything, tight):  # the library stays when an encoder is let go
         assert next(item for item in made.items if item.name == "onnxruntime").phases == AFTER_LOAD
     assert all(item.name != "onnxruntime" for item in text.items)
-    refused = plan(both, Request(budget_bytes=text.needed_bytes + MiB))
+    refused = plan(both, PlanRequest(budget_bytes=text.needed_bytes + MiB))
     assert not refused.fits and "without its audio and vision encoder" in refused.refusal
 
 
@@ -174,11 +174,11 @@ def test_where_pages_cannot_be_released_the_whole_file_counts(manifest):
 
 
 def test_headroom_is_kept_beside_repacked_weights_only(manifest):
-    with_copies, without = plan(manifest, Request(repack=True)), plan(manifest, Request(repack=False))
+    with_copies, without = plan(manifest, PlanRequest(repack=True)), plan(manifest, PlanRequest(repack=False))
     assert with_copies.needed_bytes > with_copies.total_bytes and without.needed_bytes == without.total_bytes
     assert "headroom" in arithmetic(with_copies) and "headroom" not in arithmetic(without)
 
 
 def test_a_budget_beyond_the_device_is_lowered_and_said(manifest):
-    made = plan(manifest, Request(budget_bytes=1 << 50))
+    made = plan(manifest, PlanRequest(budget_bytes=1 << 50))
     assert made.budget_bytes == PI.usable_bytes and "lowered" in made.notes[0]

@@ -15,7 +15,7 @@ from checkpoints import write_checkpoint
 from edge_gemma.convert import imatrix as im
 from edge_gemma.convert.ladder import run as ladder
 from edge_gemma.convert.ladder import time_kept
-from edge_gemma.convert.pipeline import Options, convert
+from edge_gemma.convert.pipeline import Conversion, convert
 from edge_gemma.convert.quality import compare
 
 from edge_gemma.bundles.folder import Bundle
@@ -31,7 +31,7 @@ def world(tiny_checkpoint, tmp_path_factory):
     text = folder / "text.txt"
     rng = np.random.default_rng(3)
     text.write_text(" ".join("".join(rng.choice(list("abcdefghij"), rng.integers(2, 8))) for _ in range(700)))
-    return tiny_checkpoint, convert(tiny_checkpoint, folder / "f32", Options(quant="f32", verify=False)).bundle, text
+    return tiny_checkpoint, convert(tiny_checkpoint, folder / "f32", Conversion(quant="f32", verify=False)).bundle, text
 
 
 def test_calibration_measures_what_each_weight_is_multiplied_with(world, tmp_path):
@@ -71,7 +71,7 @@ def test_llama_cpp_reads_our_importance_matrix(world, tmp_path):
 
 def test_refusals_of_importance_matrices(world, tmp_path):
     checkpoint, bundle, text = world
-    options = lambda path: Options(quant="q4_0", imatrix=path, verify=False)  # noqa: E731
+    options = lambda path: Conversion(quant="q4_0", imatrix=path, verify=False)  # noqa: E731
     (tmp_path / "old.dat").write_bytes(b"\1\0\0\0")
     for path, message in [(tmp_path / "old.dat", "old .dat format"), (tmp_path / "none.gguf", "cannot open"), (bundle.decoder_path, "not an importance matrix")]:
         with pytest.raises(BundleError, match=message):
@@ -91,7 +91,7 @@ def test_refusals_of_importance_matrices(world, tmp_path):
 
 def test_receipts_are_the_textbook_numbers(world, tmp_path):
     checkpoint, bundle, text = world
-    small = convert(checkpoint, tmp_path / "q4", Options(quant="q4_0", verify=False)).bundle
+    small = convert(checkpoint, tmp_path / "q4", Conversion(quant="q4_0", verify=False)).bundle
     receipts = compare(bundle.decoder_path, {"same": bundle.decoder_path, "q4": small.decoder_path}, text, max_tokens=600, n_threads=1)
     assert receipts["same"].kld_mean < 1e-6 and receipts["same"].top1_agreement == 1 and receipts["same"].tokens == 511
 
@@ -116,7 +116,7 @@ def test_receipts_are_the_textbook_numbers(world, tmp_path):
 
 def test_the_receipt_is_in_the_manifest_and_the_reference_is_gone(world, tmp_path):
     checkpoint, _, text = world
-    bundle = convert(checkpoint, tmp_path / "out", Options(quant="q8_0", check=text, check_tokens=600, n_threads=1)).bundle
+    bundle = convert(checkpoint, tmp_path / "out", Conversion(quant="q8_0", check=text, check_tokens=600, n_threads=1)).bundle
     quality = bundle.manifest.quality
     assert quality["tokens"] == 511 and 0 < quality["kld_mean"] < 0.01 and quality["text"] == "text.txt"
     assert sorted(path.name for path in bundle.folder.iterdir()) == ["decoder.gguf", "manifest.json"]
@@ -219,7 +219,7 @@ def test_a_killed_conversion_leaves_no_bundle_and_the_next_run_cleans_up(tmp_pat
     code = (
         "import sys, time\nfrom edge_gemma.convert import decoder\nquantize = decoder.quantize_rows\n"
         "def slow(*a):\n    time.sleep(0.05)\n    return quantize(*a)\n"
-        "decoder.quantize_rows = slow\nfrom edge_gemma.convert.pipeline import *\nconvert(sys.argv[1], sys.argv[2], Options(audio='none', vision='none', verify=False))"
+        "decoder.quantize_rows = slow\nfrom edge_gemma.convert.pipeline import *\nconvert(sys.argv[1], sys.argv[2], Conversion(audio='none', vision='none', verify=False))"
     )
     child = subprocess.Popen([sys.executable, "-c", code, str(folder), str(tmp_path / "out")])
     try:
@@ -231,7 +231,7 @@ def test_a_killed_conversion_leaves_no_bundle_and_the_next_run_cleans_up(tmp_pat
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
     assert partial() and not (tmp_path / "out").exists()
-    convert(folder, tmp_path / "out", Options(audio="none", vision="none", verify=False))
+    convert(folder, tmp_path / "out", Conversion(audio="none", vision="none", verify=False))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["g3n", "out"]
 
 
@@ -240,5 +240,5 @@ def test_a_full_disk_is_seen_before_work_starts(world, tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20))
     with pytest.raises(RuntimeFailure, match=r"needs .* on disk, .* has 1.0 MiB free"):
-        convert(world[0], tmp_path / "out", Options(quant="q8_0"))
+        convert(world[0], tmp_path / "out", Conversion(quant="q8_0"))
     assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ import pytest
 from checkpoints import recipe as read_checkpoint_recipe
 from checkpoints import write_checkpoint
 from edge_gemma.convert import quantize
-from edge_gemma.convert.pipeline import Options, convert
+from edge_gemma.convert.pipeline import Conversion, convert
 from edge_gemma.convert.recipe import names, read_recipe
 
 from edge_gemma.bundles.gguf import read_header
@@ -58,7 +58,7 @@ def checkpoints(tmp_path_factory):
         }  # fmt: skip
         odd["tensors"] |= {f"model.layers.{i}.{module}.weight": shape for module, shape in shapes.items()}
     write_checkpoint(odd, folder / "odd")
-    f32 = {name: convert(folder / name, folder / f"{name}-f32", Options(quant="f32", verify=False)).bundle.decoder_path for name in ("g3n", "odd")}
+    f32 = {name: convert(folder / name, folder / f"{name}-f32", Conversion(quant="f32", verify=False)).bundle.decoder_path for name in ("g3n", "odd")}
     return folder, f32
 
 
@@ -71,7 +71,7 @@ def test_bytes_equal_llama_model_quantize(checkpoints, tmp_path, quant, model):
     folder, f32 = checkpoints
     stock = read_recipe(quant)
     recipe = msgspec.structs.replace(stock, kept="F32")  # llama.cpp keeps what it does not quantize as it finds it: F32 here
-    ours = tensors_of(convert(folder / model, tmp_path / "ours", Options(quant=recipe, verify=False)).bundle.decoder_path)
+    ours = tensors_of(convert(folder / model, tmp_path / "ours", Conversion(quant=recipe, verify=False)).bundle.decoder_path)
     llama_model_quantize(f32[model], tmp_path / "theirs.gguf", stock.file_type)
     theirs = tensors_of(tmp_path / "theirs.gguf")
     assert {name: kind for name, (kind, _) in ours.items()} == {name: kind for name, (kind, _) in theirs.items()}
@@ -92,7 +92,7 @@ def test_bytes_equal_with_an_importance_matrix(checkpoints, tmp_path, quant):
     }
     write_imatrix(tmp_path / "odd.imatrix.gguf", {name: (w * 5, 5) for name, w in weights.items()}, chunks=5, chunk_tokens=128, datasets=["test"])
     stock = msgspec.structs.replace(read_recipe(quant), kept="F32")
-    result = convert(folder / "odd", tmp_path / "ours", Options(quant=stock, imatrix=tmp_path / "odd.imatrix.gguf", verify=False))
+    result = convert(folder / "odd", tmp_path / "ours", Conversion(quant=stock, imatrix=tmp_path / "odd.imatrix.gguf", verify=False))
     llama_model_quantize(f32["odd"], tmp_path / "theirs.gguf", stock.file_type, {name: (w * 5) / 5 for name, w in weights.items()})
     theirs = tensors_of(tmp_path / "theirs.gguf")
     ours = tensors_of(result.bundle.decoder_path)
@@ -111,7 +111,7 @@ def test_rows_that_fit_no_block_are_never_passed_on():
 
 def test_a_fallback_is_noted(checkpoints, tmp_path):
     folder, _ = checkpoints
-    result = convert(folder / "odd", tmp_path / "out", Options(quant="q4_k_m", verify=False))
+    result = convert(folder / "odd", tmp_path / "out", Conversion(quant="q4_k_m", verify=False))
     assert any("attn_q of" in note and note.endswith("layers: rows of 320 are no multiple of Q4_K's block, so Q5_0") for note in result.notes), result.notes
 
 

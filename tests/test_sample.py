@@ -8,18 +8,18 @@ import math
 import numpy as np
 import pytest
 
-from edge_gemma import Options
+from edge_gemma import Sampling
 from edge_gemma.engines.llama.grammar import schema_to_grammar
 from edge_gemma.errors import UsageError
 
 
 def answer(model, **options) -> tuple[str, str]:
-    chunks = list(model.generate("Q: ", Options(**{"max_tokens": 200, "seed": 5} | options)))
+    chunks = list(model.generate("Q: ", Sampling(**{"max_tokens": 200, "seed": 5} | options)))
     return "".join(c.text for c in chunks), chunks[-1].finish_reason
 
 
 def test_greedy_takes_the_largest_logit(tiny_model):
-    chunks = list(tiny_model.generate("Q: ", Options(temperature=0, max_tokens=1, logprobs=3)))
+    chunks = list(tiny_model.generate("Q: ", Sampling(temperature=0, max_tokens=1, logprobs=3)))
     (last,) = tiny_model.evaluate("Q: ", rows="last")
     (logprob,) = chunks[0].logprobs
     assert chunks[0].token_ids == (int(last[0].argmax()),) == (logprob.token_id,)
@@ -84,9 +84,9 @@ def test_grammars_that_do_not_parse_are_refused(tiny_model, grammar):
 )
 def test_options_that_mean_nothing_are_refused(options):
     with pytest.raises(UsageError):
-        Options(**options)
+        Sampling(**options)
 
 
 def test_a_typo_fails():
     with pytest.raises(TypeError):
-        Options(temprature=1)
+        Sampling(temprature=1)

@@ -27,7 +27,7 @@ from edge_gemma.errors import (
 from edge_gemma.seeing.soft_tokens import Look
 from edge_gemma.store.importer import import_gguf
 
-GREEDY = edge_gemma.Options(max_tokens=4, temperature=0)
+GREEDY = edge_gemma.Sampling(max_tokens=4, temperature=0)
 
 
 @pytest.fixture

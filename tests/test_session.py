@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import edge_gemma
-from edge_gemma import Options, Request, Rows, Tokens
+from edge_gemma import PlanRequest, Rows, Sampling, Tokens
 from edge_gemma.errors import BundleError, ContextFull, RuntimeFailure, UsageError
 from edge_gemma.machine.footprint import rollup
 from edge_gemma.units import MiB
 
-SHORT = Options(seed=11, max_tokens=8)  # greedy would repeat one token: the weights are random
+SHORT = Sampling(seed=11, max_tokens=8)  # greedy would repeat one token: the weights are random
 WORDS = [f"word{i} and some more of it" for i in range(200)]
 
 
@@ -49,7 +49,7 @@ def test_turns_are_prefilled_once(tiny_model):
     with tiny_model.chat() as chat:
         before = 0
         for i in range(4):
-            end = list(chat.send(WORDS[i], Options(max_tokens=5, seed=i)))[-1]
+            end = list(chat.send(WORDS[i], Sampling(max_tokens=5, seed=i)))[-1]
             # all that was there before is reused; only the last generated token was never decoded
             assert end.usage.reused_tokens >= before - 1
             before = chat.session.length
@@ -71,7 +71,7 @@ def test_appending_piece_by_piece_holds_what_one_prompt_holds(tiny_model):
 
 def likely(session) -> dict[int, float]:
     """The log-probabilities of the eight likeliest next tokens."""
-    (first, *_) = [entry for chunk in session.generate(Options(temperature=0, max_tokens=1, logprobs=8)) for entry in chunk.logprobs]
+    (first, *_) = [entry for chunk in session.generate(Sampling(temperature=0, max_tokens=1, logprobs=8)) for entry in chunk.logprobs]
     return dict(first.top)
 
 
@@ -90,7 +90,7 @@ def test_two_sessions_share_one_place_in_the_cache(tiny_model):
 def test_a_busy_sequence_is_not_taken_away(tiny_model):
     with tiny_model.session() as a, tiny_model.session() as b:
         a.append(tiny_model.spans("abc"))
-        running = a.generate(Options(max_tokens=50))
+        running = a.generate(Sampling(max_tokens=50))
         next(running)
         with pytest.raises(RuntimeFailure, match="n_seq_max"):
             b.append(tiny_model.spans("a b c d"))
@@ -101,17 +101,17 @@ def test_a_busy_sequence_is_not_taken_away(tiny_model):
 
 
 def test_seeds_reproduce(tiny_model):
-    runs = [ids(tiny_model.generate("once", Options(max_tokens=12, seed=seed))) for seed in (7, 7, 8)]
+    runs = [ids(tiny_model.generate("once", Sampling(max_tokens=12, seed=seed))) for seed in (7, 7, 8)]
     assert runs[0] == runs[1] != runs[2]
-    end = list(tiny_model.generate("once", Options(max_tokens=12)))[-1]
-    assert ids(tiny_model.generate("once", Options(max_tokens=12, seed=end.usage.seed)))
+    end = list(tiny_model.generate("once", Sampling(max_tokens=12)))[-1]
+    assert ids(tiny_model.generate("once", Sampling(max_tokens=12, seed=end.usage.seed)))
 
 
 def test_a_full_context_forgets_the_oldest_turns_and_says_so(tiny_model):
     with tiny_model.chat(system="Keep this.") as chat:
         dropped = 0
         for word in WORDS[:40]:
-            end = list(chat.send(word, Options(max_tokens=6, seed=1)))[-1]
+            end = list(chat.send(word, Sampling(max_tokens=6, seed=1)))[-1]
             dropped += end.usage.dropped_turns
             assert chat.session.length <= chat.session.n_ctx
         assert dropped > 0 and chat.messages[0].content == "Keep this."
@@ -142,7 +142,7 @@ def test_a_prompt_longer_than_the_context_and_an_empty_one(tiny_model):
 def test_the_end_of_the_context_is_a_finish_reason(tiny_model):
     with tiny_model.session() as session:
         session.append([Tokens([2, *([300] * 505)])])
-        end = list(session.generate(Options(max_tokens=400, temperature=0)))[-1]
+        end = list(session.generate(Sampling(max_tokens=400, temperature=0)))[-1]
         assert end.finish_reason in ("context", "stop") and session.length <= 512
         if end.finish_reason == "context":
             assert session.length == 512
@@ -152,7 +152,7 @@ def test_cancel_stops_and_the_session_goes_on(tiny_model):
     with tiny_model.session() as session:
         session.append(tiny_model.spans(WORDS[0]))
         seen = []
-        for chunk in session.generate(Options(max_tokens=400, seed=3)):
+        for chunk in session.generate(Sampling(max_tokens=400, seed=3)):
             seen += chunk.token_ids
             if len(seen) == 3:
                 session.cancel()
@@ -173,7 +173,7 @@ def test_a_cancelled_prefill_takes_the_turn_back(tiny_model):
 
 def test_save_and_restore_continue_the_same(tiny_model, tmp_path):
     with tiny_model.chat(system="S") as chat:
-        list(chat.send("first", Options(max_tokens=6, seed=1)))
+        list(chat.send("first", Sampling(max_tokens=6, seed=1)))
         chat.save(tmp_path / "talk")
         expected = text(chat.send("second", SHORT))
     with tiny_model.chat() as chat:
@@ -208,7 +208,7 @@ def test_what_was_saved_is_checked_before_anything_is_restored(tiny_model, tiny_
         assert session.length > 0  # untouched
         with pytest.raises(BundleError, match="cannot read"):
             session.restore(tmp_path / "absent")
-    with edge_gemma.load(tiny_bundle, n_ctx=256, request=Request(n_threads=1)) as other, other.session() as session:  # another context: prefilled again, same answer
+    with edge_gemma.load(tiny_bundle, n_ctx=256, request=PlanRequest(n_threads=1)) as other, other.session() as session:  # another context: prefilled again, same answer
         session.restore(tmp_path / "s")
         assert session._cached == 0 and session.length > 0
         assert ids(session.generate(SHORT))
@@ -219,9 +219,9 @@ def test_what_was_saved_is_checked_before_anything_is_restored(tiny_model, tiny_
 
 def test_a_batch_answers_each_prompt(tiny_bundle):
     prompts = ["one two", "three", "four five six", "seven", "eight nine"]
-    with edge_gemma.load(tiny_bundle, n_ctx=256, request=Request(n_seq_max=3, n_threads=1)) as model:
+    with edge_gemma.load(tiny_bundle, n_ctx=256, request=PlanRequest(n_seq_max=3, n_threads=1)) as model:
         found: dict[int, list[int]] = {}
-        greedy = Options(temperature=0, max_tokens=8)  # a batch sums in another order: enough to tip a draw, not a clear first
+        greedy = Sampling(temperature=0, max_tokens=8)  # a batch sums in another order: enough to tip a draw, not a clear first
         for index, chunk in model.generate_batch(prompts, greedy):
             found.setdefault(index, []).extend(chunk.token_ids)
         alone = [ids(model.generate(p, greedy)) for p in prompts]
@@ -240,22 +240,22 @@ def test_async_streams_and_stops_without_blocking_the_loop(tiny_model):
                 await asyncio.sleep(0)
 
         ticking = asyncio.create_task(tick())
-        async for chunk in tiny_model.agenerate("abc", Options(max_tokens=6, temperature=0)):
+        async for chunk in tiny_model.agenerate("abc", Sampling(max_tokens=6, temperature=0)):
             out += chunk.token_ids
-        stopped = tiny_model.agenerate("abc", Options(max_tokens=400))
+        stopped = tiny_model.agenerate("abc", Sampling(max_tokens=400))
         await anext(stopped)
         await stopped.aclose()
         ticking.cancel()
         return ticks, out
 
     ticks, out = asyncio.run(run())
-    assert ticks > 5 and out == ids(tiny_model.generate("abc", Options(max_tokens=6, temperature=0)))
+    assert ticks > 5 and out == ids(tiny_model.generate("abc", Sampling(max_tokens=6, temperature=0)))
 
 
 def test_stop_strings_end_the_text_before_themselves(tiny_model):
-    whole = text(tiny_model.generate("abc", Options(max_tokens=20, temperature=0)))
+    whole = text(tiny_model.generate("abc", Sampling(max_tokens=20, temperature=0)))
     stop = whole[4:7]
-    chunks = list(tiny_model.generate("abc", Options(max_tokens=20, temperature=0, stop=(stop,))))
+    chunks = list(tiny_model.generate("abc", Sampling(max_tokens=20, temperature=0, stop=(stop,))))
     assert text(chunks) == whole[: whole.index(stop)] and chunks[-1].finish_reason == "stop_string"
 
 
@@ -276,7 +276,7 @@ def test_function_calls_come_back_parsed(tiny_model):
 
     tools = [{"name": "lamp", "description": "switch a lamp", "parameters": {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]}}]
     with tiny_model.chat(tools=tools) as chat:
-        list(chat.send("light", Options(max_tokens=200, temperature=0, schema=tool_schema(tools))))
+        list(chat.send("light", Sampling(max_tokens=200, temperature=0, schema=tool_schema(tools))))
         (call,) = chat.reply.calls
         assert call.name == "lamp" and isinstance(call.parameters["on"], bool)
 
@@ -285,8 +285,8 @@ def test_function_calls_come_back_parsed(tiny_model):
 def test_a_thousand_turns_do_not_grow(tiny_model):
     with tiny_model.chat() as chat:
         for i in range(100):
-            list(chat.send(WORDS[i % 200], Options(max_tokens=4, seed=i)))
+            list(chat.send(WORDS[i % 200], Sampling(max_tokens=4, seed=i)))
         before = rollup().anon_bytes
         for i in range(1000):
-            list(chat.send(WORDS[i % 200], Options(max_tokens=4, seed=i)))
+            list(chat.send(WORDS[i % 200], Sampling(max_tokens=4, seed=i)))
         assert rollup().anon_bytes - before < 4 * MiB

@@ -20,7 +20,7 @@ from edge_gemma.bundles.gguf import (
     read_header,
 )
 from edge_gemma.bundles.manifest import (
-    Decoder,
+    DecoderPart,
     Tensor,
 )
 from edge_gemma.errors import BundleError, UnsupportedModel
@@ -42,7 +42,7 @@ class Description:
 
     family: str
     name: str
-    decoder: Decoder
+    decoder: DecoderPart
     special_tokens: dict[str, int]
     chat_template: str | None
     licence: str
@@ -128,7 +128,7 @@ def describe(path: str | Path) -> Description:
     sliding_window, kv_layers = _kv_layers(header, path, family, dims["n_layer"])
     with open(path, "rb") as file:
         header_sha256 = hashlib.sha256(file.read(header.data_offset)).hexdigest()
-    decoder = Decoder(
+    decoder = DecoderPart(
         file="decoder.gguf",
         n_ctx_train=number("context_length"),
         sliding_window=sliding_window,

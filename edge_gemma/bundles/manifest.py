@@ -42,7 +42,7 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str
 
 
-class Decoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class DecoderPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     file: str
     n_layer: int
     n_embd: int
@@ -61,7 +61,7 @@ class Decoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     tensors: tuple[Tensor, ...] = ()
 
 
-class AudioEncoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class AudioPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     file: str
     precision: str  # f32 | f16 | int8 | int8-block | int4-block
     n_embd: int  # width of a soft token
@@ -71,7 +71,7 @@ class AudioEncoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     hidden: int = 1536
 
 
-class VisionEncoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class VisionPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     file: str
     kind: Literal["siglip", "mobilenetv5"]
     precision: str  # f32 | f16 | int8
@@ -97,7 +97,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     name: str
     family: Family
     instruct: bool  # has a chat template, i.e. was tuned to follow turns
-    decoder: Decoder
+    decoder: DecoderPart
     source: Source
     files: dict[str, File]
     chat_template: str | None = None
@@ -105,8 +105,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     special_tokens: dict[str, int] = {}
     # row order of special_rows.npy [n, n_embd] float32: end_of_image, end_of_audio, audio_padding (gemma3n; see gemma3n's hard embeddings)
     special_rows: tuple[str, ...] = ()
-    audio: AudioEncoder | None = None
-    vision: VisionEncoder | None = None
+    audio: AudioPart | None = None
+    vision: VisionPart | None = None
     recipe: dict[str, str] = {}  # name, and the type of each group of tensors
     quality: dict[str, float | int | str] | None = None  # the receipt of `convert --check`
 

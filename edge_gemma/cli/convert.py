@@ -47,11 +47,11 @@ def convert(
 
     Reads safetensors row by row and quantizes on all cores; a few hundred MB of memory are enough for any size.
     """
-    from edge_gemma.convert.pipeline import Options, Report, prepare
+    from edge_gemma.convert.pipeline import Conversion, Report, prepare
     from edge_gemma.convert.pipeline import convert as run
     from edge_gemma.units import format_bytes
 
-    options = Options(
+    options = Conversion(
         quant=quant, imatrix=imatrix, slice=slice, merge=tuple(_scaled(text) for text in merge or ()), audio=audio, vision=vision, name=name,
         overwrite=force, n_threads=threads, verify=verify, check=check, check_tokens=check_tokens,
     )  # fmt: skip

@@ -32,11 +32,11 @@ class Planning:
 
     def request(self, encoders: tuple[str, ...] | None = None):
         """``encoders``: those the command will use; None: all the bundle has."""
-        from edge_gemma.plan.records import Request
+        from edge_gemma.plan.records import PlanRequest
         from edge_gemma.units import parse_bytes
 
         budget_bytes = None if self.budget is None else parse_bytes(self.budget)
-        return Request(
+        return PlanRequest(
             budget_bytes=budget_bytes, n_ctx=self.ctx, n_ubatch=self.ubatch, kv_type=self.kv,
             n_threads=self.threads, repack=self.repack, n_gpu_layers=self.gpu_layers, encoders=encoders,
         )  # fmt: skip
@@ -60,9 +60,9 @@ class Sampling:
     seed: Annotated[int | None, typer.Option("--seed", help="The same seed, prompt, settings and build give the same text.")] = None
 
     def options(self, **more):
-        from edge_gemma.options import Options
+        from edge_gemma.options import Sampling
 
-        return Options(**vars(self), **more)
+        return Sampling(**vars(self), **more)
 
 
 GROUPS = (Planning, Loading, Sampling)

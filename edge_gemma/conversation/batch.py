@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from edge_gemma.conversation.session import Session
 from edge_gemma.conversation.stream import Chunk, TextStream, Usage
 from edge_gemma.engines.llama.sampler import Sampler
-from edge_gemma.options import Options
+from edge_gemma.options import Sampling
 from edge_gemma.spans import Span
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class _Lane:
     """One prompt of a batch."""
 
-    def __init__(self, model: Model, index: int, spans: list[Span], options: Options):
+    def __init__(self, model: Model, index: int, spans: list[Span], options: Sampling):
         self.index, self.options, self._model = index, options, model
         self.session = Session(model.cache)
         self.session.replace(spans)

@@ -18,7 +18,7 @@ from edge_gemma.conversation.stream import Chunk
 from edge_gemma.engines.llama.decoder import Cancelled
 from edge_gemma.errors import BundleError, ContextFull
 from edge_gemma.messages import Audio, Image, Message
-from edge_gemma.options import Options
+from edge_gemma.options import Sampling
 from edge_gemma.prompts.calls import FunctionCall, parse_calls
 from edge_gemma.spans import Rows, Span
 
@@ -42,7 +42,7 @@ class Chat:
     this happens rarely; the rest is prefilled again and ``usage.dropped_turns`` says how many went.
 
     >>> chat = getfixture("tiny_model").chat(system="Be brief.")
-    >>> answer = "".join(chunk.text for chunk in chat.send("Hello", Options(max_tokens=4, seed=1)))
+    >>> answer = "".join(chunk.text for chunk in chat.send("Hello", Sampling(max_tokens=4, seed=1)))
     >>> [message.role for message in chat.messages]
     ['system', 'user', 'assistant']
     """
@@ -54,7 +54,7 @@ class Chat:
         self.reply: Reply | None = None
         self._append_only = False  # whether the cache holds exactly the messages, the last answer open
 
-    def send(self, content, options: Options = Options(), *, role: str = "user") -> Iterator[Chunk]:
+    def send(self, content, options: Sampling = Sampling(), *, role: str = "user") -> Iterator[Chunk]:
         """Say ``content`` (text, or a list of text, Image, Audio and Rows) and stream the answer. Afterwards ``reply`` holds it.
 
         A turn that is stopped before its answer begins is taken back whole. Raises ContextFull when the turn cannot fit even
@@ -98,7 +98,7 @@ class Chat:
         parts = [type(p)(rows=self.model.encode(p)) if isinstance(p, Image | Audio) and p.rows is None else p for p in parts]
         return Message(message.role, parts)
 
-    def _place(self, options: Options) -> int:
+    def _place(self, options: Sampling) -> int:
         """Prefill the new turn, forgetting the oldest ones if it does not fit. Returns how many turns went."""
         session, reserve = self.session, min(options.max_tokens, self.session.n_ctx // 4)
         if self._append_only:

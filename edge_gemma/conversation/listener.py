@@ -28,7 +28,7 @@ from edge_gemma.hearing.devices import Microphone
 from edge_gemma.hearing.samples import RATE_HZ
 from edge_gemma.hearing.sound import AudioFile
 from edge_gemma.hearing.utterances import Speech, SpeechDetector, VadSettings
-from edge_gemma.options import Options
+from edge_gemma.options import Sampling
 
 RETRY_S = 0.5  # between attempts to get a lost microphone back
 _MIN_CLIP = RATE_HZ // 10  # samples; a shorter piece holds no word
@@ -49,7 +49,7 @@ class ListenOptions:
     pad_audio: bool = False
     barge_in: bool = True
     vad: VadSettings = VadSettings()
-    sampling: Options = Options()
+    sampling: Sampling = Sampling()
 
 
 @dataclass(frozen=True)

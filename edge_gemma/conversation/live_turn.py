@@ -11,7 +11,7 @@ from edge_gemma.conversation.chat import Chat
 from edge_gemma.conversation.stream import Chunk
 from edge_gemma.errors import ContextFull
 from edge_gemma.messages import Audio, Message
-from edge_gemma.options import Options
+from edge_gemma.options import Sampling
 from edge_gemma.spans import Rows
 
 
@@ -72,7 +72,7 @@ class LiveTurn:
         self._close_clip()
         self._chat.session.append(self._after(len(self._clips[-1])), prefill=False)
 
-    def generate(self, options: Options = Options()) -> Iterator[Chunk]:
+    def generate(self, options: Sampling = Sampling()) -> Iterator[Chunk]:
         """Answer, after :meth:`finish`."""
         chat = self._chat
         chat.messages.append(Message("user", [*self._head, *(Audio(rows=rows) for rows in self._clips)]))

@@ -22,7 +22,7 @@ from edge_gemma.conversation.stream import Chunk, TextStream, Timings, Usage
 from edge_gemma.engines.llama.decoder import Cancelled
 from edge_gemma.engines.llama.sampler import Sampler
 from edge_gemma.errors import BundleError, ContextFull, RuntimeFailure, UsageError
-from edge_gemma.options import Options
+from edge_gemma.options import Sampling
 from edge_gemma.spans import Rows, Span, Tokens
 
 
@@ -95,7 +95,7 @@ class Session:
             return last - key[1]
         return max(last, 0)
 
-    def generate(self, options: Options = Options()) -> Iterator[Chunk]:
+    def generate(self, options: Sampling = Sampling()) -> Iterator[Chunk]:
         """Continue from what was appended. The answer's tokens become part of the session, its end-of-turn token does not.
 
         Closing the iterator, or :meth:`cancel` from another thread, stops within one token. Raises UsageError (nothing

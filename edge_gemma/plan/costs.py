@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from edge_gemma.bundles.manifest import Manifest, Tensor
 from edge_gemma.machine.device import Device
-from edge_gemma.plan.records import AFTER_LOAD, PHASES, Item, Request, Settings, wanted_encoders
+from edge_gemma.plan.records import AFTER_LOAD, PHASES, Item, PlanRequest, Settings, wanted_encoders
 from edge_gemma.units import MiB
 
 KV_BYTES = {"f16": (2, 1), "q8_0": (34, 32), "q4_0": (18, 32)}  # bytes per values
@@ -25,7 +25,7 @@ HEADROOM = 0.04  # of the total, kept free when anonymous repacked weights could
 class _Costs:
     """The cost of settings for one manifest on one device. Sums over the tensor table are taken once."""
 
-    def __init__(self, manifest: Manifest, device: Device, request: Request, repacks: Callable[[Tensor], bool]):
+    def __init__(self, manifest: Manifest, device: Device, request: PlanRequest, repacks: Callable[[Tensor], bool]):
         self.manifest, self.device, self.request = manifest, device, request
         tensors = manifest.decoder.tensors
         matmul = [t for t in tensors if t.use == "matmul"]

@@ -22,7 +22,7 @@ from edge_gemma.bundles.manifest import Manifest, Tensor
 from edge_gemma.errors import UsageError
 from edge_gemma.machine.device import Device
 from edge_gemma.plan.costs import HEADROOM, KV_BYTES, _Costs
-from edge_gemma.plan.records import AFTER_LOAD, Item, Plan, Request, Settings, wanted_encoders
+from edge_gemma.plan.records import AFTER_LOAD, Item, Plan, PlanRequest, Settings, wanted_encoders
 from edge_gemma.units import MiB, format_bytes
 
 DEFAULT_N_CTX = 4096
@@ -31,7 +31,7 @@ N_UBATCH_LADDER = (256, 128, 64)
 MIN_N_CTX = 64
 
 
-def make_plan(manifest: Manifest, device: Device, request: Request, repacks: Callable[[Tensor], bool]) -> Plan:
+def make_plan(manifest: Manifest, device: Device, request: PlanRequest, repacks: Callable[[Tensor], bool]) -> Plan:
     """Plan ``request`` for a bundle on a device. Never raises for what merely does not fit: see :meth:`Plan.require`.
 
     ``repacks`` tells whether the device's llama.cpp copies a matmul weight into a repacked buffer. Raises UsageError for a
@@ -51,7 +51,7 @@ def make_plan(manifest: Manifest, device: Device, request: Request, repacks: Cal
     return replace(candidate, refusal=refusal, notes=_notes(device, candidate.settings, request, budget))
 
 
-def _check(manifest: Manifest, request: Request) -> None:
+def _check(manifest: Manifest, request: PlanRequest) -> None:
     train = manifest.decoder.n_ctx_train
     if request.n_ctx is not None and not MIN_N_CTX <= request.n_ctx <= train:
         raise UsageError(f"a context of {request.n_ctx} tokens was asked for; {manifest.name} takes {MIN_N_CTX} … {train}")
@@ -71,7 +71,7 @@ def _check(manifest: Manifest, request: Request) -> None:
             raise UsageError(f"{manifest.name} is a bundle without {'an' if encoder == 'audio' else 'a'} {encoder} encoder, so it cannot {verb}; convert the checkpoint with --{encoder}")
 
 
-def _ladder(manifest: Manifest, device: Device, request: Request) -> Iterator[tuple[Settings, tuple[str, ...]]]:
+def _ladder(manifest: Manifest, device: Device, request: PlanRequest) -> Iterator[tuple[Settings, tuple[str, ...]]]:
     """Settings from the most comfortable to the most frugal, with what was conceded on the way."""
     encoders = wanted_encoders(manifest, request)
     train = manifest.decoder.n_ctx_train
@@ -110,7 +110,7 @@ def _ladder(manifest: Manifest, device: Device, request: Request) -> Iterator[tu
         yield settings, done
 
 
-def _plan(items: tuple[Item, ...], settings: Settings, concessions: tuple[str, ...], budget: int, request: Request) -> Plan:
+def _plan(items: tuple[Item, ...], settings: Settings, concessions: tuple[str, ...], budget: int, request: PlanRequest) -> Plan:
     def phase_sum(phase: str, kinds=("anon", "file_hot", "file_cold")) -> int:
         return sum(i.bytes for i in items if phase in i.phases and i.kind in kinds)
 
@@ -121,7 +121,7 @@ def _plan(items: tuple[Item, ...], settings: Settings, concessions: tuple[str, .
     return Plan(needed <= budget, total, load_peak, budget, needed, items, settings, concessions)
 
 
-def _notes(device: Device, settings: Settings, request: Request, budget: int) -> tuple[str, ...]:
+def _notes(device: Device, settings: Settings, request: PlanRequest, budget: int) -> tuple[str, ...]:
     notes = []
     if request.budget_bytes is not None and budget < request.budget_bytes:
         notes.append(f"the budget of {format_bytes(request.budget_bytes)} was lowered to the {format_bytes(budget)} that {device.name} has to give")
@@ -140,7 +140,7 @@ def arithmetic(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _refusal(plan: Plan, manifest: Manifest, device: Device, request: Request, costs: _Costs, budget: int) -> str:
+def _refusal(plan: Plan, manifest: Manifest, device: Device, request: PlanRequest, costs: _Costs, budget: int) -> str:
     conceded = "; ".join(plan.concessions) or "nothing could be conceded"
     return (
         f"{manifest.name} does not fit: {format_bytes(plan.needed_bytes)} needed, {format_bytes(budget)} to spend on {device.name}.\n"
@@ -148,7 +148,7 @@ def _refusal(plan: Plan, manifest: Manifest, device: Device, request: Request, c
     )
 
 
-def _nearest(plan: Plan, manifest: Manifest, device: Device, request: Request, costs: _Costs, budget: int) -> str:
+def _nearest(plan: Plan, manifest: Manifest, device: Device, request: PlanRequest, costs: _Costs, budget: int) -> str:
     """The largest context under this budget; else the request without encoders; else the smallest budget at all."""
 
     def fits(settings: Settings, with_costs: _Costs = costs) -> Plan:

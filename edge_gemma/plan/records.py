@@ -29,7 +29,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanRequest:
     """What the caller wants. ``None`` leaves the choice, and the conceding, to the plan."""
 
     budget_bytes: int | None = None
@@ -84,6 +84,6 @@ class Plan:
         return self
 
 
-def wanted_encoders(manifest: Manifest, request: Request) -> tuple[str, ...]:
+def wanted_encoders(manifest: Manifest, request: PlanRequest) -> tuple[str, ...]:
     present = tuple(name for name in ("audio", "vision") if getattr(manifest, name) is not None)
     return present if request.encoders is None else request.encoders

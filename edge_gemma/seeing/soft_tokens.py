@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from edge_gemma.bundles.folder import Bundle
-from edge_gemma.bundles.manifest import VisionEncoder
+from edge_gemma.bundles.manifest import VisionPart
 from edge_gemma.errors import PlanRefused, UnsupportedModel, UsageError
 from edge_gemma.messages import Audio, Image
 from edge_gemma.seeing.cache import SoftTokenCache
@@ -22,12 +22,12 @@ from edge_gemma.spans import Rows
 FRAME_TOKENS = 6  # begin and end of image and the two line breaks around, at most
 
 
-def soft_token_cost(vision: VisionEncoder) -> int:
+def soft_token_cost(vision: VisionPart) -> int:
     """Context that one picture takes, in tokens."""
     return vision.n_soft_tokens + FRAME_TOKENS
 
 
-def prepare(parts, vision: VisionEncoder | None, free_tokens: int, *, pan_and_scan: bool = False, name: str = "this bundle") -> list:
+def prepare(parts, vision: VisionPart | None, free_tokens: int, *, pan_and_scan: bool = False, name: str = "this bundle") -> list:
     """Open every picture's header, cut videos into frames that fit, add crops if asked, and check that all of it fits ``free_tokens``.
 
     So a broken file, or one picture too many, is refused before anything was encoded. Raises MediaError, UnsupportedModel,
@@ -69,7 +69,7 @@ def _with_crops(part: Image) -> list:
     return [Image(source=piece, size=part.size) if isinstance(piece, Picture) else piece for piece in with_crops(part.source)]
 
 
-def _size(vision: VisionEncoder, size: int | None) -> int:
+def _size(vision: VisionPart, size: int | None) -> int:
     if size is not None and size not in vision.image_sizes:
         raise UsageError(f"pictures of {size} px were asked for; this encoder takes {', '.join(map(str, vision.image_sizes))}")
     return size or vision.image_sizes[0]

@@ -29,12 +29,12 @@ from edge_gemma.bundles.manifest import (
     File,
     Manifest,
     Source,
-    VisionEncoder,
+    VisionPart,
 )
 from edge_gemma.errors import BundleError
 
 Progress = Callable[[int], None]
-WriteVision = Callable[[Path, Description], VisionEncoder]
+WriteVision = Callable[[Path, Description], VisionPart]
 
 
 

@@ -1,6 +1,6 @@
 """Logits → one id: llama.cpp's own samplers in a fixed order, under a grammar where one is asked for.
 
-In: a context with a kept logits row, :class:`Options`. Out: ids and log-probabilities. llama.cpp itself is reached through
+In: a context with a kept logits row, :class:`Sampling`. Out: ids and log-probabilities. llama.cpp itself is reached through
 ``decode`` only. The grammar never sees a token it does not allow: accepting one throws C++ through ctypes and ends the process.
 """
 
@@ -16,7 +16,7 @@ from edge_gemma.engines.llama.decoder import Context, Decoder
 from edge_gemma.engines.llama.grammar import schema_to_grammar
 from edge_gemma.engines.llama.library import library
 from edge_gemma.errors import RuntimeFailure, UsageError
-from edge_gemma.options import Logprob, Options
+from edge_gemma.options import Logprob, Sampling
 
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 MAX_GRAMMAR_BYTES = 1 << 20
@@ -26,7 +26,7 @@ PENALTY_WINDOW = 64  # tokens the repeat penalty looks back on, llama.cpp's own 
 class Sampler:
     """llama.cpp's sampler chain for one generation. Close it. Raises UsageError for a grammar that does not parse."""
 
-    def __init__(self, decoder: Decoder, options: Options):
+    def __init__(self, decoder: Decoder, options: Sampling):
         self._low, self.decoder, self.options = library(), decoder, options
         self.seed = secrets.randbits(32) if options.seed is None else options.seed
         self._chain = self._grammar = None
