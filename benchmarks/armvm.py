@@ -5,9 +5,10 @@
     python -m edge_gemma.benchmarks.armvm test DIR [PYTEST…]    the core of the test suite on arm64
     python -m edge_gemma.benchmarks.armvm run DIR -- COMMAND…   anything else, as root, with this checkout on its Python path
 
-In: this checkout and Debian's packages. Out: lines from the machine's console. A Cortex-A76 (the Raspberry Pi 5's core) under QEMU
-with a real Linux, real cgroup v2 limits and a real OOM killer. Memory is what a board of that kernel and page size takes; tokens per
-second here say nothing about any board, so nothing in this file prints one.
+In: this checkout and Debian's packages. Out: lines from the machine's console. A Cortex-A76 (the
+Raspberry Pi 5's core) under QEMU with a real Linux, real cgroup v2 limits and a real OOM killer.
+Memory is what a board of that kernel and page size takes; tokens per second here say nothing about
+any board, so nothing in this file prints one.
 """
 
 from __future__ import annotations
@@ -33,13 +34,19 @@ from edge_gemma.units import GiB, MiB, format_bytes, parse_bytes
 RELEASE, PYTHON = "bookworm", "3.11"  # Debian 12 and its Python; Raspberry Pi OS is built on it
 PACKAGES = "python3,busybox-static,linux-image-cloud-arm64,libgomp1,libstdc++6,libportaudio2,libasound2,ca-certificates"
 TOOLS = {
-    "debootstrap": "debootstrap", "qemu-system-aarch64": "qemu-system-arm", "cpio": "cpio", "mke2fs": "e2fsprogs", "dpkg": "dpkg",
+    "debootstrap": "debootstrap",
+    "qemu-system-aarch64": "qemu-system-arm",
+    "cpio": "cpio",
+    "mke2fs": "e2fsprogs",
+    "dpkg": "dpkg",
     "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",
-}  # fmt: skip
+}
 # Cortex-A76: dot product and half floats, no i8mm
 CROSS = (
-    "-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc "
-    "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DGGML_NATIVE=OFF -DGGML_CPU_ARM_ARCH=armv8.2-a+dotprod+fp16"
+    "-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 "
+    "-DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc "
+    "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DGGML_NATIVE=OFF "
+    "-DGGML_CPU_ARM_ARCH=armv8.2-a+dotprod+fp16"
 )
 RESULT = "RESULT "  # a console line that carries JSON
 
@@ -53,7 +60,8 @@ while :; do for d in /sys/block/vd*; do
 done; $B sleep 0.1; done
 """
 
-# First process of the machine: mounts what Linux needs, unpacks the job, runs it, switches the machine off.
+# First process of the machine: mounts what Linux needs, unpacks the job, runs it, switches the
+# machine off.
 _INIT = """#!/bin/sh
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TMPDIR=/var/tmp LANG=C.UTF-8 PYTHONDONTWRITEBYTECODE=1
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t cgroup2 cgroup /sys/fs/cgroup
@@ -71,9 +79,14 @@ sync; echo o > /proc/sysrq-trigger; sleep 60
 
 
 def build(folder: Path, *, say: Callable[[str], None] = print) -> None:
-    """Make the machine in ``folder``. What is already there (wheels, the compiled llama.cpp) is used again."""
+    """Make the machine in ``folder``. What is already there (wheels, the compiled llama.cpp) is
+    used again.
+    """
     if missing := [package for tool, package in TOOLS.items() if not shutil.which(tool)]:
-        raise UsageError(f"building the machine needs more tools. Type:  apt-get install --no-install-recommends {' '.join(missing)}")
+        raise UsageError(
+            "building the machine needs more tools. Type:  apt-get install "
+            f"--no-install-recommends {' '.join(missing)}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     site = folder / "site"
     wheels = folder / "wheels"
@@ -96,28 +109,82 @@ def _requirements(wheel: Path) -> list[str]:
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         lines = archive.read(name).decode().splitlines()
-    return [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ") and "extra ==" not in line]
+    return [
+        line.removeprefix("Requires-Dist: ")
+        for line in lines
+        if line.startswith("Requires-Dist: ") and "extra ==" not in line
+    ]
 
 
 def _fetch_wheels(wheels: Path, more: Sequence[str]) -> None:
-    """Everything the runtime and its tests import, but llama-cpp-python, which has no aarch64 wheel."""
+    """Everything the runtime and its tests import, but llama-cpp-python, which has no aarch64
+    wheel.
+    """
     project = _project()
     parts = project["project"]
     extras = parts["optional-dependencies"]
-    wanted = [*parts["dependencies"], *extras["convert"], *extras["hear"], *extras["see"], *extras["sample"], "pytest", "hypothesis", "pytest-timeout"]
-    plain = [line for line in wanted if not line.startswith(("llama-cpp-python", "edge-gemma", "tomli", "sounddevice"))]
-    platforms = [f"--platform=manylinux_2_{minor}_aarch64" for minor in (36, 35, 34, 31, 28, 27, 26, 24, 17)] + ["--platform=manylinux2014_aarch64"]
-    _call(sys.executable, "-m", "pip", "download", "-q", "--only-binary=:all:", *platforms, f"--python-version={PYTHON}", "-d", str(wheels), *plain, "sounddevice", *more)
+    wanted = [
+        *parts["dependencies"],
+        *extras["convert"],
+        *extras["hear"],
+        *extras["see"],
+        *extras["sample"],
+        "pytest",
+        "hypothesis",
+        "pytest-timeout",
+    ]
+    plain = [
+        line
+        for line in wanted
+        if not line.startswith(("llama-cpp-python", "edge-gemma", "tomli", "sounddevice"))
+    ]
+    platforms = [
+        f"--platform=manylinux_2_{minor}_aarch64" for minor in (36, 35, 34, 31, 28, 27, 26, 24, 17)
+    ] + ["--platform=manylinux2014_aarch64"]
+    _call(
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--only-binary=:all:",
+        *platforms,
+        f"--python-version={PYTHON}",
+        "-d",
+        str(wheels),
+        *plain,
+        "sounddevice",
+        *more,
+    )
 
 
 def _compile_llama(wheels: Path) -> Path:
     if found := list(wheels.glob("llama_cpp_python-*.whl")):
         return found[0]
-    wanted = next(line for line in _project()["project"]["dependencies"] if line.startswith("llama-cpp-python"))
+    wanted = next(
+        line
+        for line in _project()["project"]["dependencies"]
+        if line.startswith("llama-cpp-python")
+    )
     environment = {**os.environ, "CMAKE_ARGS": CROSS}
     with tempfile.TemporaryDirectory(dir=wheels) as fresh:
-        # no cache: its tag would say the platform of this machine, and pip would take it for a native build later on
-        _call(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-cache-dir", "--no-binary", "llama-cpp-python", "-w", fresh, wanted, env=environment)
+        # no cache: its tag would say the platform of this machine, and pip would take it for a
+        # native build later on
+        _call(
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "-q",
+            "--no-deps",
+            "--no-cache-dir",
+            "--no-binary",
+            "llama-cpp-python",
+            "-w",
+            fresh,
+            wanted,
+            env=environment,
+        )
         (wheel,) = Path(fresh).glob("*.whl")
         return wheel.rename(wheels / wheel.name)
 
@@ -125,9 +192,25 @@ def _compile_llama(wheels: Path) -> Path:
 def _make_disk(folder: Path, site: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as work:
         root, ram = Path(work) / "root", Path(work) / "ram"
-        mirror = sorted({line for line in _call("apt-get", "indextargets", "--format", "$(REPO_URI)").split() if "security" not in line})
-        _call("debootstrap", "--arch=arm64", "--variant=minbase", "--foreign", f"--include={PACKAGES}", RELEASE, str(root), *mirror[:1])
-        # --foreign only fetches; unpacking without running arm64 install scripts is enough for our own init
+        mirror = sorted(
+            {
+                line
+                for line in _call("apt-get", "indextargets", "--format", "$(REPO_URI)").split()
+                if "security" not in line
+            }
+        )
+        _call(
+            "debootstrap",
+            "--arch=arm64",
+            "--variant=minbase",
+            "--foreign",
+            f"--include={PACKAGES}",
+            RELEASE,
+            str(root),
+            *mirror[:1],
+        )
+        # --foreign only fetches; unpacking without running arm64 install scripts is enough for our
+        # own init
         for package in sorted((root / "var/cache/apt/archives").glob("*.deb")):
             _call("dpkg", "-x", str(package), str(root))
             package.unlink()
@@ -135,25 +218,46 @@ def _make_disk(folder: Path, site: Path) -> None:
         for part in ("bin", "modules", "dev", "new", "sys"):
             (ram / part).mkdir(parents=True)
         shutil.copy(root / "bin/busybox", ram / "bin")
-        for module in ("virtio/virtio", "virtio/virtio_ring", "virtio/virtio_mmio", "block/virtio_blk"):
+        for module in (
+            "virtio/virtio",
+            "virtio/virtio_ring",
+            "virtio/virtio_mmio",
+            "block/virtio_blk",
+        ):
             shutil.copy(drivers / f"{module}.ko", ram / "modules")
         _script(ram / "init", _EARLY_INIT)
         names = "\n".join(str(path.relative_to(ram)) for path in [ram, *ram.rglob("*")])
-        (folder / "ram.cpio").write_bytes(_call("cpio", "-o", "-H", "newc", "--quiet", cwd=ram, stdin=names.encode(), binary=True))
+        (folder / "ram.cpio").write_bytes(
+            _call("cpio", "-o", "-H", "newc", "--quiet", cwd=ram, stdin=names.encode(), binary=True)
+        )
         shutil.copy(next((root / "boot").glob("vmlinuz-*")), folder / "kernel")
         shutil.rmtree(root / "boot")
         shutil.rmtree(root / "lib/modules")
         (root / "models").mkdir()
         shutil.copytree(site, root / "site")
         _script(root / "board-init", _INIT)
-        make_image(folder / "root.ext4", root, spare_bytes=8 * GiB)  # sparse: room for what tests write, which is discarded
+        make_image(
+            folder / "root.ext4", root, spare_bytes=8 * GiB
+        )  # sparse: room for what tests write, which is discarded
 
 
 def make_image(image: Path, folder: Path, *, spare_bytes: int = 64 * MiB) -> Path:
     """An ext4 disk image with the contents of ``folder``."""
     used = sum(path.lstat().st_size + 4096 for path in folder.rglob("*"))
     image.unlink(missing_ok=True)
-    _call("mke2fs", "-q", "-F", "-t", "ext4", "-m", "0", "-d", str(folder), str(image), f"{(used * 21 // 20 + spare_bytes) // MiB}M")
+    _call(
+        "mke2fs",
+        "-q",
+        "-F",
+        "-t",
+        "ext4",
+        "-m",
+        "0",
+        "-d",
+        str(folder),
+        str(image),
+        f"{(used * 21 // 20 + spare_bytes) // MiB}M",
+    )
     return image
 
 
@@ -174,15 +278,22 @@ def _checkout() -> Path:
     """The source tree this file belongs to; the machine gets a copy of it with every run."""
     folder = Path(__file__).resolve().parent.parent
     if not (folder / "pyproject.toml").is_file():
-        raise UsageError("the Arm machine is built from a source checkout; clone the repository and install it with pip install -e .")
+        raise UsageError(
+            "the Arm machine is built from a source checkout; clone the repository and "
+            "install it with pip install -e ."
+        )
     return folder
 
 
 def _call(*argv: str, env=None, cwd=None, stdin: bytes | None = None, binary: bool = False):
-    done = subprocess.run(argv, env=env, cwd=cwd, input=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    done = subprocess.run(
+        argv, env=env, cwd=cwd, input=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     if done.returncode:
         tail = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()[-3:]
-        raise RuntimeFailure(f"{Path(argv[0]).name} failed (status {done.returncode}): {' / '.join(tail)}")
+        raise RuntimeFailure(
+            f"{Path(argv[0]).name} failed (status {done.returncode}): {' / '.join(tail)}"
+        )
     return done.stdout if binary else done.stdout.decode(errors="replace")
 
 
@@ -211,24 +322,68 @@ def _job(commands: str) -> bytes:
     return buffer.getvalue()
 
 
-def boot(folder: Path, commands: str, *, memory_bytes: int = 4 * GiB, models: Path | None = None, cpus: int = 2, timeout_s: float = 3600) -> Iterator[str]:
-    """Boot, run the shell script ``commands`` in a copy of this checkout, yield the console's lines; the machine is off at the end.
+def boot(
+    folder: Path,
+    commands: str,
+    *,
+    memory_bytes: int = 4 * GiB,
+    models: Path | None = None,
+    cpus: int = 2,
+    timeout_s: float = 3600,
+) -> Iterator[str]:
+    """Boot, run the shell script ``commands`` in a copy of this checkout, yield the console's
+    lines; the machine is off at the end.
 
-    ``models`` is an ext4 image mounted at /models. Writes to the disks are discarded. Raises RuntimeFailure unless the job ended with status 0.
+    ``models`` is an ext4 image mounted at /models. Writes to the disks are discarded. Raises
+    RuntimeFailure unless the job ended with status 0.
     """
     if not (folder / "root.ext4").is_file():
-        raise UsageError(f"no machine in {folder}; make one with: python -m edge_gemma.benchmarks.armvm build {folder}")
+        raise UsageError(
+            f"no machine in {folder}; make one with: python -m edge_gemma.benchmarks.armvm "
+            f"build {folder}"
+        )
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".tar") as job:
         job.write(_job(commands))
         job.flush()
         job.truncate(-(-job.tell() // 512) * 512)
-        argv = ["qemu-system-aarch64", "-M", "virt", "-cpu", "cortex-a76", "-smp", str(cpus), "-m", f"{memory_bytes // MiB}M", "-accel", "tcg,thread=multi"]
-        argv += ["-kernel", str(folder / "kernel"), "-initrd", str(folder / "ram.cpio"), "-append", "console=ttyAMA0 quiet panic=-1 loglevel=4"]
+        argv = [
+            "qemu-system-aarch64",
+            "-M",
+            "virt",
+            "-cpu",
+            "cortex-a76",
+            "-smp",
+            str(cpus),
+            "-m",
+            f"{memory_bytes // MiB}M",
+            "-accel",
+            "tcg,thread=multi",
+        ]
+        argv += [
+            "-kernel",
+            str(folder / "kernel"),
+            "-initrd",
+            str(folder / "ram.cpio"),
+            "-append",
+            "console=ttyAMA0 quiet panic=-1 loglevel=4",
+        ]
         for serial, image in ("root", folder / "root.ext4"), ("models", models), ("job", job.name):
             if image:
-                argv += ["-drive", f"file={image},format=raw,if=none,id={serial},snapshot=on", "-device", f"virtio-blk-device,drive={serial},serial={serial}"]
+                argv += [
+                    "-drive",
+                    f"file={image},format=raw,if=none,id={serial},snapshot=on",
+                    "-device",
+                    f"virtio-blk-device,drive={serial},serial={serial}",
+                ]
         argv += ["-nic", "none", "-nographic", "-no-reboot"]
-        machine = subprocess.Popen(["timeout", "--kill-after=5", str(timeout_s), *argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        machine = subprocess.Popen(
+            ["timeout", "--kill-after=5", str(timeout_s), *argv],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
         status, last = None, ""
         try:
             for line in machine.stdout:
@@ -245,44 +400,95 @@ def boot(folder: Path, commands: str, *, memory_bytes: int = 4 * GiB, models: Pa
     if status is None:
         raise RuntimeFailure(f"the machine stopped before its job ended; its last words: {last!r}")
     if status:
-        raise RuntimeFailure(f"the job in the machine failed (status {status}); its last words: {last!r}")
+        raise RuntimeFailure(
+            f"the job in the machine failed (status {status}); its last words: {last!r}"
+        )
 
 
 # The core: everything that needs no sound card, no long computation and no second program
-CORE_TESTS = ("bundle", "caps", "decode", "device", "features", "gguf", "import", "memory", "plan", "session", "spans", "stream", "synthetic", "weights")
+CORE_TESTS = (
+    "bundle",
+    "caps",
+    "decode",
+    "device",
+    "features",
+    "gguf",
+    "import",
+    "memory",
+    "plan",
+    "session",
+    "spans",
+    "stream",
+    "synthetic",
+    "weights",
+)
 
 
 def test(folder: Path, arguments: Sequence[str]) -> Iterator[str]:
     """The core of the test suite on arm64."""
-    chosen = list(arguments) or sorted(str(path.relative_to(_checkout())) for path in (_checkout() / "tests").glob("test_*.py") if any(word in path.stem for word in CORE_TESTS))
-    yield from boot(folder, f"python3 -u -m pytest -vv --color=no --durations=15 -o cache_dir=/var/tmp/cache --timeout=1200 {shlex.join(chosen)}\n", memory_bytes=6 * GiB, timeout_s=7200)
+    chosen = list(arguments) or sorted(
+        str(path.relative_to(_checkout()))
+        for path in (_checkout() / "tests").glob("test_*.py")
+        if any(word in path.stem for word in CORE_TESTS)
+    )
+    yield from boot(
+        folder,
+        "python3 -u -m pytest -vv --color=no --durations=15 -o cache_dir=/var/tmp/cache "
+        f"--timeout=1200 {shlex.join(chosen)}\n",
+        memory_bytes=6 * GiB,
+        timeout_s=7200,
+    )
 
 
 # --- the memory benchmark ------------------------------------------------------------------------------------------
 
-EARS, HEARD_S = "e2b-ears", 2.0  # E2B with the full-size int8 audio encoder, which hears so many seconds before the prompt
-# (model of benchmarks/spine.py, hard limit, n_ctx, prompt, tokens written); small, because every token is emulated
+EARS, HEARD_S = (
+    "e2b-ears",
+    2.0,
+)  # E2B with the full-size int8 audio encoder, which hears so many seconds before the prompt
+# (model of benchmarks/spine.py, hard limit, n_ctx, prompt, tokens written); small, because every
+# token is emulated
 CASES = (
-    ("270m", 420 * MiB, 512, 128, 16), ("270m", 1 * GiB, 2048, 256, 8), ("e2b", 2 * GiB, 1024, 48, 6), ("e2b", 2 * GiB, 2048, 48, 6), (EARS, 3 * GiB, 1024, 48, 4),
+    ("270m", 420 * MiB, 512, 128, 16),
+    ("270m", 1 * GiB, 2048, 256, 8),
+    ("e2b", 2 * GiB, 1024, 48, 6),
+    ("e2b", 2 * GiB, 2048, 48, 6),
+    (EARS, 3 * GiB, 1024, 48, 4),
     ("e4b", 3 * GiB, 1024, 32, 4),
-)  # fmt: skip
+)
 
 
-def memory(folder: Path, work: Path, names: Sequence[str], say: Callable[[str], None]) -> list[dict]:
-    """Run :data:`CASES` on the board and return their rows: planned against measured, under a real limit."""
+def memory(
+    folder: Path, work: Path, names: Sequence[str], say: Callable[[str], None]
+) -> list[dict]:
+    """Run :data:`CASES` on the board and return their rows: planned against measured, under a real
+    limit.
+    """
     from edge_gemma.benchmarks.hear import encoder_bundle
     from edge_gemma.benchmarks.spine import Models
 
     models, image = Models(work), folder / "models.ext4"
     rows = []
-    for name in names or dict.fromkeys(case[0] for case in CASES):  # one at a time: the image of all would take 15 GB of disk
-        bundle = encoder_bundle(work, "int8", models.gguf("e2b")).folder if name == EARS else models.bundle(name)
+    for name in names or dict.fromkeys(
+        case[0] for case in CASES
+    ):  # one at a time: the image of all would take 15 GB of disk
+        bundle = (
+            encoder_bundle(work, "int8", models.gguf("e2b")).folder
+            if name == EARS
+            else models.bundle(name)
+        )
         with tempfile.TemporaryDirectory(dir=work) as staging:
             shutil.copytree(bundle, Path(staging) / name, copy_function=os.link)
             say(f"disk image of {name}")
             make_image(image, Path(staging))
         try:
-            for line in boot(folder, f"python3 -W ignore -m edge_gemma.benchmarks.armvm guest {name}\n", memory_bytes=6 * GiB, models=image, timeout_s=4 * 3600):
+            for line in boot(
+                folder,
+                f"python3 -W ignore -m edge_gemma.benchmarks.armvm guest {name}\n",
+                memory_bytes=6 * GiB,
+                models=image,
+                timeout_s=4 * 3600,
+            ):
                 if line.startswith(RESULT):
                     rows.append(json.loads(line.removeprefix(RESULT)))
                     say(row_text(rows[-1]))
@@ -303,45 +509,123 @@ def guest(names: Sequence[str]) -> None:
     for name, limit_bytes, n_ctx, n_prompt, n_predict in CASES:
         if name not in names:
             continue
-        task = Task("edge-gemma", f"/models/{name}", n_ctx=n_ctx, n_prompt=n_prompt, n_predict=n_predict, budget_bytes=limit_bytes, audio_s=HEARD_S if name == EARS else 0.0)
+        task = Task(
+            "edge-gemma",
+            f"/models/{name}",
+            n_ctx=n_ctx,
+            n_prompt=n_prompt,
+            n_predict=n_predict,
+            budget_bytes=limit_bytes,
+            audio_s=HEARD_S if name == EARS else 0.0,
+        )
         run = measure(task, Limits(limit_bytes), interval_s=0.2)
-        row = {"model": name, "n_ctx": n_ctx, "limit_bytes": limit_bytes, "limit": run.outcome.kind, "outcome": run.outcome.describe(), "oom_kills": run.outcome.oom_kills}
-        row |= {"max_usage_bytes": run.outcome.max_usage_bytes, "major_faults": run.outcome.major_faults}
-        print(RESULT + json.dumps(row | (planned_row(name, n_ctx, run) if run.ok else {"error_tail": run.outcome.error_tail})), flush=True)
+        row = {
+            "model": name,
+            "n_ctx": n_ctx,
+            "limit_bytes": limit_bytes,
+            "limit": run.outcome.kind,
+            "outcome": run.outcome.describe(),
+            "oom_kills": run.outcome.oom_kills,
+        }
+        row |= {
+            "max_usage_bytes": run.outcome.max_usage_bytes,
+            "major_faults": run.outcome.major_faults,
+        }
+        print(
+            RESULT
+            + json.dumps(
+                row
+                | (
+                    planned_row(name, n_ctx, run)
+                    if run.ok
+                    else {"error_tail": run.outcome.error_tail}
+                )
+            ),
+            flush=True,
+        )
 
 
 def row_text(row: dict) -> str:
-    head = f"{row['model']}, n_ctx {row['n_ctx']}, under {format_bytes(row['limit_bytes'])} ({row['limit']}): {row['outcome']}"
+    head = (
+        f"{row['model']}, n_ctx {row['n_ctx']}, under {format_bytes(row['limit_bytes'])} "
+        f"({row['limit']}): {row['outcome']}"
+    )
     if "peak_pss_bytes" not in row:
         return head
-    return f"{head}; planned {format_bytes(row['planned_peak_bytes'])}, measured PSS {format_bytes(row['peak_pss_bytes'])} ({row['anon_bytes'] // MiB} MiB anonymous), off by {row['error']:+.1%}"
+    return (
+        f"{head}; planned {format_bytes(row['planned_peak_bytes'])}, measured PSS "
+        f"{format_bytes(row['peak_pss_bytes'])} ({row['anon_bytes'] // MiB} MiB anonymous), off "
+        f"by {row['error']:+.1%}"
+    )
 
 
 def memory_table(rows: Sequence[dict]) -> str:
     from edge_gemma.benchmarks.spine import mib, table
 
-    head = ["model", "n_ctx", "hard limit MiB", "outcome", "OOM kills", "planned MiB", "measured PSS MiB", "anonymous MiB", "plan is off by"]
+    head = [
+        "model",
+        "n_ctx",
+        "hard limit MiB",
+        "outcome",
+        "OOM kills",
+        "planned MiB",
+        "measured PSS MiB",
+        "anonymous MiB",
+        "plan is off by",
+    ]
     cells = [
-        [r["model"], r["n_ctx"], mib(r["limit_bytes"]), r["outcome"], r["oom_kills"], *([mib(r["planned_peak_bytes"]), mib(r["peak_pss_bytes"]), mib(r["anon_bytes"]), f"{r['error']:+.1%}"] if "error" in r else ["–"] * 4)]
+        [
+            r["model"],
+            r["n_ctx"],
+            mib(r["limit_bytes"]),
+            r["outcome"],
+            r["oom_kills"],
+            *(
+                [
+                    mib(r["planned_peak_bytes"]),
+                    mib(r["peak_pss_bytes"]),
+                    mib(r["anon_bytes"]),
+                    f"{r['error']:+.1%}",
+                ]
+                if "error" in r
+                else ["–"] * 4
+            ),
+        ]
         for r in rows
-    ]  # fmt: skip
-    return "## On a Cortex-A76 in a virtual machine, Debian 12, 4 KiB pages, cgroup v2\n\n" + table(head, cells)
+    ]
+    return "## On a Cortex-A76 in a virtual machine, Debian 12, 4 KiB pages, cgroup v2\n\n" + table(
+        head, cells
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("action", choices=["build", "memory", "test", "run", "guest"])
     parser.add_argument("folder", type=Path, nargs="?", default=Path())
-    parser.add_argument("rest", nargs="*", help="after --: the command (run), pytest's arguments (test), 270m e2b e2b-ears e4b (memory)")
+    parser.add_argument(
+        "rest",
+        nargs="*",
+        help="after --: the command (run), pytest's arguments (test), 270m e2b e2b-ears e4b "
+        "(memory)",
+    )
     parser.add_argument("--memory", default="4GiB", help="of the machine (run)")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "edge-gemma-bench", help="where the model files are made and kept (memory)")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "edge-gemma-bench",
+        help="where the model files are made and kept (memory)",
+    )
     parser.add_argument("--json", type=Path, help="write the rows here (memory)")
     options = parser.parse_intermixed_args()
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave through boot's finally, so that no machine is left running
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # leave through boot's finally, so that no machine is left running
     if options.action == "build":
         build(options.folder, say=say)
     elif options.action == "test":
@@ -355,7 +639,11 @@ def main() -> None:
         if options.json:
             options.json.write_text(json.dumps(rows, indent=1))
     elif options.action == "run":
-        for line in boot(options.folder, shlex.join(options.rest) + "\n", memory_bytes=parse_bytes(options.memory)):
+        for line in boot(
+            options.folder,
+            shlex.join(options.rest) + "\n",
+            memory_bytes=parse_bytes(options.memory),
+        ):
             print(line, flush=True)
 
 

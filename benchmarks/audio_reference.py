@@ -1,8 +1,11 @@
-"""Gemma 3n's audio tower in numpy, one whole clip at a time: what the streaming encoder is held against at its real size.
+"""Gemma 3n's audio tower in numpy, one whole clip at a time: what the streaming encoder is held
+against at its real size.
 
-In: a checkpoint and a clip's samples. Out: soft tokens ``[k, n_embd]`` float32. Nothing is shared with what it checks: no stream, no state, no
-graph; weights are read as they lie in the checkpoint, one at a time; attention and group norms are written over the whole clip, as
-transformers 5.23 (``modeling_gemma3n.py``) computes them. tests/test_audio_encoder.py holds it against transformers' own answers.
+In: a checkpoint and a clip's samples. Out: soft tokens ``[k, n_embd]`` float32. Nothing is shared
+with what it checks: no stream, no state, no graph; weights are read as they lie in the checkpoint,
+one at a time; attention and group norms are written over the whole clip, as transformers 5.23
+(``modeling_gemma3n.py``) computes them. tests/test_audio_encoder.py holds it against transformers'
+own answers.
 """
 
 from __future__ import annotations
@@ -30,9 +33,15 @@ def encode(checkpoint: Checkpoint, samples: np.ndarray) -> np.ndarray:
     x = x[None]  # [channels, T, F]
     for k in range(2):
         x = _convolution(x, weight(f"subsample_conv_projection.conv_{k}.conv.weight"))
-        x = _group_norm(x, c.group_norm_epsilon) * weight(f"subsample_conv_projection.conv_{k}.norm.weight")[:, None, None]
+        x = (
+            _group_norm(x, c.group_norm_epsilon)
+            * weight(f"subsample_conv_projection.conv_{k}.norm.weight")[:, None, None]
+        )
         x = np.maximum(x, 0)
-    x = x.transpose(1, 2, 0).reshape(x.shape[1], -1) @ weight("subsample_conv_projection.input_proj_linear.weight").T  # [n, hidden]
+    x = (
+        x.transpose(1, 2, 0).reshape(x.shape[1], -1)
+        @ weight("subsample_conv_projection.input_proj_linear.weight").T
+    )  # [n, hidden]
     for i in range(c.n_layer):
         layer = f"conformer.{i}."
         x = x + c.residual * _feed_forward(x, layer + "ffw_layer_start.", weight, c)
@@ -45,7 +54,9 @@ def encode(checkpoint: Checkpoint, samples: np.ndarray) -> np.ndarray:
 
 
 def _rms(x: np.ndarray, weight, c: AudioConfig) -> np.ndarray:
-    return x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + np.float32(c.epsilon)) * weight
+    return (
+        x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + np.float32(c.epsilon)) * weight
+    )
 
 
 def _silu(x: np.ndarray) -> np.ndarray:
@@ -53,15 +64,21 @@ def _silu(x: np.ndarray) -> np.ndarray:
 
 
 def _convolution(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """3×3, stride 2, frequency padded by 1 on both sides, time by 2 behind. [C, T, F] → [C', ceil(T/2), F/2]"""
+    """3×3, stride 2, frequency padded by 1 on both sides, time by 2 behind. [C, T, F] → [C',
+    ceil(T/2), F/2]
+    """
     rows = -(-x.shape[1] // 2)
     x = np.pad(x, ((0, 0), (0, 2 * rows + 1 - x.shape[1]), (1, 1)))
-    windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(1, 2))[:, ::2, ::2][:, :rows]  # [C, T', F', 3, 3]
+    windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(1, 2))[:, ::2, ::2][
+        :, :rows
+    ]  # [C, T', F', 3, 3]
     return np.einsum("itfhw,oihw->otf", windows, weight, optimize=True)
 
 
 def _group_norm(x: np.ndarray, epsilon: float) -> np.ndarray:
-    """Cumulative over time: each row's mean and variance are over all rows up to it, each of those with its own mean. [C, T, F]"""
+    """Cumulative over time: each row's mean and variance are over all rows up to it, each of those
+    with its own mean. [C, T, F]
+    """
     count = (np.arange(1, x.shape[1] + 1) * x.shape[0] * x.shape[2])[None, :, None]
     x = x - np.cumsum(x.sum((0, 2), dtype=np.float64))[None, :, None] / count
     variance = np.cumsum(np.square(x).sum((0, 2), dtype=np.float64))[None, :, None] / count
@@ -77,27 +94,48 @@ def _feed_forward(x: np.ndarray, at: str, weight, c: AudioConfig) -> np.ndarray:
 def _attention(x: np.ndarray, at: str, weight, c: AudioConfig) -> np.ndarray:
     n = len(x)
     y = _rms(np.clip(x, -c.clip, c.clip), weight(at + "pre_attn_norm.weight"), c)
-    q, k, v = ((y @ weight(f"{at}attn.{a}_proj.weight").T).reshape(n, c.n_head, c.head_dim) for a in "qkv")
+    q, k, v = (
+        (y @ weight(f"{at}attn.{a}_proj.weight").T).reshape(n, c.n_head, c.head_dim) for a in "qkv"
+    )
     q = q * (c.head_dim**-0.5 / math.log(2) * np.log1p(np.exp(weight(at + "attn.per_dim_scale"))))
     # a sinusoid for each distance 0 … 12 between query and key, projected
     half = c.hidden // 2
-    angle = np.arange(c.left)[:, None] * np.exp(np.arange(half) * (-math.log(1e4) / max(half - 1, 1)))
+    angle = np.arange(c.left)[:, None] * np.exp(
+        np.arange(half) * (-math.log(1e4) / max(half - 1, 1))
+    )
     table = np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)
-    table = (table @ weight(at + "attn.relative_position_embedding.pos_proj.weight").T).reshape(c.left, c.n_head, c.head_dim)
+    table = (table @ weight(at + "attn.relative_position_embedding.pos_proj.weight").T).reshape(
+        c.left, c.n_head, c.head_dim
+    )
     logits = np.einsum("qhd,khd->hqk", q, k, optimize=True)
     by_distance = np.einsum("qhd,fhd->hqf", q, table, optimize=True)
     distance = np.arange(n)[:, None] - np.arange(n)[None, :]
     seen = (distance >= 0) & (distance < c.left)
-    logits = logits + np.take_along_axis(by_distance, np.where(seen, distance, 0)[None].repeat(c.n_head, axis=0), axis=2)
+    logits = logits + np.take_along_axis(
+        by_distance, np.where(seen, distance, 0)[None].repeat(c.n_head, axis=0), axis=2
+    )
     logits = np.where(seen, c.logit_cap * np.tanh(logits / c.logit_cap), -np.inf)
     logits = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    o = np.einsum("hqk,khd->qhd", logits / logits.sum(axis=-1, keepdims=True), v, optimize=True).reshape(n, -1)
-    return _rms(np.clip(o @ weight(at + "post.weight").T, -c.clip, c.clip), weight(at + "post_norm.weight"), c)
+    o = np.einsum(
+        "hqk,khd->qhd", logits / logits.sum(axis=-1, keepdims=True), v, optimize=True
+    ).reshape(n, -1)
+    return _rms(
+        np.clip(o @ weight(at + "post.weight").T, -c.clip, c.clip),
+        weight(at + "post_norm.weight"),
+        c,
+    )
 
 
 def _light_convolution(x: np.ndarray, at: str, weight, c: AudioConfig) -> np.ndarray:
-    y, gate = np.split(_rms(x, weight(at + "pre_layer_norm.weight"), c) @ weight(at + "linear_start.weight").T, 2, axis=1)
+    y, gate = np.split(
+        _rms(x, weight(at + "pre_layer_norm.weight"), c) @ weight(at + "linear_start.weight").T,
+        2,
+        axis=1,
+    )
     y = np.pad(y / (1 + np.exp(-gate)), ((c.kernel - 1, 0), (0, 0)))
     taps = weight(at + "depthwise_conv1d.weight")[:, 0]  # [hidden, kernel]
     y = sum(y[j : j + len(x)] * taps[:, j] for j in range(c.kernel))
-    return _silu(_rms(np.clip(y, -c.clip, c.clip), weight(at + "conv_norm.weight"), c)) @ weight(at + "linear_end.weight").T
+    return (
+        _silu(_rms(np.clip(y, -c.clip, c.clip), weight(at + "conv_norm.weight"), c))
+        @ weight(at + "linear_end.weight").T
+    )

@@ -1,13 +1,17 @@
 """Run a command inside a memory limit the kernel enforces, and say afterwards what it took.
 
-In: an argument list and :class:`Limits`. Out: :class:`Outcome` (exit status, the limit's kind, highest usage, OOM kills, major faults).
-What it does not know: models. The strongest limit this machine permits is taken, and named:
+In: an argument list and :class:`Limits`. Out: :class:`Outcome` (exit status, the limit's kind,
+highest usage, OOM kills, major faults). What it does not know: models. The strongest limit this
+machine permits is taken, and named:
 
-- ``cgroup v2`` / ``cgroup v1``: all memory of the process, its file pages included, like a board of that size; needs root or a delegated group;
-- ``rlimit``: anonymous memory alone (``prlimit --data``); file pages are not limited, so it is the weaker test;
+- ``cgroup v2`` / ``cgroup v1``: all memory of the process, its file pages included, like a board of
+  that size; needs root or a delegated group;
+- ``rlimit``: anonymous memory alone (``prlimit --data``); file pages are not limited, so it is the
+  weaker test;
 - ``none``: no limit was asked for, or the system has neither.
 
-A page is charged to the group that read it first. A file that is already cached would cost the child nothing, so name it under ``cold_files``.
+A page is charged to the group that read it first. A file that is already cached would cost the
+child nothing, so name it under ``cold_files``.
 """
 
 from __future__ import annotations
@@ -34,8 +38,9 @@ ROOT = Path("/sys/fs/cgroup")
 _PREFIX = "edge-gemma-"
 _numbers = itertools.count()
 
-# Runs in the child before the command: joins the groups, sets the limits, dies with its parent, then becomes the command.
-# A program of its own rather than preexec_fn, which may deadlock where the parent has threads (the sampler is one).
+# Runs in the child before the command: joins the groups, sets the limits, dies with its parent,
+# then becomes the command. A program of its own rather than preexec_fn, which may deadlock where
+# the parent has threads (the sampler is one).
 _LAUNCHER = """
 import ctypes, json, os, resource, signal, sys
 setup, argv = json.loads(sys.argv[1]), sys.argv[2:]
@@ -55,8 +60,12 @@ os.execvp(argv[0], argv)
 
 @dataclass(frozen=True)
 class Limits:
-    """``memory_bytes`` 0: none. ``cpus``: which cores may be used (empty: all). ``quota``: cores' worth of time (0: no quota).
-    ``may_lock`` False: no right to lock memory beyond 8 MiB, as an ordinary user has it on most systems."""
+    """``memory_bytes`` 0: none.
+
+    ``cpus``: which cores may be used (empty: all). ``quota``: cores' worth of time (0: no quota).
+    ``may_lock`` False: no right to lock memory beyond 8 MiB, as an ordinary user has it on most
+    systems.
+    """
 
     memory_bytes: int = 0
     cpus: tuple[int, ...] = ()
@@ -65,20 +74,29 @@ class Limits:
 
     def __post_init__(self):
         if self.memory_bytes and self.memory_bytes < 16 * MiB:
-            raise UsageError(f"a memory limit of {format_bytes(self.memory_bytes)} is below what Python itself needs; at least 16 MiB")
+            raise UsageError(
+                f"a memory limit of {format_bytes(self.memory_bytes)} is below what Python "
+                "itself needs; at least 16 MiB"
+            )
         if missing := set(self.cpus) - set(usable_cpus()):
-            raise UsageError(f"CPU {min(missing)} is not among those this process may use: {usable_cpus()}")
+            raise UsageError(
+                f"CPU {min(missing)} is not among those this process may use: {usable_cpus()}"
+            )
 
 
 @dataclass
 class Outcome:
-    """How a capped run went. ``kind`` names the limit that held; ``notes`` says what could not be limited, in plain words."""
+    """How a capped run went. ``kind`` names the limit that held; ``notes`` says what could not be
+    limited, in plain words.
+    """
 
     kind: str
     limit_bytes: int
     returncode: int | None = None
     seconds: float = 0.0
-    max_usage_bytes: int = 0  # the group's own peak, page cache included; 0 where the kernel keeps none
+    max_usage_bytes: int = (
+        0  # the group's own peak, page cache included; 0 where the kernel keeps none
+    )
     oom_kills: int = 0
     major_faults: int = 0
     timed_out: bool = False
@@ -91,18 +109,32 @@ class Outcome:
 
     def describe(self) -> str:
         if self.oom_kills:
-            return f"killed by the kernel: out of memory under {format_bytes(self.limit_bytes)} ({self.kind})"
+            return (
+                f"killed by the kernel: out of memory under {format_bytes(self.limit_bytes)} "
+                f"({self.kind})"
+            )
         if self.timed_out:
             return f"stopped after {self.seconds:.0f} s"
-        return "done" if self.ok else f"failed (status {self.returncode}): {self.error_tail.strip().splitlines()[-1] if self.error_tail.strip() else 'no message'}"
+        return (
+            "done"
+            if self.ok
+            else f"failed (status {self.returncode}): "
+            f"{self.error_tail.strip().splitlines()[-1] if self.error_tail.strip() else 'no message'}"
+        )
 
 
 def usable_cpus() -> list[int]:
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    return (
+        sorted(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else list(range(os.cpu_count() or 1))
+    )
 
 
 def drop_cache(*paths: str | os.PathLike) -> None:
-    """Let go of the cached pages of files nobody has mapped, so that the next reader pays for them. Needs no rights."""
+    """Let go of the cached pages of files nobody has mapped, so that the next reader pays for them.
+    Needs no rights.
+    """
     for path in paths:
         try:
             file = os.open(path, os.O_RDONLY)
@@ -142,8 +174,13 @@ class Group:
         if self.version == 1:
             peak, events = self.read("memory.max_usage_in_bytes"), self.read("memory.oom_control")
         else:
-            peak, events = self.read("memory.peak"), self.read("memory.events")  # memory.peak since Linux 5.19
-        kills = [int(line.split()[1]) for line in events.splitlines() if line.startswith("oom_kill ")]
+            peak, events = (
+                self.read("memory.peak"),
+                self.read("memory.events"),
+            )  # memory.peak since Linux 5.19
+        kills = [
+            int(line.split()[1]) for line in events.splitlines() if line.startswith("oom_kill ")
+        ]
         return int(peak or 0), sum(kills)
 
     def remove(self) -> None:
@@ -175,14 +212,17 @@ def _homes(controller: str) -> Iterator[tuple[Path, int]]:
             yield ROOT / controllers, 1
         elif not controllers:
             root = ROOT / "unified" if (ROOT / "unified").is_dir() else ROOT
-            # a v2 group with processes of its own cannot hand controllers to children, hence also its parents
+            # a v2 group with processes of its own cannot hand controllers to children, hence also
+            # its parents
             for folder in (root / own.lstrip("/"), *(root / own.lstrip("/")).parents):
                 if folder == root or root in folder.parents:
                     yield folder, 2
 
 
 def _make(controller: str, settings: dict[int, Sequence[tuple[str, object, bool]]]) -> Group | None:
-    """A fresh group with the settings for its version, ``(file, value, required)``; None where that is not permitted."""
+    """A fresh group with the settings for its version, ``(file, value, required)``; None where that
+    is not permitted.
+    """
     for home, version in _homes(controller):
         if not home.is_dir():
             continue
@@ -236,27 +276,44 @@ def _limited(limits: Limits, permit_groups: bool) -> Iterator[tuple[str, list[Gr
             n = limits.memory_bytes
             group = None
             if permit_groups:
-                group = _make("memory", {
-                    1: [("memory.limit_in_bytes", n, True), ("memory.memsw.limit_in_bytes", n, False), ("memory.swappiness", 0, False)],
-                    2: [("memory.max", n, True), ("memory.swap.max", 0, False)],
-                })  # fmt: skip
+                group = _make(
+                    "memory",
+                    {
+                        1: [
+                            ("memory.limit_in_bytes", n, True),
+                            ("memory.memsw.limit_in_bytes", n, False),
+                            ("memory.swappiness", 0, False),
+                        ],
+                        2: [("memory.max", n, True), ("memory.swap.max", 0, False)],
+                    },
+                )
             if group:
                 groups.append(group)
                 kind = f"cgroup v{group.version}"
             elif sys.platform == "linux":
                 kind = "rlimit"
                 notes.append(
-                    "no permission to make a memory cgroup: only anonymous memory is limited (prlimit --data), file pages are not. "
-                    "For a true limit run as root, or as: systemd-run --user --scope -p MemoryMax=… edge-gemma bench …"
+                    "no permission to make a memory cgroup: only anonymous memory is limited "
+                    "(prlimit --data), file pages are not. "
+                    "For a true limit run as root, or as: systemd-run --user --scope -p "
+                    "MemoryMax=… edge-gemma bench …"
                 )
             else:
-                notes.append(f"{sys.platform} has no memory limit for one process; the run was not limited")
+                notes.append(
+                    f"{sys.platform} has no memory limit for one process; the run was not limited"
+                )
         if limits.quota and limits.quota < len(limits.cpus or usable_cpus()):
             period = 100_000
-            group = permit_groups and _make("cpu", {
-                1: [("cpu.cfs_period_us", period, True), ("cpu.cfs_quota_us", int(limits.quota * period), True)],
-                2: [("cpu.max", f"{int(limits.quota * period)} {period}", True)],
-            })  # fmt: skip
+            group = permit_groups and _make(
+                "cpu",
+                {
+                    1: [
+                        ("cpu.cfs_period_us", period, True),
+                        ("cpu.cfs_quota_us", int(limits.quota * period), True),
+                    ],
+                    2: [("cpu.max", f"{int(limits.quota * period)} {period}", True)],
+                },
+            )
             if group:
                 groups.append(group)
             else:
@@ -281,10 +338,12 @@ def run(
     env: dict[str, str] | None = None,
     permit_groups: bool = True,
 ) -> Outcome:
-    """Run ``argv`` to its end under ``limits``. ``on_line`` gets each line of its standard output as it comes, ``on_start`` its process id.
+    """Run ``argv`` to its end under ``limits``.
 
-    An exception on the way (Ctrl-C too) ends the child and everything it started, removes the groups, and goes on to the caller.
-    Raises RuntimeFailure when the command cannot be started.
+    ``on_line`` gets each line of its standard output as it comes, ``on_start`` its process id.
+
+    An exception on the way (Ctrl-C too) ends the child and everything it started, removes the
+    groups, and goes on to the caller. Raises RuntimeFailure when the command cannot be started.
 
     >>> lines = []
     >>> run([sys.executable, "-c", "print('hello')"], on_line=lines.append).ok, lines
@@ -306,8 +365,14 @@ def run(
         with tempfile.TemporaryFile() as errors:
             child = subprocess.Popen(
                 [sys.executable, "-S", "-c", _LAUNCHER, json.dumps(setup), *argv],
-                stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL, env=env, start_new_session=True, text=True, errors="replace",
-            )  # fmt: skip
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                stdin=subprocess.DEVNULL,
+                env=env,
+                start_new_session=True,
+                text=True,
+                errors="replace",
+            )
             watchdog = _Watchdog(child, timeout_s)
             try:
                 on_start(child.pid)

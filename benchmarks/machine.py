@@ -1,7 +1,7 @@
 """The machine a figure was made on: what it is, how fast its memory is, and whether it was calm.
 
-In: nothing. Out: :func:`describe_machine` (one line and its parts), :func:`bandwidth` (bytes per second), :class:`Calm` (clock, heat, use
-before and after). What it does not know: models.
+In: nothing. Out: :func:`describe_machine` (one line and its parts), :func:`bandwidth` (bytes per
+second), :class:`Calm` (clock, heat, use before and after). What it does not know: models.
 """
 
 from __future__ import annotations
@@ -51,8 +51,16 @@ def describe_machine() -> dict:
         "llama_cpp": _version("llama-cpp-python"),
         "onnxruntime": _version("onnxruntime"),
     }
-    features = " ".join(feature for feature in parts["features"] if feature in ("avx2", "avx512", "neon", "dotprod", "i8mm"))
-    parts["text"] = f"{parts['cpu']}, {parts['cores']} cores ({features}), {format_bytes(parts['memory_bytes'])}, {parts['system']}, Python {parts['python']}, llama-cpp-python {parts['llama_cpp']}"
+    features = " ".join(
+        feature
+        for feature in parts["features"]
+        if feature in ("avx2", "avx512", "neon", "dotprod", "i8mm")
+    )
+    parts["text"] = (
+        f"{parts['cpu']}, {parts['cores']} cores ({features}), "
+        f"{format_bytes(parts['memory_bytes'])}, {parts['system']}, Python "
+        f"{parts['python']}, llama-cpp-python {parts['llama_cpp']}"
+    )
     return parts
 
 
@@ -66,9 +74,11 @@ def _version(package: str) -> str:
 
 
 def bandwidth(n_threads: int, *, size_bytes: int = 256 * MiB, seconds: float = 1.0) -> float:
-    """Bytes per second that ``n_threads`` cores together read from memory: the ceiling of decoding, which reads every weight once a token.
+    """Bytes per second that ``n_threads`` cores together read from memory: the ceiling of decoding,
+    which reads every weight once a token.
 
-    Each thread sums its own block, larger than any cache, with numpy (which lets go of the interpreter's lock); best of the passes.
+    Each thread sums its own block, larger than any cache, with numpy (which lets go of the
+    interpreter's lock); best of the passes.
 
     >>> bandwidth(1, size_bytes=1 << 20, seconds=0.01) > 1e8
     True
@@ -79,7 +89,8 @@ def bandwidth(n_threads: int, *, size_bytes: int = 256 * MiB, seconds: float = 1
     best = 0.0
     until = time.perf_counter() + seconds
     while True:
-        # bitwise or reads each word once and does next to nothing with it; add.reduce would do as well but for its pairwise order
+        # bitwise or reads each word once and does next to nothing with it; add.reduce would do as
+        # well but for its pairwise order
         threads = [threading.Thread(target=np.bitwise_or.reduce, args=(block,)) for block in blocks]
         begin = time.perf_counter()
         for thread in threads:
@@ -93,7 +104,9 @@ def bandwidth(n_threads: int, *, size_bytes: int = 256 * MiB, seconds: float = 1
 
 
 def bytes_per_token(manifest) -> int:
-    """Weights a decoder reads for each token it writes: every matmul tensor once (a bundle's manifest)."""
+    """Weights a decoder reads for each token it writes: every matmul tensor once (a bundle's
+    manifest).
+    """
     return sum(tensor.nbytes for tensor in manifest.decoder.tensors if tensor.use == "matmul")
 
 
@@ -120,9 +133,23 @@ class Calm:
 
     @staticmethod
     def _state() -> dict:
-        clocks = [int(text) for cpu in usable_cpus() if (text := _read(f"/sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_cur_freq")).isdigit()]
-        zones = sorted(Path("/sys/class/thermal").glob("thermal_zone*")) if Path("/sys/class/thermal").is_dir() else []
-        heat = [int(text) / 1000 for zone in zones if (text := _read(f"{zone}/temp")).lstrip("-").isdigit()]
+        clocks = [
+            int(text)
+            for cpu in usable_cpus()
+            if (
+                text := _read(f"/sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_cur_freq")
+            ).isdigit()
+        ]
+        zones = (
+            sorted(Path("/sys/class/thermal").glob("thermal_zone*"))
+            if Path("/sys/class/thermal").is_dir()
+            else []
+        )
+        heat = [
+            int(text) / 1000
+            for zone in zones
+            if (text := _read(f"{zone}/temp")).lstrip("-").isdigit()
+        ]
         throttled = _read("/sys/devices/platform/soc/soc:firmware/get_throttled")  # Raspberry Pi
         return {
             "clock_mhz": max(clocks) // 1000 if clocks else None,
@@ -135,15 +162,29 @@ class Calm:
         found = []
         before, after = self.before, self.after
         if before.get("busy", 0) > 0.1:
-            found.append(f"the machine was busy when it began ({before['busy']:.0%} of its cores in use); expect slower and less steady figures")
-        if before.get("clock_mhz") and after.get("clock_mhz") and after["clock_mhz"] < 0.9 * before["clock_mhz"]:
-            found.append(f"the clock fell from {before['clock_mhz']} to {after['clock_mhz']} MHz on the way: thermal throttling or a power limit")
+            found.append(
+                f"the machine was busy when it began ({before['busy']:.0%} of its cores in "
+                "use); expect slower and less steady figures"
+            )
+        if (
+            before.get("clock_mhz")
+            and after.get("clock_mhz")
+            and after["clock_mhz"] < 0.9 * before["clock_mhz"]
+        ):
+            found.append(
+                f"the clock fell from {before['clock_mhz']} to {after['clock_mhz']} MHz on "
+                "the way: thermal throttling or a power limit"
+            )
         if after.get("celsius") and after["celsius"] >= 80:
-            found.append(f"{after['celsius']:.0f} °C at the end; a Raspberry Pi slows down from 80 °C on")
+            found.append(
+                f"{after['celsius']:.0f} °C at the end; a Raspberry Pi slows down from 80 °C on"
+            )
         if (bits := after.get("throttled")) and int(bits, 16) & 0xF:
             found.append(f"the firmware reports throttling or low voltage (get_throttled {bits})")
         if before.get("governor") not in (None, "performance"):
-            found.append(f"the CPU governor is {before['governor']!r}; `performance` gives steadier figures")
+            found.append(
+                f"the CPU governor is {before['governor']!r}; `performance` gives steadier figures"
+            )
         return found
 
 

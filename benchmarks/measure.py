@@ -1,7 +1,8 @@
 """Run a worker under limits and watch it from outside.
 
-In: a :class:`~edge_gemma.benchmarks.systems.Task` and :class:`~edge_gemma.benchmarks.caps.Limits`. Out: a :class:`Run`, with what was timed,
-what the kernel counted by phase, and a timeline. What it does not know: what is compared with what.
+In: a :class:`~edge_gemma.benchmarks.systems.Task` and :class:`~edge_gemma.benchmarks.caps.Limits`.
+Out: a :class:`Run`, with what was timed, what the kernel counted by phase, and a timeline. What it
+does not know: what is compared with what.
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ from edge_gemma.benchmarks.systems import Task
 from edge_gemma.machine import footprint as memory
 from edge_gemma.machine.peak import PeakSampler
 
-WALK_DUTY = 0.004  # walking the page tables of 1.5 GB takes 15 ms of a core that the measured threads want: of two, one waits for the other
+# walking the page tables of 1.5 GB takes 15 ms of a core that the measured threads want: of two,
+# one waits for the other
+WALK_DUTY = 0.004
 
 
 @dataclass
 class Sample:
-    """One moment of a run, bytes. ``hot`` and ``cold`` split the mapped model file by what its manifest calls each tensor."""
+    """One moment of a run, bytes. ``hot`` and ``cold`` split the mapped model file by what its
+    manifest calls each tensor.
+    """
 
     seconds: float
     anon_bytes: int
@@ -38,7 +43,9 @@ class Sample:
 
 @dataclass
 class Run:
-    """One worker's life. Peaks: ``load_peak`` up to the end of load, ``peak`` from there to exit (what a plan promises)."""
+    """One worker's life. Peaks: ``load_peak`` up to the end of load, ``peak`` from there to exit
+    (what a plan promises).
+    """
 
     task: Task
     outcome: Outcome
@@ -57,7 +64,9 @@ class Run:
 
     def median(self, key: str) -> float | None:
         """Median over the rounds of ``decode_tok_s``, ``prefill_tok_s``, ``ttft_s`` …"""
-        found = [value for one in self.result.get("rounds", ()) if (value := one.get(key)) is not None]
+        found = [
+            value for one in self.result.get("rounds", ()) if (value := one.get(key)) is not None
+        ]
         return statistics.median(found) if found else None
 
     @property
@@ -79,9 +88,13 @@ def measure(
     on_phase: Callable[[str], None] = lambda name: None,
     permit_groups: bool = True,
 ) -> Run:
-    """Run one task to its end. ``watch_pages`` adds the timeline and splits the file's pages into hot and cold (costs a page-table walk a second).
+    """Run one task to its end.
 
-    Under a memory limit, or with ``cold_start``, the model's cached pages are dropped first, so that the worker pays for each it reads.
+    ``watch_pages`` adds the timeline and splits the file's pages into hot and cold (costs a
+    page-table walk a second).
+
+    Under a memory limit, or with ``cold_start``, the model's cached pages are dropped first, so
+    that the worker pays for each it reads.
     """
     watcher = _Watcher(task, interval_s, watch_pages, on_phase)
     files = _model_files(Path(task.path)) if limits.memory_bytes or cold_start else []
@@ -89,11 +102,20 @@ def measure(
     try:
         outcome = run_capped(
             [sys.executable, "-W", "ignore", "-m", "edge_gemma.benchmarks.worker", task.to_json()],
-            limits, cold_files=files, on_start=watcher.start, on_line=watcher.line, timeout_s=timeout_s, permit_groups=permit_groups,
-        )  # fmt: skip
+            limits,
+            cold_files=files,
+            on_start=watcher.start,
+            on_line=watcher.line,
+            timeout_s=timeout_s,
+            permit_groups=permit_groups,
+        )
     finally:
         watcher.stop()
-    outcome.notes += [f"process {pid} has {name} mapped as well: of shared pages only a part is counted, so the measured peak is too low" for pid, name in shared]
+    outcome.notes += [
+        f"process {pid} has {name} mapped as well: of shared pages only a part is counted, "
+        "so the measured peak is too low"
+        for pid, name in shared
+    ]
     return watcher.run(outcome)
 
 
@@ -105,11 +127,17 @@ def _held_by_others(files: Sequence[Path]) -> list[tuple[int, str]]:
     """(process, file name) of who else has one of these files mapped."""
     if not sys.platform.startswith("linux"):
         return []
-    wanted = {(found.st_dev, found.st_ino): path.name for path in files if (found := path.stat()).st_size}
+    wanted = {
+        (found.st_dev, found.st_ino): path.name for path in files if (found := path.stat()).st_size
+    }
     shared = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            lines = (folder / "maps").read_text().splitlines() if int(folder.name) != os.getpid() else []
+            lines = (
+                (folder / "maps").read_text().splitlines()
+                if int(folder.name) != os.getpid()
+                else []
+            )
         except OSError:
             continue  # gone, or somebody else's
         for device, inode in {tuple(line.split()[3:5]) for line in lines if "/" in line}:
@@ -122,7 +150,9 @@ def _held_by_others(files: Sequence[Path]) -> list[tuple[int, str]]:
 class _Watcher:
     """The parent's side of one run: phases from the worker's lines, memory from the kernel."""
 
-    def __init__(self, task: Task, interval_s: float, watch_pages: bool, on_phase: Callable[[str], None]):
+    def __init__(
+        self, task: Task, interval_s: float, watch_pages: bool, on_phase: Callable[[str], None]
+    ):
         self.task, self.interval_s, self.on_phase = task, interval_s, on_phase
         self.facts: dict = {}
         self.sampler: PeakSampler | None = None
@@ -154,7 +184,9 @@ class _Watcher:
             seconds = time.perf_counter() - self.begin
             if self._file and seconds - checked >= 1:
                 cold, checked = memory.resident_bytes(self._file, self._cold, self.pid), seconds
-            self.timeline.append(Sample(seconds, now.anon_bytes, now.file_bytes, min(cold, now.file_bytes)))
+            self.timeline.append(
+                Sample(seconds, now.anon_bytes, now.file_bytes, min(cold, now.file_bytes))
+            )
 
     def line(self, text: str) -> None:
         try:
@@ -170,7 +202,10 @@ class _Watcher:
             if phase == "loaded":
                 self.facts |= {key: value for key, value in found.items() if key != "phase"}
                 high = memory.high_water_bytes(self.pid)
-                self.load_peak = (max(self.sampler.peak_rss_bytes, high), self.sampler.peak_pss_bytes)
+                self.load_peak = (
+                    max(self.sampler.peak_rss_bytes, high),
+                    self.sampler.peak_pss_bytes,
+                )
                 self.loaded_rss_bytes = now.rss_bytes if now else 0
                 if "watch_pid" in found:
                     self._follow(found["watch_pid"])
@@ -181,7 +216,9 @@ class _Watcher:
             self.on_phase(phase)
 
     def _follow(self, pid: int) -> None:
-        """The model lives in a server of the worker's: from here on that process is the measured one."""
+        """The model lives in a server of the worker's: from here on that process is the measured
+        one.
+        """
         self.sampler.__exit__()
         self.load_peak = (memory.high_water_bytes(pid), memory.rollup(pid).pss_bytes)
         self.pid = pid
@@ -203,9 +240,16 @@ class _Watcher:
         s = self.sampler
         complete = "rounds" in self.facts
         return Run(
-            self.task, outcome, self.facts if complete or not outcome.ok else {}, *self.load_peak, s.peak_pss_bytes, s.peak_rss_bytes, self.loaded_rss_bytes,
-            [asdict(phase) for phase in s.phases], self.timeline,
-        )  # fmt: skip
+            self.task,
+            outcome,
+            self.facts if complete or not outcome.ok else {},
+            *self.load_peak,
+            s.peak_pss_bytes,
+            s.peak_rss_bytes,
+            self.loaded_rss_bytes,
+            [asdict(phase) for phase in s.phases],
+            self.timeline,
+        )
 
 
 def _cold_ranges(path: Path) -> tuple[Path | None, list[tuple[int, int]]]:
@@ -215,13 +259,23 @@ def _cold_ranges(path: Path) -> tuple[Path | None, list[tuple[int, int]]]:
     from edge_gemma.bundles.folder import Bundle
 
     bundle = Bundle.open(path)
-    return bundle.decoder_path, [(t.offset, t.nbytes) for t in bundle.manifest.decoder.tensors if t.use != "matmul"]
+    return bundle.decoder_path, [
+        (t.offset, t.nbytes) for t in bundle.manifest.decoder.tensors if t.use != "matmul"
+    ]
 
 
-def interleave(tasks: Sequence[Task], repeats: int, runs: list[list[Run]], limits: Sequence[Limits] = (), **options) -> list[list[Run]]:
-    """Add ``repeats`` runs of each task to its list in ``runs``, in turns (forwards, then backwards), so that what drifts drifts for all.
+def interleave(
+    tasks: Sequence[Task],
+    repeats: int,
+    runs: list[list[Run]],
+    limits: Sequence[Limits] = (),
+    **options,
+) -> list[list[Run]]:
+    """Add ``repeats`` runs of each task to its list in ``runs``, in turns (forwards, then
+    backwards), so that what drifts drifts for all.
 
-    ``limits``: one for each task, or none at all. What was measured before an interruption is in ``runs``.
+    ``limits``: one for each task, or none at all. What was measured before an interruption is in
+    ``runs``.
     """
     for repeat in range(repeats):
         order = range(len(tasks)) if repeat % 2 == 0 else reversed(range(len(tasks)))

@@ -1,8 +1,8 @@
 """What got worse since the last time, by more than the noise.
 
-In: sections measured now, and a file of earlier ones. Out: a list of :class:`Change`. Noise is what both runs themselves showed (half the
-range of their repeats), twice over, and never less than a floor: 2 % for memory, 5 % for time and speed.
-What it does not know: how anything was measured.
+In: sections measured now, and a file of earlier ones. Out: a list of :class:`Change`. Noise is what
+both runs themselves showed (half the range of their repeats), twice over, and never less than a
+floor: 2 % for memory, 5 % for time and speed. What it does not know: how anything was measured.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ FLOOR_BYTES, FLOOR_TIME = 0.02, 0.05
 
 @dataclass(frozen=True)
 class Change:
-    """One measured field of one row. ``change`` is relative to before; ``verdict`` is worse, better or same."""
+    """One measured field of one row. ``change`` is relative to before; ``verdict`` is worse, better
+    or same.
+    """
 
     kind: str
     row: str
@@ -35,12 +37,31 @@ class Change:
     verdict: str
 
     def __str__(self) -> str:
-        before, now = (f"{v / MiB:.0f} MiB" if self.field.endswith("_bytes") else f"{v:.4g}" for v in (self.before, self.now))
-        return f"{self.verdict:>6}  {self.kind} {self.row}: {self.field.removesuffix('_bytes')} {before} → {now} ({self.change:+.1%}, noise {self.noise:.1%})"
+        before, now = (
+            f"{v / MiB:.0f} MiB" if self.field.endswith("_bytes") else f"{v:.4g}"
+            for v in (self.before, self.now)
+        )
+        return (
+            f"{self.verdict:>6}  {self.kind} {self.row}: {self.field.removesuffix('_bytes')} "
+            f"{before} → {now} ({self.change:+.1%}, noise {self.noise:.1%})"
+        )
 
 
 def to_json(sections: Sequence[Section], machine: dict) -> dict:
-    return {"format": FORMAT, "version": 1, "machine": machine, "sections": [{"title": section.title, "key": section.key, "better": section.better, **asdict(section)} for section in sections]}
+    return {
+        "format": FORMAT,
+        "version": 1,
+        "machine": machine,
+        "sections": [
+            {
+                "title": section.title,
+                "key": section.key,
+                "better": section.better,
+                **asdict(section),
+            }
+            for section in sections
+        ],
+    }
 
 
 def save(path: Path, sections: Sequence[Section], machine: dict) -> None:
@@ -55,13 +76,22 @@ def read(path: Path) -> dict:
     try:
         found = json.loads(path.read_text())
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}; `bench … --save {path}` makes one") from None
+        raise UsageError(
+            f"cannot read {path}: {error.strerror}; `bench … --save {path}` makes one"
+        ) from None
     except ValueError as error:
         raise UsageError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("sections"), list):
+    if (
+        not isinstance(found, dict)
+        or found.get("format") != FORMAT
+        or not isinstance(found.get("sections"), list)
+    ):
         raise UsageError(f"{path} was not written by `bench --save`")
     if found.get("version") != 1:
-        raise UsageError(f"{path} has version {found.get('version')}, this edge-gemma reads 1; upgrade it or measure anew")
+        raise UsageError(
+            f"{path} has version {found.get('version')}, this edge-gemma reads 1; upgrade it "
+            "or measure anew"
+        )
     return found
 
 
@@ -69,21 +99,43 @@ def sections(found: dict) -> list[Section]:
     """The sections of a file that was read. Raises UsageError."""
     names = Section.__dataclass_fields__
     try:
-        return [Section(**{name: value for name, value in old.items() if name in names}) for old in found["sections"] if old["kind"] in KINDS]
+        return [
+            Section(**{name: value for name, value in old.items() if name in names})
+            for old in found["sections"]
+            if old["kind"] in KINDS
+        ]
     except (TypeError, KeyError) as error:
         raise UsageError(f"the file is damaged: {error}") from None
 
 
-def compare(before: dict, sections: Sequence[Section], machine: dict) -> tuple[list[Change], list[str]]:
-    """(changes, notes). Speeds of two machines are not compared; memory is, where page size and CPU features agree."""
+def compare(
+    before: dict, sections: Sequence[Section], machine: dict
+) -> tuple[list[Change], list[str]]:
+    """(changes, notes). Speeds of two machines are not compared; memory is, where page size and CPU
+    features agree.
+    """
     notes = []
-    same_cpu = before["machine"].get("cpu") == machine.get("cpu") and before["machine"].get("cores") == machine.get("cores")
+    same_cpu = before["machine"].get("cpu") == machine.get("cpu") and before["machine"].get(
+        "cores"
+    ) == machine.get("cores")
     if not same_cpu:
-        notes.append(f"measured on another machine before ({before['machine'].get('text', 'unknown')}): times and speeds are not compared")
-    same_memory = all(before["machine"].get(key) == machine.get(key) for key in ("page_bytes", "features"))
+        notes.append(
+            "measured on another machine before "
+            f"({before['machine'].get('text', 'unknown')}): times and speeds are not compared"
+        )
+    same_memory = all(
+        before["machine"].get(key) == machine.get(key) for key in ("page_bytes", "features")
+    )
     if not same_memory:
-        notes.append("page size or CPU features differ, and with them what is repacked: memory is not compared")
-    earlier = {(old["kind"], _name(old["key"], row)): row for old in before["sections"] for row in old["rows"]}
+        notes.append(
+            "page size or CPU features differ, and with them what is repacked: memory is not "
+            "compared"
+        )
+    earlier = {
+        (old["kind"], _name(old["key"], row)): row
+        for old in before["sections"]
+        for row in old["rows"]
+    }
     changes = []
     for section in sections:
         for row in section.rows:
@@ -94,16 +146,35 @@ def compare(before: dict, sections: Sequence[Section], machine: dict) -> tuple[l
                 continue
             for field, better in section.better.items():
                 is_bytes = field.endswith("_bytes")
-                if (same_memory if is_bytes else same_cpu or section.kind == "quality") and old.get(field) and row.get(field):
-                    changes.append(_change(section.kind, name, field, better, old, row, FLOOR_BYTES if is_bytes else FLOOR_TIME))
+                if (
+                    (same_memory if is_bytes else same_cpu or section.kind == "quality")
+                    and old.get(field)
+                    and row.get(field)
+                ):
+                    changes.append(
+                        _change(
+                            section.kind,
+                            name,
+                            field,
+                            better,
+                            old,
+                            row,
+                            FLOOR_BYTES if is_bytes else FLOOR_TIME,
+                        )
+                    )
     return changes, notes
 
 
 def _name(key: Sequence[str], row: dict) -> str:
-    return ", ".join(f"{row.get(field):g}" if isinstance(row.get(field), float) else str(row.get(field)) for field in key)
+    return ", ".join(
+        f"{row.get(field):g}" if isinstance(row.get(field), float) else str(row.get(field))
+        for field in key
+    )
 
 
-def _change(kind: str, name: str, field: str, better: int, old: dict, row: dict, floor: float) -> Change:
+def _change(
+    kind: str, name: str, field: str, better: int, old: dict, row: dict, floor: float
+) -> Change:
     noise = max(floor, 2 * (old.get(f"{field}_spread", 0.0) + row.get(f"{field}_spread", 0.0)))
     change = row[field] / old[field] - 1
     verdict = "same" if abs(change) <= noise else "better" if change * better > 0 else "worse"

@@ -1,7 +1,8 @@
 """What is measured: a :class:`Task`, and the ways to run one behind a single small interface.
 
-In: a task. Out: a :class:`System` that loads a model, reads a prompt and yields once for each new token. Here stand this project and the
-library it uses; what a user would pick instead is in ``rivals.py``. What it does not know: time, memory, phases, processes.
+In: a task. Out: a :class:`System` that loads a model, reads a prompt and yields once for each new
+token. Here stand this project and the library it uses; what a user would pick instead is in
+``rivals.py``. What it does not know: time, memory, phases, processes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class Task:
-    """One run. ``path`` is a bundle for ``edge-gemma`` and a GGUF (or what that system reads) for others. Sizes in tokens."""
+    """One run. ``path`` is a bundle for ``edge-gemma`` and a GGUF (or what that system reads) for
+    others. Sizes in tokens.
+    """
 
     system: str
     path: str
@@ -67,7 +70,9 @@ class System:
 
 
 class LlamaCpp(System):
-    """``llama_cpp.Llama`` as it comes: the library's own defaults but for context, threads and quiet; without AMX, on which it may die."""
+    """``llama_cpp.Llama`` as it comes: the library's own defaults but for context, threads and
+    quiet; without AMX, on which it may die.
+    """
 
     def load(self) -> None:
         import ctypes
@@ -79,14 +84,26 @@ class LlamaCpp(System):
         leave_amx_out()
         self._quiet = llama_cpp.llama_log_callback(lambda *_: None)
         llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p())
-        threads = {"n_threads": self.task.n_threads, "n_threads_batch": self.task.n_threads} if self.task.n_threads else {}
-        self.model = llama_cpp.Llama(self.task.path, n_ctx=self.task.n_ctx, verbose=False, **threads, **dict(self.task.settings))
+        threads = (
+            {"n_threads": self.task.n_threads, "n_threads_batch": self.task.n_threads}
+            if self.task.n_threads
+            else {}
+        )
+        self.model = llama_cpp.Llama(
+            self.task.path,
+            n_ctx=self.task.n_ctx,
+            verbose=False,
+            **threads,
+            **dict(self.task.settings),
+        )
 
     def tokenize(self, text: str) -> list[int]:
         return self.model.tokenize(text.encode(), add_bos=True)
 
     def generate(self, ids: list[int], n_predict: int) -> Iterator[int]:
-        for _ in self.model.create_completion(ids, max_tokens=n_predict, temperature=0, stream=True):
+        for _ in self.model.create_completion(
+            ids, max_tokens=n_predict, temperature=0, stream=True
+        ):
             yield 1
 
     def facts(self) -> dict:
@@ -106,7 +123,13 @@ class EdgeGemma(System):
 
         task = self.task
         request = edge_gemma.PlanRequest(n_threads=task.n_threads or None, **dict(task.settings))
-        self.model = edge_gemma.load(task.path, budget=task.budget_bytes or None, device=task.device, n_ctx=task.n_ctx or None, request=request)
+        self.model = edge_gemma.load(
+            task.path,
+            budget=task.budget_bytes or None,
+            device=task.device,
+            n_ctx=task.n_ctx or None,
+            request=request,
+        )
 
     def tokenize(self, text: str) -> list[int]:
         return [id for span in self.model.spans(text) for id in span.ids]
@@ -114,7 +137,9 @@ class EdgeGemma(System):
     def generate(self, ids: list[int], n_predict: int) -> Iterator[int]:
         from edge_gemma import Sampling, Tokens
 
-        for chunk in self.model.generate([Tokens(ids)], Sampling(temperature=0, max_tokens=n_predict)):
+        for chunk in self.model.generate(
+            [Tokens(ids)], Sampling(temperature=0, max_tokens=n_predict)
+        ):
             for _ in chunk.token_ids:
                 yield 1
 
@@ -126,7 +151,9 @@ class EdgeGemma(System):
             self.model.encode_audio(sound(self.task.audio_s))
         if self.task.image_px:
             yield "look"
-            image = np.random.default_rng(0).integers(0, 255, (self.task.image_px, self.task.image_px, 3), dtype=np.uint8)
+            image = np.random.default_rng(0).integers(
+                0, 255, (self.task.image_px, self.task.image_px, 3), dtype=np.uint8
+            )
             self.model.encode_image(image)
 
     def facts(self) -> dict:

@@ -1,6 +1,8 @@
-"""What llama.cpp's mtmd makes of the same vision tower: its file of the weights, and its soft tokens.
+"""What llama.cpp's mtmd makes of the same vision tower: its file of the weights, and its soft
+tokens.
 
-In: a checkpoint's tower; an image. Out: an ``mmproj`` GGUF; rows. What it does not know: time, memory, what they are compared with.
+In: a checkpoint's tower; an image. Out: an ``mmproj`` GGUF; rows. What it does not know: time,
+memory, what they are compared with.
 """
 
 from __future__ import annotations
@@ -17,22 +19,37 @@ from edge_gemma.errors import UsageError
 TYPES = ("f32", "f16", "q8_0")
 
 _MMPROJ = (
-    ("model.vision_tower.embeddings.patch_embedding", "v.patch_embd"), ("model.vision_tower.embeddings.position_embedding", "v.position_embd"),
-    ("model.vision_tower.post_layernorm", "v.post_ln"), ("model.vision_tower.encoder.layers.", "v.blk."), ("layer_norm", "ln"), ("self_attn.out_proj", "attn_out"),
-    ("self_attn.q_proj", "attn_q"), ("self_attn.k_proj", "attn_k"), ("self_attn.v_proj", "attn_v"), ("mlp.fc1", "ffn_up"), ("mlp.fc2", "ffn_down"),
-    ("model.multi_modal_projector.mm_input_projection_weight", "mm.input_projection.weight"), ("model.multi_modal_projector.mm_soft_emb_norm", "mm.soft_emb_norm"),
-    ("model.vision_tower.timm_model.blocks.", "v.blk."), ("model.vision_tower.timm_model.", "v."),
-    ("model.embed_vision.soft_embedding_norm", "mm.soft_emb_norm"), ("model.embed_vision.embedding_projection", "mm.input_projection"),
-)  # fmt: skip
+    ("model.vision_tower.embeddings.patch_embedding", "v.patch_embd"),
+    ("model.vision_tower.embeddings.position_embedding", "v.position_embd"),
+    ("model.vision_tower.post_layernorm", "v.post_ln"),
+    ("model.vision_tower.encoder.layers.", "v.blk."),
+    ("layer_norm", "ln"),
+    ("self_attn.out_proj", "attn_out"),
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("mlp.fc1", "ffn_up"),
+    ("mlp.fc2", "ffn_down"),
+    ("model.multi_modal_projector.mm_input_projection_weight", "mm.input_projection.weight"),
+    ("model.multi_modal_projector.mm_soft_emb_norm", "mm.soft_emb_norm"),
+    ("model.vision_tower.timm_model.blocks.", "v.blk."),
+    ("model.vision_tower.timm_model.", "v."),
+    ("model.embed_vision.soft_embedding_norm", "mm.soft_emb_norm"),
+    ("model.embed_vision.embedding_projection", "mm.input_projection"),
+)
 
 
 def write_mmproj(checkpoint, path: Path, dtype: str = "f16") -> None:
-    """An ``mmproj`` GGUF of a checkpoint's tower, as llama.cpp's ``conversion/gemma.py`` lays it out (matrices and convolutions at ``dtype``, the rest F32)."""
+    """An ``mmproj`` GGUF of a checkpoint's tower, as llama.cpp's ``conversion/gemma.py`` lays it
+    out (matrices and convolutions at ``dtype``, the rest F32).
+    """
     import gguf
     from edge_gemma.convert.quantize import fitting_type, quantize_rows
 
     if dtype not in TYPES:
-        raise UsageError(f"unknown type {dtype!r} of an mmproj file; choose one of {', '.join(TYPES)}")
+        raise UsageError(
+            f"unknown type {dtype!r} of an mmproj file; choose one of {', '.join(TYPES)}"
+        )
     siglip = "model.vision_tower.embeddings.patch_embedding.weight" in checkpoint.names()
     vision = checkpoint.config["vision_config"]
     size = vision.get("image_size", SIZES["siglip"] if siglip else SIZES["mobilenetv5"])
@@ -46,11 +63,19 @@ def write_mmproj(checkpoint, path: Path, dtype: str = "f16") -> None:
         writer.add_vision_patch_size(vision["patch_size"])
         if (pool := size // vision["patch_size"] // int(n_soft**0.5)) != 4:
             writer.add_vision_projector_scale_factor(pool)
-        n_layer, n_ff, n_head = vision["num_hidden_layers"], vision["intermediate_size"], vision["num_attention_heads"]
+        n_layer, n_ff, n_head = (
+            vision["num_hidden_layers"],
+            vision["intermediate_size"],
+            vision["num_attention_heads"],
+        )
     else:
         writer.add_clip_vision_projector_type("gemma3nv")
         writer.add_vision_patch_size(size // 256)
-        n_layer, n_ff, n_head = 128, 4 * MOBILENET_WIDTH, 8  # as llama.cpp's own converter fills them; this tower does not read them
+        n_layer, n_ff, n_head = (
+            128,
+            4 * MOBILENET_WIDTH,
+            8,
+        )  # as llama.cpp's own converter fills them; this tower does not read them
     writer.add_vision_embedding_length(vision["hidden_size"])
     writer.add_vision_feed_forward_length(n_ff)
     writer.add_vision_block_count(n_layer)
@@ -60,7 +85,12 @@ def write_mmproj(checkpoint, path: Path, dtype: str = "f16") -> None:
     writer.add_vision_image_mean([0.5] * 3 if siglip else [0.0] * 3)
     writer.add_vision_image_std([0.5] * 3 if siglip else [1.0] * 3)
     for name in checkpoint.names():
-        if ".head." in name or "embed_vision.embedding.weight" in name or "hard_embedding" in name or not ("vision" in name or "multi_modal" in name):
+        if (
+            ".head." in name
+            or "embed_vision.embedding.weight" in name
+            or "hard_embedding" in name
+            or not ("vision" in name or "multi_modal" in name)
+        ):
             continue
         values, short = checkpoint.read(name), name
         for old, new in _MMPROJ:
@@ -72,8 +102,12 @@ def write_mmproj(checkpoint, path: Path, dtype: str = "f16") -> None:
             values = values.reshape(-1, 1, 1)  # llama.cpp multiplies [W, H, C]
         if exact or dtype == "f32":
             writer.add_tensor(short, values)
-        elif dtype == "q8_0" and values.ndim == 2 and fitting_type("Q8_0", values.shape[1]) == "Q8_0":
-            blocks = quantize_rows("Q8_0", np.ascontiguousarray(values, np.float32)).reshape(values.shape[0], -1)
+        elif (
+            dtype == "q8_0" and values.ndim == 2 and fitting_type("Q8_0", values.shape[1]) == "Q8_0"
+        ):
+            blocks = quantize_rows("Q8_0", np.ascontiguousarray(values, np.float32)).reshape(
+                values.shape[0], -1
+            )
             writer.add_tensor(short, blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
         else:
             writer.add_tensor(short, values.astype(np.float16))
@@ -84,7 +118,9 @@ def write_mmproj(checkpoint, path: Path, dtype: str = "f16") -> None:
 
 
 def of_width(text: Path, n_embd: int, out: Path) -> Path:
-    """A text GGUF whose header claims the width ``n_embd``: mtmd compares it, and with ``vocab_only`` nothing else is read."""
+    """A text GGUF whose header claims the width ``n_embd``: mtmd compares it, and with
+    ``vocab_only`` nothing else is read.
+    """
     header = read_header(text)
     key = next(key for key in header.metadata if key.endswith(".embedding_length")).encode()
     data = bytearray(text.read_bytes())
@@ -94,8 +130,12 @@ def of_width(text: Path, n_embd: int, out: Path) -> Path:
     return out
 
 
-def soft_tokens(path: str, text: str, pixels_of: Callable[[], np.ndarray], n_threads: int) -> Iterator[np.ndarray | None]:
-    """mtmd with the mmproj file ``path`` beside the text GGUF ``text``: None once it is loaded, then the rows of one ``pixels_of()`` [size, size, 3] uint8 after another."""
+def soft_tokens(
+    path: str, text: str, pixels_of: Callable[[], np.ndarray], n_threads: int
+) -> Iterator[np.ndarray | None]:
+    """mtmd with the mmproj file ``path`` beside the text GGUF ``text``: None once it is loaded,
+    then the rows of one ``pixels_of()`` [size, size, 3] uint8 after another.
+    """
     import ctypes
 
     from llama_cpp import llama_cpp as low
@@ -113,15 +153,26 @@ def soft_tokens(path: str, text: str, pixels_of: Callable[[], np.ndarray], n_thr
     context = mtmd.mtmd_init_from_file(path.encode(), model, options)
     if not context:
         raise SystemExit(f"mtmd cannot load {path}")
-    width = next(value for key, value in read_header(Path(text)).metadata.items() if key.endswith(".embedding_length"))  # llama.cpp does not read it with vocab_only
+    width = next(
+        value
+        for key, value in read_header(Path(text)).metadata.items()
+        if key.endswith(".embedding_length")
+    )  # llama.cpp does not read it with vocab_only
     yield None
     while True:
         pixels = pixels_of()
-        bitmap = mtmd.mtmd_bitmap_init(*pixels.shape[:2], pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)))
+        bitmap = mtmd.mtmd_bitmap_init(
+            *pixels.shape[:2], pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        )
         chunks = mtmd.mtmd_input_chunks_init()
         prompt = mtmd.mtmd_input_text()
         marker = mtmd.mtmd_default_marker()
-        prompt.text, prompt.text_len, prompt.add_special, prompt.parse_special = marker, len(marker), False, True
+        prompt.text, prompt.text_len, prompt.add_special, prompt.parse_special = (
+            marker,
+            len(marker),
+            False,
+            True,
+        )
         bitmaps = (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap)
         if mtmd.mtmd_tokenize(context, chunks, ctypes.byref(prompt), bitmaps, 1) != 0:
             raise SystemExit("mtmd_tokenize failed")

@@ -2,8 +2,9 @@
 
     python -m edge_gemma.benchmarks.wer BUNDLE DATASET [--language English] [--limit N]
 
-In: a bundle that hears, and a folder of sound files. A transcript is ``NAME.txt`` beside ``NAME.wav``, or a line ``NAME text`` in a
-``*.trans.txt`` (LibriSpeech), or ``text (NAME)`` in a file called ``transcription``. Out: one line per file on stderr, a summary as JSON on stdout.
+In: a bundle that hears, and a folder of sound files. A transcript is ``NAME.txt`` beside
+``NAME.wav``, or a line ``NAME text`` in a ``*.trans.txt`` (LibriSpeech), or ``text (NAME)`` in a
+file called ``transcription``. Out: one line per file on stderr, a summary as JSON on stdout.
 """
 
 from __future__ import annotations
@@ -53,7 +54,10 @@ def dataset(folder: Path) -> Iterator[tuple[Path, str]]:
         raise UsageError(f"{folder} is not a folder; expected one with sound files and transcripts")
     known: dict[str, str] = {}
     for path in folder.rglob("*.trans.txt"):
-        known |= {name: text for name, _, text in (line.partition(" ") for line in path.read_text().splitlines())}
+        known |= {
+            name: text
+            for name, _, text in (line.partition(" ") for line in path.read_text().splitlines())
+        }
     for path in folder.rglob("transcription"):
         for line in path.read_text().splitlines():
             text, _, name = line.rpartition("(")
@@ -66,11 +70,20 @@ def dataset(folder: Path) -> Iterator[tuple[Path, str]]:
             found = True
             yield path, text
     if not found:
-        raise UsageError(f"{folder} holds no sound file with a transcript: NAME.txt beside it, a *.trans.txt, or a file called transcription")
+        raise UsageError(
+            f"{folder} holds no sound file with a transcript: NAME.txt beside it, a "
+            "*.trans.txt, or a file called transcription"
+        )
 
 
-def measure(hear: Callable[[Iterable[np.ndarray]], str], pairs: Iterable[tuple[Path, str]], progress=lambda line: None) -> dict:
-    """``hear(blocks) -> text`` over the pairs → totals. A file that cannot be read is counted, not skipped silently."""
+def measure(
+    hear: Callable[[Iterable[np.ndarray]], str],
+    pairs: Iterable[tuple[Path, str]],
+    progress=lambda line: None,
+) -> dict:
+    """``hear(blocks) -> text`` over the pairs → totals. A file that cannot be read is counted, not
+    skipped silently.
+    """
     from edge_gemma.conversation.listener import file_blocks
 
     n_words = n_errors = n_files = n_failed = 0
@@ -86,10 +99,24 @@ def measure(hear: Callable[[Iterable[np.ndarray]], str], pairs: Iterable[tuple[P
         wrong = errors(reference, heard)
         n_words, n_errors = n_words + len(reference), n_errors + wrong
         progress(f"{path.name}: {wrong} of {len(reference)} words wrong: {' '.join(heard)}")
-    return {"wer": round(n_errors / n_words, 4) if n_words else None, "words": n_words, "errors": n_errors, "files": n_files, "failed": n_failed}
+    return {
+        "wer": round(n_errors / n_words, 4) if n_words else None,
+        "words": n_words,
+        "errors": n_errors,
+        "files": n_files,
+        "failed": n_failed,
+    }
 
 
-def run(bundle: str, folder: Path, *, language: str | None = None, limit: int | None = None, pad_audio: bool = True, progress=lambda line: None) -> dict:
+def run(
+    bundle: str,
+    folder: Path,
+    *,
+    language: str | None = None,
+    limit: int | None = None,
+    pad_audio: bool = True,
+    progress=lambda line: None,
+) -> dict:
     """Load the bundle and measure it, greedily."""
     from itertools import islice
 
@@ -106,11 +133,17 @@ def run(bundle: str, folder: Path, *, language: str | None = None, limit: int | 
     instruction = TRANSCRIBE.format(language=language) if language else TRANSCRIBE_ANY
     options = ListenOptions(pad_audio=pad_audio, sampling=Sampling(temperature=0, max_tokens=448))
     with load(bundle) as model, model.chat(pad_audio=pad_audio) as chat:
-        return measure(lambda blocks: " ".join(s.text for s in transcribe(chat, blocks, instruction, options)), pairs, progress) | {"bundle": bundle}
+        return measure(
+            lambda blocks: " ".join(s.text for s in transcribe(chat, blocks, instruction, options)),
+            pairs,
+            progress,
+        ) | {"bundle": bundle}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("bundle")
     parser.add_argument("dataset", type=Path)
     parser.add_argument("--language")
@@ -119,7 +152,12 @@ def main() -> None:
     options = parser.parse_args()
     try:
         result = run(
-            options.bundle, options.dataset, language=options.language, limit=options.limit, pad_audio=not options.short, progress=lambda line: print(line, file=sys.stderr)
+            options.bundle,
+            options.dataset,
+            language=options.language,
+            limit=options.limit,
+            pad_audio=not options.short,
+            progress=lambda line: print(line, file=sys.stderr),
         )
     except EdgeGemmaError as error:
         print(f"wer: {error}", file=sys.stderr)

@@ -1,7 +1,9 @@
-"""The measured process: load one model with one system, read a prompt, write tokens, tell when each begins.
+"""The measured process: load one model with one system, read a prompt, write tokens, tell when each
+begins.
 
-In: a :class:`~edge_gemma.benchmarks.systems.Task` as JSON on the command line. Out: JSON lines on standard output: ``{"phase": …}`` as each phase begins, one ``{"result": …}``.
-It measures time only; the parent (``measure.py``) watches its memory, so that watching costs this process nothing.
+In: a :class:`~edge_gemma.benchmarks.systems.Task` as JSON on the command line. Out: JSON lines on
+standard output: ``{"phase": …}`` as each phase begins, one ``{"result": …}``. It measures time
+only; the parent (``measure.py``) watches its memory, so that watching costs this process nothing.
 What it does not know: limits, other runs, reports.
 """
 
@@ -16,10 +18,14 @@ from edge_gemma.benchmarks.systems import OWN, System, Task, sound
 
 # Own text, repeated as far as a prompt needs; a base model continues it without ever ending.
 PASSAGE = (
-    "The harbour wakes before the town does. Nets are carried down the steps, the ice is broken with short spades, and the first boats leave "
-    "while the lamps along the quay are still lit. By seven the fish market is loud: crates are weighed, prices are shouted and written on slates, "
-    "and two cats wait under the same table as every morning. The ferry comes at eight with schoolchildren, a post bag and the newspapers from the "
-    "mainland. At noon the wind usually turns, the flags change sides, and whoever has painted a fence hopes that the dust stays on the road. "
+    "The harbour wakes before the town does. Nets are carried down the steps, the ice is "
+    "broken with short spades, and the first boats leave "
+    "while the lamps along the quay are still lit. By seven the fish market is loud: crates "
+    "are weighed, prices are shouted and written on slates, "
+    "and two cats wait under the same table as every morning. The ferry comes at eight with "
+    "schoolchildren, a post bag and the newspapers from the "
+    "mainland. At noon the wind usually turns, the flags change sides, and whoever has "
+    "painted a fence hopes that the dust stays on the road. "
 )
 SETTLE_S = 0.25  # after a load the parent takes its bearings; outside everything that is timed
 
@@ -76,7 +82,9 @@ def generate_rounds(system: System) -> list[dict]:
     ids = prompt_ids(system, task.n_prompt)
     rounds = []
     for turn in range(task.rounds):
-        ids = [*ids[:1], *ids[2:], ids[1]] if turn else ids  # another text each round: nothing of the last one may be reused
+        ids = (
+            [*ids[:1], *ids[2:], ids[1]] if turn else ids
+        )  # another text each round: nothing of the last one may be reused
         say(phase="prefill")
         start = time.perf_counter()
         stamps = []
@@ -85,22 +93,25 @@ def generate_rounds(system: System) -> list[dict]:
                 say(phase="decode")
             stamps.append(time.perf_counter())
         decode_s = stamps[-1] - stamps[0]
-        rounds.append({
-            "ttft_s": stamps[0] - start,
-            "prefill_tok_s": len(ids) / (stamps[0] - start),
-            "decode_tok_s": (len(stamps) - 1) / decode_s if decode_s else None,
-            "n_decoded": len(stamps),
-            "worst_token_s": max((b - a for a, b in zip(stamps, stamps[1:])), default=0.0),
-        })  # fmt: skip
+        rounds.append(
+            {
+                "ttft_s": stamps[0] - start,
+                "prefill_tok_s": len(ids) / (stamps[0] - start),
+                "decode_tok_s": (len(stamps) - 1) / decode_s if decode_s else None,
+                "n_decoded": len(stamps),
+                "worst_token_s": max((b - a for a, b in zip(stamps, stamps[1:])), default=0.0),
+            }
+        )
     return rounds
 
 
 def answer_latency(system: System) -> list[dict]:
     """From the end of what the user says to the first token of the answer.
 
-    ``speech``: ``audio_s`` seconds in packets of 80 ms, each encoded and prefilled as it comes; the clock starts when the last packet
-    arrives. Packets are handed over as fast as they are dealt with, so nothing waits; ``rtf`` tells whether real time would have.
-    ``text``: a conversation of ``n_prompt`` tokens stands in the cache; the clock starts with a new turn of 32.
+    ``speech``: ``audio_s`` seconds in packets of 80 ms, each encoded and prefilled as it comes; the
+    clock starts when the last packet arrives. Packets are handed over as fast as they are dealt
+    with, so nothing waits; ``rtf`` tells whether real time would have. ``text``: a conversation of
+    ``n_prompt`` tokens stands in the cache; the clock starts with a new turn of 32.
     """
     from edge_gemma import Audio, Rows, Sampling, Tokens
     from edge_gemma.messages import Message
@@ -113,7 +124,9 @@ def answer_latency(system: System) -> list[dict]:
             if task.mode == "speech":
                 samples = sound(task.audio_s)
                 packets = [samples[i : i + 1280] for i in range(0, len(samples), 1280)]
-                before, after = model.prompt.listening([Message("user", [Audio(), "Answer what was said."])], pad_audio=task.pad_audio)
+                before, after = model.prompt.listening(
+                    [Message("user", [Audio(), "Answer what was said."])], pad_audio=task.pad_audio
+                )
                 say(phase="listen")
                 session.append(before)
                 stream, n_rows, begin = model.encoder("audio").stream(), 0, time.perf_counter()

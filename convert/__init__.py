@@ -1,1 +1,3 @@
-"""Checkpoint → bundle, without PyTorch. Imported as ``edge_gemma.convert``; never imported by the runtime at import time."""
+"""Checkpoint → bundle, without PyTorch. Imported as ``edge_gemma.convert``; never imported by the
+runtime at import time.
+"""

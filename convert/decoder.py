@@ -1,8 +1,10 @@
-"""Mapped tensors + types + vocabulary → one GGUF, written front to back in a single pass with bounded memory.
+"""Mapped tensors + types + vocabulary → one GGUF, written front to back in a single pass with
+bounded memory.
 
-In: where each row comes from (:class:`~.gemma.Source`), its type, the vocabulary. Out: the file with its size and SHA-256, hashed
-while it is written. Every size is known before the first byte, so header, table and data go out in order and nothing is
-written twice. A few chunks of rows are in memory at a time; worker threads read, convert and quantize them side by side.
+In: where each row comes from (:class:`~.gemma.Source`), its type, the vocabulary. Out: the file
+with its size and SHA-256, hashed while it is written. Every size is known before the first byte, so
+header, table and data go out in order and nothing is written twice. A few chunks of rows are in
+memory at a time; worker threads read, convert and quantize them side by side.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Layout:
-    """What will be written, before it is: the header's bytes, and each tensor with its type and size in file order."""
+    """What will be written, before it is: the header's bytes, and each tensor with its type and
+    size in file order.
+    """
 
     header: bytes
     tensors: tuple[tuple[Source, str, int], ...]  # (source, type, bytes without padding)
@@ -39,19 +43,48 @@ class Layout:
         return len(self.header) + sum(padded(nbytes) for _, _, nbytes in self.tensors)
 
 
-def plan_layout(dims: Dims, sources: Iterable[Source], types: dict[str, str], vocabulary: Vocabulary, *, name: str, file_type: int) -> Layout:
-    """Order the tensors (PLE and what is never read first, what every token needs last) and build the header."""
-    ordered = sorted(sources, key=lambda source: (layout_rank(source.use, types[source.name], len(source.shape)), source.name != "per_layer_token_embd.weight"))
+def plan_layout(
+    dims: Dims,
+    sources: Iterable[Source],
+    types: dict[str, str],
+    vocabulary: Vocabulary,
+    *,
+    name: str,
+    file_type: int,
+) -> Layout:
+    """Order the tensors (PLE and what is never read first, what every token needs last) and build
+    the header.
+    """
+    ordered = sorted(
+        sources,
+        key=lambda source: (
+            layout_rank(source.use, types[source.name], len(source.shape)),
+            source.name != "per_layer_token_embd.weight",
+        ),
+    )
     tensors = []
     for source in ordered:
         block, block_bytes = TYPE_SIZES[types[source.name]]
-        tensors.append((source, types[source.name], source.n_per_row // block * block_bytes * source.n_rows))
+        tensors.append(
+            (source, types[source.name], source.n_per_row // block * block_bytes * source.n_rows)
+        )
     table = [(source.name, kind, source.shape, nbytes) for source, kind, nbytes in tensors]
     return Layout(gguf_header(_metadata(dims, vocabulary, name, file_type), table), tuple(tensors))
 
 
-def write_decoder(path: Path, layout: Layout, tensors, *, importance: dict[str, np.ndarray] | None = None, n_threads: int = 1, progress: Progress = lambda n_bytes: None) -> File:
-    """Write the GGUF. ``tensors`` answers ``read(name, rows)`` (a Checkpoint, or one with an adapter merged in); ``progress`` gets bytes.
+def write_decoder(
+    path: Path,
+    layout: Layout,
+    tensors,
+    *,
+    importance: dict[str, np.ndarray] | None = None,
+    n_threads: int = 1,
+    progress: Progress = lambda n_bytes: None,
+) -> File:
+    """Write the GGUF.
+
+    ``tensors`` answers ``read(name, rows)`` (a Checkpoint, or one with an adapter merged in);
+    ``progress`` gets bytes.
 
     Raises CheckpointError (the input), OSError (the disk).
     """
@@ -73,22 +106,36 @@ def write_decoder(path: Path, layout: Layout, tensors, *, importance: dict[str, 
     return File(size=size, sha256=digest.hexdigest())
 
 
-def _jobs(layout: Layout, tensors, importance: dict[str, np.ndarray]) -> Iterator[Callable[[], bytes | memoryview]]:
+def _jobs(
+    layout: Layout, tensors, importance: dict[str, np.ndarray]
+) -> Iterator[Callable[[], bytes | memoryview]]:
     for source, kind, nbytes in layout.tensors:
         step = max(1, CHUNK_VALUES // source.n_per_row)
         for start in range(0, source.n_rows, step):
             stop = min(start + step, source.n_rows)
             padding = padded(nbytes) - nbytes if stop == source.n_rows else 0
-            yield lambda source=source, kind=kind, start=start, stop=stop, padding=padding: _chunk(source, kind, tensors, importance.get(source.name), start, stop, padding)
+            yield lambda source=source, kind=kind, start=start, stop=stop, padding=padding: _chunk(
+                source, kind, tensors, importance.get(source.name), start, stop, padding
+            )
 
 
-def _chunk(source: Source, kind: str, tensors, importance: np.ndarray | None, start: int, stop: int, padding: int) -> bytes | memoryview:
+def _chunk(
+    source: Source,
+    kind: str,
+    tensors,
+    importance: np.ndarray | None,
+    start: int,
+    stop: int,
+    padding: int,
+) -> bytes | memoryview:
     blocks = quantize_rows(kind, source.rows(tensors, start, stop), importance)
     return memoryview(blocks) if not padding else blocks.tobytes() + b"\0" * padding
 
 
 def _in_order(pool: ThreadPoolExecutor, ahead: int, jobs: Iterator[Callable]) -> Iterator:
-    """Results in the jobs' order, at most ``ahead`` of them begun: that bounds the memory. The first failure stops the rest."""
+    """Results in the jobs' order, at most ``ahead`` of them begun: that bounds the memory. The
+    first failure stops the rest.
+    """
     pending: deque[Future] = deque()
     try:
         for job in jobs:
@@ -102,8 +149,12 @@ def _in_order(pool: ThreadPoolExecutor, ahead: int, jobs: Iterator[Callable]) ->
             future.cancel()
 
 
-def _metadata(dims: Dims, vocabulary: Vocabulary, name: str, file_type: int) -> Iterator[tuple[str, object]]:
-    """The key/value pairs llama.cpp's own converter writes for these families (conversion/gemma.py)."""
+def _metadata(
+    dims: Dims, vocabulary: Vocabulary, name: str, file_type: int
+) -> Iterator[tuple[str, object]]:
+    """The key/value pairs llama.cpp's own converter writes for these families
+    (conversion/gemma.py).
+    """
     family = dims.family
     yield "general.architecture", family
     yield "general.type", "model"
@@ -112,22 +163,35 @@ def _metadata(dims: Dims, vocabulary: Vocabulary, name: str, file_type: int) -> 
     yield "general.quantization_version", 2
     yield "general.file_type", file_type
     numbers = {
-        "block_count": dims.n_layer, "context_length": dims.n_ctx_train, "embedding_length": dims.n_embd, "feed_forward_length": dims.n_ff,
-        "attention.head_count": dims.n_head, "attention.head_count_kv": dims.n_head_kv, "attention.key_length": dims.head_dim,
-        "attention.value_length": dims.head_dim, "attention.layer_norm_rms_epsilon": dims.rms_eps, "attention.sliding_window": dims.sliding_window,
-        "rope.freq_base": dims.rope_base, "rope.freq_base_swa": dims.rope_base_sliding,
-    }  # fmt: skip
+        "block_count": dims.n_layer,
+        "context_length": dims.n_ctx_train,
+        "embedding_length": dims.n_embd,
+        "feed_forward_length": dims.n_ff,
+        "attention.head_count": dims.n_head,
+        "attention.head_count_kv": dims.n_head_kv,
+        "attention.key_length": dims.head_dim,
+        "attention.value_length": dims.head_dim,
+        "attention.layer_norm_rms_epsilon": dims.rms_eps,
+        "attention.sliding_window": dims.sliding_window,
+        "rope.freq_base": dims.rope_base,
+        "rope.freq_base_swa": dims.rope_base_sliding,
+    }
     if dims.softcap:
         numbers["final_logit_softcapping"] = dims.softcap
     if dims.rope_factor != 1.0:
         numbers |= {"rope.scaling.type": "linear", "rope.scaling.factor": dims.rope_factor}
     numbers["attention.sliding_window_pattern"] = np.array(dims.sliding, np.bool_)
     if family == "gemma3n":
-        scale = np.where(np.arange(dims.n_layer) < SPARSE_LAYERS, SPARSITY_MULTIPLIER, -np.inf).astype(np.float32)  # the quantile of 0 is −∞
+        scale = np.where(
+            np.arange(dims.n_layer) < SPARSE_LAYERS, SPARSITY_MULTIPLIER, -np.inf
+        ).astype(np.float32)  # the quantile of 0 is −∞
         numbers |= {
-            "altup.active_idx": 0, "altup.num_inputs": 4, "embedding_length_per_layer_input": dims.ple_width,
-            "attention.shared_kv_layers": dims.n_kv_shared, "activation_sparsity_scale": scale,
-        }  # fmt: skip
+            "altup.active_idx": 0,
+            "altup.num_inputs": 4,
+            "embedding_length_per_layer_input": dims.ple_width,
+            "attention.shared_kv_layers": dims.n_kv_shared,
+            "activation_sparsity_scale": scale,
+        }
     for key, value in numbers.items():
         yield f"{family}.{key}", value
     yield "tokenizer.ggml.model", "llama"
@@ -135,7 +199,13 @@ def _metadata(dims: Dims, vocabulary: Vocabulary, name: str, file_type: int) -> 
     yield "tokenizer.ggml.tokens", vocabulary.tokens
     yield "tokenizer.ggml.scores", vocabulary.scores
     yield "tokenizer.ggml.token_type", vocabulary.types
-    for ours, theirs in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot"}.items():
+    for ours, theirs in {
+        "bos": "bos",
+        "eos": "eos",
+        "unk": "unknown",
+        "pad": "padding",
+        "eot": "eot",
+    }.items():
         if ours in vocabulary.special:
             yield f"tokenizer.ggml.{theirs}_token_id", vocabulary.special[ours]
     yield "tokenizer.ggml.add_bos_token", True

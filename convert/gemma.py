@@ -1,9 +1,11 @@
-"""config.json + tensor names → what the decoder GGUF holds: its numbers, and for each of its tensors where the rows come from.
+"""config.json + tensor names → what the decoder GGUF holds: its numbers, and for each of its
+tensors where the rows come from.
 
-In: a :class:`~.checkpoint.Checkpoint`. Out: :class:`Dims` and a list of :class:`Source`. Every tensor of the checkpoint is mapped or
-listed as skipped with the reason; a missing, unexpected or misshapen one is an error that names it. This room does not know
-quantization. What llama.cpp fixes in code (src/models/gemma3.cpp, gemma3n.cpp) is checked here, because a file that says
-otherwise would load and answer nonsense.
+In: a :class:`~.checkpoint.Checkpoint`. Out: :class:`Dims` and a list of :class:`Source`. Every
+tensor of the checkpoint is mapped or listed as skipped with the reason; a missing, unexpected or
+misshapen one is an error that names it. This room does not know quantization. What llama.cpp fixes
+in code (src/models/gemma3.cpp, gemma3n.cpp) is checked here, because a file that says otherwise
+would load and answer nonsense.
 """
 
 from __future__ import annotations
@@ -25,34 +27,88 @@ from edge_gemma.bundles.description import (
 from edge_gemma.errors import CheckpointError, UnsupportedModel
 
 PREFIX = "model.language_model."
-SPARSE_LAYERS, SPARSITY, SPARSITY_MULTIPLIER = 10, 0.95, 1.6448536  # the 95 % quantile of a normal distribution
-TOWERS = {"model.audio_tower.": "audio", "model.embed_audio.": "audio", "model.vision_tower.": "vision", "model.embed_vision.": "vision", "model.multi_modal_projector.": "vision"}
+SPARSE_LAYERS, SPARSITY, SPARSITY_MULTIPLIER = (
+    10,
+    0.95,
+    1.6448536,
+)  # the 95 % quantile of a normal distribution
+TOWERS = {
+    "model.audio_tower.": "audio",
+    "model.embed_audio.": "audio",
+    "model.vision_tower.": "vision",
+    "model.embed_vision.": "vision",
+    "model.multi_modal_projector.": "vision",
+}
 
-# transformers' module → GGUF's tensor, within a layer; the same in both families, then gemma3n's own
+# transformers' module → GGUF's tensor, within a layer; the same in both families, then gemma3n's
+# own
 _LAYER = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm",
-}  # fmt: skip
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 _LAYER_3N = _LAYER | {
-    "altup.correct_output_scale": "altup_correct_scale", "altup.correction_coefs": "altup_correct_coef",
-    "altup.prediction_coefs": "altup_predict_coef", "altup.modality_router": "altup_router", "altup.router_norm": "altup_router_norm",
-    "laurel.linear_left": "laurel_l", "laurel.linear_right": "laurel_r", "laurel.post_laurel_norm": "laurel_post_norm",
-    "per_layer_input_gate": "inp_gate", "per_layer_projection": "proj", "post_per_layer_input_norm": "post_norm",
-}  # fmt: skip
+    "altup.correct_output_scale": "altup_correct_scale",
+    "altup.correction_coefs": "altup_correct_coef",
+    "altup.prediction_coefs": "altup_predict_coef",
+    "altup.modality_router": "altup_router",
+    "altup.router_norm": "altup_router_norm",
+    "laurel.linear_left": "laurel_l",
+    "laurel.linear_right": "laurel_r",
+    "laurel.post_laurel_norm": "laurel_post_norm",
+    "per_layer_input_gate": "inp_gate",
+    "per_layer_projection": "proj",
+    "post_per_layer_input_norm": "post_norm",
+}
 _BARE = ("altup.correct_output_scale",)  # a parameter of its own, spelled without .weight
 _KV = ("attn_k", "attn_v", "attn_k_norm")
 
-# What transformers assumes when config.json leaves a number out (old multimodal configs leave out most)
+# What transformers assumes when config.json leaves a number out (old multimodal configs leave out
+# most)
 _DEFAULTS = {
-    "gemma3": {"vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4,
-               "head_dim": 256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-6, "sliding_window": 4096, "query_pre_attn_scalar": 256},
-    "gemma3n": {"vocab_size": 262400, "hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 35, "num_attention_heads": 8, "num_key_value_heads": 2,
-                "head_dim": 256, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "sliding_window": 512, "final_logit_softcapping": 30.0,
-                "hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 262144, "num_kv_shared_layers": 15,
-                "altup_num_inputs": 4, "altup_active_idx": 0, "laurel_rank": 64},
-}  # fmt: skip
+    "gemma3": {
+        "vocab_size": 262208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": 4096,
+        "query_pre_attn_scalar": 256,
+    },
+    "gemma3n": {
+        "vocab_size": 262400,
+        "hidden_size": 2048,
+        "intermediate_size": 16384,
+        "num_hidden_layers": 35,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": 512,
+        "final_logit_softcapping": 30.0,
+        "hidden_size_per_layer_input": 256,
+        "vocab_size_per_layer_input": 262144,
+        "num_kv_shared_layers": 15,
+        "altup_num_inputs": 4,
+        "altup_active_idx": 0,
+        "laurel_rank": 64,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -81,13 +137,24 @@ class Dims:
     n_kv_shared: int = 0
 
     def table(self) -> dict[str, int]:
-        names = ("n_layer", "n_embd", "n_ff", "n_head", "n_head_kv", "head_dim", "n_vocab", "ple_width")
+        names = (
+            "n_layer",
+            "n_embd",
+            "n_ff",
+            "n_head",
+            "n_head_kv",
+            "head_dim",
+            "n_vocab",
+            "ple_width",
+        )
         return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of one checkpoint tensor, or zeros where ``name`` is None. ``cols`` picks column ranges, in order; ``add`` is added to each value."""
+    """Rows of one checkpoint tensor, or zeros where ``name`` is None. ``cols`` picks column ranges,
+    in order; ``add`` is added to each value.
+    """
 
     name: str | None
     n_rows: int
@@ -99,9 +166,15 @@ class Part:
         if self.name is None:
             return np.zeros((stop - start, width), np.float32)
         vector = len(tensors.shape(self.name)) == 1  # a norm: one row
-        values = tensors.read(self.name, None if vector else slice(self.first + start, self.first + stop)).reshape(stop - start, -1)
+        values = tensors.read(
+            self.name, None if vector else slice(self.first + start, self.first + stop)
+        ).reshape(stop - start, -1)
         if self.cols is not None:
-            values = np.concatenate([values[:, a:b] for a, b in self.cols], axis=1) if len(self.cols) != 1 else values[:, slice(*self.cols[0])]
+            values = (
+                np.concatenate([values[:, a:b] for a, b in self.cols], axis=1)
+                if len(self.cols) != 1
+                else values[:, slice(*self.cols[0])]
+            )
         assert values.shape == (stop - start, width), (self, values.shape)
         return values + np.float32(self.add) if self.add else values
 
@@ -147,59 +220,96 @@ def family_of(config: dict) -> str:
     """``gemma3`` or ``gemma3n``. Raises UnsupportedModel naming what was found."""
     model_type = str(config.get("model_type", "")).removesuffix("_text")
     architectures = config.get("architectures") or []
-    if model_type in ("gemma3", "gemma3n") and not (text_config(config).get("use_bidirectional_attention") or "EmbeddingGemma" in str(architectures)):
+    if model_type in ("gemma3", "gemma3n") and not (
+        text_config(config).get("use_bidirectional_attention")
+        or "EmbeddingGemma" in str(architectures)
+    ):
         return model_type
-    found = f"model_type {config.get('model_type')!r}" + (f" ({architectures[0]})" if architectures else "")
+    found = f"model_type {config.get('model_type')!r}" + (
+        f" ({architectures[0]})" if architectures else ""
+    )
     if model_type in ("gemma3", "gemma3n"):
         found += " with bidirectional attention (an embedding model)"
     raise UnsupportedModel(f"config.json says {found}; supported are {SUPPORTED}, base or tuned")
 
 
 def read_dims(config: dict) -> Dims:
-    """The decoder's numbers from config.json. Raises UnsupportedModel for what llama.cpp would compute differently, CheckpointError for nonsense."""
+    """The decoder's numbers from config.json. Raises UnsupportedModel for what llama.cpp would
+    compute differently, CheckpointError for nonsense.
+    """
     family = family_of(config)
-    text = _DEFAULTS[family] | {key: value for key, value in text_config(config).items() if value is not None}
+    text = _DEFAULTS[family] | {
+        key: value for key, value in text_config(config).items() if value is not None
+    }
 
     def number(key: str) -> int:
         value = text.get(key)
         if type(value) is not int or not 0 < value <= 1 << 24:
-            raise CheckpointError(f"config.json: {key} is {value!r}, expected a whole number from 1 to {1 << 24}")
+            raise CheckpointError(
+                f"config.json: {key} is {value!r}, expected a whole number from 1 to {1 << 24}"
+            )
         return value
 
     n_layer = number("num_hidden_layers")
     if n_layer > 512:
-        raise CheckpointError(f"config.json: num_hidden_layers is {n_layer}; no Gemma 3 has more than 62")
-    widths = text["intermediate_size"] if isinstance(text["intermediate_size"], list) else [text["intermediate_size"]] * n_layer
+        raise CheckpointError(
+            f"config.json: num_hidden_layers is {n_layer}; no Gemma 3 has more than 62"
+        )
+    widths = (
+        text["intermediate_size"]
+        if isinstance(text["intermediate_size"], list)
+        else [text["intermediate_size"]] * n_layer
+    )
     if len(widths) < n_layer or len(set(widths[:n_layer])) != 1:
         raise UnsupportedModel(
-            f"config.json: the FFN widths differ between layers ({sorted(set(map(str, widths)))}); llama.cpp reads one width for all, so a mixed MatFormer cut "
+            "config.json: the FFN widths differ between layers "
+            f"({sorted(set(map(str, widths)))}); llama.cpp reads one width for all, so a "
+            "mixed MatFormer cut "
             "cannot become a smaller GGUF. Slice to one width: --slice FILE with a single ffn value"
         )
     text["intermediate_size"] = widths[0]
     rope_base, rope_base_sliding, rope_factor = _rope(text)
     dims = Dims(
-        family=family, n_layer=n_layer, n_embd=number("hidden_size"), n_ff=number("intermediate_size"), n_head=number("num_attention_heads"),
-        n_head_kv=number("num_key_value_heads"), head_dim=number("head_dim"), n_vocab=number("vocab_size"), n_ctx_train=number("max_position_embeddings"),
-        sliding_window=number("sliding_window"), sliding=_sliding(text, family, n_layer), rms_eps=float(text["rms_norm_eps"]),
-        rope_base=rope_base, rope_base_sliding=rope_base_sliding, rope_factor=rope_factor, softcap=float(text.get("final_logit_softcapping") or 0.0),
+        family=family,
+        n_layer=n_layer,
+        n_embd=number("hidden_size"),
+        n_ff=number("intermediate_size"),
+        n_head=number("num_attention_heads"),
+        n_head_kv=number("num_key_value_heads"),
+        head_dim=number("head_dim"),
+        n_vocab=number("vocab_size"),
+        n_ctx_train=number("max_position_embeddings"),
+        sliding_window=number("sliding_window"),
+        sliding=_sliding(text, family, n_layer),
+        rms_eps=float(text["rms_norm_eps"]),
+        rope_base=rope_base,
+        rope_base_sliding=rope_base_sliding,
+        rope_factor=rope_factor,
+        softcap=float(text.get("final_logit_softcapping") or 0.0),
         tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", True))),
         ple_width=number("hidden_size_per_layer_input") if family == "gemma3n" else 0,
         ple_vocab=number("vocab_size_per_layer_input") if family == "gemma3n" else 0,
         n_kv_shared=number("num_kv_shared_layers") if family == "gemma3n" else 0,
-    )  # fmt: skip
+    )
     _check_fixed(text, dims)
     return dims
 
 
 def _rope(text: dict) -> tuple[float, float, float]:
-    """(base of the global layers, base of the sliding ones, linear factor of the global ones), from the old keys or the new table."""
-    parameters = text.get("rope_parameters") if isinstance(text.get("rope_parameters"), dict) else {}
+    """(base of the global layers, base of the sliding ones, linear factor of the global ones), from
+    the old keys or the new table.
+    """
+    parameters = (
+        text.get("rope_parameters") if isinstance(text.get("rope_parameters"), dict) else {}
+    )
     full = parameters.get("full_attention", parameters) or {}
     sliding = parameters.get("sliding_attention") or {}
     scaling = text.get("rope_scaling") if isinstance(text.get("rope_scaling"), dict) else full
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "linear") or sliding.get("rope_type", "default") != "default":
-        raise UnsupportedModel(f"config.json: rope type {kind!r} is not one that Gemma 3 uses (default or linear)")
+        raise UnsupportedModel(
+            f"config.json: rope type {kind!r} is not one that Gemma 3 uses (default or linear)"
+        )
     return (
         float(full.get("rope_theta", text.get("rope_theta", 1e6))),
         float(sliding.get("rope_theta", text.get("rope_local_base_freq", 1e4))),
@@ -209,35 +319,75 @@ def _rope(text: dict) -> tuple[float, float, float]:
 
 def _sliding(text: dict, family: str, n_layer: int) -> tuple[bool, ...]:
     kinds = text.get("layer_types")
-    if isinstance(kinds, list) and len(kinds) >= n_layer and set(kinds) <= {"sliding_attention", "full_attention"}:
+    if (
+        isinstance(kinds, list)
+        and len(kinds) >= n_layer
+        and set(kinds) <= {"sliding_attention", "full_attention"}
+    ):
         return tuple(kind == "sliding_attention" for kind in kinds[:n_layer])
     if kinds is not None:
-        raise CheckpointError(f"config.json: layer_types has {len(kinds) if isinstance(kinds, list) else kinds!r} entries for {n_layer} layers, or kinds other than sliding and full attention")
-    period = text.get("sliding_window_pattern", text.get("_sliding_window_pattern", SWA_PERIOD[family]))
+        raise CheckpointError(
+            "config.json: layer_types has "
+            f"{len(kinds) if isinstance(kinds, list) else kinds!r} entries for {n_layer} "
+            "layers, or kinds other than sliding and full attention"
+        )
+    period = text.get(
+        "sliding_window_pattern", text.get("_sliding_window_pattern", SWA_PERIOD[family])
+    )
     if type(period) is not int or period < 1:
-        raise CheckpointError(f"config.json: sliding_window_pattern is {period!r}, expected a positive number")
+        raise CheckpointError(
+            f"config.json: sliding_window_pattern is {period!r}, expected a positive number"
+        )
     return tuple((i + 1) % period != 0 for i in range(n_layer))
 
 
 def _check_fixed(text: dict, dims: Dims) -> None:
     """What llama.cpp takes as given for the family."""
-    fixed = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "attn_logit_softcapping": None}
+    fixed = {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
+        "attn_logit_softcapping": None,
+    }
     if dims.family == "gemma3":
-        fixed["query_pre_attn_scalar"] = dims.head_dim if dims.n_layer != 62 else dims.n_embd // dims.n_head
+        fixed["query_pre_attn_scalar"] = (
+            dims.head_dim if dims.n_layer != 62 else dims.n_embd // dims.n_head
+        )
     else:
-        fixed |= {"altup_num_inputs": GEMMA3N_ALTUP, "altup_active_idx": 0, "laurel_rank": GEMMA3N_LAUREL, "hidden_size_per_layer_input": 256, "final_logit_softcapping": 30.0}
+        fixed |= {
+            "altup_num_inputs": GEMMA3N_ALTUP,
+            "altup_active_idx": 0,
+            "laurel_rank": GEMMA3N_LAUREL,
+            "hidden_size_per_layer_input": 256,
+            "final_logit_softcapping": 30.0,
+        }
         fixed["num_kv_shared_layers"] = dims.n_layer - GEMMA3N_KV_LAYERS
-        pattern = text.get("activation_sparsity_pattern", [SPARSITY] * SPARSE_LAYERS + [0.0] * (dims.n_layer - SPARSE_LAYERS))
+        pattern = text.get(
+            "activation_sparsity_pattern",
+            [SPARSITY] * SPARSE_LAYERS + [0.0] * (dims.n_layer - SPARSE_LAYERS),
+        )
         pattern = [pattern] * dims.n_layer if isinstance(pattern, float) else pattern
-        if list(pattern)[: dims.n_layer] != [SPARSITY] * SPARSE_LAYERS + [0.0] * (dims.n_layer - SPARSE_LAYERS):
-            raise UnsupportedModel(f"config.json: activation_sparsity_pattern is {pattern}; llama.cpp runs {SPARSITY} in exactly the first {SPARSE_LAYERS} layers")
+        if list(pattern)[: dims.n_layer] != [SPARSITY] * SPARSE_LAYERS + [0.0] * (
+            dims.n_layer - SPARSE_LAYERS
+        ):
+            raise UnsupportedModel(
+                f"config.json: activation_sparsity_pattern is {pattern}; llama.cpp runs "
+                f"{SPARSITY} in exactly the first {SPARSE_LAYERS} layers"
+            )
         if dims.ple_vocab > dims.n_vocab:
-            raise CheckpointError(f"config.json: vocab_size_per_layer_input {dims.ple_vocab} exceeds vocab_size {dims.n_vocab}")
+            raise CheckpointError(
+                f"config.json: vocab_size_per_layer_input {dims.ple_vocab} exceeds "
+                f"vocab_size {dims.n_vocab}"
+            )
     for key, expected in fixed.items():
         if text.get(key, expected) != expected:
-            raise UnsupportedModel(f"config.json: {key} is {text[key]!r}; llama.cpp runs {dims.family} with {expected!r}")
+            raise UnsupportedModel(
+                f"config.json: {key} is {text[key]!r}; llama.cpp runs {dims.family} with "
+                f"{expected!r}"
+            )
     if dims.n_head % dims.n_head_kv:
-        raise CheckpointError(f"config.json: {dims.n_head} heads cannot share {dims.n_head_kv} KV heads")
+        raise CheckpointError(
+            f"config.json: {dims.n_head} heads cannot share {dims.n_head_kv} KV heads"
+        )
 
 
 # --- tensors ---
@@ -245,7 +395,9 @@ def _check_fixed(text: dict, dims: Dims) -> None:
 
 @dataclass(frozen=True)
 class Cut:
-    """Which of a checkpoint's layers and FFN columns go into the file. The whole checkpoint is ``Cut(range(n_layer), n_ff)``."""
+    """Which of a checkpoint's layers and FFN columns go into the file. The whole checkpoint is
+    ``Cut(range(n_layer), n_ff)``.
+    """
 
     layers: tuple[int, ...]
     n_ff: int
@@ -258,25 +410,45 @@ class Mapping:
     skipped: dict[str, str]  # checkpoint name → reason
 
 
-def map_tensors(checkpoint: Checkpoint, dims: Dims, cut: Cut | None = None, *, untied: bool = False) -> Mapping:
-    """Every tensor of the decoder with where it comes from, ``cut`` applied; ``untied`` adds an output head of its own.
+def map_tensors(
+    checkpoint: Checkpoint, dims: Dims, cut: Cut | None = None, *, untied: bool = False
+) -> Mapping:
+    """Every tensor of the decoder with where it comes from, ``cut`` applied; ``untied`` adds an
+    output head of its own.
 
     Raises CheckpointError for a missing, unexpected or misshapen tensor.
     """
     cut = cut or Cut(tuple(range(dims.n_layer)), dims.n_ff)
     out_dims = cut_dims(dims, cut)
     skipped = {name: "an integer buffer that no model reads" for name in checkpoint.ignored}
-    sources = _mapping_table(dims, out_dims, cut, "lm_head.weight" if not dims.tied and "lm_head.weight" in checkpoint else None, untied)
+    sources = _mapping_table(
+        dims,
+        out_dims,
+        cut,
+        "lm_head.weight" if not dims.tied and "lm_head.weight" in checkpoint else None,
+        untied,
+    )
     known = set()
     in_shapes = _checkpoint_shapes(dims)
     for name, shape in in_shapes.items():
         known.add(name)
         if name in checkpoint and checkpoint.shape(name) != shape:
-            raise CheckpointError(f"tensor {checkpoint.entry(name).stored!r} has shape {list(checkpoint.shape(name))}, config.json asks for {list(shape)}")
+            raise CheckpointError(
+                f"tensor {checkpoint.entry(name).stored!r} has shape "
+                f"{list(checkpoint.shape(name))}, config.json asks for {list(shape)}"
+            )
     for i, source in enumerate(sources):
-        missing = [part.name for part in source.parts if part.name is not None and part.name not in checkpoint]
-        if missing and source.use == "unused":  # KV of sharing layers: transformers 5 no longer saves it
-            sources[i] = replace(source, parts=tuple(Part(None, part.n_rows) for part in source.parts))
+        missing = [
+            part.name
+            for part in source.parts
+            if part.name is not None and part.name not in checkpoint
+        ]
+        if (
+            missing and source.use == "unused"
+        ):  # KV of sharing layers: transformers 5 no longer saves it
+            sources[i] = replace(
+                source, parts=tuple(Part(None, part.n_rows) for part in source.parts)
+            )
         elif missing:
             checkpoint.entry(missing[0])  # raises, naming it
     used = {part.name for source in sources for part in source.parts}
@@ -291,14 +463,25 @@ def map_tensors(checkpoint: Checkpoint, dims: Dims, cut: Cut | None = None, *, u
         elif name in known:
             skipped[name] = "a layer that the slice leaves out"
         else:
-            raise CheckpointError(f"tensor {checkpoint.entry(name).stored!r} is not one that a {dims.family} of {dims.n_layer} layers has; is config.json of this checkpoint?")
-    return Mapping(replace(out_dims, tied=not any(source.name == "output.weight" for source in sources)), tuple(sources), skipped)
+            raise CheckpointError(
+                f"tensor {checkpoint.entry(name).stored!r} is not one that a {dims.family} "
+                f"of {dims.n_layer} layers has; is config.json of this checkpoint?"
+            )
+    return Mapping(
+        replace(out_dims, tied=not any(source.name == "output.weight" for source in sources)),
+        tuple(sources),
+        skipped,
+    )
 
 
 def cut_dims(dims: Dims, cut: Cut) -> Dims:
     dropped = dims.n_layer - len(cut.layers)
     return replace(
-        dims, n_layer=len(cut.layers), n_ff=cut.n_ff, sliding=tuple(dims.sliding[i] for i in cut.layers), n_kv_shared=dims.n_kv_shared - dropped if dims.n_kv_shared else 0
+        dims,
+        n_layer=len(cut.layers),
+        n_ff=cut.n_ff,
+        sliding=tuple(dims.sliding[i] for i in cut.layers),
+        n_kv_shared=dims.n_kv_shared - dropped if dims.n_kv_shared else 0,
     )
 
 
@@ -308,12 +491,25 @@ def _checkpoint_name(module: str, layer: int | None = None) -> str:
 
 def _checkpoint_shapes(dims: Dims) -> dict[str, tuple[int, ...]]:
     """Every name a checkpoint of these dims has, with its shape in numpy order."""
-    gguf = {name: tuple(reversed(shape)) for name, (shape, _) in expected_tensors(dims.family, dims.table()).items()}
-    shapes = {_checkpoint_name("embed_tokens"): gguf["token_embd.weight"], _checkpoint_name("norm"): gguf["output_norm.weight"], "lm_head.weight": gguf["token_embd.weight"]}
+    gguf = {
+        name: tuple(reversed(shape))
+        for name, (shape, _) in expected_tensors(dims.family, dims.table()).items()
+    }
+    shapes = {
+        _checkpoint_name("embed_tokens"): gguf["token_embd.weight"],
+        _checkpoint_name("norm"): gguf["output_norm.weight"],
+        "lm_head.weight": gguf["token_embd.weight"],
+    }
     for i in range(dims.n_layer):
-        shapes |= {_checkpoint_name(module, i): gguf[f"blk.{i}.{name}.weight"] for module, name in _layer_modules(dims).items()}
+        shapes |= {
+            _checkpoint_name(module, i): gguf[f"blk.{i}.{name}.weight"]
+            for module, name in _layer_modules(dims).items()
+        }
     if dims.family == "gemma3n":
-        shapes[_checkpoint_name("embed_tokens_per_layer")] = (dims.ple_vocab, dims.ple_width * dims.n_layer)
+        shapes[_checkpoint_name("embed_tokens_per_layer")] = (
+            dims.ple_vocab,
+            dims.ple_width * dims.n_layer,
+        )
         shapes[_checkpoint_name("per_layer_model_projection")] = gguf["per_layer_model_proj.weight"]
         shapes[_checkpoint_name("per_layer_projection_norm")] = gguf["per_layer_proj_norm.weight"]
         for k in range(GEMMA3N_ALTUP - 1):
@@ -328,7 +524,9 @@ def _layer_modules(dims: Dims) -> dict[str, str]:
 
 def _mapping_table(dims: Dims, out: Dims, cut: Cut, head: str | None, untied: bool) -> list[Source]:
     expected = expected_tensors(out.family, out.table())
-    norm_add = 1.0 if dims.family == "gemma3" else 0.0  # Gemma3RMSNorm multiplies by 1 + weight, Gemma3nRMSNorm by weight
+    norm_add = (
+        1.0 if dims.family == "gemma3" else 0.0
+    )  # Gemma3RMSNorm multiplies by 1 + weight, Gemma3nRMSNorm by weight
     sources: list[Source] = []
 
     def put(name: str, *parts: Part, use: str | None = None) -> None:
@@ -341,23 +539,60 @@ def _mapping_table(dims: Dims, out: Dims, cut: Cut, head: str | None, untied: bo
     put("output_norm.weight", Part(_checkpoint_name("norm"), 1, add=norm_add))
     if separate:
         shape, _ = expected["token_embd.weight"]
-        sources.append(Source("output.weight", shape, (Part(head, dims.n_vocab) if head else embedding,), "matmul"))
+        sources.append(
+            Source(
+                "output.weight", shape, (Part(head, dims.n_vocab) if head else embedding,), "matmul"
+            )
+        )
     for new, old in enumerate(cut.layers):
         for module, tensor in _layer_modules(dims).items():
             name = f"blk.{new}.{tensor}.weight"
             shape, _ = expected[name]
             n_rows = prod(shape[1:])
             cols = ((0, cut.n_ff),) if tensor == "ffn_down" and cut.n_ff != dims.n_ff else None
-            put(name, Part(_checkpoint_name(module, old), n_rows, cols=cols, add=norm_add if tensor.endswith("norm") else 0.0))
+            put(
+                name,
+                Part(
+                    _checkpoint_name(module, old),
+                    n_rows,
+                    cols=cols,
+                    add=norm_add if tensor.endswith("norm") else 0.0,
+                ),
+            )
     if dims.family == "gemma3n":
         width = dims.ple_width
-        spans = tuple((i * width, (i + 1) * width) for i in cut.layers) if len(cut.layers) != dims.n_layer else None
-        padding = (Part(None, dims.n_vocab - dims.ple_vocab),) if dims.ple_vocab < dims.n_vocab else ()  # soft tokens have no rows of their own
-        put("per_layer_token_embd.weight", Part(_checkpoint_name("embed_tokens_per_layer"), dims.ple_vocab, cols=_joined(spans)), *padding)
-        put("per_layer_model_proj.weight", *(Part(_checkpoint_name("per_layer_model_projection"), b - a, first=a) for a, b in _joined(spans) or ((0, width * dims.n_layer),)))
+        spans = (
+            tuple((i * width, (i + 1) * width) for i in cut.layers)
+            if len(cut.layers) != dims.n_layer
+            else None
+        )
+        padding = (
+            (Part(None, dims.n_vocab - dims.ple_vocab),) if dims.ple_vocab < dims.n_vocab else ()
+        )  # soft tokens have no rows of their own
+        put(
+            "per_layer_token_embd.weight",
+            Part(_checkpoint_name("embed_tokens_per_layer"), dims.ple_vocab, cols=_joined(spans)),
+            *padding,
+        )
+        put(
+            "per_layer_model_proj.weight",
+            *(
+                Part(_checkpoint_name("per_layer_model_projection"), b - a, first=a)
+                for a, b in _joined(spans) or ((0, width * dims.n_layer),)
+            ),
+        )
         put("per_layer_proj_norm.weight", Part(_checkpoint_name("per_layer_projection_norm"), 1))
-        for ours, theirs in (("altup_proj", "altup_projections"), ("altup_unembd_proj", "altup_unembed_projections")):
-            put(f"{ours}.weight", *(Part(_checkpoint_name(f"{theirs}.{k}"), dims.n_embd) for k in range(GEMMA3N_ALTUP - 1)))
+        for ours, theirs in (
+            ("altup_proj", "altup_projections"),
+            ("altup_unembd_proj", "altup_unembed_projections"),
+        ):
+            put(
+                f"{ours}.weight",
+                *(
+                    Part(_checkpoint_name(f"{theirs}.{k}"), dims.n_embd)
+                    for k in range(GEMMA3N_ALTUP - 1)
+                ),
+            )
     return sources
 
 

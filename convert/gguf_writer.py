@@ -1,8 +1,9 @@
 """The bytes of a GGUF before its tensors: key/value pairs and the tensor table.
 
-In: pairs and tensors with their sizes. Out: the header, padded, with every offset. Strings and arrays carry 64-bit lengths, all numbers
-are little-endian (docs/gguf.md of ggml). Written here because gguf-py's writer collects the tensors before it knows their offsets;
-a streamed file knows the sizes first.
+In: pairs and tensors with their sizes. Out: the header, padded, with every offset. Strings and
+arrays carry 64-bit lengths, all numbers are little-endian (docs/gguf.md of ggml). Written here
+because gguf-py's writer collects the tensors before it knows their offsets; a streamed file knows
+the sizes first.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ def padded(n: int) -> int:
     return -(-n // ALIGNMENT) * ALIGNMENT
 
 
-def gguf_header(pairs: Iterable[tuple[str, object]], tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:
-    """Header of a GGUF with these pairs and ``(name, type, shape in ggml order, bytes)`` of each tensor in file order.
+def gguf_header(
+    pairs: Iterable[tuple[str, object]], tensors: Iterable[tuple[str, str, tuple[int, ...], int]]
+) -> bytes:
+    """Header of a GGUF with these pairs and ``(name, type, shape in ggml order, bytes)`` of each
+    tensor in file order.
 
     >>> header = gguf_header([("general.architecture", "gemma3")], [("a", "F32", (4, 2), 32)])
     >>> header[:4], len(header) % 32
@@ -38,27 +42,54 @@ def gguf_header(pairs: Iterable[tuple[str, object]], tensors: Iterable[tuple[str
     table, offset = [], 0
     for name, kind, shape, nbytes in tensors:
         assert len(name.encode()) < 64, name  # GGML_MAX_NAME
-        table.append(_string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, TYPE_IDS[kind], offset))
+        table.append(
+            _string(name)
+            + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, TYPE_IDS[kind], offset)
+        )
         offset += padded(nbytes)
-    header = struct.pack("<4sIQQ", b"GGUF", 3, len(table), len(values)) + b"".join(values) + b"".join(table)
+    header = (
+        struct.pack("<4sIQQ", b"GGUF", 3, len(table), len(values))
+        + b"".join(values)
+        + b"".join(table)
+    )
     return header + b"\0" * (-len(header) % ALIGNMENT)
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
     """That a file can be made there, asked before the work that it is to hold. Raises UsageError."""
     if path.exists() and (path.is_dir() or not overwrite):
-        raise UsageError(f"{path} is a folder; give the name of a file" if path.is_dir() else f"{path} exists; choose another name or pass --force")
+        raise UsageError(
+            f"{path} is a folder; give the name of a file"
+            if path.is_dir()
+            else f"{path} exists; choose another name or pass --force"
+        )
     if not path.absolute().parent.is_dir():
-        raise UsageError(f"there is no folder {path.absolute().parent} to write {path.name} into; make it first")
+        raise UsageError(
+            f"there is no folder {path.absolute().parent} to write {path.name} into; make it first"
+        )
 
 
-def write_gguf(path: Path, pairs: Iterable[tuple[str, object]], tensors: Sequence[tuple[str, tuple[int, ...], np.ndarray]]) -> None:
-    """A small GGUF of F32 tensors (name, shape in ggml order, values), whole or not at all. Raises RuntimeFailure (the disk)."""
+def write_gguf(
+    path: Path,
+    pairs: Iterable[tuple[str, object]],
+    tensors: Sequence[tuple[str, tuple[int, ...], np.ndarray]],
+) -> None:
+    """A small GGUF of F32 tensors (name, shape in ggml order, values), whole or not at all. Raises
+    RuntimeFailure (the disk).
+    """
     temporary = path.with_name(f".{path.name}.partial")
     blocks = [np.ascontiguousarray(values, np.float32).tobytes() for _, _, values in tensors]
     try:
         with open(temporary, "wb") as file:
-            file.write(gguf_header(pairs, [(name, "F32", shape, len(block)) for (name, shape, _), block in zip(tensors, blocks)]))
+            file.write(
+                gguf_header(
+                    pairs,
+                    [
+                        (name, "F32", shape, len(block))
+                        for (name, shape, _), block in zip(tensors, blocks)
+                    ],
+                )
+            )
             for block in blocks:
                 file.write(block + b"\0" * (padded(len(block)) - len(block)))
         os.replace(temporary, path)

@@ -1,7 +1,10 @@
-"""Importance matrices: mean squares of what each weight's columns are multiplied with. Read, written, and measured.
+"""Importance matrices: mean squares of what each weight's columns are multiplied with.
 
-In: a GGUF of llama.cpp's imatrix format, or a bundle and a text to measure one with. Out: ``tensor name → float32 [n_per_row]``. The output
-head is measured too, which llama.cpp's own files normally lack: under the name the bundle has for it (``token_embd.weight`` when tied).
+Read, written, and measured.
+
+In: a GGUF of llama.cpp's imatrix format, or a bundle and a text to measure one with. Out: ``tensor
+name → float32 [n_per_row]``. The output head is measured too, which llama.cpp's own files normally
+lack: under the name the bundle has for it (``token_embd.weight`` when tied).
 """
 
 from __future__ import annotations
@@ -25,16 +28,25 @@ HEADS = ("output.weight", "token_embd.weight")  # the same activations under eit
 
 
 def read_imatrix(path: Path) -> dict[str, np.ndarray]:
-    """Every entry as mean squares, float32 ``[n_per_row]``. Raises BundleError for a file that is none.
+    """Every entry as mean squares, float32 ``[n_per_row]``.
 
-    ``sum / count`` as llama.cpp's quantizer divides; an entry that was never reached counts as all ones there and here.
+    Raises BundleError for a file that is none.
+
+    ``sum / count`` as llama.cpp's quantizer divides; an entry that was never reached counts as all
+    ones there and here.
     """
     path = Path(path)
     if path.is_file() and _starts_otherwise(path):
-        raise BundleError(f"{path} is no GGUF; an importance matrix in llama.cpp's old .dat format is converted with: llama-imatrix --in-file OLD.dat -o NEW.gguf")
+        raise BundleError(
+            f"{path} is no GGUF; an importance matrix in llama.cpp's old .dat format is "
+            "converted with: llama-imatrix --in-file OLD.dat -o NEW.gguf"
+        )
     header = read_header(path)
     if header.metadata.get("general.type") != "imatrix":
-        raise BundleError(f"{path} is a GGUF of type {header.metadata.get('general.type')!r}, not an importance matrix")
+        raise BundleError(
+            f"{path} is a GGUF of type {header.metadata.get('general.type')!r}, not an "
+            "importance matrix"
+        )
     tables = {tensor.name: tensor for tensor in header.tensors}
     entries = {}
     with open(path, "rb") as file:
@@ -52,11 +64,24 @@ def read_imatrix(path: Path) -> dict[str, np.ndarray]:
             if name + _COUNT not in tables:
                 raise BundleError(f"{path}: {name!r} has sums but no counts; the file is damaged")
             sums, counts = values(tensor), values(tables[name + _COUNT])
-            if not (np.isfinite(sums).all() and np.isfinite(counts).all() and (sums >= 0).all() and len(counts) and len(sums) % len(counts) == 0):
-                raise BundleError(f"{path}: the entry of {name!r} holds NaN, infinity or negative sums; measure it again")
+            if not (
+                np.isfinite(sums).all()
+                and np.isfinite(counts).all()
+                and (sums >= 0).all()
+                and len(counts)
+                and len(sums) % len(counts) == 0
+            ):
+                raise BundleError(
+                    f"{path}: the entry of {name!r} holds NaN, infinity or negative sums; "
+                    "measure it again"
+                )
             per_matrix = sums.reshape(len(counts), -1)
             safe = np.where(counts > 0, counts, 1)[:, None].astype(np.float32)
-            entries[name] = np.where(counts[:, None] > 0, per_matrix / safe, np.float32(1)).reshape(-1).astype(np.float32)
+            entries[name] = (
+                np.where(counts[:, None] > 0, per_matrix / safe, np.float32(1))
+                .reshape(-1)
+                .astype(np.float32)
+            )
     return entries
 
 
@@ -66,7 +91,9 @@ def _starts_otherwise(path: Path) -> bool:
 
 
 def read_importance(path: Path, mapping: Mapping) -> dict[str, np.ndarray]:
-    """The entries of an importance matrix that the tensors of ``mapping`` will use. Raises BundleError when it is of another model."""
+    """The entries of an importance matrix that the tensors of ``mapping`` will use. Raises
+    BundleError when it is of another model.
+    """
     entries, found = read_imatrix(path), {}
     for source in mapping.sources:
         if source.use != "matmul":
@@ -76,16 +103,35 @@ def read_importance(path: Path, mapping: Mapping) -> dict[str, np.ndarray]:
         if weights is None:
             continue
         if weights.shape != (source.n_per_row,):
-            raise BundleError(f"{path} has {len(weights)} columns for {source.name!r}, this model {source.n_per_row}: it was measured on another model")
+            raise BundleError(
+                f"{path} has {len(weights)} columns for {source.name!r}, this model "
+                f"{source.n_per_row}: it was measured on another model"
+            )
         found[source.name] = np.ascontiguousarray(weights)
     if not found:
-        raise BundleError(f"{path} names none of this model's tensors; it was measured on another model")
+        raise BundleError(
+            f"{path} names none of this model's tensors; it was measured on another model"
+        )
     return found
 
 
-def write_imatrix(path: Path, entries: dict[str, tuple[np.ndarray, int]], *, chunks: int, chunk_tokens: int, datasets: list[str]) -> None:
-    """Write ``name → (sums of squares [n_per_row], count)`` in llama.cpp's format (tools/imatrix/imatrix.cpp, save_imatrix)."""
-    pairs = [("general.type", "imatrix"), ("imatrix.datasets", datasets), ("imatrix.chunk_count", chunks), ("imatrix.chunk_size", chunk_tokens)]
+def write_imatrix(
+    path: Path,
+    entries: dict[str, tuple[np.ndarray, int]],
+    *,
+    chunks: int,
+    chunk_tokens: int,
+    datasets: list[str],
+) -> None:
+    """Write ``name → (sums of squares [n_per_row], count)`` in llama.cpp's format
+    (tools/imatrix/imatrix.cpp, save_imatrix).
+    """
+    pairs = [
+        ("general.type", "imatrix"),
+        ("imatrix.datasets", datasets),
+        ("imatrix.chunk_count", chunks),
+        ("imatrix.chunk_size", chunk_tokens),
+    ]
     tensors = []
     for name, (sums, count) in sorted(entries.items()):
         tensors.append((name + _SUM, (len(sums), 1), sums))
@@ -102,11 +148,20 @@ class Calibration:
 
 
 def calibrate(
-    bundle: Bundle, text: Path, out: Path, *, max_tokens: int = 0, n_threads: int = 0, overwrite: bool = False, progress: Callable[[int, int], None] = lambda done, total: None
+    bundle: Bundle,
+    text: Path,
+    out: Path,
+    *,
+    max_tokens: int = 0,
+    n_threads: int = 0,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Calibration:
-    """Run ``text`` through the bundle's decoder in chunks of 512 tokens and write the importance matrix to ``out``.
+    """Run ``text`` through the bundle's decoder in chunks of 512 tokens and write the importance
+    matrix to ``out``.
 
-    ``max_tokens`` bounds the work (0: the whole text). Raises UsageError (too little text, ``out`` exists), BundleError.
+    ``max_tokens`` bounds the work (0: the whole text). Raises UsageError (too little text, ``out``
+    exists), BundleError.
     """
     from edge_gemma.engines.llama import decoder as decode
     from edge_gemma.engines.llama.calibration import watch_matmuls
@@ -128,15 +183,22 @@ def calibrate(
         sums[name] = sums[name] + squares if name in sums else squares
         counts[name] = counts.get(name, 0) + len(rows)
 
-    settings = decode.Settings(n_ctx=CHUNK_TOKENS, n_ubatch=CHUNK_TOKENS // 4, n_threads=n_threads or os.cpu_count() or 1)
+    settings = decode.Settings(
+        n_ctx=CHUNK_TOKENS, n_ubatch=CHUNK_TOKENS // 4, n_threads=n_threads or os.cpu_count() or 1
+    )
     decoder = decode.Decoder(bundle.decoder_path, settings)
     try:
         ids = decoder.tokenize(content)
         step = CHUNK_TOKENS - decoder.add_bos
         n_chunks = min(len(ids), max_tokens or len(ids)) // step
         if not n_chunks:
-            raise UsageError(f"{text} has {len(ids)} tokens; calibrating needs at least {step}, better 20,000 or more")
-        context = decoder.context(n_outputs=settings.n_ubatch, on_tensor=watch_matmuls(wanted, collect))
+            raise UsageError(
+                f"{text} has {len(ids)} tokens; calibrating needs at least {step}, better "
+                "20,000 or more"
+            )
+        context = decoder.context(
+            n_outputs=settings.n_ubatch, on_tensor=watch_matmuls(wanted, collect)
+        )
         start = [decoder.bos] if decoder.add_bos else []
         for k in range(n_chunks):
             for _ in context.evaluate([decode.Tokens((*start, *ids[k * step : (k + 1) * step]))]):
@@ -144,9 +206,21 @@ def calibrate(
             progress(k + 1, n_chunks)
     finally:
         decoder.close()
-    matrices = [t.name for t in bundle.manifest.decoder.tensors if t.use == "matmul" and len(t.shape) == 2 and wanted(t.name)]
+    matrices = [
+        t.name
+        for t in bundle.manifest.decoder.tensors
+        if t.use == "matmul" and len(t.shape) == 2 and wanted(t.name)
+    ]
     broken = [name for name, values in sums.items() if not np.isfinite(values).all()]
     if broken:
         raise BundleError(f"the activations of {broken[0]} are not finite; the model is damaged")
-    write_imatrix(out, {name: (sums[name], counts[name]) for name in sums}, chunks=n_chunks, chunk_tokens=CHUNK_TOKENS, datasets=[text.name])
-    return Calibration(out, len(sums), n_chunks * step, tuple(name for name in matrices if name not in sums))
+    write_imatrix(
+        out,
+        {name: (sums[name], counts[name]) for name in sums},
+        chunks=n_chunks,
+        chunk_tokens=CHUNK_TOKENS,
+        datasets=[text.name],
+    )
+    return Calibration(
+        out, len(sums), n_chunks * step, tuple(name for name in matrices if name not in sums)
+    )

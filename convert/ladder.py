@@ -1,9 +1,11 @@
 """One checkpoint, several recipes: the table and the plot that say what each costs and gives.
 
-In: a checkpoint, recipe names (``name`` or ``name+imatrix``), a text. Out: a :class:`Rung` each, ``table.md``, ``table.json`` and, with
-matplotlib, ``ladder.png``. Quality is measured against the checkpoint's own precision (bf16), speed and memory through the runtime's loader in
-a process of its own, the recipes taking turns so that a machine's moods fall on all alike. Quality takes long and any machine will do; speed
-is short and wants a calm one. So the two can be had apart: :func:`run` with ``rounds=0`` and ``keep``, later :func:`time_kept`.
+In: a checkpoint, recipe names (``name`` or ``name+imatrix``), a text. Out: a :class:`Rung` each,
+``table.md``, ``table.json`` and, with matplotlib, ``ladder.png``. Quality is measured against the
+checkpoint's own precision (bf16), speed and memory through the runtime's loader in a process of its
+own, the recipes taking turns so that a machine's moods fall on all alike. Quality takes long and
+any machine will do; speed is short and wants a calm one. So the two can be had apart: :func:`run`
+with ``rounds=0`` and ``keep``, later :func:`time_kept`.
 """
 
 from __future__ import annotations
@@ -62,18 +64,28 @@ def run(
     note: Callable[[str], None] = lambda text: None,
     steps: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Rung]:
-    """Convert, compare, time (``rounds=0``: not yet). ``add`` keeps the table that ``out`` has and adds the recipes that are not in it. Raises UsageError before any work for an unknown recipe, ``+imatrix`` without one, or an output that exists."""
+    """Convert, compare, time (``rounds=0``: not yet). ``add`` keeps the table that ``out`` has and
+    adds the recipes that are not in it. Raises UsageError before any work for an unknown recipe,
+    ``+imatrix`` without one, or an output that exists.
+    """
     wanted = {_label(name): name for recipe in recipes if (name := recipe.strip())}
     for name in wanted.values():
         read_recipe(name.removesuffix("+imatrix"))
         if name.endswith("+imatrix") and imatrix is None:
-            raise UsageError(f"{name}: give the importance matrix with --imatrix FILE (`edge-gemma calibrate` makes one)")
+            raise UsageError(
+                f"{name}: give the importance matrix with --imatrix FILE (`edge-gemma "
+                "calibrate` makes one)"
+            )
     if not text.is_file():
         raise UsageError(f"there is no text {text} to measure on")
     if out.exists() and not (overwrite or add):
         raise UsageError(f"{out} exists; choose another folder or pass --force")
     earlier = _kept(out) if add and (out / TABLE).exists() else []
-    wanted = {label: name for label, name in wanted.items() if label not in {rung.recipe for rung in earlier}}
+    wanted = {
+        label: name
+        for label, name in wanted.items()
+        if label not in {rung.recipe for rung in earlier}
+    }
     if not wanted:
         return earlier
     try:
@@ -81,14 +93,21 @@ def run(
     except OSError as error:
         raise RuntimeFailure(f"cannot make the folder {out}: {error.strerror}") from None
     bundles: dict[str, Bundle] = {}
-    doomed: list[Bundle] = []  # what goes at the end: until there is a table, whatever this run made
+    doomed: list[
+        Bundle
+    ] = []  # what goes at the end: until there is a table, whatever this run made
     try:
         for label, name in {REFERENCE: REFERENCE, **wanted}.items():
             stage(f"convert {label}")
             options = Conversion(
-                quant=name.removesuffix("+imatrix"), imatrix=imatrix if name.endswith("+imatrix") else None, audio="none", vision="none",
-                overwrite=overwrite or add, n_threads=n_threads, verify=False,
-            )  # fmt: skip
+                quant=name.removesuffix("+imatrix"),
+                imatrix=imatrix if name.endswith("+imatrix") else None,
+                audio="none",
+                vision="none",
+                overwrite=overwrite or add,
+                n_threads=n_threads,
+                verify=False,
+            )
             if label == REFERENCE and earlier and (out / label / MANIFEST).is_file():
                 bundles[label] = Bundle.open(out / label)
                 continue
@@ -99,10 +118,20 @@ def run(
                 note(f"{label}: {text_note}")
         stage("quality")
         candidates = {name: bundles[name].decoder_path for name in wanted}
-        receipts = compare(bundles[REFERENCE].decoder_path, candidates, text, max_tokens=max_tokens, n_threads=n_threads, progress=steps)
+        receipts = compare(
+            bundles[REFERENCE].decoder_path,
+            candidates,
+            text,
+            max_tokens=max_tokens,
+            n_threads=n_threads,
+            progress=steps,
+        )
         rungs = earlier + [_rung(name, bundles[name], receipts[name]) for name in wanted]
         if len({(rung.receipt.text, rung.receipt.tokens) for rung in rungs}) > 1:
-            raise UsageError(f"{out} was measured on other text than {text.name}; make a new ladder, or ask for as many tokens of the same text")
+            raise UsageError(
+                f"{out} was measured on other text than {text.name}; make a new ladder, or "
+                "ask for as many tokens of the same text"
+            )
         bundles |= {rung.recipe: Bundle.open(out / rung.recipe) for rung in earlier}
         _write(rungs, out)  # before the speeds: whoever interrupts those keeps the long part
         doomed = [] if keep else list(bundles.values())
@@ -118,8 +147,17 @@ def run(
     return rungs
 
 
-def time_kept(out: Path, *, rounds: int = 3, n_threads: int = 0, keep: bool = True, steps: Callable[[int, int], None] = lambda done, total: None) -> list[Rung]:
-    """Speed and memory of the bundles that :func:`run` kept in ``out``, added to its table. Raises UsageError when there are none."""
+def time_kept(
+    out: Path,
+    *,
+    rounds: int = 3,
+    n_threads: int = 0,
+    keep: bool = True,
+    steps: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Rung]:
+    """Speed and memory of the bundles that :func:`run` kept in ``out``, added to its table. Raises
+    UsageError when there are none.
+    """
     rungs = _kept(out)
     bundles = {rung.recipe: Bundle.open(out / rung.recipe) for rung in rungs}
     rungs = _with_speed(rungs, bundles, max(1, rounds), n_threads, steps)
@@ -135,10 +173,15 @@ def _kept(out: Path) -> list[Rung]:
     try:
         rungs = msgspec.json.decode((out / TABLE).read_bytes(), type=list[Rung])
     except (OSError, msgspec.DecodeError) as error:
-        raise UsageError(f"{out} holds no ladder to go on with ({error}); make one first, with --keep") from None
+        raise UsageError(
+            f"{out} holds no ladder to go on with ({error}); make one first, with --keep"
+        ) from None
     gone = [rung.recipe for rung in rungs if not (out / rung.recipe / MANIFEST).is_file()]
     if gone:
-        raise UsageError(f"{out} no longer holds the bundles of {', '.join(gone)}; run the ladder again with --keep")
+        raise UsageError(
+            f"{out} no longer holds the bundles of {', '.join(gone)}; run the ladder again "
+            "with --keep"
+        )
     return rungs
 
 
@@ -155,8 +198,14 @@ def _label(name: str) -> str:
 
 def _rung(name: str, bundle: Bundle, receipt: Receipt) -> Rung:
     tensors = bundle.manifest.decoder.tensors
-    weights = sum(_count(tensor.shape) for tensor in tensors if tensor.name != "output.weight" or bundle.manifest.decoder.tied_head)
-    return Rung(name, bundle.total_bytes(), 8 * sum(tensor.nbytes for tensor in tensors) / weights, receipt)
+    weights = sum(
+        _count(tensor.shape)
+        for tensor in tensors
+        if tensor.name != "output.weight" or bundle.manifest.decoder.tied_head
+    )
+    return Rung(
+        name, bundle.total_bytes(), 8 * sum(tensor.nbytes for tensor in tensors) / weights, receipt
+    )
 
 
 def _count(shape: tuple[int, ...]) -> int:
@@ -166,7 +215,13 @@ def _count(shape: tuple[int, ...]) -> int:
     return n
 
 
-def _with_speed(rungs: list[Rung], bundles: dict[str, Bundle], rounds: int, n_threads: int, steps: Callable[[int, int], None]) -> list[Rung]:
+def _with_speed(
+    rungs: list[Rung],
+    bundles: dict[str, Bundle],
+    rounds: int,
+    n_threads: int,
+    steps: Callable[[int, int], None],
+) -> list[Rung]:
     figures: dict[str, list[dict]] = {rung.recipe: [] for rung in rungs}
     for turn in range(rounds):
         for i, rung in enumerate(rungs):
@@ -174,25 +229,64 @@ def _with_speed(rungs: list[Rung], bundles: dict[str, Bundle], rounds: int, n_th
             steps(turn * len(rungs) + i + 1, rounds * len(rungs))
     timed = []
     for rung in rungs:
-        middle = {key: median(figure[key] for figure in figures[rung.recipe]) for key in ("prefill_tok_s", "decode_tok_s", "pss_bytes", "anon_bytes")}
-        timed.append(replace(rung, **{key: round(value, 1) if key.endswith("tok_s") else int(value) for key, value in middle.items()}))
+        middle = {
+            key: median(figure[key] for figure in figures[rung.recipe])
+            for key in ("prefill_tok_s", "decode_tok_s", "pss_bytes", "anon_bytes")
+        }
+        timed.append(
+            replace(
+                rung,
+                **{
+                    key: round(value, 1) if key.endswith("tok_s") else int(value)
+                    for key, value in middle.items()
+                },
+            )
+        )
     return timed
 
 
 def table(rungs: Sequence[Rung]) -> str:
     """A Markdown table, smallest divergence first as given."""
-    head = ["recipe", "MiB", "bits/weight", "PPL", "KLD mean", "KLD 99 %", "same top-1", "prefill tok/s", "decode tok/s", "PSS MiB (anon)"]
+    head = [
+        "recipe",
+        "MiB",
+        "bits/weight",
+        "PPL",
+        "KLD mean",
+        "KLD 99 %",
+        "same top-1",
+        "prefill tok/s",
+        "decode tok/s",
+        "PSS MiB (anon)",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for rung in rungs:
         r = rung.receipt
         cells = [
-            rung.recipe, f"{rung.bytes / MiB:.0f}", f"{rung.bits_per_weight:.2f}", f"{r.ppl:.2f}", f"{r.kld_mean:.4f}", f"{r.kld_p99:.3f}", f"{100 * r.top1_agreement:.1f} %",
-            *([f"{rung.prefill_tok_s:.0f}", f"{rung.decode_tok_s:.0f}", f"{rung.pss_bytes / MiB:.0f} ({rung.anon_bytes / MiB:.0f})"] if rung.decode_tok_s else ["–"] * 3),
-        ]  # fmt: skip
+            rung.recipe,
+            f"{rung.bytes / MiB:.0f}",
+            f"{rung.bits_per_weight:.2f}",
+            f"{r.ppl:.2f}",
+            f"{r.kld_mean:.4f}",
+            f"{r.kld_p99:.3f}",
+            f"{100 * r.top1_agreement:.1f} %",
+            *(
+                [
+                    f"{rung.prefill_tok_s:.0f}",
+                    f"{rung.decode_tok_s:.0f}",
+                    f"{rung.pss_bytes / MiB:.0f} ({rung.anon_bytes / MiB:.0f})",
+                ]
+                if rung.decode_tok_s
+                else ["–"] * 3
+            ),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     if rungs:
         first = rungs[0].receipt
-        lines.append(f"\nAgainst bf16 (PPL {first.ppl_reference:.2f}) on {first.tokens} tokens of {first.text}.")
+        lines.append(
+            f"\nAgainst bf16 (PPL {first.ppl_reference:.2f}) on {first.tokens} tokens of "
+            f"{first.text}."
+        )
     return "\n".join(lines)
 
 
@@ -206,9 +300,24 @@ def _plot(rungs: Sequence[Rung], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for rung in rungs:
-        axes.scatter(rung.bytes / MiB, max(rung.receipt.kld_mean, 1e-6), color="tab:red" if "edge" in rung.recipe else "tab:blue")
-        axes.annotate(rung.recipe, (rung.bytes / MiB, max(rung.receipt.kld_mean, 1e-6)), textcoords="offset points", xytext=(5, 4), fontsize=8)
-    axes.set(xlabel="bundle, MiB", ylabel="mean KL divergence from bf16, nats", yscale="log", title="What each recipe costs")
+        axes.scatter(
+            rung.bytes / MiB,
+            max(rung.receipt.kld_mean, 1e-6),
+            color="tab:red" if "edge" in rung.recipe else "tab:blue",
+        )
+        axes.annotate(
+            rung.recipe,
+            (rung.bytes / MiB, max(rung.receipt.kld_mean, 1e-6)),
+            textcoords="offset points",
+            xytext=(5, 4),
+            fontsize=8,
+        )
+    axes.set(
+        xlabel="bundle, MiB",
+        ylabel="mean KL divergence from bf16, nats",
+        yscale="log",
+        title="What each recipe costs",
+    )
     axes.margins(x=0.2)  # room for the names
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)

@@ -1,10 +1,13 @@
-"""An ``mmproj`` GGUF of Gemma 3 (llama.cpp's vision file) → the same ONNX vision encoder a checkpoint gives.
+"""An ``mmproj`` GGUF of Gemma 3 (llama.cpp's vision file) → the same ONNX vision encoder a
+checkpoint gives.
 
-In: a path. Out: :class:`Mmproj`, which answers like a checkpoint (``config``, ``names``, ``shape``, ``read``) under canonical names, and
-:func:`vision_from_mmproj`. What it does not know: the graph (:mod:`.vision` writes it).
+In: a path. Out: :class:`Mmproj`, which answers like a checkpoint (``config``, ``names``, ``shape``,
+``read``) under canonical names, and :func:`vision_from_mmproj`. What it does not know: the graph
+(:mod:`.vision` writes it).
 
-Names and values follow llama.cpp's ``conversion/gemma.py`` and ``tools/mtmd/clip.cpp``: the projector's norm holds weight + 1 there, and
-files before mid-2025 call the MLP's two matrices by each other's names.
+Names and values follow llama.cpp's ``conversion/gemma.py`` and ``tools/mtmd/clip.cpp``: the
+projector's norm holds weight + 1 there, and files before mid-2025 call the MLP's two matrices by
+each other's names.
 """
 
 from __future__ import annotations
@@ -32,14 +35,22 @@ _FIXED = {
     "mm.soft_emb_norm.weight": _PROJECTOR + "mm_soft_emb_norm.weight",
 }
 _LAYER = {
-    "ln1": "layer_norm1", "ln2": "layer_norm2", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_out": "self_attn.out_proj", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2",
-}  # fmt: skip
+    "ln1": "layer_norm1",
+    "ln2": "layer_norm2",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_out": "self_attn.out_proj",
+    "ffn_up": "mlp.fc1",
+    "ffn_down": "mlp.fc2",
+}
 _MAX_TENSOR_BYTES = 1 << 30
 
 
 class Mmproj:
-    """The tensors of an ``mmproj`` file by canonical name. Raises BundleError (damaged), UnsupportedModel (not Gemma 3's)."""
+    """The tensors of an ``mmproj`` file by canonical name. Raises BundleError (damaged),
+    UnsupportedModel (not Gemma 3's).
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -48,10 +59,20 @@ class Mmproj:
         meta = header.metadata
         projector = meta.get("clip.vision.projector_type", meta.get("clip.projector_type"))
         if meta.get("general.architecture") not in ("clip", "mmproj"):
-            raise UnsupportedModel(f"{self.path} holds the architecture {meta.get('general.architecture')!r}; a vision file (mmproj) says 'clip'")
+            raise UnsupportedModel(
+                f"{self.path} holds the architecture {meta.get('general.architecture')!r}; a "
+                "vision file (mmproj) says 'clip'"
+            )
         if projector != "gemma3":
-            hint = "; Gemma 3n's vision tower is converted from the checkpoint: edge-gemma convert" if projector == "gemma3nv" else ""
-            raise UnsupportedModel(f"{self.path} is a projector of kind {projector!r}; 'gemma3' is what is supported{hint}")
+            hint = (
+                "; Gemma 3n's vision tower is converted from the checkpoint: edge-gemma convert"
+                if projector == "gemma3nv"
+                else ""
+            )
+            raise UnsupportedModel(
+                f"{self.path} is a projector of kind {projector!r}; 'gemma3' is what is "
+                f"supported{hint}"
+            )
         swapped = self._swapped(header)
         for tensor in header.tensors:
             if (name := _canonical(tensor.name, swapped)) is not None:
@@ -70,7 +91,10 @@ class Mmproj:
         try:
             return self._tensors[name]
         except KeyError:
-            raise BundleError(f"{self.path} lacks the tensor for {name!r}; it is incomplete or of another version of llama.cpp") from None
+            raise BundleError(
+                f"{self.path} lacks the tensor for {name!r}; it is incomplete or of another "
+                "version of llama.cpp"
+            ) from None
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(reversed(self._tensor(name).shape))
@@ -81,26 +105,40 @@ class Mmproj:
 
         tensor = self._tensor(name)
         if tensor.nbytes > _MAX_TENSOR_BYTES:
-            raise BundleError(f"{self.path}: tensor {tensor.name!r} claims {tensor.nbytes} bytes; no vision tensor is that large")
+            raise BundleError(
+                f"{self.path}: tensor {tensor.name!r} claims {tensor.nbytes} bytes; no "
+                "vision tensor is that large"
+            )
         with open(self.path, "rb") as file:
             file.seek(tensor.offset)
             raw = np.frombuffer(file.read(tensor.nbytes), np.uint8)
         if raw.size != tensor.nbytes:
-            raise BundleError(f"{self.path} ended inside the tensor {tensor.name!r} while it was read")
+            raise BundleError(
+                f"{self.path} ended inside the tensor {tensor.name!r} while it was read"
+            )
         shape = self.shape(name)
         kind = gguf.GGMLQuantizationType[tensor.type]
         try:
-            values = gguf.quants.dequantize(raw.reshape(-1, raw.size // max(1, int(np.prod(shape[:-1])))), kind)
+            values = gguf.quants.dequantize(
+                raw.reshape(-1, raw.size // max(1, int(np.prod(shape[:-1])))), kind
+            )
         except (NotImplementedError, ValueError) as error:
-            raise UnsupportedModel(f"{self.path}: tensor {tensor.name!r} is {tensor.type}, which cannot be read back here ({error}); take an F16 or F32 mmproj") from None
+            raise UnsupportedModel(
+                f"{self.path}: tensor {tensor.name!r} is {tensor.type}, which cannot be read "
+                f"back here ({error}); take an F16 or F32 mmproj"
+            ) from None
         values = np.ascontiguousarray(values, np.float32).reshape(shape)
         if not np.isfinite(values).all():
-            raise BundleError(f"{self.path}: tensor {tensor.name!r} holds NaN or infinity; the file is damaged")
+            raise BundleError(
+                f"{self.path}: tensor {tensor.name!r} holds NaN or infinity; the file is damaged"
+            )
         return values - 1 if name.endswith("mm_soft_emb_norm.weight") else values
 
 
 def vision_from_mmproj(path: str | Path, folder: Path, precision: str = "f16") -> VisionPart:
-    """Write ``vision_encoder.onnx`` (+ ``.data``) of an ``mmproj`` GGUF into ``folder``. Raises BundleError, UnsupportedModel, UsageError."""
+    """Write ``vision_encoder.onnx`` (+ ``.data``) of an ``mmproj`` GGUF into ``folder``. Raises
+    BundleError, UnsupportedModel, UsageError.
+    """
     return write_vision_encoder(Mmproj(path), folder, precision)
 
 
@@ -110,7 +148,11 @@ def _canonical(name: str, swapped: bool) -> str | None:
     match = re.fullmatch(r"v\.blk\.(\d+)\.(\w+)\.(weight|bias)", name)
     if match is None or match[2] not in _LAYER:
         return None
-    part = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}.get(match[2], match[2]) if swapped else match[2]
+    part = (
+        {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}.get(match[2], match[2])
+        if swapped
+        else match[2]
+    )
     return f"{_TOWER}encoder.layers.{int(match[1])}.{_LAYER[part]}.{match[3]}"
 
 
@@ -127,30 +169,44 @@ def _config(header: Header, path: Path) -> dict:
     pool = number("clip.vision.projector.scale_factor", default=4)
     mean, std = (header.metadata.get(f"clip.vision.image_{name}") for name in ("mean", "std"))
     if mean != [0.5] * 3 or std != [0.5] * 3:
-        raise UnsupportedModel(f"{path} wants pixels with mean {mean} and deviation {std}; Gemma 3's are 0.5")
+        raise UnsupportedModel(
+            f"{path} wants pixels with mean {mean} and deviation {std}; Gemma 3's are 0.5"
+        )
     return {
         "mm_tokens_per_image": (size // patch // pool) ** 2,
         "vision_config": {
             "image_size": size,
             "num_attention_heads": number("clip.vision.attention.head_count"),
-            "layer_norm_eps": number("clip.vision.attention.layer_norm_epsilon", (int, float), 1e-6),
+            "layer_norm_eps": number(
+                "clip.vision.attention.layer_norm_epsilon", (int, float), 1e-6
+            ),
         },
     }
 
 
 def vision_writer(mmproj: str | Path, precision: str = "f16") -> WriteVision:
-    """What ``import_gguf`` calls to give an imported Gemma 3 its vision encoder. It raises UnsupportedModel, BundleError."""
+    """What ``import_gguf`` calls to give an imported Gemma 3 its vision encoder. It raises
+    UnsupportedModel, BundleError.
+    """
     mmproj = Path(mmproj)
 
     def write(folder: Path, description: Description) -> VisionPart:
-        missing = [token for token in ("start_of_image", "end_of_image") if token not in description.special_tokens]
+        missing = [
+            token
+            for token in ("start_of_image", "end_of_image")
+            if token not in description.special_tokens
+        ]
         if description.family != "gemma3" or missing:
             without = f" without {missing[0]}" if missing else ""
-            raise UnsupportedModel(f"{mmproj.name} belongs to a Gemma 3 that sees; {description.name} is a {description.family}{without}")
+            raise UnsupportedModel(
+                f"{mmproj.name} belongs to a Gemma 3 that sees; {description.name} is a "
+                f"{description.family}{without}"
+            )
         part = vision_from_mmproj(mmproj, folder, precision)
         if part.n_embd != description.decoder.n_embd:
             raise BundleError(
-                f"{mmproj.name} gives rows {part.n_embd} wide, {description.name} takes {description.decoder.n_embd}: they belong to different models"
+                f"{mmproj.name} gives rows {part.n_embd} wide, {description.name} takes "
+                f"{description.decoder.n_embd}: they belong to different models"
             )
         return part
 

@@ -1,11 +1,12 @@
-"""Builds an ONNX graph straight from numpy arrays, one tensor at a time: memory stays at about one tensor, whatever the model's size.
+"""Builds an ONNX graph straight from numpy arrays, one tensor at a time: memory stays at about one
+tensor, whatever the model's size.
 
-In: arrays and node names, in the order the data flows. Out: ``NAME.onnx`` (the graph and its small constants) and
-``NAME.onnx.data`` (the large ones, each starting on a 64 KiB border so that every system can map it). It does not know which
-network it writes, and it never runs one.
+In: arrays and node names, in the order the data flows. Out: ``NAME.onnx`` (the graph and its small
+constants) and ``NAME.onnx.data`` (the large ones, each starting on a 64 KiB border so that every
+system can map it). It does not know which network it writes, and it never runs one.
 
-Constants are called ``w.…``, intermediate values ``v.…``; only graph inputs and outputs keep the names given to them. (An input
-and a constant of the same name collide silently in onnxruntime.)
+Constants are called ``w.…``, intermediate values ``v.…``; only graph inputs and outputs keep the
+names given to them. (An input and a constant of the same name collide silently in onnxruntime.)
 """
 
 from __future__ import annotations
@@ -24,13 +25,22 @@ from edge_gemma.errors import UsageError
 Precision = Literal["f32", "f16", "int8", "int8-block", "int4-block"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
-ALIGNMENT = 64 * 1024  # a page is 4 KiB here, 16 KiB on a Raspberry Pi 5, and Windows maps at 64 KiB borders
+ALIGNMENT = (
+    64 * 1024
+)  # a page is 4 KiB here, 16 KiB on a Raspberry Pi 5, and Windows maps at 64 KiB borders
 INLINE_BYTES = 16 * 1024  # smaller constants stay in the graph itself
 OPSET, IR_VERSION = 17, 8
-OPSET_OF_BLOCKS, IR_VERSION_OF_BLOCKS = 21, 10  # DequantizeLinear with a scale per block; the operators around it changed too (ReduceMean's axes)
+OPSET_OF_BLOCKS, IR_VERSION_OF_BLOCKS = (
+    21,
+    10,
+    # DequantizeLinear with a scale per block; the operators around it changed too (ReduceMean's
+    # axes)
+)
 MICROSOFT = "com.microsoft"  # onnxruntime's own operators
 _INT8_PEAK = 127  # symmetric: −128 is not used, so that a weight and its negative quantize alike
-_INT8_PAIR_PEAK = 128  # 255 · 128 < 2^15: on AVX2 without VNNI, neighbouring products are added in 16 bits, which would saturate
+# 255 · 128 < 2^15: on AVX2 without VNNI, neighbouring products are added in 16 bits, which would
+# saturate
+_INT8_PAIR_PEAK = 128
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,9 @@ class Matrix:
 
 
 class OnnxWriter:
-    """A graph under construction. A context manager: leaving it normally writes the graph, an exception leaves only partial files.
+    """A graph under construction.
+
+    A context manager: leaving it normally writes the graph, an exception leaves only partial files.
 
     >>> folder = getfixture("tmp_path")
     >>> with OnnxWriter(folder / "double.onnx") as graph:
@@ -58,7 +70,9 @@ class OnnxWriter:
         self.path, self.opset = Path(path), opset
         self.data_path = self.path.with_name(self.path.name + ".data")
         self.weights_bytes = 0  # all constants, inline ones too: what a session must hold at least
-        self.half_bytes = 0  # of them, in half precision and cast: a session that widens them when it is opened holds as much again
+        # of them, in half precision and cast: a session that widens them when it is opened holds as
+        # much again
+        self.half_bytes = 0
         self._nodes: list[onnx.NodeProto] = []
         self._constants: list[onnx.TensorProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -91,24 +105,46 @@ class OnnxWriter:
         self._nodes.append(helper.make_node("Identity", [value], [name]))
         self._outputs.append(helper.make_tensor_value_info(name, _onnx_type(dtype), shape))
 
-    def node(self, op: str, inputs: list[str], *, n_outputs: int = 1, domain: str = "", **attributes):
-        """Append one operator. Returns its output's name, or a tuple of names when ``n_outputs`` > 1. "" is an absent optional input."""
+    def node(
+        self, op: str, inputs: list[str], *, n_outputs: int = 1, domain: str = "", **attributes
+    ):
+        """Append one operator. Returns its output's name, or a tuple of names when ``n_outputs`` >
+        1. "" is an absent optional input.
+        """
         outputs = [self._name(op) for _ in range(n_outputs)]
         self._nodes.append(helper.make_node(op, inputs, outputs, domain=domain, **attributes))
         return outputs[0] if n_outputs == 1 else tuple(outputs)
 
-    def scan(self, values: list[str], shape: list[int | str], body: Callable[..., tuple[str, ...]], shapes: list[list[int | str]]) -> tuple[str, ...]:
-        """``body`` on the slices ``shape`` of ``values`` along their first axis, one after another; its results, of ``shapes``, stacked.
+    def scan(
+        self,
+        values: list[str],
+        shape: list[int | str],
+        body: Callable[..., tuple[str, ...]],
+        shapes: list[list[int | str]],
+    ) -> tuple[str, ...]:
+        """``body`` on the slices ``shape`` of ``values`` along their first axis, one after another;
+        its results, of ``shapes``, stacked.
 
-        A loop in the graph: the results are written where they belong, without a copy. The body may use values from outside. Make its
-        matrices outside: what stands in the body, a cast of a weight too, runs for every slice.
+        A loop in the graph: the results are written where they belong, without a copy. The body may
+        use values from outside. Make its matrices outside: what stands in the body, a cast of a
+        weight too, runs for every slice.
         """
         outer, self._nodes = self._nodes, []
         inputs = [self._name("slice") for _ in values]
         outputs = body(*inputs)
-        typed = [helper.make_tensor_value_info(name, TensorProto.FLOAT, of) for name, of in zip((*inputs, *outputs), [shape] * len(values) + shapes, strict=True)]
-        graph, self._nodes = helper.make_graph(self._nodes, self._name("body"), typed[: len(inputs)], typed[len(inputs) :]), outer
-        made = self.node("Scan", values, n_outputs=len(outputs), body=graph, num_scan_inputs=len(values))
+        typed = [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, of)
+            for name, of in zip((*inputs, *outputs), [shape] * len(values) + shapes, strict=True)
+        ]
+        graph, self._nodes = (
+            helper.make_graph(
+                self._nodes, self._name("body"), typed[: len(inputs)], typed[len(inputs) :]
+            ),
+            outer,
+        )
+        made = self.node(
+            "Scan", values, n_outputs=len(outputs), body=graph, num_scan_inputs=len(values)
+        )
         return made if isinstance(made, tuple) else (made,)
 
     def _name(self, stem: str, kind: str = "v") -> str:
@@ -117,9 +153,13 @@ class OnnxWriter:
 
     # ---- constants
     def constant(self, array: np.ndarray, name: str = "constant") -> str:
-        """Store ``array`` as it is (its dtype decides the type); large ones go to the data file at once and need not be kept."""
+        """Store ``array`` as it is (its dtype decides the type); large ones go to the data file at
+        once and need not be kept.
+        """
         array = np.asarray(array)
-        tensor = TensorProto(name=self._name(name, "w"), data_type=_onnx_type(array.dtype), dims=array.shape)
+        tensor = TensorProto(
+            name=self._name(name, "w"), data_type=_onnx_type(array.dtype), dims=array.shape
+        )
         self.weights_bytes += array.nbytes
         if array.nbytes < INLINE_BYTES:
             tensor.raw_data = array.tobytes()
@@ -129,13 +169,19 @@ class OnnxWriter:
             self._data.write(bytes(padding))
             np.ascontiguousarray(array).tofile(self._data)
             tensor.data_location = TensorProto.EXTERNAL
-            for key, value in (("location", self.data_path.name), ("offset", offset + padding), ("length", array.nbytes)):
+            for key, value in (
+                ("location", self.data_path.name),
+                ("offset", offset + padding),
+                ("length", array.nbytes),
+            ):
                 tensor.external_data.add(key=key, value=str(value))
         self._constants.append(tensor)
         return tensor.name
 
     def ints(self, *values: int) -> str:
-        """A small int64 vector (axes, shapes, slice bounds), stored once however often it is asked for."""
+        """A small int64 vector (axes, shapes, slice bounds), stored once however often it is asked
+        for.
+        """
         return self._shared(("ints", values), np.array(values, np.int64))
 
     def number(self, value: float) -> str:
@@ -152,7 +198,9 @@ class OnnxWriter:
         return self._scalars[key]
 
     def stored(self, array: np.ndarray, precision: Precision, name: str = "weight") -> str:
-        """``array`` as a float32 value, stored in half precision when ``precision`` is not f32 (for weights of other operators than linear)."""
+        """``array`` as a float32 value, stored in half precision when ``precision`` is not f32 (for
+        weights of other operators than linear).
+        """
         if precision == "f32":
             return self.constant(np.asarray(array, np.float32), name)
         half = _half(array)
@@ -160,43 +208,96 @@ class OnnxWriter:
         return self.node("Cast", [self.constant(half, name)], to=TensorProto.FLOAT)
 
     # ---- common shapes of nodes
-    def linear(self, x: str, weight: np.ndarray, precision: Precision, *, bias: np.ndarray | None = None, block: int = 32, name: str = "linear") -> str:
-        """``x @ weight.T (+ bias)`` for ``x [..., k]`` and ``weight [n, k]`` float32, with the weight stored at ``precision``:
+    def linear(
+        self,
+        x: str,
+        weight: np.ndarray,
+        precision: Precision,
+        *,
+        bias: np.ndarray | None = None,
+        block: int = 32,
+        name: str = "linear",
+    ) -> str:
+        """``x @ weight.T (+ bias)`` for ``x [..., k]`` and ``weight [n, k]`` float32, with the
+        weight stored at ``precision``:
 
-        - ``f32``; ``f16``: stored as half, cast to float32 when the session is opened (half the file, not half the memory);
-        - ``int8``: one scale per output channel and integer activations, one scale per call (``DynamicQuantizeMatMul``);
-        - ``int8-block``, ``int4-block``: one scale per ``block`` weights (``MatMulNBits``); needs no multiple of ``block``.
+        - ``f32``; ``f16``: stored as half, cast to float32 when the session is opened (half the
+          file, not half the memory);
+        - ``int8``: one scale per output channel and integer activations, one scale per call
+          (``DynamicQuantizeMatMul``);
+        - ``int8-block``, ``int4-block``: one scale per ``block`` weights (``MatMulNBits``); needs
+          no multiple of ``block``.
         """
         y = self.multiply(x, self.matrix(weight, precision, block=block, name=name))
-        return y if bias is None else self.node("Add", [y, self.constant(np.asarray(bias, np.float32), "bias")])
+        return (
+            y
+            if bias is None
+            else self.node("Add", [y, self.constant(np.asarray(bias, np.float32), "bias")])
+        )
 
-    def matrix(self, weight: np.ndarray, precision: Precision, *, block: int = 32, accuracy_level: int = 4, name: str = "linear") -> "Matrix":
-        """Store ``weight [n, k]`` once, for any number of :meth:`multiply`. ``accuracy_level`` of the block types: 4 integer, 1 float32 activations."""
+    def matrix(
+        self,
+        weight: np.ndarray,
+        precision: Precision,
+        *,
+        block: int = 32,
+        accuracy_level: int = 4,
+        name: str = "linear",
+    ) -> "Matrix":
+        """Store ``weight [n, k]`` once, for any number of :meth:`multiply`. ``accuracy_level`` of
+        the block types: 4 integer, 1 float32 activations.
+        """
         if precision not in PRECISIONS:
-            raise UsageError(f"unknown precision {precision!r} for an encoder; choose one of {', '.join(PRECISIONS)}")
+            raise UsageError(
+                f"unknown precision {precision!r} for an encoder; choose one of "
+                f"{', '.join(PRECISIONS)}"
+            )
         n, k = weight.shape
         if precision in ("f32", "f16"):
-            return Matrix("MatMul", (self.stored(np.ascontiguousarray(weight.T), precision, name),), {})
+            return Matrix(
+                "MatMul", (self.stored(np.ascontiguousarray(weight.T), precision, name),), {}
+            )
         if precision == "int8":
             codes, scales = quantize_channels(weight)
-            constants = self.constant(np.ascontiguousarray(codes.T), name), self.constant(scales, "scales")
+            constants = (
+                self.constant(np.ascontiguousarray(codes.T), name),
+                self.constant(scales, "scales"),
+            )
             return Matrix("DynamicQuantizeMatMul", constants, {"domain": MICROSOFT})
         bits = 8 if precision == "int8-block" else 4
         codes, scales = quantize_blocks(weight, bits, block)
-        attributes = {"domain": MICROSOFT, "K": k, "N": n, "bits": bits, "block_size": block, "accuracy_level": accuracy_level}
-        return Matrix("MatMulNBits", (self.constant(codes, name), self.constant(scales, "scales")), attributes)
+        attributes = {
+            "domain": MICROSOFT,
+            "K": k,
+            "N": n,
+            "bits": bits,
+            "block_size": block,
+            "accuracy_level": accuracy_level,
+        }
+        return Matrix(
+            "MatMulNBits", (self.constant(codes, name), self.constant(scales, "scales")), attributes
+        )
 
-    def widened_blocks(self, weight: np.ndarray, *, block: int = 32, name: str = "linear") -> "Matrix":
-        """Store ``weight [n, k]`` as ``int8-block`` does, for an ordinary product: it is widened to float32 as a whole just before it is used.
+    def widened_blocks(
+        self, weight: np.ndarray, *, block: int = 32, name: str = "linear"
+    ) -> "Matrix":
+        """Store ``weight [n, k]`` as ``int8-block`` does, for an ordinary product: it is widened to
+        float32 as a whole just before it is used.
 
-        Where a product has many rows, or comes in many strips, that beats ``MatMulNBits``, which widens for every call. Needs OPSET_OF_BLOCKS.
+        Where a product has many rows, or comes in many strips, that beats ``MatMulNBits``, which
+        widens for every call. Needs OPSET_OF_BLOCKS.
         """
         assert self.opset >= OPSET_OF_BLOCKS, self.opset
         n, k = weight.shape
         codes, scales = quantize_blocks(weight, 8, block)
         codes = (codes.reshape(n, -1)[:, :k] ^ 0x80).view(np.int8)  # around zero instead of 128
-        stored = self.constant(np.ascontiguousarray(codes.T), name), self.constant(np.ascontiguousarray(scales.T), "scales")
-        return Matrix("MatMul", (self.node("DequantizeLinear", list(stored), axis=0, block_size=block),), {})
+        stored = (
+            self.constant(np.ascontiguousarray(codes.T), name),
+            self.constant(np.ascontiguousarray(scales.T), "scales"),
+        )
+        return Matrix(
+            "MatMul", (self.node("DequantizeLinear", list(stored), axis=0, block_size=block),), {}
+        )
 
     def multiply(self, x: str, matrix: "Matrix") -> str:
         """``x @ weight.T`` with a stored matrix."""
@@ -209,30 +310,51 @@ class OnnxWriter:
         return self.node("ReduceMean", [x, self.ints(*axes)], keepdims=0)
 
     def rms_norm(self, x: str, weight: np.ndarray, epsilon: float) -> str:
-        """``x · rsqrt(mean x² + epsilon) · weight`` over the last axis; ``weight`` as it multiplies (not 1 + w)."""
-        return self.node("SimplifiedLayerNormalization", [x, self.constant(np.asarray(weight, np.float32), "norm")], axis=-1, epsilon=float(epsilon), stash_type=1)
+        """``x · rsqrt(mean x² + epsilon) · weight`` over the last axis; ``weight`` as it multiplies
+        (not 1 + w).
+        """
+        return self.node(
+            "SimplifiedLayerNormalization",
+            [x, self.constant(np.asarray(weight, np.float32), "norm")],
+            axis=-1,
+            epsilon=float(epsilon),
+            stash_type=1,
+        )
 
     def slice(self, x: str, start: str, stop: str, axis: int, step: int = 1) -> str:
-        """``x[start:stop:step]`` along one axis; the bounds are int64 vectors of one element (:meth:`ints`, or computed)."""
+        """``x[start:stop:step]`` along one axis; the bounds are int64 vectors of one element
+        (:meth:`ints`, or computed).
+        """
         return self.node("Slice", [x, start, stop, self.ints(axis), self.ints(step)])
 
     # ---- the file
     def _write(self) -> None:
-        # onnxruntime runs a node early when it stands late: casts of constants come first here, so that each runs just before its use
+        # onnxruntime runs a node early when it stands late: casts of constants come first here, so
+        # that each runs just before its use
         constants = {tensor.name for tensor in self._constants}
         nodes = sorted(self._nodes, key=lambda node: not constants.issuperset(node.input))
-        graph = helper.make_graph(nodes, self.path.stem, self._inputs, self._outputs, self._constants)
-        model = helper.make_model(graph, producer_name="edge-gemma", ir_version=IR_VERSION if self.opset < OPSET_OF_BLOCKS else IR_VERSION_OF_BLOCKS)
+        graph = helper.make_graph(
+            nodes, self.path.stem, self._inputs, self._outputs, self._constants
+        )
+        model = helper.make_model(
+            graph,
+            producer_name="edge-gemma",
+            ir_version=IR_VERSION if self.opset < OPSET_OF_BLOCKS else IR_VERSION_OF_BLOCKS,
+        )
         del model.opset_import[:]
-        model.opset_import.extend([helper.make_opsetid("", self.opset), helper.make_opsetid(MICROSOFT, 1)])
+        model.opset_import.extend(
+            [helper.make_opsetid("", self.opset), helper.make_opsetid(MICROSOFT, 1)]
+        )
         self.path.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def quantize_channels(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """``weight [n, k]`` float32 → codes int8 ``[n, k]`` and scales ``[n]`` float32, so that weight ≈ codes·scale.
+    """``weight [n, k]`` float32 → codes int8 ``[n, k]`` and scales ``[n]`` float32, so that weight
+    ≈ codes·scale.
 
-    A channel's scale is the smallest that keeps every code within ±127 and the sum of codes 2j and 2j+1 within ±128. Then no kernel
-    saturates, whatever the activations, for half of the error that plain 7-bit weights would cost (uint8 weights are exact too, and half as fast).
+    A channel's scale is the smallest that keeps every code within ±127 and the sum of codes 2j and
+    2j+1 within ±128. Then no kernel saturates, whatever the activations, for half of the error that
+    plain 7-bit weights would cost (uint8 weights are exact too, and half as fast).
     """
     weight = np.asarray(weight, np.float32)
     even = weight[:, : weight.shape[1] // 2 * 2]
@@ -244,10 +366,11 @@ def quantize_channels(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def quantize_blocks(weight: np.ndarray, bits: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """``weight [n, k]`` float32 → codes uint8 ``[n, blocks, block·bits/8]`` and scales ``[n, blocks]`` float32, in ``MatMulNBits``' layout.
+    """``weight [n, k]`` float32 → codes uint8 ``[n, blocks, block·bits/8]`` and scales ``[n,
+    blocks]`` float32, in ``MatMulNBits``' layout.
 
-    Symmetric around 2^(bits−1), its default zero point. The value of largest magnitude in a block lands on −2^(bits−1), so 4 bits
-    use all 16 codes (as ggml's Q4_0 does).
+    Symmetric around 2^(bits−1), its default zero point. The value of largest magnitude in a block
+    lands on −2^(bits−1), so 4 bits use all 16 codes (as ggml's Q4_0 does).
     """
     weight = np.asarray(weight, np.float32)
     n, k = weight.shape
@@ -256,7 +379,9 @@ def quantize_blocks(weight: np.ndarray, bits: int, block: int) -> tuple[np.ndarr
     padded[:, :k] = weight
     padded = padded.reshape(n, blocks, block)
     half = 1 << (bits - 1)
-    peak = np.take_along_axis(padded, np.abs(padded).argmax(axis=2, keepdims=True), axis=2)  # [n, blocks, 1], with its sign
+    peak = np.take_along_axis(
+        padded, np.abs(padded).argmax(axis=2, keepdims=True), axis=2
+    )  # [n, blocks, 1], with its sign
     scales = peak / -half
     inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
     codes = np.clip(np.rint(padded * inverse) + half, 0, 2 * half - 1).astype(np.uint8)
@@ -268,11 +393,12 @@ def quantize_blocks(weight: np.ndarray, bits: int, block: int) -> tuple[np.ndarr
 def _half(array: np.ndarray) -> np.ndarray:
     array = np.asarray(array, np.float32)
     if array.size and np.abs(array).max() > np.finfo(np.float16).max:
-        raise UsageError(f"a weight of magnitude {np.abs(array).max():.3g} does not fit half precision (at most 65504); use f32")
+        raise UsageError(
+            f"a weight of magnitude {np.abs(array).max():.3g} does not fit half precision "
+            "(at most 65504); use f32"
+        )
     return array.astype(np.float16)
 
 
 def _onnx_type(dtype) -> int:
     return helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-
-

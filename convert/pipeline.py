@@ -1,8 +1,11 @@
-"""Checkpoint → bundle in one pass: read, map, quantize, write, verify. The order of everything ``edge-gemma convert`` does.
+"""Checkpoint → bundle in one pass: read, map, quantize, write, verify.
 
-In: a checkpoint folder and :class:`Conversion`. Out: a bundle that exists whole or not at all. :func:`prepare` decides everything
-without reading a weight (that is also the dry run); :func:`convert` then does exactly that. A conversion that was killed leaves a hidden
-folder beside the output, which the next run for the same output removes.
+The order of everything ``edge-gemma convert`` does.
+
+In: a checkpoint folder and :class:`Conversion`. Out: a bundle that exists whole or not at all.
+:func:`prepare` decides everything without reading a weight (that is also the dry run);
+:func:`convert` then does exactly that. A conversion that was killed leaves a hidden folder beside
+the output, which the next run for the same output removes.
 """
 
 from __future__ import annotations
@@ -30,38 +33,59 @@ from edge_gemma.units import MiB, format_bytes
 
 DECODER = "decoder.gguf"
 SPECIAL_ROWS = "special_rows.npy"
-# Rows the decoder needs beside the towers' output: (manifest's name, embedder, index in its hard table, None = the last)
-_HARD_ROWS = (("end_of_image", "model.embed_vision.", 0), ("end_of_audio", "model.embed_audio.", 0), ("audio_padding", "model.embed_audio.", None))
-# our names for the ids that config.json gives; the first key that is there counts (Gemma 3 spells them …_index)
+# Rows the decoder needs beside the towers' output: (manifest's name, embedder, index in its hard
+# table, None = the last)
+_HARD_ROWS = (
+    ("end_of_image", "model.embed_vision.", 0),
+    ("end_of_audio", "model.embed_audio.", 0),
+    ("audio_padding", "model.embed_audio.", None),
+)
+# our names for the ids that config.json gives; the first key that is there counts (Gemma 3 spells
+# them …_index)
 _CONFIG_TOKENS = {
-    "start_of_image": ("boi_token_id", "boi_token_index"), "end_of_image": ("eoi_token_id", "eoi_token_index"),
-    "image_soft": ("image_token_id", "image_token_index"), "start_of_audio": ("boa_token_id",), "end_of_audio": ("eoa_token_id",),
+    "start_of_image": ("boi_token_id", "boi_token_index"),
+    "end_of_image": ("eoi_token_id", "eoi_token_index"),
+    "image_soft": ("image_token_id", "image_token_index"),
+    "start_of_audio": ("boa_token_id",),
+    "end_of_audio": ("eoa_token_id",),
     "audio_soft": ("audio_token_id",),
-}  # fmt: skip
-_BASE_MEMORY = 180 * MiB  # Python, numpy and libggml-base, and a vocabulary of 262,144 tokens while it is read
+}
+_BASE_MEMORY = (
+    180 * MiB
+)  # Python, numpy and libggml-base, and a vocabulary of 262,144 tokens while it is read
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """``audio`` and ``vision``: a precision, "none", or None for the default where the checkpoint has the tower."""
+    """``audio`` and ``vision``: a precision, "none", or None for the default where the checkpoint
+    has the tower.
+    """
 
     quant: str | Recipe = "q4_k_m"  # a recipe's name, a .toml file, or the recipe itself
     imatrix: Path | None = None
     slice: str | None = None  # "e2b" or a .toml file
-    merge: tuple[tuple[Path, float], ...] = ()  # LoRA adapters folded into the weights, with their scale
+    merge: tuple[
+        tuple[Path, float], ...
+    ] = ()  # LoRA adapters folded into the weights, with their scale
     audio: str | None = None
     vision: str | None = None
     name: str | None = None
     overwrite: bool = False
     n_threads: int = 0  # 0: all cores
     verify: bool = True
-    check: Path | None = None  # a text: put a quality receipt against the unquantized weights into the manifest
+    check: Path | None = (
+        None  # a text: put a quality receipt against the unquantized weights into the manifest
+    )
     check_tokens: int = 0  # at most so many; 0: the whole text
 
     def threads(self) -> int:
         if self.n_threads < 0:
             raise UsageError(f"--threads must be positive, got {self.n_threads}")
-        return self.n_threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else self.n_threads or os.cpu_count() or 1
+        return (
+            self.n_threads or len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else self.n_threads or os.cpu_count() or 1
+        )
 
 
 @dataclass(frozen=True)
@@ -85,12 +109,20 @@ class Prepared:
         return self.layout.total_bytes + sum(self.tower_bytes(tower) for tower in self.towers)
 
     def tower_bytes(self, tower: str) -> int:
-        per_value = {"f32": 4.0, "f16": 2.0, "int8": 1.05, "int8-block": 1.15, "int4-block": 0.65}[self.towers[tower]]
-        values = sum(np.prod(entry.shape, dtype=np.int64) for name, entry in self.checkpoint.entries.items() if _tower_of(name) == tower)
+        per_value = {"f32": 4.0, "f16": 2.0, "int8": 1.05, "int8-block": 1.15, "int4-block": 0.65}[
+            self.towers[tower]
+        ]
+        values = sum(
+            np.prod(entry.shape, dtype=np.int64)
+            for name, entry in self.checkpoint.entries.items()
+            if _tower_of(name) == tower
+        )
         return int(values * per_value) + MiB
 
     def memory_bytes(self, n_threads: int) -> int:
-        """An estimate of the peak: what is in flight is a few chunks of float32 rows and what becomes of them."""
+        """An estimate of the peak: what is in flight is a few chunks of float32 rows and what
+        becomes of them.
+        """
         return _BASE_MEMORY + len(self.layout.header) + (n_threads + 1) * CHUNK_VALUES * 4 * 3
 
 
@@ -115,7 +147,9 @@ class Result:
 
 
 def prepare(folder: str | Path, options: Conversion) -> Prepared:
-    """Decide and check everything; nothing is written. Raises CheckpointError, UnsupportedModel, UsageError."""
+    """Decide and check everything; nothing is written. Raises CheckpointError, UnsupportedModel,
+    UsageError.
+    """
     recipe = options.quant if isinstance(options.quant, Recipe) else read_recipe(options.quant)
     checkpoint = Checkpoint.open(folder)
     dims = read_dims(checkpoint.config)
@@ -137,13 +171,34 @@ def prepare(folder: str | Path, options: Conversion) -> Prepared:
         importance = read_importance(Path(options.imatrix), mapping)
     types, notes = choose_types(recipe, mapping, has_imatrix=bool(options.imatrix))
     if options.imatrix:
-        quantized = [source.name for source in mapping.sources if source.use == "matmul" and types[source.name] not in ("F32", "F16", "BF16")]
-        notes += [f"{name}: no importance in {Path(options.imatrix).name}, quantized without" for name in quantized if name not in importance]
+        quantized = [
+            source.name
+            for source in mapping.sources
+            if source.use == "matmul" and types[source.name] not in ("F32", "F16", "BF16")
+        ]
+        notes += [
+            f"{name}: no importance in {Path(options.imatrix).name}, quantized without"
+            for name in quantized
+            if name not in importance
+        ]
     vocabulary = read_vocabulary(checkpoint.folder, checkpoint.config, dims.n_vocab)
     name = options.name or checkpoint.folder.resolve().name
-    layout = plan_layout(mapping.dims, mapping.sources, types, vocabulary, name=name, file_type=recipe.file_type)
+    layout = plan_layout(
+        mapping.dims, mapping.sources, types, vocabulary, name=name, file_type=recipe.file_type
+    )
     towers = _towers(checkpoint, options)
-    return Prepared(checkpoint, tensors, recipe, mapping, types, vocabulary, layout, importance, tuple(notes), towers)
+    return Prepared(
+        checkpoint,
+        tensors,
+        recipe,
+        mapping,
+        types,
+        vocabulary,
+        layout,
+        importance,
+        tuple(notes),
+        towers,
+    )
 
 
 def _tower_of(name: str) -> str | None:
@@ -151,10 +206,17 @@ def _tower_of(name: str) -> str | None:
 
 
 def _towers(checkpoint: Checkpoint, options: Conversion) -> dict[str, str]:
-    there = {_tower_of(name) for name in checkpoint.names() if name.startswith(("model.audio_tower.", "model.vision_tower."))}
+    there = {
+        _tower_of(name)
+        for name in checkpoint.names()
+        if name.startswith(("model.audio_tower.", "model.vision_tower."))
+    }
     chosen = {}
     for tower, wanted in (("audio", options.audio), ("vision", options.vision)):
-        allowed = {"audio": ("f32", "f16", "int8", "int8-block", "int4-block"), "vision": ("f32", "f16", "int8")}[tower]
+        allowed = {
+            "audio": ("f32", "f16", "int8", "int8-block", "int4-block"),
+            "vision": ("f32", "f16", "int8"),
+        }[tower]
         if wanted not in (None, "none", *allowed):
             raise UsageError(f"--{tower} {wanted}: expected one of none, {', '.join(allowed)}")
         if wanted not in (None, "none") and tower not in there:
@@ -164,15 +226,24 @@ def _towers(checkpoint: Checkpoint, options: Conversion) -> dict[str, str]:
     return chosen
 
 
-def convert(folder: str | Path, out: str | Path, options: Conversion = Conversion(), report: Report = Report()) -> Result:
-    """Convert a checkpoint into the bundle ``out``. Raises CheckpointError, UnsupportedModel, UsageError, RuntimeFailure (the disk).
+def convert(
+    folder: str | Path,
+    out: str | Path,
+    options: Conversion = Conversion(),
+    report: Report = Report(),
+) -> Result:
+    """Convert a checkpoint into the bundle ``out``.
+
+    Raises CheckpointError, UnsupportedModel, UsageError, RuntimeFailure (the disk).
 
     >>> result = convert(getfixture("tiny_checkpoint"), getfixture("tmp_path") / "bundle", Conversion(quant="q8_0"))
     >>> result.bundle.manifest.family, result.bundle.manifest.recipe["name"]
     ('gemma3', 'q8_0')
     """
     started = time.perf_counter()
-    with BundleWriter(out, overwrite=options.overwrite) as writer:  # first of all: an output that exists is refused at once
+    with BundleWriter(
+        out, overwrite=options.overwrite
+    ) as writer:  # first of all: an output that exists is refused at once
         prepared = prepare(folder, options)
         _check_disk(prepared, writer.folder, options)
         for note in prepared.notes:
@@ -180,10 +251,19 @@ def convert(folder: str | Path, out: str | Path, options: Conversion = Conversio
         report.total(prepared.layout.total_bytes)
         report.stage("decoder")
         path = writer.folder / DECODER
-        entry = write_decoder(path, prepared.layout, prepared.tensors, importance=prepared.importance, n_threads=options.threads(), progress=report.advance)
+        entry = write_decoder(
+            path,
+            prepared.layout,
+            prepared.tensors,
+            importance=prepared.importance,
+            n_threads=options.threads(),
+            progress=report.advance,
+        )
         files = {DECODER: entry}
         special_rows = _write_special_rows(prepared.checkpoint, writer.folder)
-        towers = {tower: _write_tower(tower, prepared, writer.folder, report) for tower in prepared.towers}
+        towers = {
+            tower: _write_tower(tower, prepared, writer.folder, report) for tower in prepared.towers
+        }
         for extra in sorted(writer.folder.iterdir()):
             if extra.name != DECODER and not extra.name.startswith("."):
                 files[extra.name] = file_entry(extra)
@@ -213,32 +293,68 @@ def _receipt(prepared: Prepared, options: Conversion, path: Path, report: Report
     from edge_gemma.convert.quality import compare
 
     reference = path.with_name(".reference.gguf")
-    write_decoder(reference, _reference_layout(prepared), prepared.tensors, n_threads=options.threads())
+    write_decoder(
+        reference, _reference_layout(prepared), prepared.tensors, n_threads=options.threads()
+    )
     report.stage("receipt")
-    receipt = compare(reference, {"new": path}, Path(options.check), max_tokens=options.check_tokens, n_threads=options.threads())["new"]
+    receipt = compare(
+        reference,
+        {"new": path},
+        Path(options.check),
+        max_tokens=options.check_tokens,
+        n_threads=options.threads(),
+    )["new"]
     reference.unlink()
     return receipt.table()
 
 
 def _reference_layout(prepared: Prepared) -> Layout:
     types, _ = choose_types(read_recipe("bf16"), prepared.mapping)
-    return plan_layout(prepared.mapping.dims, prepared.mapping.sources, types, prepared.vocabulary, name="reference", file_type=32)
+    return plan_layout(
+        prepared.mapping.dims,
+        prepared.mapping.sources,
+        types,
+        prepared.vocabulary,
+        name="reference",
+        file_type=32,
+    )
 
 
 def _check_disk(prepared: Prepared, folder: Path, options: Conversion) -> None:
-    free, needed = shutil.disk_usage(folder).free, prepared.disk_bytes + 16 * MiB + (_reference_layout(prepared).total_bytes if options.check else 0)
+    free, needed = (
+        shutil.disk_usage(folder).free,
+        prepared.disk_bytes
+        + 16 * MiB
+        + (_reference_layout(prepared).total_bytes if options.check else 0),
+    )
     if free < needed:
-        raise RuntimeFailure(f"the bundle needs {format_bytes(needed)} on disk, {folder.parent} has {format_bytes(free)} free; choose another folder or a smaller recipe")
+        raise RuntimeFailure(
+            f"the bundle needs {format_bytes(needed)} on disk, {folder.parent} has "
+            f"{format_bytes(free)} free; choose another folder or a smaller recipe"
+        )
 
 
 def _write_special_rows(checkpoint: Checkpoint, folder: Path) -> tuple[str, ...]:
-    """special_rows.npy [n, n_embd] float32: the hard embeddings that the token table does not hold right (Gemma 3n only)."""
-    wanted = [(name, embedder, index) for name, embedder, index in _HARD_ROWS if f"{embedder}hard_embedding_norm.weight" in checkpoint]
+    """special_rows.npy [n, n_embd] float32: the hard embeddings that the token table does not hold
+    right (Gemma 3n only).
+    """
+    wanted = [
+        (name, embedder, index)
+        for name, embedder, index in _HARD_ROWS
+        if f"{embedder}hard_embedding_norm.weight" in checkpoint
+    ]
     if not wanted:
         return ()
     from edge_gemma.convert.audio import hard_rows
 
-    rows = [hard_rows(checkpoint, embedder, [checkpoint.shape(f"{embedder}embedding.weight")[0] - 1 if index is None else index]) for _, embedder, index in wanted]
+    rows = [
+        hard_rows(
+            checkpoint,
+            embedder,
+            [checkpoint.shape(f"{embedder}embedding.weight")[0] - 1 if index is None else index],
+        )
+        for _, embedder, index in wanted
+    ]
     np.save(folder / SPECIAL_ROWS, np.concatenate(rows).astype(np.float32))
     return tuple(name for name, _, _ in wanted)
 
@@ -248,11 +364,24 @@ def _write_tower(tower: str, prepared: Prepared, folder: Path, report: Report):
     try:
         module = importlib.import_module(f".{tower}", __package__)
     except ImportError as error:
-        raise RuntimeFailure(f"cannot write the {tower} encoder: {error}. pip install 'edge-gemma[convert]', or --{tower} none") from None
-    return getattr(module, f"write_{tower}_encoder")(prepared.checkpoint, folder, prepared.towers[tower])
+        raise RuntimeFailure(
+            f"cannot write the {tower} encoder: {error}. pip install 'edge-gemma[convert]', "
+            f"or --{tower} none"
+        ) from None
+    return getattr(module, f"write_{tower}_encoder")(
+        prepared.checkpoint, folder, prepared.towers[tower]
+    )
 
 
-def _manifest(prepared: Prepared, options: Conversion, path: Path, files: dict, special_rows: tuple[str, ...], towers: dict, quality: dict | None) -> Manifest:
+def _manifest(
+    prepared: Prepared,
+    options: Conversion,
+    path: Path,
+    files: dict,
+    special_rows: tuple[str, ...],
+    towers: dict,
+    quality: dict | None,
+) -> Manifest:
     description = describe(path)  # what the runtime will read there, by the code that it reads with
     config = prepared.checkpoint.config
     tokens = dict(description.special_tokens)
@@ -260,16 +389,26 @@ def _manifest(prepared: Prepared, options: Conversion, path: Path, files: dict, 
         value = next((config[key] for key in keys if type(config.get(key)) is int), None)
         if value is not None:
             if not 0 <= value < description.decoder.n_vocab:
-                raise CheckpointError(f"config.json gives {name} the id {value}, outside the vocabulary of {description.decoder.n_vocab}")
+                raise CheckpointError(
+                    f"config.json gives {name} the id {value}, outside the vocabulary of "
+                    f"{description.decoder.n_vocab}"
+                )
             tokens[name] = value
-    recipe = {"name": prepared.recipe.name, "matrix": prepared.recipe.matrix, "head": prepared.recipe.head, "kept": prepared.recipe.kept}
+    recipe = {
+        "name": prepared.recipe.name,
+        "matrix": prepared.recipe.matrix,
+        "head": prepared.recipe.head,
+        "kept": prepared.recipe.kept,
+    }
     recipe |= {key: value for key in ("lookup", "ple") if (value := getattr(prepared.recipe, key))}
     if options.imatrix:
         recipe["imatrix"] = Path(options.imatrix).name
     if options.slice:
         recipe["slice"] = Path(options.slice).name
     if options.merge:
-        recipe["merged"] = ", ".join(f"{Path(folder).name} × {scale:g}" for folder, scale in options.merge)
+        recipe["merged"] = ", ".join(
+            f"{Path(folder).name} × {scale:g}" for folder, scale in options.merge
+        )
     return Manifest(
         name=description.name,
         family=description.family,
@@ -285,4 +424,3 @@ def _manifest(prepared: Prepared, options: Conversion, path: Path, files: dict, 
         recipe=recipe,
         quality=quality,
     )
-

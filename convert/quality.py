@@ -1,7 +1,9 @@
-"""What quantizing cost: perplexity and KL divergence against the weights it came from; and whether the result runs at all.
+"""What quantizing cost: perplexity and KL divergence against the weights it came from; and whether
+the result runs at all.
 
-In: two or more GGUFs of one vocabulary and a text. Out: a :class:`Receipt` for each. Everything is computed chunk by chunk with all
-models side by side, because the logits of 20,000 tokens would be 20 GB. Every token after the first of a chunk (BOS) is scored.
+In: two or more GGUFs of one vocabulary and a text. Out: a :class:`Receipt` for each. Everything is
+computed chunk by chunk with all models side by side, because the logits of 20,000 tokens would be
+20 GB. Every token after the first of a chunk (BOS) is scored.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ BLOCK_ROWS = 64  # logits rows at a time: 64 × 262,144 × 4 bytes = 64 MiB a mo
 
 @dataclass(frozen=True)
 class Receipt:
-    """Nats and fractions over ``tokens`` predicted tokens; ``kld_p99`` is the 99th percentile of the tokens' divergences."""
+    """Nats and fractions over ``tokens`` predicted tokens; ``kld_p99`` is the 99th percentile of
+    the tokens' divergences.
+    """
 
     ppl: float
     ppl_reference: float
@@ -39,32 +43,49 @@ class Receipt:
     text: str
 
     def table(self) -> dict[str, float | int | str]:
-        return {key: round(value, 6) if isinstance(value, float) else value for key, value in asdict(self).items()}
+        return {
+            key: round(value, 6) if isinstance(value, float) else value
+            for key, value in asdict(self).items()
+        }
 
 
 def compare(
-    reference: Path, candidates: dict[str, Path], text: Path, *, max_tokens: int = 0, n_threads: int = 0, progress: Callable[[int, int], None] = lambda done, total: None
+    reference: Path,
+    candidates: dict[str, Path],
+    text: Path,
+    *,
+    max_tokens: int = 0,
+    n_threads: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Receipt]:
-    """Receipts of ``candidates`` (name → GGUF) against ``reference`` on ``text``; ``max_tokens`` bounds the work (0: the whole text).
+    """Receipts of ``candidates`` (name → GGUF) against ``reference`` on ``text``; ``max_tokens``
+    bounds the work (0: the whole text).
 
     Raises UsageError (too little text, another vocabulary), BundleError.
     """
     from edge_gemma.engines.llama import decoder as decode
 
     n_threads = n_threads or os.cpu_count() or 1
-    settings = decode.Settings(n_ctx=CHUNK_TOKENS, n_ubatch=BLOCK_ROWS, n_threads=n_threads, flash_attention=False)
+    settings = decode.Settings(
+        n_ctx=CHUNK_TOKENS, n_ubatch=BLOCK_ROWS, n_threads=n_threads, flash_attention=False
+    )
     started = time.perf_counter()
     decoders = []
     try:
         decoders = [decode.Decoder(path, settings) for path in (reference, *candidates.values())]
         base = decoders[0]
         if any(decoder.n_vocab != base.n_vocab for decoder in decoders):
-            raise UsageError(f"{reference} and the files to compare have vocabularies of different sizes")
+            raise UsageError(
+                f"{reference} and the files to compare have vocabularies of different sizes"
+            )
         ids = base.tokenize(_read(text))
         step = CHUNK_TOKENS - base.add_bos
         n_chunks = min(len(ids), max_tokens or len(ids)) // step
         if not n_chunks:
-            raise UsageError(f"{text} has {len(ids)} tokens; a receipt needs at least {step}, better 20,000 or more")
+            raise UsageError(
+                f"{text} has {len(ids)} tokens; a receipt needs at least {step}, better "
+                "20,000 or more"
+            )
         contexts = [decoder.context(n_outputs=BLOCK_ROWS) for decoder in decoders]
         sums = [_Sums() for _ in candidates]
         start = [base.bos] if base.add_bos else []
@@ -72,10 +93,14 @@ def compare(
             for k in range(n_chunks):
                 chunk = (*start, *ids[k * step : (k + 1) * step])
                 at = 0
-                for blocks in zip(*(context.evaluate([decode.Tokens(chunk)]) for context in contexts)):
+                for blocks in zip(
+                    *(context.evaluate([decode.Tokens(chunk)]) for context in contexts)
+                ):
                     targets = np.array(chunk[at + 1 : at + 1 + len(blocks[0])])
                     at += len(blocks[0])
-                    _score(pool, n_threads, [block[: len(targets)] for block in blocks], targets, sums)
+                    _score(
+                        pool, n_threads, [block[: len(targets)] for block in blocks], targets, sums
+                    )
                 progress(k + 1, n_chunks)
     finally:
         for decoder in decoders:
@@ -101,15 +126,33 @@ class _Sums:
         klds = np.concatenate(self.klds)
         n = len(klds)
         return Receipt(
-            ppl=float(np.exp(self.nll / n)), ppl_reference=float(np.exp(self.nll_reference / n)), kld_mean=float(klds.mean()), kld_p99=float(np.percentile(klds, 99)),
-            top1_agreement=self.same / n, tokens=n, seconds=seconds, text=text,
-        )  # fmt: skip
+            ppl=float(np.exp(self.nll / n)),
+            ppl_reference=float(np.exp(self.nll_reference / n)),
+            kld_mean=float(klds.mean()),
+            kld_p99=float(np.percentile(klds, 99)),
+            top1_agreement=self.same / n,
+            tokens=n,
+            seconds=seconds,
+            text=text,
+        )
 
 
-def _score(pool: ThreadPoolExecutor, n_parts: int, blocks: list[np.ndarray], targets: np.ndarray, sums: list[_Sums]) -> None:
-    """Add one block of rows to the sums: the rows are dealt to the threads, the sums stay in this one."""
+def _score(
+    pool: ThreadPoolExecutor,
+    n_parts: int,
+    blocks: list[np.ndarray],
+    targets: np.ndarray,
+    sums: list[_Sums],
+) -> None:
+    """Add one block of rows to the sums: the rows are dealt to the threads, the sums stay in this
+    one.
+    """
     edges = np.linspace(0, len(targets), n_parts + 1).astype(int)
-    jobs = [pool.submit(_score_rows, [block[a:b] for block in blocks], targets[a:b]) for a, b in zip(edges, edges[1:]) if a < b]
+    jobs = [
+        pool.submit(_score_rows, [block[a:b] for block in blocks], targets[a:b])
+        for a, b in zip(edges, edges[1:])
+        if a < b
+    ]
     for job in jobs:
         nll_reference, results = job.result()
         for each, (nll, klds, same) in zip(sums, results):
@@ -119,14 +162,21 @@ def _score(pool: ThreadPoolExecutor, n_parts: int, blocks: list[np.ndarray], tar
             each.klds.append(klds)
 
 
-def _score_rows(blocks: list[np.ndarray], targets: np.ndarray) -> tuple[float, list[tuple[float, np.ndarray, int]]]:
+def _score_rows(
+    blocks: list[np.ndarray], targets: np.ndarray
+) -> tuple[float, list[tuple[float, np.ndarray, int]]]:
     """KL(p‖q) = Σ p·(x − y) − log Z_x + log Z_y for logits x of the reference and y of a candidate.
 
-    Row by row: a row of 262,144 float32 is 1 MiB and stays in the cache for all its passes; a block of them would not.
+    Row by row: a row of 262,144 float32 is 1 MiB and stays in the cache for all its passes; a block
+    of them would not.
     """
     n = len(targets)
     nll_reference = 0.0
-    nll, same, klds = [0.0] * (len(blocks) - 1), [0] * (len(blocks) - 1), np.empty((len(blocks) - 1, n))
+    nll, same, klds = (
+        [0.0] * (len(blocks) - 1),
+        [0] * (len(blocks) - 1),
+        np.empty((len(blocks) - 1, n)),
+    )
     scratch = np.empty(blocks[0].shape[1], np.float32)
     for i, target in enumerate(targets):
         x = blocks[0][i]  # [n_vocab] float32
@@ -152,17 +202,32 @@ def _score_rows(blocks: list[np.ndarray], targets: np.ndarray) -> tuple[float, l
 
 def try_out(bundle: Bundle, n_tokens: int = 8) -> str:
     """A few greedy tokens after "The": that the new file loads and computes. Raises BundleError."""
-    return _child(bundle, {"n_prompt": 0, "n_tokens": n_tokens, "repack": False, "n_threads": 1})["text"]
+    return _child(bundle, {"n_prompt": 0, "n_tokens": n_tokens, "repack": False, "n_threads": 1})[
+        "text"
+    ]
 
 
-def measure_speed(bundle: Bundle, *, n_prompt: int = 512, n_tokens: int = 128, n_threads: int = 0) -> dict[str, float]:
-    """``prefill_tok_s``, ``decode_tok_s``, ``pss_bytes``, ``anon_bytes`` and ``file_bytes`` in use, through the runtime's own loader (cold ranges released)."""
-    return _child(bundle, {"n_prompt": n_prompt, "n_tokens": n_tokens, "repack": True, "n_threads": n_threads})
+def measure_speed(
+    bundle: Bundle, *, n_prompt: int = 512, n_tokens: int = 128, n_threads: int = 0
+) -> dict[str, float]:
+    """``prefill_tok_s``, ``decode_tok_s``, ``pss_bytes``, ``anon_bytes`` and ``file_bytes`` in use,
+    through the runtime's own loader (cold ranges released).
+    """
+    return _child(
+        bundle, {"n_prompt": n_prompt, "n_tokens": n_tokens, "repack": True, "n_threads": n_threads}
+    )
 
 
 def _child(bundle: Bundle, request: dict) -> dict:
-    code = "import sys; from edge_gemma.convert.quality import _in_child; _in_child(sys.argv[1], sys.argv[2])"
-    done = subprocess.run([sys.executable, "-c", code, str(bundle.folder), json.dumps(request)], capture_output=True, text=True)
+    code = (
+        "import sys; from edge_gemma.convert.quality import _in_child; _in_child(sys.argv[1], "
+        "sys.argv[2])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(bundle.folder), json.dumps(request)],
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         how = f"stopped with signal {-done.returncode}" if done.returncode < 0 else "failed"
@@ -178,15 +243,26 @@ def _in_child(folder: str, request: str) -> None:
 
     bundle, wanted = Bundle.open(folder), json.loads(request)
     n_threads = wanted.get("n_threads") or len(os.sched_getaffinity(0))
-    settings = Settings(n_ctx=1024, n_ubatch=512 if wanted["n_prompt"] else 32, n_threads=n_threads, repack=wanted["repack"])
+    settings = Settings(
+        n_ctx=1024,
+        n_ubatch=512 if wanted["n_prompt"] else 32,
+        n_threads=n_threads,
+        repack=wanted["repack"],
+    )
     plan = Plan(True, 0, 0, 0, 0, (), settings, ())
     with Weights(bundle, plan) as weights:
         decoder = weights.decoder
         context = decoder.context()
-        prompt = decoder.tokenize("The" if not wanted["n_prompt"] else "The quick brown fox jumps over the lazy dog. " * 100)[: wanted["n_prompt"] or None]
+        prompt = decoder.tokenize(
+            "The"
+            if not wanted["n_prompt"]
+            else "The quick brown fox jumps over the lazy dog. " * 100
+        )[: wanted["n_prompt"] or None]
         ids = ([decoder.bos] if decoder.add_bos else []) + prompt
         if wanted["n_prompt"]:
-            context.decode(0, 0, decode.Tokens(tuple(ids)), outputs="last")  # once unmeasured: pages, threads, buffers
+            context.decode(
+                0, 0, decode.Tokens(tuple(ids)), outputs="last"
+            )  # once unmeasured: pages, threads, buffers
             context.clear(0)
         weights.prefetch(ids)
         started = time.perf_counter()
@@ -202,7 +278,15 @@ def _in_child(folder: str, request: str) -> None:
         if not np.isfinite(context.logits()).all():
             sys.exit("the logits are not finite")
         text = b"".join(decoder.piece(i, special=True) for i in said).decode("utf-8", "replace")
-        print(json.dumps({
-            "text": text, "prefill_tok_s": len(ids) / prefill, "decode_tok_s": len(said) / seconds,
-            "pss_bytes": memory.pss_bytes, "anon_bytes": memory.anon_bytes, "file_bytes": memory.file_bytes,
-        }))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "text": text,
+                    "prefill_tok_s": len(ids) / prefill,
+                    "decode_tok_s": len(said) / seconds,
+                    "pss_bytes": memory.pss_bytes,
+                    "anon_bytes": memory.anon_bytes,
+                    "file_bytes": memory.file_bytes,
+                }
+            )
+        )

@@ -1,12 +1,14 @@
-"""A recipe (TOML) → the type of every tensor. llama.cpp's mixes as tables, and edge recipes of our own.
+"""A recipe (TOML) → the type of every tensor. llama.cpp's mixes as tables, and edge recipes of our
+own.
 
-In: a recipe's name or file, the mapped tensors. Out: tensor name → ggml type, with a note for each that had to fall back.
-This room does not know what the weights are.
+In: a recipe's name or file, the mapped tensors. Out: tensor name → ggml type, with a note for each
+that had to fall back. This room does not know what the weights are.
 
-A recipe names a type per kind of tensor, ``head`` (what every token multiplies: the output head, tied or not), ``lookup`` (the token
-embedding once it is untied), ``ple``, ``matrix`` (the layers), ``kept`` (the small matrices llama.cpp leaves alone), and rules that the
-first match decides. The stock recipes restate src/llama-quant.cpp, llama_tensor_get_type_impl, for gemma3 and gemma3n; tests hold
-them to what ``llama_model_quantize`` chooses.
+A recipe names a type per kind of tensor, ``head`` (what every token multiplies: the output head,
+tied or not), ``lookup`` (the token embedding once it is untied), ``ple``, ``matrix`` (the layers),
+``kept`` (the small matrices llama.cpp leaves alone), and rules that the first match decides. The
+stock recipes restate src/llama-quant.cpp, llama_tensor_get_type_impl, for gemma3 and gemma3n; tests
+hold them to what ``llama_model_quantize`` chooses.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from edge_gemma.convert.quantize import TYPES, fitting_type
 from edge_gemma.errors import UsageError
 
 FOLDER = Path(__file__).parent / "recipes"
-# Matrices llama.cpp never quantizes (tensor_allows_quantization); of them the two coefficient tables stay F32 in its converter
+# Matrices llama.cpp never quantizes (tensor_allows_quantization); of them the two coefficient
+# tables stay F32 in its converter
 _KEPT = ("altup", "laurel", "per_layer_model_proj")
 _F32 = ("altup_correct_coef", "altup_predict_coef")
 
@@ -31,7 +34,9 @@ _F32 = ("altup_correct_coef", "altup_predict_coef")
 class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tensors: list[str]  # as in blk.N.<name>.weight
     type: str
-    layers: Literal["all", "more_bits", "first_eighth", "first_sixteenth", "first_2", "first_4"] = "all"
+    layers: Literal["all", "more_bits", "first_eighth", "first_sixteenth", "first_2", "first_4"] = (
+        "all"
+    )
     min_gqa: int = 1  # heads per KV head, at least
     imatrix: bool | None = None  # only with (true) or only without (false) an importance matrix
 
@@ -62,26 +67,49 @@ def read_recipe(name: str | Path) -> Recipe:
     """
     path = Path(name) if str(name).endswith(".toml") else FOLDER / f"{str(name).lower()}.toml"
     if not path.is_file():
-        raise UsageError(f"no recipe {str(name)!r}; there are {', '.join(names())}, or give a .toml file of your own")
+        raise UsageError(
+            f"no recipe {str(name)!r}; there are {', '.join(names())}, or give a .toml file "
+            "of your own"
+        )
     try:
-        recipe = msgspec.convert(tomllib.loads(path.read_text("utf-8")) | {"name": path.stem}, Recipe)
+        recipe = msgspec.convert(
+            tomllib.loads(path.read_text("utf-8")) | {"name": path.stem}, Recipe
+        )
     except (tomllib.TOMLDecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not a recipe: {error}") from None
-    for kind in (recipe.matrix, recipe.head, recipe.kept, recipe.lookup, recipe.ple, *(rule.type for rule in recipe.rule)):
+    for kind in (
+        recipe.matrix,
+        recipe.head,
+        recipe.kept,
+        recipe.lookup,
+        recipe.ple,
+        *(rule.type for rule in recipe.rule),
+    ):
         if kind is not None and kind not in TYPES:
             raise UsageError(f"{path} names the type {kind!r}; known are {', '.join(TYPES)}")
     return recipe
 
 
-def choose_types(recipe: Recipe, mapping: Mapping, *, has_imatrix: bool = False) -> tuple[dict[str, str], list[str]]:
+def choose_types(
+    recipe: Recipe, mapping: Mapping, *, has_imatrix: bool = False
+) -> tuple[dict[str, str], list[str]]:
     """(tensor name → type, a note on every group of tensors whose rows do not fit the wanted type)."""
     types, misfits = {}, {}
     for source in mapping.sources:
         wanted = _wanted(recipe, mapping, source, has_imatrix)
-        types[source.name] = fitting_type(wanted, source.n_per_row) if wanted not in ("F32", "F16", "BF16") else wanted
+        types[source.name] = (
+            fitting_type(wanted, source.n_per_row)
+            if wanted not in ("F32", "F16", "BF16")
+            else wanted
+        )
         if types[source.name] != wanted:
-            misfits.setdefault((source.n_per_row, wanted, types[source.name]), []).append(source.name)
-    return types, [f"{_together(names)}: rows of {row} are no multiple of {wanted}'s block, so {got}" for (row, wanted, got), names in misfits.items()]
+            misfits.setdefault((source.n_per_row, wanted, types[source.name]), []).append(
+                source.name
+            )
+    return types, [
+        f"{_together(names)}: rows of {row} are no multiple of {wanted}'s block, so {got}"
+        for (row, wanted, got), names in misfits.items()
+    ]
 
 
 def _together(names: list[str]) -> str:
@@ -94,7 +122,10 @@ def _together(names: list[str]) -> str:
     for name in names:
         match = re.fullmatch(r"blk\.\d+\.(\w+)\.weight", name)
         kinds.setdefault(match[1] if match else name, []).append(name)
-    return ", ".join(f"{kind} of {len(members)} layers" if len(members) > 1 else members[0] for kind, members in kinds.items())
+    return ", ".join(
+        f"{kind} of {len(members)} layers" if len(members) > 1 else members[0]
+        for kind, members in kinds.items()
+    )
 
 
 def _wanted(recipe: Recipe, mapping: Mapping, source: Source, has_imatrix: bool) -> str:
@@ -113,12 +144,25 @@ def _wanted(recipe: Recipe, mapping: Mapping, source: Source, has_imatrix: bool)
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
     layer, tensor = int(match[1]), match[2]
     for rule in recipe.rule:
-        if tensor in rule.tensors and _in_layers(rule.layers, layer, dims.n_layer) and dims.n_head // dims.n_head_kv >= rule.min_gqa and rule.imatrix in (None, has_imatrix):
+        if (
+            tensor in rule.tensors
+            and _in_layers(rule.layers, layer, dims.n_layer)
+            and dims.n_head // dims.n_head_kv >= rule.min_gqa
+            and rule.imatrix in (None, has_imatrix)
+        ):
             return rule.type
     return recipe.matrix
 
 
 def _in_layers(which: str, i: int, n: int) -> bool:
-    if which == "more_bits":  # use_more_bits: the first and last eighth, and every third layer between
+    if (
+        which == "more_bits"
+    ):  # use_more_bits: the first and last eighth, and every third layer between
         return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
-    return {"all": True, "first_eighth": i < n // 8, "first_sixteenth": i < n // 16, "first_2": i < 2, "first_4": i < 4}[which]
+    return {
+        "all": True,
+        "first_eighth": i < n // 8,
+        "first_sixteenth": i < n // 16,
+        "first_2": i < 2,
+        "first_4": i < 4,
+    }[which]

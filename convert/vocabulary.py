@@ -1,10 +1,12 @@
-"""``tokenizer.model`` or ``tokenizer.json`` → the vocabulary as GGUF wants it, the same from either file.
+"""``tokenizer.model`` or ``tokenizer.json`` → the vocabulary as GGUF wants it, the same from either
+file.
 
-In: a checkpoint's folder and config. Out: :class:`Vocabulary` — pieces, scores, types, special ids, chat template. The
-tokenizer itself is never run here; llama.cpp runs it from these tables.
+In: a checkpoint's folder and config. Out: :class:`Vocabulary` — pieces, scores, types, special ids,
+chat template. The tokenizer itself is never run here; llama.cpp runs it from these tables.
 
-Scores are sentencepiece's: 0, −1, −2 … in the order the BPE merges were learned. ``tokenizer.json`` does not store them but keeps
-the merges in that order, so they are counted again; where a published vocabulary numbers with a gap, the gap is a fact below.
+Scores are sentencepiece's: 0, −1, −2 … in the order the BPE merges were learned. ``tokenizer.json``
+does not store them but keeps the merges in that order, so they are counted again; where a published
+vocabulary numbers with a gap, the gap is a fact below.
 """
 
 from __future__ import annotations
@@ -22,15 +24,27 @@ from edge_gemma.convert.checkpoint import MAX_JSON_BYTES, read_json
 from edge_gemma.errors import CheckpointError
 from edge_gemma.units import format_bytes
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # sentencepiece_model.proto = llama.cpp's token types
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+)  # sentencepiece_model.proto = llama.cpp's token types
 MAX_PIECES = 1 << 24
 SPACE = "\u2581"  # sentencepiece's mark for a space
-ADDED_SCORE, PAD_SCORE = -1000.0, -10000.0  # what llama.cpp's converter writes for added and for padding tokens
-# Tokens that some checkpoints list as plain although they steer the model (llama.cpp conversion/base.py does the same)
+ADDED_SCORE, PAD_SCORE = (
+    -1000.0,
+    -10000.0,
+)  # what llama.cpp's converter writes for added and for padding tokens
+# Tokens that some checkpoints list as plain although they steer the model (llama.cpp
+# conversion/base.py does the same)
 _CONTROL_NAMES = {"<pad>", "<mask>", "<2mass>", "[@BOS@]", "<start_of_turn>", "<end_of_turn>"}
 _CONTROL_PATTERN = re.compile(r"<unused\d+>|<\|.*\|>")
-# Gemma 3 numbers the single characters, which follow the 236,249 merged pieces, 31 lower than counting would:
-# (id of the first merged piece, id of the first single character) → gap. Read from Google's own tokenizer.model.
+# Gemma 3 numbers the single characters, which follow the 236,249 merged pieces, 31 lower than
+# counting would: (id of the first merged piece, id of the first single character) → gap. Read from
+# Google's own tokenizer.model.
 _SCORE_GAPS = {(494, 236743): 31}
 
 
@@ -47,7 +61,11 @@ class Vocabulary:
 
 def read_vocabulary(folder: Path, config: dict, n_vocab: int) -> Vocabulary:
     """The vocabulary of ``n_vocab`` tokens beside a checkpoint. Raises CheckpointError."""
-    tokenizer_config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    tokenizer_config = (
+        read_json(folder / "tokenizer_config.json")
+        if (folder / "tokenizer_config.json").is_file()
+        else {}
+    )
     if (folder / "tokenizer.model").is_file():
         source = folder / "tokenizer.model"
         pieces, special, prefix = _from_sentencepiece(source)
@@ -55,12 +73,21 @@ def read_vocabulary(folder: Path, config: dict, n_vocab: int) -> Vocabulary:
         source = folder / "tokenizer.json"
         pieces, special, prefix = _from_tokenizer_json(source)
     else:
-        raise CheckpointError(f"{folder} has neither tokenizer.model nor tokenizer.json; copy one of them there from the model this checkpoint was tuned from")
+        raise CheckpointError(
+            f"{folder} has neither tokenizer.model nor tokenizer.json; copy one of them "
+            "there from the model this checkpoint was tuned from"
+        )
     if len(pieces) > n_vocab:
-        raise CheckpointError(f"{source} has {len(pieces)} tokens, config.json says vocab_size {n_vocab}; they are of different models")
+        raise CheckpointError(
+            f"{source} has {len(pieces)} tokens, config.json says vocab_size {n_vocab}; they "
+            "are of different models"
+        )
     for i, text, is_special in _added_tokens(folder, tokenizer_config, source):
         if i >= n_vocab:
-            raise CheckpointError(f"{folder}: the added token {text!r} has id {i}, outside the vocabulary of {n_vocab}")
+            raise CheckpointError(
+                f"{folder}: the added token {text!r} has id {i}, outside the vocabulary of "
+                f"{n_vocab}"
+            )
         pieces += [None] * (i + 1 - len(pieces))
         pieces[i] = (text, ADDED_SCORE, CONTROL if is_special else USER_DEFINED)
     tokens, scores, types = [], np.empty(n_vocab, np.float32), np.empty(n_vocab, np.int32)
@@ -72,16 +99,32 @@ def read_vocabulary(folder: Path, config: dict, n_vocab: int) -> Vocabulary:
     special |= _special_ids(tokens, config, tokenizer_config)
     for name, i in special.items():
         if not 0 <= i < n_vocab:
-            raise CheckpointError(f"{folder}: the {name} token has id {i}, outside the vocabulary of {n_vocab}")
+            raise CheckpointError(
+                f"{folder}: the {name} token has id {i}, outside the vocabulary of {n_vocab}"
+            )
     for name in ("bos", "eos"):
         if name not in special:
-            raise CheckpointError(f"{source} and config.json name no {name} token; every Gemma has one")
-    return Vocabulary(tokens, scores, types, special, prefix, _chat_template(folder, tokenizer_config), source.name)
+            raise CheckpointError(
+                f"{source} and config.json name no {name} token; every Gemma has one"
+            )
+    return Vocabulary(
+        tokens,
+        scores,
+        types,
+        special,
+        prefix,
+        _chat_template(folder, tokenizer_config),
+        source.name,
+    )
 
 
 def _settle(text: str, score: float, kind: int) -> tuple[str, float, int]:
-    """What a token is at run time, whichever file it came from: steering tokens never match in plain text, user-defined ones always do."""
-    if kind in (UNKNOWN, CONTROL) or (kind == USER_DEFINED and (text in _CONTROL_NAMES or _CONTROL_PATTERN.fullmatch(text))):
+    """What a token is at run time, whichever file it came from: steering tokens never match in
+    plain text, user-defined ones always do.
+    """
+    if kind in (UNKNOWN, CONTROL) or (
+        kind == USER_DEFINED and (text in _CONTROL_NAMES or _CONTROL_PATTERN.fullmatch(text))
+    ):
         return text, ADDED_SCORE, CONTROL
     if kind == USER_DEFINED:
         return text.replace(SPACE, " "), ADDED_SCORE, USER_DEFINED
@@ -101,15 +144,31 @@ def _from_sentencepiece(path: Path) -> tuple[list, dict[str, int], bool]:
             if field == 1:
                 pieces.append(_sentencepiece(value))
             elif field == 2:
-                trainer = {number: content for number, content in _fields(value) if not isinstance(content, memoryview)}
+                trainer = {
+                    number: content
+                    for number, content in _fields(value)
+                    if not isinstance(content, memoryview)
+                }
             elif field == 3:
                 prefix = dict(_fields(value)).get(3, 1) != 0  # normalizer_spec.add_dummy_prefix
     except (ValueError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not a sentencepiece model: {error}") from None
     if not pieces:
-        raise CheckpointError(f"{path} holds no pieces ({format_bytes(path.stat().st_size)}); expected a sentencepiece model")
-    # trainer_spec: unk_id 40, bos_id 41, eos_id 42, pad_id 43, with the proto's defaults; −1 means none
-    ids = {name: _signed(trainer.get(number, default)) for name, number, default in (("unk", 40, 0), ("bos", 41, 1), ("eos", 42, 2), ("pad", 43, -1))}
+        raise CheckpointError(
+            f"{path} holds no pieces ({format_bytes(path.stat().st_size)}); expected a "
+            "sentencepiece model"
+        )
+    # trainer_spec: unk_id 40, bos_id 41, eos_id 42, pad_id 43, with the proto's defaults; −1 means
+    # none
+    ids = {
+        name: _signed(trainer.get(number, default))
+        for name, number, default in (
+            ("unk", 40, 0),
+            ("bos", 41, 1),
+            ("eos", 42, 2),
+            ("pad", 43, -1),
+        )
+    }
     return pieces, {name: i for name, i in ids.items() if 0 <= i < len(pieces)}, prefix
 
 
@@ -119,7 +178,11 @@ def _sentencepiece(data: memoryview) -> tuple[str, float, int]:
         if field == 1:
             text = bytes(value).decode("utf-8") if isinstance(value, memoryview) else ""
         elif field == 2:
-            score = struct.unpack("<f", value)[0] if isinstance(value, memoryview) and len(value) == 4 else float("nan")
+            score = (
+                struct.unpack("<f", value)[0]
+                if isinstance(value, memoryview) and len(value) == 4
+                else float("nan")
+            )
         elif field == 3:
             kind = value if isinstance(value, int) else 0
     if not NORMAL <= kind <= BYTE or not text or score != score:
@@ -128,7 +191,9 @@ def _sentencepiece(data: memoryview) -> tuple[str, float, int]:
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """The (number, value) pairs of one protocol buffer message; fixed-width and nested values as bytes."""
+    """The (number, value) pairs of one protocol buffer message; fixed-width and nested values as
+    bytes.
+    """
     position = 0
 
     def varint() -> int:
@@ -159,7 +224,13 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
 
 
 def _signed(value) -> int:
-    return value - (1 << 64) if isinstance(value, int) and value >= 1 << 63 else value if isinstance(value, int) else -1
+    return (
+        value - (1 << 64)
+        if isinstance(value, int) and value >= 1 << 63
+        else value
+        if isinstance(value, int)
+        else -1
+    )
 
 
 # --- tokenizer.json ---
@@ -188,7 +259,10 @@ class _Tokenizer(msgspec.Struct):
 
 def _decode_tokenizer(path: Path, kind: type):
     if path.stat().st_size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} has {format_bytes(path.stat().st_size)}; expected at most {format_bytes(MAX_JSON_BYTES)}")
+        raise CheckpointError(
+            f"{path} has {format_bytes(path.stat().st_size)}; expected at most "
+            f"{format_bytes(MAX_JSON_BYTES)}"
+        )
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except (msgspec.DecodeError, RecursionError) as error:
@@ -199,21 +273,42 @@ def _from_tokenizer_json(path: Path) -> tuple[list, dict[str, int], bool]:
     tokenizer = _decode_tokenizer(path, _Tokenizer)
     model = tokenizer.model
     if model.type not in (None, "BPE") or not model.byte_fallback:
-        raise CheckpointError(f"{path} is a {model.type} tokenizer with byte_fallback {model.byte_fallback}; Gemma's is BPE with byte fallback")
+        raise CheckpointError(
+            f"{path} is a {model.type} tokenizer with byte_fallback {model.byte_fallback}; "
+            "Gemma's is BPE with byte fallback"
+        )
     ids = sorted(model.vocab.values())
     if not ids or ids[0] < 0 or ids[-1] >= MAX_PIECES or ids != list(range(len(ids))):
-        raise CheckpointError(f"{path}: the vocabulary's ids do not run from 0 to {len(ids) - 1} without gaps")
-    kinds = {token.id: CONTROL if token.special else USER_DEFINED for token in tokenizer.added_tokens}
+        raise CheckpointError(
+            f"{path}: the vocabulary's ids do not run from 0 to {len(ids) - 1} without gaps"
+        )
+    kinds = {
+        token.id: CONTROL if token.special else USER_DEFINED for token in tokenizer.added_tokens
+    }
     texts = sorted(model.vocab, key=model.vocab.__getitem__)
-    types = [kinds.get(i) or (BYTE if re.fullmatch(r"<0x[0-9A-F]{2}>", text) else CONTROL if text == model.unk_token else NORMAL) for i, text in enumerate(texts)]
+    types = [
+        kinds.get(i)
+        or (
+            BYTE
+            if re.fullmatch(r"<0x[0-9A-F]{2}>", text)
+            else CONTROL
+            if text == model.unk_token
+            else NORMAL
+        )
+        for i, text in enumerate(texts)
+    ]
     scores = _scores(path, model, texts, types)
     special = {"unk": model.vocab[model.unk_token]} if model.unk_token in model.vocab else {}
-    prefix = '"Prepend"' in msgspec.json.encode([tokenizer.normalizer, tokenizer.pre_tokenizer]).decode()
+    prefix = (
+        '"Prepend"' in msgspec.json.encode([tokenizer.normalizer, tokenizer.pre_tokenizer]).decode()
+    )
     return list(zip(texts, scores, types)), special, prefix
 
 
 def _scores(path: Path, model: _Model, texts: list[str], types: list[int]) -> list[float]:
-    """Counted by the merges' order: a piece's rank is where its first merge stands; pieces without one (single characters) follow by id."""
+    """Counted by the merges' order: a piece's rank is where its first merge stands; pieces without
+    one (single characters) follow by id.
+    """
     rank: dict[str, int] = {}
     for merge in model.merges:
         pair = tuple(merge.split(" ")) if isinstance(merge, str) else merge
@@ -234,7 +329,9 @@ def _scores(path: Path, model: _Model, texts: list[str], types: list[int]) -> li
 # --- what lies beside them ---
 
 
-def _added_tokens(folder: Path, tokenizer_config: dict, source: Path) -> Iterator[tuple[int, str, bool]]:
+def _added_tokens(
+    folder: Path, tokenizer_config: dict, source: Path
+) -> Iterator[tuple[int, str, bool]]:
     """(id, text, special) of the tokens added after training, from whichever files list them."""
     if (folder / "added_tokens.json").is_file():
         for text, i in read_json(folder / "added_tokens.json").items():
@@ -249,8 +346,14 @@ def _added_tokens(folder: Path, tokenizer_config: dict, source: Path) -> Iterato
     decoder = tokenizer_config.get("added_tokens_decoder", {})
     for i, token in decoder.items() if isinstance(decoder, dict) else ():
         if not isinstance(token, dict) or not isinstance(token.get("content"), str):
-            raise CheckpointError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder[{i!r}] has no content")
-        yield _token_id(i, folder / "tokenizer_config.json"), token["content"], bool(token.get("special"))
+            raise CheckpointError(
+                f"{folder / 'tokenizer_config.json'}: added_tokens_decoder[{i!r}] has no content"
+            )
+        yield (
+            _token_id(i, folder / "tokenizer_config.json"),
+            token["content"],
+            bool(token.get("special")),
+        )
 
 
 def _token_id(value, path: Path) -> int:
@@ -264,7 +367,9 @@ def _token_id(value, path: Path) -> int:
 
 
 def _special_ids(tokens: list[bytes], config: dict, tokenizer_config: dict) -> dict[str, int]:
-    """bos, eos, unk, pad and eot: config.json's ids, else the tokens tokenizer_config.json names, found in the vocabulary."""
+    """bos, eos, unk, pad and eot: config.json's ids, else the tokens tokenizer_config.json names,
+    found in the vocabulary.
+    """
     where: dict[bytes, int] = {}
     wanted, fallback = {}, {}
     for name in ("bos", "eos", "unk", "pad"):
@@ -278,11 +383,15 @@ def _special_ids(tokens: list[bytes], config: dict, tokenizer_config: dict) -> d
     found = {name: where[text] for name, text in wanted.items() if text in where}
     text_config = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
     for name in ("bos", "eos", "pad"):
-        if name not in found and (i := where.get(f"<{name}>".encode())) is not None:  # Gemma's own spelling, when no file names it
+        if (
+            name not in found and (i := where.get(f"<{name}>".encode())) is not None
+        ):  # Gemma's own spelling, when no file names it
             fallback[name] = i
         for holder in (text_config, config):
             value = holder.get(f"{name}_token_id")
-            value = value[0] if isinstance(value, list) and value else value  # instruct checkpoints list <eos> and <end_of_turn>
+            value = (
+                value[0] if isinstance(value, list) and value else value
+            )  # instruct checkpoints list <eos> and <end_of_turn>
             if type(value) is int and name not in found:
                 found[name] = value
     return fallback | found
@@ -295,6 +404,10 @@ def _chat_template(folder: Path, tokenizer_config: dict) -> str | None:
     elif (folder / "chat_template.json").is_file():
         template = read_json(folder / "chat_template.json").get("chat_template", template)
     if isinstance(template, list):  # several by name: the default one
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        named = {
+            entry.get("name"): entry.get("template")
+            for entry in template
+            if isinstance(entry, dict)
+        }
         template = named.get("default")
     return template if isinstance(template, str) and template.strip() else None

@@ -1,7 +1,7 @@
 """Gemma 3n and small Gemma 3, offline, inside a planned memory budget.
 
-The names below are the public ones; everything else may move. Importing this package loads nothing else: no library, no
-device, no thread.
+The names below are the public ones; everything else may move. Importing this package loads nothing
+else: no library, no device, no thread.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@
     └── RuntimeFailure       a foreign library failed at run time (llama.cpp, onnxruntime, the disk)           exit 7
         └── ContextFull      a turn that cannot fit the context even alone
 
-The command line prints ``str(error)`` and leaves with the exit code named here; ``--debug`` shows the traceback.
+The command line prints ``str(error)`` and leaves with the exit code named here; ``--debug`` shows
+the traceback.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ class MissingExtra(UsageError):
     """An optional dependency is absent; the message names the extra to install."""
 
     def __init__(self, what: str, extra: str):
-        super().__init__(f"{what} needs a package that is not installed. Install it with: pip install 'edge-gemma[{extra}]'")
+        super().__init__(
+            f"{what} needs a package that is not installed. Install it with: pip install "
+            f"'edge-gemma[{extra}]'"
+        )
         self.extra = extra
 
 
@@ -55,7 +59,9 @@ class CheckpointError(EdgeGemmaError):
 
 
 class PlanRefused(EdgeGemmaError):
-    """``plan`` is the refused :class:`edge_gemma.plan.records.Plan`; the message shows its arithmetic."""
+    """``plan`` is the refused :class:`edge_gemma.plan.records.Plan`; the message shows its
+    arithmetic.
+    """
 
     exit_code = 4
 

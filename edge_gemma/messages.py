@@ -13,7 +13,8 @@ from edge_gemma.spans import Rows
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    """A picture in a message: anything ``encode`` understands, or its soft tokens ``[n, n_embd]`` float32 at once.
+    """A picture in a message: anything ``encode`` understands, or its soft tokens ``[n, n_embd]``
+    float32 at once.
 
     >>> Image(rows=np.zeros((256, 8), np.float32)).kind
     'image'
@@ -27,7 +28,8 @@ class Image:
 
 @dataclass(frozen=True, eq=False)
 class Audio:
-    """A sound in a message: a file or samples for ``encode``, or its soft tokens ``[n, n_embd]`` float32 at once.
+    """A sound in a message: a file or samples for ``encode``, or its soft tokens ``[n, n_embd]``
+    float32 at once.
 
     ``Audio()`` alone is a clip still to be spoken: see :meth:`Prompt.listening`.
     """
@@ -35,12 +37,16 @@ class Audio:
     source: Any = None
     rows: np.ndarray | None = None
     kind = "audio"
+
+
 Part = str | Image | Audio | Rows
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn's words. ``role`` is system, user, assistant (or model) or tool; ``content`` text or a list of parts.
+    """One turn's words.
+
+    ``role`` is system, user, assistant (or model) or tool; ``content`` text or a list of parts.
 
     >>> Message("user", ["What is this?", Image("cat.jpg")]).role
     'user'

@@ -1,7 +1,8 @@
 """The front door: ``load`` a bundle inside a budget, get a :class:`Model`, generate.
 
-In: a bundle (folder or installed name) and a request. Out: a context manager that owns weights, one KV cache and, when they
-are needed, the encoders. Conversations live in session.py and chat.py; this room plans, opens, lends the cache and closes.
+In: a bundle (folder or installed name) and a request. Out: a context manager that owns weights, one
+KV cache and, when they are needed, the encoders. Conversations live in session.py and chat.py; this
+room plans, opens, lends the cache and closes.
 """
 
 from __future__ import annotations
@@ -48,7 +49,10 @@ def load(
     lora: Sequence[tuple[str | Path, float]] = (),
     on_progress: Callable[[float], bool | None] | None = None,
 ) -> "Model":
-    """Plan, then load. ``budget`` in bytes or as text ("2GiB"); ``device`` a profile's name or "auto"; ``request`` the rest.
+    """Plan, then load.
+
+    ``budget`` in bytes or as text ("2GiB"); ``device`` a profile's name or "auto"; ``request`` the
+    rest.
 
     Raises PlanRefused before anything is allocated, BundleError, UsageError.
 
@@ -61,20 +65,32 @@ def load(
 
         bundle = Bundle.open(resolve(bundle))
     changes = {"budget_bytes": None if budget is None else parse_bytes(budget), "n_ctx": n_ctx}
-    request = dataclasses.replace(request, **{name: value for name, value in changes.items() if value is not None})
+    request = dataclasses.replace(
+        request, **{name: value for name, value in changes.items() if value is not None}
+    )
     if lora:
-        request = dataclasses.replace(request, lora_bytes=sum(Path(file).stat().st_size for file, _ in lora if Path(file).is_file()))
+        request = dataclasses.replace(
+            request,
+            lora_bytes=sum(Path(file).stat().st_size for file, _ in lora if Path(file).is_file()),
+        )
     plan = make_plan(bundle.manifest, here(device), request, repacked_here).require()
     return Model(bundle, plan, lora=lora, on_progress=on_progress)
 
 
 def here(device: str | Device) -> Device:
-    """The device to plan for when the run is on this machine: a profile's memory, bounded by what this machine has."""
+    """The device to plan for when the run is on this machine: a profile's memory, bounded by what
+    this machine has.
+    """
     host = probe()
-    # Python and the libraries are loaded by now: the plan counts them, and what the machine calls free no longer holds them
+    # Python and the libraries are loaded by now: the plan counts them, and what the machine calls
+    # free no longer holds them
     spent = min(quick().anon_bytes, RUNTIME_ANON_BYTES)
     headroom = None if host.headroom_bytes is None else host.headroom_bytes + spent
-    host = dataclasses.replace(host, available_bytes=min(host.available_bytes + spent, host.total_bytes), headroom_bytes=headroom)
+    host = dataclasses.replace(
+        host,
+        available_bytes=min(host.available_bytes + spent, host.total_bytes),
+        headroom_bytes=headroom,
+    )
     if device == "auto":
         return host
     found = find_device(device) if isinstance(device, str) else device
@@ -88,14 +104,23 @@ def here(device: str | Device) -> Device:
 
 
 class Model:
-    """A loaded bundle. Made by :func:`load`; close it, or use it as a context manager. Sessions share its cache.
+    """A loaded bundle.
+
+    Made by :func:`load`; close it, or use it as a context manager. Sessions share its cache.
 
     >>> model = getfixture("tiny_model")
     >>> model.detokenize(model.tokenize("a b"))
     'a b'
     """
 
-    def __init__(self, bundle: Bundle, plan: Plan, *, lora: Sequence[tuple[str | Path, float]] = (), on_progress=None):
+    def __init__(
+        self,
+        bundle: Bundle,
+        plan: Plan,
+        *,
+        lora: Sequence[tuple[str | Path, float]] = (),
+        on_progress=None,
+    ):
         self.bundle, self.plan = bundle, plan
         manifest = bundle.manifest
         self.weights = Weights(bundle, plan, lora=lora, on_progress=on_progress)
@@ -112,24 +137,33 @@ class Model:
     # text
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
-        """Text → ids, without begin-of-sequence. ``special``: control tokens written in the text count as such."""
+        """Text → ids, without begin-of-sequence. ``special``: control tokens written in the text
+        count as such.
+        """
         return self.decoder.tokenize(text, special)
 
     def detokenize(self, ids: Sequence[int], special: bool = False) -> str:
-        return b"".join(self.decoder.piece(token, special) for token in ids).decode("utf-8", "replace")
+        return b"".join(self.decoder.piece(token, special) for token in ids).decode(
+            "utf-8", "replace"
+        )
 
     def spans(self, prompt: PromptLike) -> list[Span]:
-        """A plain text (begin-of-sequence is added) or spans, as spans. Raises UsageError for an empty one."""
+        """A plain text (begin-of-sequence is added) or spans, as spans. Raises UsageError for an
+        empty one.
+        """
         if not isinstance(prompt, str):
             return list(prompt)
         if not prompt:
-            raise UsageError("the prompt is empty; give some text, or spans with at least one position")
+            raise UsageError(
+                "the prompt is empty; give some text, or spans with at least one position"
+            )
         return self.prompt.raw(prompt)
 
     # generating
 
     def generate(self, prompt: PromptLike, options: Sampling = Sampling()) -> Iterator[Chunk]:
-        """Continue a text or spans; what it shares with the last such prompt is reused from the cache.
+        """Continue a text or spans; what it shares with the last such prompt is reused from the
+        cache.
 
         >>> chunks = list(getfixture("tiny_model").generate("abc", Sampling(max_tokens=3, temperature=0)))
         >>> chunks[-1].finish_reason, chunks[-1].usage.completion_tokens
@@ -146,7 +180,9 @@ class Model:
         """
         return Session(self.cache)
 
-    def chat(self, *, system: str | None = None, tools: Sequence[Mapping] = (), pad_audio: bool = True) -> Chat:
+    def chat(
+        self, *, system: str | None = None, tools: Sequence[Mapping] = (), pad_audio: bool = True
+    ) -> Chat:
         """A conversation in turns; see :class:`Chat`.
 
         >>> with getfixture("tiny_model").chat() as chat:
@@ -154,8 +190,12 @@ class Model:
         """
         return Chat(self, system=system, tools=tools, pad_audio=pad_audio)
 
-    def generate_batch(self, prompts: Sequence[PromptLike], options: Sampling = Sampling()) -> Iterator[tuple[int, Chunk]]:
-        """Several prompts in one decode per step: ``(index, chunk)`` as they come. As many at a time as ``n_seq_max`` holds.
+    def generate_batch(
+        self, prompts: Sequence[PromptLike], options: Sampling = Sampling()
+    ) -> Iterator[tuple[int, Chunk]]:
+        """Several prompts in one decode per step:
+
+        ``(index, chunk)`` as they come. As many at a time as ``n_seq_max`` holds.
 
         >>> ends = [i for i, chunk in getfixture("tiny_model").generate_batch(["a", "b"], Sampling(max_tokens=2)) if chunk.finish_reason]
         >>> sorted(ends)
@@ -170,12 +210,21 @@ class Model:
                     active.append(_Lane(self, *waiting.pop(0), options))
                 with self.cache.context.lock:
                     new = [lane for lane in active if not lane.ids]
-                    for lane in new:  # a prompt is prefilled by itself; its first token is sampled from its own logits
+                    # a prompt is prefilled by itself; its first token is sampled from its own
+                    # logits
+                    for lane in new:
                         lane.session._prefill(lane.session.length, outputs="last")
                         lane.next_id(0)
-                    ready = [lane for lane in active if lane.ids and not lane.done and lane not in new]
+                    ready = [
+                        lane for lane in active if lane.ids and not lane.done and lane not in new
+                    ]
                     if ready:
-                        self.cache.context.decode_step([(lane.session._sequence, lane.session.length - 1, lane.ids[-1]) for lane in ready])
+                        self.cache.context.decode_step(
+                            [
+                                (lane.session._sequence, lane.session.length - 1, lane.ids[-1])
+                                for lane in ready
+                            ]
+                        )
                         for row, lane in enumerate(ready):
                             lane.session._cached = lane.session.length
                             lane.next_id(row)
@@ -189,8 +238,11 @@ class Model:
                 lane.close()
             self.weights.trim()
 
-    async def agenerate(self, prompt: PromptLike, options: Sampling = Sampling()) -> AsyncIterator[Chunk]:
-        """:meth:`generate` without blocking the event loop; leaving the loop early stops the decoding.
+    async def agenerate(
+        self, prompt: PromptLike, options: Sampling = Sampling()
+    ) -> AsyncIterator[Chunk]:
+        """:meth:`generate` without blocking the event loop; leaving the loop early stops the
+        decoding.
 
         >>> async def text(model):
         ...     return [chunk async for chunk in model.agenerate("abc", Sampling(max_tokens=2))]
@@ -203,8 +255,8 @@ class Model:
     def evaluate(self, spans: PromptLike, rows: str | range = "all") -> Iterator[np.ndarray]:
         """Logits of a prompt for measuring, in blocks ``[k, n_vocab]`` float32 of at most 64 rows.
 
-        ``rows`` is "all", "last" or a range of positions. A second context is made for it and freed at the end; the sessions
-        keep theirs. Raises UsageError, RuntimeFailure (no memory for it).
+        ``rows`` is "all", "last" or a range of positions. A second context is made for it and freed
+        at the end; the sessions keep theirs. Raises UsageError, RuntimeFailure (no memory for it).
 
         >>> [block.shape[0] for block in getfixture("tiny_model").evaluate("abcd", rows="last")]
         [1]
@@ -212,14 +264,20 @@ class Model:
         spans = self.spans(spans)
         n = sum(len(span) for span in spans)
         if not 0 < n <= self.decoder.n_ctx_train:
-            raise UsageError(f"{n} positions were given to evaluate; expected 1 … {self.decoder.n_ctx_train}")
+            raise UsageError(
+                f"{n} positions were given to evaluate; expected 1 … {self.decoder.n_ctx_train}"
+            )
         if rows not in ("all", "last") and not isinstance(rows, range):
             raise UsageError(f"rows is {rows!r}; expected 'all', 'last' or a range of positions")
         wanted = None if rows == "all" else range(n - 1, n) if rows == "last" else rows
-        block = max([len(s) for s in spans if not isinstance(s, Tokens) and not s.causal], default=0)
+        block = max(
+            [len(s) for s in spans if not isinstance(s, Tokens) and not s.causal], default=0
+        )
         n_outputs = 1 if rows == "last" else max(EVALUATE_ROWS, block)
         n_ubatch = max(self.plan.settings.n_ubatch if rows == "last" else EVALUATE_ROWS, block)
-        settings = dataclasses.replace(self.plan.settings, n_ctx=max(n, 64), n_seq_max=1, n_ubatch=n_ubatch)
+        settings = dataclasses.replace(
+            self.plan.settings, n_ctx=max(n, 64), n_seq_max=1, n_ubatch=n_ubatch
+        )
         context = self.decoder.context(settings, n_outputs=n_outputs)
         try:
             yield from context.evaluate(spans, wanted, step=n_ubatch)
@@ -230,19 +288,31 @@ class Model:
     # media
 
     def encode_audio(self, samples: np.ndarray) -> np.ndarray:
-        """Mono samples at 16 kHz, float32 in [−1, 1] → soft tokens ``[n, n_embd]`` float32, real rows only."""
+        """Mono samples at 16 kHz, float32 in [−1, 1] → soft tokens ``[n, n_embd]`` float32, real
+        rows only.
+        """
         return self.encoder("audio").encode(samples)
 
     def encode_image(self, image) -> np.ndarray:
-        """A picture (path, bytes, array ``[h, w, 3]`` uint8 or Pillow image) → soft tokens ``[n, n_embd]`` float32, real rows only."""
+        """A picture (path, bytes, array ``[h, w, 3]`` uint8 or Pillow image) → soft tokens ``[n,
+        n_embd]`` float32, real rows only.
+        """
         return self.encoder("vision")(image)
 
     def media(self, parts: Sequence, *, pan_and_scan: bool = False, used_tokens: int = 0) -> list:
-        """A message's parts with videos cut into frames and pictures checked, before anything is encoded; see :func:`edge_gemma.seeing.soft_tokens.prepare`."""
+        """A message's parts with videos cut into frames and pictures checked, before anything is
+        encoded; see :func:`edge_gemma.seeing.soft_tokens.prepare`.
+        """
         from edge_gemma.seeing.soft_tokens import prepare
 
         manifest = self.bundle.manifest
-        return prepare(parts, manifest.vision, self.plan.settings.n_ctx - used_tokens, pan_and_scan=pan_and_scan, name=manifest.name)
+        return prepare(
+            parts,
+            manifest.vision,
+            self.plan.settings.n_ctx - used_tokens,
+            pan_and_scan=pan_and_scan,
+            name=manifest.name,
+        )
 
     def encode(self, part: Image | Audio) -> np.ndarray:
         """A part of a message → its soft tokens."""
@@ -255,11 +325,16 @@ class Model:
         return self.encode_audio(part.source)
 
     def encoder(self, name: str):
-        """The open encoder "audio" or "vision", opened now if need be; where the plan holds one at a time, the other is closed."""
+        """The open encoder "audio" or "vision", opened now if need be; where the plan holds one at
+        a time, the other is closed.
+        """
         if name not in self._encoders:
             if getattr(self.bundle.manifest, name) is None:
                 verb = {"audio": "hear", "vision": "see"}[name]
-                raise UsageError(f"{self.bundle.manifest.name} has no {name} encoder, so it cannot {verb}; convert the checkpoint with --{name}")
+                raise UsageError(
+                    f"{self.bundle.manifest.name} has no {name} encoder, so it cannot "
+                    f"{verb}; convert the checkpoint with --{name}"
+                )
             if self.plan.settings.encoders == "one at a time":
                 self.release_encoders()
             n_threads = self.plan.settings.n_threads
@@ -272,7 +347,9 @@ class Model:
                 from edge_gemma.seeing.soft_tokens import Look
 
                 keep = self.plan.settings.encoders == "resident"
-                self._encoders[name] = Look(self.bundle, n_threads=n_threads, keep=keep, cache=SoftTokenCache())
+                self._encoders[name] = Look(
+                    self.bundle, n_threads=n_threads, keep=keep, cache=SoftTokenCache()
+                )
         return self._encoders[name]
 
     def release_encoders(self) -> None:
@@ -289,8 +366,12 @@ class Model:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
 async def in_thread(chunks: Iterator[Chunk], cancel: Callable[[], None]) -> AsyncIterator[Chunk]:
-    """Drive a blocking iterator from a worker thread, one item at a time; ``cancel`` unblocks it when the consumer leaves."""
+    """Drive a blocking iterator from a worker thread, one item at a time; ``cancel`` unblocks it
+    when the consumer leaves.
+    """
     end = object()
     running: asyncio.Future | None = None
     try:
@@ -302,7 +383,9 @@ async def in_thread(chunks: Iterator[Chunk], cancel: Callable[[], None]) -> Asyn
                 return
             yield item
     finally:
-        if running is not None:  # cancelled while a token was being decoded: stop it and let it land
+        if (
+            running is not None
+        ):  # cancelled while a token was being decoded: stop it and let it land
             cancel()
             await asyncio.wait([running])
         chunks.close()

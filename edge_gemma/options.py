@@ -10,10 +10,13 @@ from edge_gemma.errors import UsageError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. The defaults are the ones Gemma's authors give (temperature 1, top-k 64, top-p 0.95).
+    """How to sample.
 
-    ``seed=None`` draws one, reported in the last chunk's usage. ``temperature=0`` is greedy. ``logprobs=n`` adds the n most
-    likely alternatives to each token. ``schema`` (a JSON schema as dict) and ``grammar`` (GBNF) exclude each other.
+    The defaults are the ones Gemma's authors give (temperature 1, top-k 64, top-p 0.95).
+
+    ``seed=None`` draws one, reported in the last chunk's usage. ``temperature=0`` is greedy.
+    ``logprobs=n`` adds the n most likely alternatives to each token. ``schema`` (a JSON schema as
+    dict) and ``grammar`` (GBNF) exclude each other.
 
     >>> Sampling(temperature=0, max_tokens=16).max_tokens
     16
@@ -33,11 +36,21 @@ class Sampling:
 
     def __post_init__(self):
         for name, value, low, high in (
-            ("max_tokens", self.max_tokens, 1, 1 << 24), ("temperature", self.temperature, 0, 100), ("top_k", self.top_k, 0, 1 << 24),
-            ("top_p", self.top_p, 0, 1), ("min_p", self.min_p, 0, 1), ("repeat_penalty", self.repeat_penalty, 0.01, 100),
-            ("seed", self.seed or 0, 0, 2**32 - 1), ("logprobs", self.logprobs or 0, 0, 100),
-        ):  # fmt: skip
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not low <= value <= high:
+            ("max_tokens", self.max_tokens, 1, 1 << 24),
+            ("temperature", self.temperature, 0, 100),
+            ("top_k", self.top_k, 0, 1 << 24),
+            ("top_p", self.top_p, 0, 1),
+            ("min_p", self.min_p, 0, 1),
+            ("repeat_penalty", self.repeat_penalty, 0.01, 100),
+            ("seed", self.seed or 0, 0, 2**32 - 1),
+            ("logprobs", self.logprobs or 0, 0, 100),
+        ):
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not math.isfinite(value)
+                or not low <= value <= high
+            ):
                 raise UsageError(f"{name} is {value!r}; expected {low} … {high}")
         if self.grammar is not None and self.schema is not None:
             raise UsageError("give a grammar or a schema, not both")

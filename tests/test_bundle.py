@@ -1,4 +1,6 @@
-"""Bundles: what a manifest may say, what is checked when, and that a bundle appears whole or not at all."""
+"""Bundles: what a manifest may say, what is checked when, and that a bundle appears whole or not at
+all.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,10 @@ def test_a_link_out_of_the_folder_is_refused(copy, tmp_path):
         (lambda m: m["decoder"]["tensors"][0].update(nbytes=1 << 50), "ends at byte"),
         (lambda m: m["decoder"]["tensors"][0].update(use="sometimes"), "use"),
         (lambda m: m["files"]["decoder.gguf"].update(sha256="short"), "sha256"),
-        (lambda m: m["files"]["decoder.gguf"].update(size=5), "header_bytes|ends at byte|truncated"),
+        (
+            lambda m: m["files"]["decoder.gguf"].update(size=5),
+            "header_bytes|ends at byte|truncated",
+        ),
     ],
 )
 def test_a_manifest_that_cannot_be_is_refused(copy, change, message):
@@ -113,7 +118,14 @@ def test_what_is_no_bundle_says_what_to_do(tmp_path):
 def test_no_bytes_make_the_manifest_reader_fall_over(tiny_bundle, data):
     good = (tiny_bundle / MANIFEST).read_bytes()
     at = data.draw(st.integers(0, len(good) - 1))
-    piece = data.draw(st.one_of(st.binary(max_size=8), st.sampled_from([b"null", b"-1", b"1e400", b'"\\ud800"', b"[[[[", b"{" * 5000, b"9" * 40])))
+    piece = data.draw(
+        st.one_of(
+            st.binary(max_size=8),
+            st.sampled_from(
+                [b"null", b"-1", b"1e400", b'"\\ud800"', b"[[[[", b"{" * 5000, b"9" * 40]
+            ),
+        )
+    )
     damaged = good[:at] + piece + good[at + data.draw(st.integers(0, 12)) :]
     try:
         decode_manifest(damaged)
@@ -145,7 +157,10 @@ def test_a_writer_publishes_whole_or_not_at_all(tmp_path, tiny_bundle):
 
 
 def test_a_killed_writer_is_cleaned_up_by_the_next(tmp_path):
-    code = "import os, sys; from edge_gemma.bundles.folder import BundleWriter; w = BundleWriter(sys.argv[1]).__enter__(); (w.folder/'x').write_bytes(b'1'); os._exit(9)"
+    code = (
+        "import os, sys; from edge_gemma.bundles.folder import BundleWriter; w = "
+        "BundleWriter(sys.argv[1]).__enter__(); (w.folder/'x').write_bytes(b'1'); os._exit(9)"
+    )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=False)
     assert len(os.listdir(tmp_path)) == 1
     with BundleWriter(tmp_path / "out"):
@@ -155,12 +170,17 @@ def test_a_killed_writer_is_cleaned_up_by_the_next(tmp_path):
 def test_a_full_disk_leaves_nothing_behind(tmp_path, tiny_bundle):
     """A file-size limit stands in for the full disk: the write fails with an OSError all the same."""
     code = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "from edge_gemma.store.importer import import_gguf\n"
         "from edge_gemma.errors import RuntimeFailure\n"
         "try: import_gguf(sys.argv[1], sys.argv[2], relayout=True)\n"
         "except RuntimeFailure as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tiny_bundle / "decoder.gguf"), str(tmp_path / "out")], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tiny_bundle / "decoder.gguf"), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+    )
     assert "nothing was left behind" in done.stdout, done.stderr
     assert os.listdir(tmp_path) == []

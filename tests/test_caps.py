@@ -21,7 +21,12 @@ def python(code: str) -> list[str]:
 
 
 def ours() -> list:
-    return [path for home, _ in caps._homes("memory") if home.is_dir() for path in home.glob(f"edge-gemma-{os.getpid()}-*")]
+    return [
+        path
+        for home, _ in caps._homes("memory")
+        if home.is_dir()
+        for path in home.glob(f"edge-gemma-{os.getpid()}-*")
+    ]
 
 
 @pytest.fixture
@@ -34,7 +39,11 @@ def groups():
 
 def test_what_fits_runs_and_its_usage_is_known(groups):
     lines = []
-    outcome = run(python("b = bytearray(60 << 20); print('fits'); print('yes')"), Limits(128 * MiB), on_line=lines.append)
+    outcome = run(
+        python("b = bytearray(60 << 20); print('fits'); print('yes')"),
+        Limits(128 * MiB),
+        on_line=lines.append,
+    )
     assert outcome.ok and lines == ["fits", "yes"] and outcome.kind == groups
     assert 60 * MiB < outcome.max_usage_bytes < 128 * MiB and outcome.oom_kills == 0
     assert ours() == []
@@ -50,7 +59,11 @@ def test_what_does_not_fit_is_killed_and_reported(groups):
 def test_file_pages_are_charged_when_the_cache_was_dropped(groups, tmp_path):
     path = tmp_path / "file"
     path.write_bytes(os.urandom(48 * MiB))
-    outcome = run(python(f"open({str(path)!r}, 'rb').read(40 << 20)[::4096]"), Limits(256 * MiB), cold_files=[path])
+    outcome = run(
+        python(f"open({str(path)!r}, 'rb').read(40 << 20)[::4096]"),
+        Limits(256 * MiB),
+        cold_files=[path],
+    )
     assert outcome.max_usage_bytes > 80 * MiB  # 40 anonymous and 40 of page cache
 
 
@@ -64,13 +77,20 @@ def test_without_cgroups_it_falls_back_and_says_so():
 def test_cores_are_limited():
     lines = []
     one = usable_cpus()[:1]
-    run(python("import os; print(sorted(os.sched_getaffinity(0)))"), Limits(cpus=tuple(one)), on_line=lines.append)
+    run(
+        python("import os; print(sorted(os.sched_getaffinity(0)))"),
+        Limits(cpus=tuple(one)),
+        on_line=lines.append,
+    )
     assert lines == [str(one)]
 
 
 def test_no_right_to_lock_memory():
     lines = []
-    code = "import ctypes; room = ctypes.create_string_buffer(16 << 20); print(ctypes.CDLL(None).mlock(room, 16 << 20))"
+    code = (
+        "import ctypes; room = ctypes.create_string_buffer(16 << 20); "
+        "print(ctypes.CDLL(None).mlock(room, 16 << 20))"
+    )
     assert run(python(code), Limits(may_lock=False), on_line=lines.append).ok
     assert lines == ["-1"]
 
@@ -83,7 +103,11 @@ def test_an_exception_ends_the_child_and_removes_its_group():
         if len(pids) == 2:
             raise KeyboardInterrupt
 
-    code = "import os, subprocess, sys, time\np = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\nprint(os.getpid(), flush=True); print(p.pid, flush=True); time.sleep(60)"
+    code = (
+        "import os, subprocess, sys, time\np = subprocess.Popen([sys.executable, '-c', 'import "
+        "time; time.sleep(60)'])\nprint(os.getpid(), flush=True); print(p.pid, flush=True); "
+        "time.sleep(60)"
+    )
     with pytest.raises(KeyboardInterrupt):
         run(python(code), Limits(256 * MiB), on_line=interrupt)
     deadline = time.monotonic() + 10
@@ -93,7 +117,11 @@ def test_an_exception_ends_the_child_and_removes_its_group():
 
 
 def test_a_killed_parent_takes_its_child_along(tmp_path):
-    code = f"from edge_gemma.benchmarks.caps import run; run([{sys.executable!r}, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'], on_line=lambda l: print(l, flush=True))"
+    code = (
+        f"from edge_gemma.benchmarks.caps import run; run([{sys.executable!r}, '-c', 'import os, "
+        "time; print(os.getpid(), flush=True); time.sleep(60)'], on_line=lambda l: print(l, "
+        "flush=True))"
+    )
     parent = subprocess.Popen(python(code), stdout=subprocess.PIPE, text=True)
     child = int(parent.stdout.readline())
     parent.send_signal(signal.SIGKILL)

@@ -16,18 +16,26 @@ RUN = [sys.executable, "-c", "from edge_gemma.cli import main; main()"]
 
 
 def one_thread(arguments) -> list[str]:
-    """llama.cpp's threads wait for each other by spinning, which crawls on a machine that does something else as well."""
+    """llama.cpp's threads wait for each other by spinning, which crawls on a machine that does
+    something else as well.
+    """
     return [*map(str, arguments), *(["-t", "1"] if arguments[0] in ("run", "chat") else [])]
 
 
 def cli(*arguments, stdin: str | None = None, timeout: float = 120) -> subprocess.CompletedProcess:
-    return subprocess.run([*RUN, *one_thread(arguments)], capture_output=True, text=True, input=stdin, timeout=timeout)
+    return subprocess.run(
+        [*RUN, *one_thread(arguments)], capture_output=True, text=True, input=stdin, timeout=timeout
+    )
 
 
 def test_run_json_ends_with_one_object(tiny_bundle):
     done = cli("run", tiny_bundle, "hello", "-n", 6, "--seed", 1, "--ctx", 256, "--json")
     result = json.loads(done.stdout)
-    assert done.returncode == 0 and result["finish_reason"] in ("length", "stop") and isinstance(result["text"], str)
+    assert (
+        done.returncode == 0
+        and result["finish_reason"] in ("length", "stop")
+        and isinstance(result["text"], str)
+    )
     assert {"prompt_tokens", "completion_tokens"} <= set(result["usage"])
     assert {"load_s", "ttft_s", "prefill_tok_s", "decode_tok_s"} <= set(result["timings"])
     assert 0 < result["memory"]["peak_pss_bytes"] and 0 < result["memory"]["planned_peak_bytes"]
@@ -40,9 +48,21 @@ def test_run_streams_plain_text_and_reads_stdin(tiny_bundle):
 
 
 def test_plan_json(tiny_bundle):
-    done = cli("plan", tiny_bundle, "--device", "pi-5-4gb", "--budget", "2GiB", "--ctx", 1024, "--json")
+    done = cli(
+        "plan", tiny_bundle, "--device", "pi-5-4gb", "--budget", "2GiB", "--ctx", 1024, "--json"
+    )
     plan = json.loads(done.stdout)
-    assert done.returncode == 0 and plan["fits"] is True and plan["total_bytes"] == max(sum(i["bytes"] for i in plan["items"] if p in i["phases"] and i["kind"] != "reclaimable") for p in ("prefill", "decode"))
+    assert (
+        done.returncode == 0
+        and plan["fits"] is True
+        and plan["total_bytes"]
+        == max(
+            sum(
+                i["bytes"] for i in plan["items"] if p in i["phases"] and i["kind"] != "reclaimable"
+            )
+            for p in ("prefill", "decode")
+        )
+    )
     assert "in use at the peak" in cli("plan", tiny_bundle, "--device", "pi-zero-2w-512mb").stdout
 
 
@@ -66,7 +86,9 @@ def test_plan_json(tiny_bundle):
         (["inspect", "."], 3, "manifest.json"),
     ],
 )
-def test_mistakes_end_with_a_message_and_their_code(tiny_bundle, arguments, code, message, tmp_path, monkeypatch):
+def test_mistakes_end_with_a_message_and_their_code(
+    tiny_bundle, arguments, code, message, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     done = cli(*[a.format(bundle=tiny_bundle) if a == "{bundle}" else a for a in arguments])
     assert done.returncode == code, done.stderr
@@ -75,8 +97,14 @@ def test_mistakes_end_with_a_message_and_their_code(tiny_bundle, arguments, code
 
 def test_import_inspect_verify(tiny_bundle, tmp_path):
     out = tmp_path / "copy"
-    assert cli("import", tiny_bundle / "decoder.gguf", out, "--relayout", "--name", "mine").returncode == 0
-    assert "mine" in cli("inspect", out).stdout and json.loads(cli("inspect", out, "--json").stdout)["name"] == "mine"
+    assert (
+        cli("import", tiny_bundle / "decoder.gguf", out, "--relayout", "--name", "mine").returncode
+        == 0
+    )
+    assert (
+        "mine" in cli("inspect", out).stdout
+        and json.loads(cli("inspect", out, "--json").stdout)["name"] == "mine"
+    )
     assert cli("verify", out).returncode == 0
     again = cli("import", tiny_bundle / "decoder.gguf", out)
     assert again.returncode == 2 and "exists" in again.stderr
@@ -88,18 +116,50 @@ def test_import_inspect_verify(tiny_bundle, tmp_path):
 
 
 def test_chat_from_a_pipe(tiny_bundle, tmp_path):
-    said = f"hello\n/nonsense\n/stats\n/save {tmp_path / 'talk'}\n/reset\n/load {tmp_path / 'talk'}\nmore\n/exit\nnever\n"
+    said = (
+        f"hello\n/nonsense\n/stats\n/save {tmp_path / 'talk'}\n/reset\n/load "
+        f"{tmp_path / 'talk'}\nmore\n/exit\nnever\n"
+    )
     done = cli("chat", tiny_bundle, "-n", 5, "--seed", 1, "--ctx", 512, stdin=said)
-    assert done.returncode == 0 and "base weights" in done.stderr and "/nonsense is no command" in done.stderr
-    assert "saved to" in done.stderr and "taken up from" in done.stderr and len(done.stdout.splitlines()) >= 2
+    assert (
+        done.returncode == 0
+        and "base weights" in done.stderr
+        and "/nonsense is no command" in done.stderr
+    )
+    assert (
+        "saved to" in done.stderr
+        and "taken up from" in done.stderr
+        and len(done.stdout.splitlines()) >= 2
+    )
 
 
 def start(*arguments) -> subprocess.Popen:
-    return subprocess.Popen([*RUN, *one_thread(arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        [*RUN, *one_thread(arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def test_ctrl_c_ends_a_run_with_what_it_has(tiny_bundle):
-    process = start("run", tiny_bundle, "hello", "-n", 100000, "--seed", 1, "--ctx", 8192, "--grammar", 'root ::= [a-z ]+', "--temp", 3)
+    process = start(
+        "run",
+        tiny_bundle,
+        "hello",
+        "-n",
+        100000,
+        "--seed",
+        1,
+        "--ctx",
+        8192,
+        "--grammar",
+        "root ::= [a-z ]+",
+        "--temp",
+        3,
+    )
     process.stdout.read(20)  # it is streaming
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -118,13 +178,36 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(tiny_bundle):
 
 
 def test_ctrl_c_while_loading_leaves_quietly(tiny_bundle, tmp_path):
-    code = "import os, signal, threading; from edge_gemma.cli import main; threading.Timer(0.25, lambda: os.kill(os.getpid(), signal.SIGINT)).start(); main()"
-    done = subprocess.run([sys.executable, "-c", code, "run", str(tiny_bundle), "hi", "-n", "3000", "--ctx", "8192", "-t", "1"], capture_output=True, text=True, timeout=60)
+    code = (
+        "import os, signal, threading; from edge_gemma.cli import main; threading.Timer(0.25, "
+        "lambda: os.kill(os.getpid(), signal.SIGINT)).start(); main()"
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            code,
+            "run",
+            str(tiny_bundle),
+            "hi",
+            "-n",
+            "3000",
+            "--ctx",
+            "8192",
+            "-t",
+            "1",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode in (0, 130) and "Traceback" not in done.stderr
 
 
 def test_two_processes_use_one_bundle(tiny_bundle):
-    both = [start("run", tiny_bundle, "hello", "-n", 8, "--seed", 1, "--ctx", 256) for _ in range(2)]
+    both = [
+        start("run", tiny_bundle, "hello", "-n", 8, "--seed", 1, "--ctx", 256) for _ in range(2)
+    ]
     texts = [process.communicate(timeout=120)[0] for process in both]
     assert texts[0] == texts[1] and all(process.returncode == 0 for process in both)
 
@@ -134,28 +217,57 @@ def test_a_bundle_deleted_while_loaded_goes_on(tiny_bundle, tmp_path):
 
     copy = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     with edge_gemma.load(copy, n_ctx=256, request=edge_gemma.PlanRequest(n_threads=1)) as model:
-        first = [c.text for c in model.generate("abc", edge_gemma.Sampling(temperature=0, max_tokens=5))]
+        first = [
+            c.text for c in model.generate("abc", edge_gemma.Sampling(temperature=0, max_tokens=5))
+        ]
         shutil.rmtree(copy)
-        assert [c.text for c in model.generate("abc", edge_gemma.Sampling(temperature=0, max_tokens=5))] == first
+        assert [
+            c.text for c in model.generate("abc", edge_gemma.Sampling(temperature=0, max_tokens=5))
+        ] == first
 
 
 def test_help_is_quick_and_names_the_commands():
     done = cli("--help")
-    assert all(name in done.stdout for name in ("demo", "doctor", "profiles", "pull", "ls", "rm", "import", "inspect", "verify", "plan", "run", "chat"))
+    assert all(
+        name in done.stdout
+        for name in (
+            "demo",
+            "doctor",
+            "profiles",
+            "pull",
+            "ls",
+            "rm",
+            "import",
+            "inspect",
+            "verify",
+            "plan",
+            "run",
+            "chat",
+        )
+    )
 
 
 def test_the_demo_stays_inside_its_budget(sample_gguf, tmp_path, monkeypatch):
-    """What the README shows first: real weights in an empty store, and the second run finds them there."""
+    """What the README shows first: real weights in an empty store, and the second run finds them
+    there.
+    """
     monkeypatch.setenv("EDGE_GEMMA_HOME", str(tmp_path / "store"))
     for again in False, True:
         done = cli("demo", "-n", 4, "-t", 1, "--json")
         result = json.loads(done.stdout)
-        assert done.returncode == 0 and ("assembling the sample weights" in done.stderr) is not again
-        assert result["usage"]["completion_tokens"] == 4 and 0 < result["memory"]["peak_pss_bytes"] < 420 * 2**20
+        assert (
+            done.returncode == 0 and ("assembling the sample weights" in done.stderr) is not again
+        )
+        assert (
+            result["usage"]["completion_tokens"] == 4
+            and 0 < result["memory"]["peak_pss_bytes"] < 420 * 2**20
+        )
 
 
 def test_shell_completion_is_there():
     # as typer's own tests do: without it the shell is looked for among the parents of this process
     env = os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
-    done = subprocess.run([*RUN, "--show-completion", "bash"], capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [*RUN, "--show-completion", "bash"], capture_output=True, text=True, env=env
+    )
     assert "complete" in done.stdout

@@ -42,7 +42,9 @@ def clip(tmp_path_factory):
     (a, rate_hz), (b, _) = say("The first sentence is here."), say("And this is the second one.")
     pause = np.zeros(int(1.5 * rate_hz), np.float32)
     path = tmp_path_factory.mktemp("clip") / "two.wav"
-    soundfile.write(path, np.repeat(np.concatenate([pause, a, pause, b, pause])[:, None], 2, axis=1), rate_hz)
+    soundfile.write(
+        path, np.repeat(np.concatenate([pause, a, pause, b, pause])[:, None], 2, axis=1), rate_hz
+    )
     return path
 
 
@@ -53,7 +55,11 @@ def test_transcribe_as_text_json_and_subtitles(run, bundle, clip):
     code, out, _ = run("transcribe", bundle, clip, "--json", *SHORT)
     assert code == 0
     rows = [json.loads(line) for line in out.splitlines()]
-    assert len(rows) == 2 and rows[0]["start_s"] == pytest.approx(1.5, abs=0.3) and rows[0]["end_s"] < rows[1]["start_s"] < rows[1]["end_s"]
+    assert (
+        len(rows) == 2
+        and rows[0]["start_s"] == pytest.approx(1.5, abs=0.3)
+        and rows[0]["end_s"] < rows[1]["start_s"] < rows[1]["end_s"]
+    )
     code, out, _ = run("translate", bundle, clip, "--to", "French", "--srt", *SHORT)
     assert code == 0 and out.startswith("1\n00:00:01,") and "\n\n2\n00:00:0" in out
     code, out, _ = run("transcribe", bundle, clip, "--vtt", "--short", *SHORT)
@@ -62,9 +68,15 @@ def test_transcribe_as_text_json_and_subtitles(run, bundle, clip):
 
 def test_ask(run, bundle, tmp_path):
     soundfile.write(tmp_path / "tone.wav", np.sin(np.arange(16000) / 10) / 2, 16000)
-    code, out, _ = run("ask", bundle, tmp_path / "tone.wav", "What is this?", "--json", "--temp", "0", *SHORT)
+    code, out, _ = run(
+        "ask", bundle, tmp_path / "tone.wav", "What is this?", "--json", "--temp", "0", *SHORT
+    )
     found = json.loads(out)
-    assert code == 0 and found["usage"]["completion_tokens"] and found["finish_reason"] in ("stop", "length")
+    assert (
+        code == 0
+        and found["usage"]["completion_tokens"]
+        and found["finish_reason"] in ("stop", "length")
+    )
 
 
 def test_silence_says_so(run, bundle, tmp_path):
@@ -82,20 +94,33 @@ def test_mistakes_are_answered_in_one_line(run, bundle, tmp_path, tiny_bundle, c
         (("transcribe", bundle, tmp_path / "empty.wav"), 6, "is empty (0 bytes)"),
         (("transcribe", bundle), 2, "give a sound file or --mic"),
         (("transcribe", bundle, clip, "--mic"), 2, "not both"),
-        (("transcribe", bundle, clip, "--srt", "--vtt"), 2, "choose one of --srt, --vtt and --json"),
+        (
+            ("transcribe", bundle, clip, "--srt", "--vtt"),
+            2,
+            "choose one of --srt, --vtt and --json",
+        ),
         (("transcribe", tiny_bundle, clip), 2, "has no audio encoder, so it cannot hear"),
         (("ask", bundle, clip), 2, "write it like: edge-gemma ask BUNDLE clip.wav"),
         (("transcribe", bundle, clip, "--pause", "9"), 2, "end_s is 9.0; expected 0 … 5"),
     ):
         got, out, err = run(*arguments)
-        assert (got, out) == (code, "") and message in err and "Traceback" not in err and len(err.strip().splitlines()) == 1, (arguments, err)
+        assert (
+            (got, out) == (code, "")
+            and message in err
+            and "Traceback" not in err
+            and len(err.strip().splitlines()) == 1
+        ), (arguments, err)
 
 
 def test_no_microphone_here(run, bundle, monkeypatch):
     from edge_gemma.hearing import devices as audio
 
     monkeypatch.setattr(audio, "devices", lambda: [])
-    for arguments in (("listen", bundle), ("devices", "--meter"), ("transcribe", bundle, "--mic", *SHORT)):
+    for arguments in (
+        ("listen", bundle),
+        ("devices", "--meter"),
+        ("transcribe", bundle, "--mic", *SHORT),
+    ):
         code, _, err = run(*arguments)
         assert code == 6 and "no microphone found; plug one in" in err
 
@@ -103,7 +128,9 @@ def test_no_microphone_here(run, bundle, monkeypatch):
 def test_devices_as_json(run, monkeypatch):
     from edge_gemma.hearing import devices as audio
 
-    monkeypatch.setattr(audio, "devices", lambda: [audio.SoundDevice(0, "USB Microphone", 1, 0, 48000, True, False)])
+    monkeypatch.setattr(
+        audio, "devices", lambda: [audio.SoundDevice(0, "USB Microphone", 1, 0, 48000, True, False)]
+    )
     code, out, _ = run("devices", "--json")
     assert code == 0 and json.loads(out)[0]["name"] == "USB Microphone"
     code, out, _ = run("devices")
@@ -119,14 +146,18 @@ def test_missing_voice_is_said_before_anything_is_loaded(run, bundle, monkeypatc
 
 
 def test_bench_wer_on_a_stub_decoder(run, bundle, clip, tmp_path, monkeypatch):
-    """Files, speech detection, encoder, prompt and prefill are real; only what the decoder says is scripted: 3 of 11 words wrong."""
+    """Files, speech detection, encoder, prompt and prefill are real; only what the decoder says is
+    scripted: 3 of 11 words wrong.
+    """
     from edge_gemma.conversation.session import Session
     from edge_gemma.conversation.stream import Chunk
 
     said = iter(["The first sentence", " is here.", "And this was a second one!"])
 
     def answer(session, options):
-        assert session.length > 20 and options.temperature == 0 and options.max_tokens == 448  # the prompt with its soft tokens
+        assert (
+            session.length > 20 and options.temperature == 0 and options.max_tokens == 448
+        )  # the prompt with its soft tokens
         text = next(said)
         if text.startswith("The"):
             yield Chunk(text)
@@ -135,19 +166,33 @@ def test_bench_wer_on_a_stub_decoder(run, bundle, clip, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Session, "generate", answer)
     (tmp_path / "two.wav").write_bytes(clip.read_bytes())
-    (tmp_path / "two.txt").write_text("The first sentence is here. And this is the second one there.")
+    (tmp_path / "two.txt").write_text(
+        "The first sentence is here. And this is the second one there."
+    )
     (tmp_path / "broken.wav").write_text("no sound")
     (tmp_path / "broken.txt").write_text("lost")
     code, out, err = run("bench", "wer", bundle, tmp_path, "--short", "--json")
     found = json.loads(out)
-    assert code == 0 and {**found, "bundle": ""} == {"wer": round(4 / 13, 4), "words": 13, "errors": 4, "files": 2, "failed": 1, "bundle": ""}
-    assert "two.wav: 3 of 12 words wrong: the first sentence is here and this was a second one" in err and "broken.wav is not a sound file" in err
+    assert code == 0 and {**found, "bundle": ""} == {
+        "wer": round(4 / 13, 4),
+        "words": 13,
+        "errors": 4,
+        "files": 2,
+        "failed": 1,
+        "bundle": "",
+    }
+    assert (
+        "two.wav: 3 of 12 words wrong: the first sentence is here and this was a second one" in err
+        and "broken.wav is not a sound file" in err
+    )
     assert next(said, None) is None
 
 
 @pytest.mark.slow
 def test_bench_wer_runs_the_whole_way(run, bundle, clip, tmp_path):
-    """With the real decoder, whose random weights hear noise: the rate means nothing, the counting does."""
+    """With the real decoder, whose random weights hear noise: the rate means nothing, the counting
+    does.
+    """
     (tmp_path / "two.wav").write_bytes(clip.read_bytes())
     (tmp_path / "two.txt").write_text("The first sentence is here. And this is the second one.")
     code, out, _ = run("bench", "wer", bundle, tmp_path, "--json")

@@ -1,4 +1,6 @@
-"""Checkpoint → bundle: the decoder answers as transformers does, whatever the checkpoint's age and packing."""
+"""Checkpoint → bundle: the decoder answers as transformers does, whatever the checkpoint's age and
+packing.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from edge_gemma.errors import (
 )
 
 F32 = Conversion(quant="f32", verify=False, audio="none", vision="none")
-# Logits against transformers (float32): exact up to summation for gemma3; for gemma3n llama.cpp's f16 GELU table and its top-k statistics
+# Logits against transformers (float32): exact up to summation for gemma3; for gemma3n llama.cpp's
+# f16 GELU table and its top-k statistics
 TOLERANCE = {"g3text": 0.01, "g3mm": 0.01, "g3n": 0.04}
 NO_TOWERS = lambda name: "_tower" not in name  # noqa: E731
 
@@ -31,7 +34,9 @@ def logits_of(bundle: Bundle, ids) -> np.ndarray:
     from edge_gemma.engines.llama import decoder as decode
     from edge_gemma.spans import Tokens
 
-    decoder = decode.Decoder(bundle.decoder_path, decode.Settings(n_ctx=512, n_ubatch=512, n_threads=2))
+    decoder = decode.Decoder(
+        bundle.decoder_path, decode.Settings(n_ctx=512, n_ubatch=512, n_threads=2)
+    )
     try:
         context = decoder.context(n_outputs=512)
         return np.concatenate(list(context.evaluate([Tokens(tuple(int(i) for i in ids))])))
@@ -49,7 +54,11 @@ def check_against_reference(name: str, bundle: Bundle) -> None:
     assert clear.sum() >= 6
     np.testing.assert_array_equal(logits[-8:].argmax(1)[clear], expected.argmax(1)[clear])
     x = logits[:-1].astype(np.float64)
-    log_p = x - np.log(np.exp(x - x.max(1, keepdims=True)).sum(1, keepdims=True)) - x.max(1, keepdims=True)
+    log_p = (
+        x
+        - np.log(np.exp(x - x.max(1, keepdims=True)).sum(1, keepdims=True))
+        - x.max(1, keepdims=True)
+    )
     nll = -log_p[np.arange(len(x)), reference["input_ids"][1:]].mean()
     assert abs(nll - float(reference["nll"])) < 1e-3
 
@@ -72,26 +81,49 @@ def test_f32_decoder_answers_as_transformers(bundles, name):
 
 OLD_NAMES = {
     "g3text": lambda name: name.replace("model.", "language_model.model.", 1),
-    "g3n": lambda name: name.replace("model.language_model.", "language_model.model.", 1) if "language_model" in name else name.removeprefix("model."),
+    "g3n": lambda name: (
+        name.replace("model.language_model.", "language_model.model.", 1)
+        if "language_model" in name
+        else name.removeprefix("model.")
+    ),
 }
 
 
 @pytest.mark.parametrize("name", ["g3text", "g3n"])
 def test_age_shards_and_tokenizer_file_change_no_byte(bundles, name, tmp_path):
-    """Old names in three shards with tokenizer.json, KV of the sharing layers left out: the same logits; but for what is never read, the same bytes."""
+    """Old names in three shards with tokenizer.json, KV of the sharing layers left out: the same
+    logits; but for what is never read, the same bytes.
+    """
     data = recipe(name) | {"copy": ["tokenizer.json"]}
     n_owners = 20
-    shared = lambda tensor: name == "g3n" and any(f"layers.{i}.self_attn.{m}" in tensor for i in range(n_owners, 30) for m in ("k_proj", "v_proj", "k_norm"))  # noqa: E731
-    folder = write_checkpoint(data, tmp_path / "old", keep=lambda tensor: NO_TOWERS(tensor) and not shared(tensor), n_shards=3)
+    shared = lambda tensor: (
+        name == "g3n"
+        and any(
+            f"layers.{i}.self_attn.{m}" in tensor
+            for i in range(n_owners, 30)
+            for m in ("k_proj", "v_proj", "k_norm")
+        )
+    )  # noqa: E731
+    folder = write_checkpoint(
+        data,
+        tmp_path / "old",
+        keep=lambda tensor: NO_TOWERS(tensor) and not shared(tensor),
+        n_shards=3,
+    )
     for path in folder.glob("*.safetensors"):
         path.unlink()
     write_renamed(data, folder, name, shared)
     bundle = convert(folder, tmp_path / "out", F32).bundle
     mine, theirs = bundle.manifest.decoder, bundles[name].manifest.decoder
-    assert [(t.name, t.type, t.shape, t.use) for t in mine.tensors] == [(t.name, t.type, t.shape, t.use) for t in theirs.tensors]
+    assert [(t.name, t.type, t.shape, t.use) for t in mine.tensors] == [
+        (t.name, t.type, t.shape, t.use) for t in theirs.tensors
+    ]
     a, b = bundle.decoder_path.read_bytes(), bundles[name].decoder_path.read_bytes()
     for tensor, other in zip(mine.tensors, theirs.tensors):
-        same = a[tensor.offset : tensor.offset + tensor.nbytes] == b[other.offset : other.offset + other.nbytes]
+        same = (
+            a[tensor.offset : tensor.offset + tensor.nbytes]
+            == b[other.offset : other.offset + other.nbytes]
+        )
         assert same or tensor.use == "unused", tensor.name
         if tensor.use == "unused":
             assert not any(a[tensor.offset : tensor.offset + tensor.nbytes])
@@ -99,11 +131,17 @@ def test_age_shards_and_tokenizer_file_change_no_byte(bundles, name, tmp_path):
 
 
 def write_renamed(data, folder, name, shared):
-    """The draw of a tensor depends on its name, so the values are drawn first and renamed when written."""
+    """The draw of a tensor depends on its name, so the values are drawn first and renamed when
+    written.
+    """
     from checkpoints import values, write_safetensors
 
     family = "gemma3n" if name == "g3n" else "gemma3"
-    tensors = [(t, values(t, tuple(s), data["seed"], family)) for t, s in data["tensors"].items() if NO_TOWERS(t) and not shared(t)]
+    tensors = [
+        (t, values(t, tuple(s), data["seed"], family))
+        for t, s in data["tensors"].items()
+        if NO_TOWERS(t) and not shared(t)
+    ]
     weight_map = {}
     for k in range(3):
         file = f"model-{k + 1:05d}-of-00003.safetensors"
@@ -118,15 +156,29 @@ def test_manifest_of_gemma_3n(bundles):
     assert manifest.family == "gemma3n" and not manifest.instruct
     uses = {tensor.name: tensor.use for tensor in manifest.decoder.tensors}
     assert uses["per_layer_token_embd.weight"] == "lookup" and uses["token_embd.weight"] == "matmul"
-    assert [name for name, use in uses.items() if use == "unused"][0] == "blk.20.attn_k.weight" and sum(use == "unused" for use in uses.values()) == 30
-    order = [{"unused": 0, "lookup": 1, "matmul": 2}[tensor.use] for tensor in manifest.decoder.tensors]
+    assert [name for name, use in uses.items() if use == "unused"][
+        0
+    ] == "blk.20.attn_k.weight" and sum(use == "unused" for use in uses.values()) == 30
+    order = [
+        {"unused": 0, "lookup": 1, "matmul": 2}[tensor.use] for tensor in manifest.decoder.tensors
+    ]
     assert order == sorted(order), "cold tensors come first"
-    expected = {"start_of_image": 10, "end_of_image": 768, "image_soft": 769, "start_of_audio": 11, "end_of_audio": 896, "audio_soft": 897, "bos": 2}
+    expected = {
+        "start_of_image": 10,
+        "end_of_image": 768,
+        "image_soft": 769,
+        "start_of_audio": 11,
+        "end_of_audio": 896,
+        "audio_soft": 897,
+        "bos": 2,
+    }
     assert expected.items() <= manifest.special_tokens.items()
     assert manifest.special_rows == ("end_of_image", "end_of_audio", "audio_padding")
     rows = np.load(bundles["g3n"].folder / "special_rows.npy")
     assert rows.shape == (3, 256) and rows.dtype == np.float32
-    np.testing.assert_allclose(np.square(rows).mean(1), 1, atol=1e-3)  # the last step is an RMS norm
+    np.testing.assert_allclose(
+        np.square(rows).mean(1), 1, atol=1e-3
+    )  # the last step is an RMS norm
     bundles["g3n"].verify()
 
 
@@ -135,7 +187,9 @@ def test_every_tensor_is_mapped_or_skipped_with_a_reason(tmp_path):
     checkpoint = Checkpoint.open(tmp_path / "c")
     mapping = map_tensors(checkpoint, read_dims(checkpoint.config))
     used = {part.name for source in mapping.sources for part in source.parts} - {None}
-    assert used | set(mapping.skipped) == set(checkpoint.names()) and not used & set(mapping.skipped)
+    assert used | set(mapping.skipped) == set(checkpoint.names()) and not used & set(
+        mapping.skipped
+    )
     assert all("tower" in reason for reason in mapping.skipped.values())
 
 
@@ -149,19 +203,47 @@ def small(tmp_path, keep=lambda name: True, config=None, text=None):
 @pytest.mark.parametrize(
     "config, error, message",
     [
-        ({"model_type": "gemma4"}, UnsupportedModel, r"model_type 'gemma4' .*supported are gemma3 \(270M, 1B, 4B\) and gemma3n"),
+        (
+            {"model_type": "gemma4"},
+            UnsupportedModel,
+            r"model_type 'gemma4' .*supported are gemma3 \(270M, 1B, 4B\) and gemma3n",
+        ),
         ({"model_type": "gemma2"}, UnsupportedModel, "model_type 'gemma2'"),
         ({"model_type": "llama"}, UnsupportedModel, "model_type 'llama'"),
         ({"use_bidirectional_attention": True}, UnsupportedModel, "an embedding model"),
-        ({"num_hidden_layers": 8, "layer_types": None}, CheckpointError, "lacks the tensor 'model.language_model.layers.7"),
+        (
+            {"num_hidden_layers": 8, "layer_types": None},
+            CheckpointError,
+            "lacks the tensor 'model.language_model.layers.7",
+        ),
         ({"num_hidden_layers": 8}, CheckpointError, "layer_types has 7 entries for 8 layers"),
-        ({"num_hidden_layers": 6}, CheckpointError, "'model.layers.6.self_attn.q_proj.weight' is not one that a gemma3 of 6 layers has"),
-        ({"hidden_size": 512}, CheckpointError, r"has shape \[768, 256\], config.json asks for \[768, 512\]"),
+        (
+            {"num_hidden_layers": 6},
+            CheckpointError,
+            "'model.layers.6.self_attn.q_proj.weight' is not one that a gemma3 of 6 layers has",
+        ),
+        (
+            {"hidden_size": 512},
+            CheckpointError,
+            r"has shape \[768, 256\], config.json asks for \[768, 512\]",
+        ),
         ({"vocab_size": 0}, CheckpointError, "vocab_size is 0, expected a whole number"),
         ({"num_hidden_layers": 10**9}, CheckpointError, "num_hidden_layers is"),
-        ({"hidden_activation": "silu"}, UnsupportedModel, "hidden_activation is 'silu'; llama.cpp runs gemma3 with 'gelu_pytorch_tanh'"),
-        ({"query_pre_attn_scalar": 64}, UnsupportedModel, "query_pre_attn_scalar is 64; llama.cpp runs gemma3 with 128"),
-        ({"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2}}}, UnsupportedModel, "rope type 'yarn'"),
+        (
+            {"hidden_activation": "silu"},
+            UnsupportedModel,
+            "hidden_activation is 'silu'; llama.cpp runs gemma3 with 'gelu_pytorch_tanh'",
+        ),
+        (
+            {"query_pre_attn_scalar": 64},
+            UnsupportedModel,
+            "query_pre_attn_scalar is 64; llama.cpp runs gemma3 with 128",
+        ),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2}}},
+            UnsupportedModel,
+            "rope type 'yarn'",
+        ),
         ({"intermediate_size": [768] * 6 + [512]}, UnsupportedModel, "one width for all"),
         ({"num_key_value_heads": 3}, CheckpointError, "2 heads cannot share 3"),
     ],
@@ -172,7 +254,9 @@ def test_a_config_that_cannot_be_converted_is_refused(tmp_path, config, error, m
 
 
 def test_a_missing_tensor_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="lacks the tensor 'model.language_model.layers.3.mlp.up_proj.weight'"):
+    with pytest.raises(
+        CheckpointError, match="lacks the tensor 'model.language_model.layers.3.mlp.up_proj.weight'"
+    ):
         prepare(small(tmp_path, keep=lambda name: "layers.3.mlp.up_proj" not in name), F32)
 
 
@@ -190,7 +274,10 @@ def test_outputs_are_whole_or_absent(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(decoder, "quantize_rows", full)
-    with pytest.raises(RuntimeFailure, match=r"No space left on device \(\d+ MiB free there\); nothing was left behind"):
+    with pytest.raises(
+        RuntimeFailure,
+        match=r"No space left on device \(\d+ MiB free there\); nothing was left behind",
+    ):
         convert(folder, out, F32)
     assert not out.exists() and sorted(path.name for path in tmp_path.iterdir()) == ["small"]
 
@@ -211,14 +298,23 @@ def test_untied_checkpoints_keep_their_head(tmp_path):
 
     data = recipe("g3text")
     tensors = [(t, values(t, tuple(s), data["seed"], "gemma3")) for t, s in data["tensors"].items()]
-    write_safetensors(folder / "model.safetensors", [*tensors, ("lm_head.weight", 2 * tensors[0][1])])
+    write_safetensors(
+        folder / "model.safetensors", [*tensors, ("lm_head.weight", 2 * tensors[0][1])]
+    )
     bundle = convert(folder, tmp_path / "untied", F32).bundle
     assert not bundle.manifest.decoder.tied_head
     reference = np.load(REFERENCE / "g3text-text.npz")
-    np.testing.assert_allclose(logits_of(bundle, reference["input_ids"])[-8:], 2 * reference["logits_last8"], atol=0.02)
-    (folder / "config.json").write_text(json.dumps(data["config"]))  # tied: the head is skipped, and said so
+    np.testing.assert_allclose(
+        logits_of(bundle, reference["input_ids"])[-8:], 2 * reference["logits_last8"], atol=0.02
+    )
+    (folder / "config.json").write_text(
+        json.dumps(data["config"])
+    )  # tied: the head is skipped, and said so
     tied = convert(folder, tmp_path / "tied", F32)
-    assert "ties the output head" in tied.skipped["lm_head.weight"] and tied.bundle.manifest.decoder.tied_head
+    assert (
+        "ties the output head" in tied.skipped["lm_head.weight"]
+        and tied.bundle.manifest.decoder.tied_head
+    )
     shutil.rmtree(tmp_path / "tied")
 
 
@@ -226,8 +322,17 @@ def test_the_audio_tower_goes_into_the_bundle(tmp_path):
     folder = write_checkpoint("g3n", tmp_path / "g3n", keep=lambda name: "vision_tower" not in name)
     result = convert(folder, tmp_path / "out", Conversion(quant="q8_0", audio="int8"))
     manifest = result.bundle.manifest
-    assert manifest.audio.precision == "int8" and manifest.audio.n_embd == 256 and manifest.vision is None
-    assert set(manifest.files) == {"decoder.gguf", "special_rows.npy", "audio_encoder.onnx", "audio_encoder.onnx.data"}
+    assert (
+        manifest.audio.precision == "int8"
+        and manifest.audio.n_embd == 256
+        and manifest.vision is None
+    )
+    assert set(manifest.files) == {
+        "decoder.gguf",
+        "special_rows.npy",
+        "audio_encoder.onnx",
+        "audio_encoder.onnx.data",
+    }
     assert result.sample  # it was loaded and asked for a few tokens
     with pytest.raises(UsageError, match="has no vision tower"):
         prepare(folder, Conversion(vision="int8"))
@@ -237,14 +342,34 @@ def test_the_audio_tower_goes_into_the_bundle(tmp_path):
 
 def test_the_vision_tower_goes_into_the_bundle(tmp_path):
     folder = write_checkpoint("g3mm", tmp_path / "g3mm")
-    manifest = convert(folder, tmp_path / "out", Conversion(quant="q8_0", vision="f32", verify=False)).bundle.manifest
-    assert manifest.vision.kind == "siglip" and manifest.vision.n_soft_tokens == 16 and manifest.audio is None
-    assert {"start_of_image": 10, "end_of_image": 768, "image_soft": 769}.items() <= manifest.special_tokens.items()
+    manifest = convert(
+        folder, tmp_path / "out", Conversion(quant="q8_0", vision="f32", verify=False)
+    ).bundle.manifest
+    assert (
+        manifest.vision.kind == "siglip"
+        and manifest.vision.n_soft_tokens == 16
+        and manifest.audio is None
+    )
+    assert {
+        "start_of_image": 10,
+        "end_of_image": 768,
+        "image_soft": 769,
+    }.items() <= manifest.special_tokens.items()
     assert manifest.special_rows == (), "end of image is an ordinary token of Gemma 3"
 
 
 def test_matrices_of_one_type_lie_together(tmp_path):
-    """What is read in place must not lie between what is copied: the kernel would map the copied ones' originals back in."""
-    made = convert(write_checkpoint("g3text", tmp_path / "checkpoint"), tmp_path / "bundle", Conversion(quant="q4_k_m", verify=False)).bundle
-    hot = [t.type for t in sorted(made.manifest.decoder.tensors, key=lambda t: t.offset) if t.use == "matmul" and len(t.shape) == 2]
+    """What is read in place must not lie between what is copied: the kernel would map the copied
+    ones' originals back in.
+    """
+    made = convert(
+        write_checkpoint("g3text", tmp_path / "checkpoint"),
+        tmp_path / "bundle",
+        Conversion(quant="q4_k_m", verify=False),
+    ).bundle
+    hot = [
+        t.type
+        for t in sorted(made.manifest.decoder.tensors, key=lambda t: t.offset)
+        if t.use == "matmul" and len(t.shape) == 2
+    ]
     assert len(set(hot)) > 1 and len(list(itertools.groupby(hot))) == len(set(hot))

@@ -1,4 +1,6 @@
-"""The wall before llama.cpp: rows as transformers reads them, what is repacked, rewinds, cancelling, and no native aborts."""
+"""The wall before llama.cpp: rows as transformers reads them, what is repacked, rewinds,
+cancelling, and no native aborts.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,20 @@ from edge_gemma.plan.records import Settings
 from edge_gemma.prompts.prompt import read_special_rows
 from edge_gemma.spans import Rows, Tokens
 
-TOLERANCE = 0.04  # specs: llama.cpp's f16 GELU table and its top-k statistics against float32 transformers
+TOLERANCE = (
+    0.04  # specs: llama.cpp's f16 GELU table and its top-k statistics against float32 transformers
+)
 
 
 @pytest.fixture(scope="module")
 def gemma3n(tmp_path_factory) -> Bundle:
     folder = tmp_path_factory.mktemp("g3n")
     write_checkpoint("g3n", folder / "checkpoint", keep=lambda name: "_tower" not in name)
-    return convert(folder / "checkpoint", folder / "bundle", Conversion(quant="f32", verify=False, audio="none", vision="none")).bundle
+    return convert(
+        folder / "checkpoint",
+        folder / "bundle",
+        Conversion(quant="f32", verify=False, audio="none", vision="none"),
+    ).bundle
 
 
 @pytest.fixture
@@ -40,13 +48,21 @@ def decoder(gemma3n):
 
 @pytest.mark.parametrize("seconds", ["0.9", "6.3"])
 def test_rows_and_special_rows_answer_as_transformers(gemma3n, decoder, seconds):
-    """Soft tokens, padding rows and the end-of-audio row all as embeddings; the ids around them as tokens."""
+    """Soft tokens, padding rows and the end-of-audio row all as embeddings; the ids around them as
+    tokens.
+    """
     reference = np.load(REFERENCE / "g3n-audio.npz")
     prompt, soft = reference[f"audio_prompt_{seconds}"].tolist(), reference[f"audio_soft_{seconds}"]
     special = read_special_rows(gemma3n)
-    slots = [i for i, token in enumerate(prompt) if token >= gemma3n.manifest.decoder.n_vocab or prompt.count(token) == 188]
+    slots = [
+        i
+        for i, token in enumerate(prompt)
+        if token >= gemma3n.manifest.decoder.n_vocab or prompt.count(token) == 188
+    ]
     first, n = slots[0], 188
-    rows = np.concatenate([soft, *[special["audio_padding"][None]] * (n - len(soft)), special["end_of_audio"][None]])
+    rows = np.concatenate(
+        [soft, *[special["audio_padding"][None]] * (n - len(soft)), special["end_of_audio"][None]]
+    )
     spans = [Tokens(prompt[:first]), Rows(rows), Tokens(prompt[first + n + 1 :])]
     context = decoder.context(n_outputs=64)
     logits = np.concatenate(list(context.evaluate(spans, range(len(prompt) - 4, len(prompt)))))
@@ -59,12 +75,30 @@ def test_rows_and_special_rows_answer_as_transformers(gemma3n, decoder, seconds)
 
 
 def test_the_end_row_matters(gemma3n, decoder):
-    """The plain id of end-of-audio is another row than the one the model was trained with: it must not pass for it."""
+    """The plain id of end-of-audio is another row than the one the model was trained with: it must
+    not pass for it.
+    """
     reference = np.load(REFERENCE / "g3n-audio.npz")
     special, soft = read_special_rows(gemma3n), reference["audio_soft_0.9"]
     context = decoder.context(n_outputs=64)
-    right = np.concatenate(list(context.evaluate([Tokens([2]), Rows(np.concatenate([soft, special["end_of_audio"][None]])), Tokens([9])])))[-1]
-    wrong = np.concatenate(list(context.evaluate([Tokens([2]), Rows(soft), Tokens([gemma3n.manifest.decoder.n_vocab - 1, 9])])))[-1]
+    right = np.concatenate(
+        list(
+            context.evaluate(
+                [
+                    Tokens([2]),
+                    Rows(np.concatenate([soft, special["end_of_audio"][None]])),
+                    Tokens([9]),
+                ]
+            )
+        )
+    )[-1]
+    wrong = np.concatenate(
+        list(
+            context.evaluate(
+                [Tokens([2]), Rows(soft), Tokens([gemma3n.manifest.decoder.n_vocab - 1, 9])]
+            )
+        )
+    )[-1]
     assert np.abs(right - wrong).max() > TOLERANCE
 
 
@@ -101,7 +135,9 @@ def logits(context, spans) -> np.ndarray:
 
 
 def test_a_rewind_is_right_or_refused(decoder):
-    """Within the window the cells are there; beyond it llama.cpp would answer wrongly, so the rewind says no."""
+    """Within the window the cells are there; beyond it llama.cpp would answer wrongly, so the
+    rewind says no.
+    """
     ids = [2, *range(20, 220)]
     context = decoder.context(Settings(n_ctx=512, n_ubatch=32, n_threads=1))
     fresh = logits(context, [Tokens(ids[:100]), Tokens(ids[100:120])])
@@ -164,7 +200,9 @@ def test_a_load_can_be_stopped(gemma3n):
 
 
 class _Interrupting(list):
-    """A log that Ctrl-C is pressed in: inside a callback of llama.cpp, where what is raised would be printed and forgotten."""
+    """A log that Ctrl-C is pressed in: inside a callback of llama.cpp, where what is raised would
+    be printed and forgotten.
+    """
 
     def append(self, line):
         signal.raise_signal(signal.SIGINT)
@@ -172,7 +210,9 @@ class _Interrupting(list):
 
 @pytest.fixture
 def ctrl_c():
-    """Python's own answer to Ctrl-C, which a test run in the background (`nohup make test &`) does not have."""
+    """Python's own answer to Ctrl-C, which a test run in the background (`nohup make test &`) does
+    not have.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -181,8 +221,14 @@ def ctrl_c():
 def test_ctrl_c_in_a_callback_of_llama_cpp_is_kept(gemma3n, decoder, ctrl_c, monkeypatch, capsys):
     settings = Settings(n_ctx=64, n_ubatch=64, n_threads=1)
     with pytest.raises(KeyboardInterrupt):
-        Decoder(gemma3n.decoder_path, settings, on_progress=lambda fraction: signal.raise_signal(signal.SIGINT))
-    watching = decoder.context(on_tensor=lambda pointer, ask: bool(signal.raise_signal(signal.SIGINT)))
+        Decoder(
+            gemma3n.decoder_path,
+            settings,
+            on_progress=lambda fraction: signal.raise_signal(signal.SIGINT),
+        )
+    watching = decoder.context(
+        on_tensor=lambda pointer, ask: bool(signal.raise_signal(signal.SIGINT))
+    )
     with pytest.raises(KeyboardInterrupt):
         watching.decode(0, 0, Tokens([2, 3]))
     monkeypatch.setattr("edge_gemma.engines.llama.library._log_tail", _Interrupting())
@@ -190,7 +236,10 @@ def test_ctrl_c_in_a_callback_of_llama_cpp_is_kept(gemma3n, decoder, ctrl_c, mon
         Decoder(gemma3n.decoder_path, settings)
     with pytest.raises(KeyboardInterrupt):
         decoder.context(settings)
-    assert "Exception ignored" not in capsys.readouterr().err and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert (
+        "Exception ignored" not in capsys.readouterr().err
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
 
 
 def test_tokens_round_trip(decoder):

@@ -12,8 +12,18 @@ import pytest
 
 def modules() -> list[str]:
     """Every module, wherever the folders of the subpackages lie."""
-    folders = {package: importlib.import_module(package).__path__ for package in ("edge_gemma", "edge_gemma.convert", "edge_gemma.benchmarks")}
-    return sorted({f"{package}.{module.name}" for package, path in folders.items() for module in pkgutil.iter_modules(path) if not module.ispkg})
+    folders = {
+        package: importlib.import_module(package).__path__
+        for package in ("edge_gemma", "edge_gemma.convert", "edge_gemma.benchmarks")
+    }
+    return sorted(
+        {
+            f"{package}.{module.name}"
+            for package, path in folders.items()
+            for module in pkgutil.iter_modules(path)
+            if not module.ispkg
+        }
+    )
 
 
 @pytest.mark.parametrize("name", modules())

@@ -5,7 +5,23 @@ import sys
 
 import edge_gemma
 
-NAMES = ["Audio", "Bundle", "Chat", "Chunk", "EdgeGemmaError", "Image", "Model", "Picture", "PlanRequest", "Rows", "Sampling", "Session", "Tokens", "Video", "load"]
+NAMES = [
+    "Audio",
+    "Bundle",
+    "Chat",
+    "Chunk",
+    "EdgeGemmaError",
+    "Image",
+    "Model",
+    "Picture",
+    "PlanRequest",
+    "Rows",
+    "Sampling",
+    "Session",
+    "Tokens",
+    "Video",
+    "load",
+]
 
 
 def test_exported_names():
@@ -15,9 +31,12 @@ def test_exported_names():
 
 def test_importing_loads_nothing_and_starts_nothing():
     code = (
-        "import sys, threading, logging; before = logging.getLogger().handlers[:]; import edge_gemma\n"
-        "heavy = {'numpy', 'llama_cpp', 'onnxruntime', 'sounddevice', 'huggingface_hub', 'jinja2', 'typer', 'PIL'} & set(sys.modules)\n"
-        "assert not heavy, heavy; assert threading.active_count() == 1; assert logging.getLogger().handlers == before"
+        "import sys, threading, logging; before = logging.getLogger().handlers[:]; import "
+        "edge_gemma\n"
+        "heavy = {'numpy', 'llama_cpp', 'onnxruntime', 'sounddevice', 'huggingface_hub', "
+        "'jinja2', 'typer', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy; assert threading.active_count() == 1; assert "
+        "logging.getLogger().handlers == before"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -1,4 +1,6 @@
-"""The GGUF header reader on files built byte by byte: every refusal has its message, and no bytes at all make it fall over."""
+"""The GGUF header reader on files built byte by byte: every refusal has its message, and no bytes
+at all make it fall over.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +25,43 @@ def key(name: str, kind: int, value: bytes) -> bytes:
 
 
 def tensor(name: str, shape: tuple[int, ...], kind: int = 0, offset: int = 0) -> bytes:
-    return text(name) + struct.pack("<I", len(shape)) + struct.pack(f"<{len(shape)}Q", *shape) + struct.pack("<IQ", kind, offset)
+    return (
+        text(name)
+        + struct.pack("<I", len(shape))
+        + struct.pack(f"<{len(shape)}Q", *shape)
+        + struct.pack("<IQ", kind, offset)
+    )
 
 
-def build(keys: list[bytes] = (), tensors: list[bytes] = (), data: int = 64, version: int = 3, n_keys=None, n_tensors=None) -> bytes:
-    head = b"GGUF" + struct.pack("<IQQ", version, len(tensors) if n_tensors is None else n_tensors, len(keys) if n_keys is None else n_keys)
+def build(
+    keys: list[bytes] = (),
+    tensors: list[bytes] = (),
+    data: int = 64,
+    version: int = 3,
+    n_keys=None,
+    n_tensors=None,
+) -> bytes:
+    head = b"GGUF" + struct.pack(
+        "<IQQ",
+        version,
+        len(tensors) if n_tensors is None else n_tensors,
+        len(keys) if n_keys is None else n_keys,
+    )
     head += b"".join(keys) + b"".join(tensors)
     return head + b"\0" * (-len(head) % 32) + b"\1" * data
 
 
-VOCABULARY = key("words", ARRAY, struct.pack("<IQ", STRING, 3) + text("a") + text("<end_of_turn>") + text(""))
-GOOD = build([key("name", STRING, text("Gemma")), key("sizes", ARRAY, struct.pack("<IQ3I", UINT32, 3, 1, 2, 3)), VOCABULARY], [tensor("t", (4, 2))])
+VOCABULARY = key(
+    "words", ARRAY, struct.pack("<IQ", STRING, 3) + text("a") + text("<end_of_turn>") + text("")
+)
+GOOD = build(
+    [
+        key("name", STRING, text("Gemma")),
+        key("sizes", ARRAY, struct.pack("<IQ3I", UINT32, 3, 1, 2, 3)),
+        VOCABULARY,
+    ],
+    [tensor("t", (4, 2))],
+)
 
 
 @pytest.fixture
@@ -65,12 +93,27 @@ def test_reads_what_is_there_and_steps_over_vocabularies(write):
         (build(n_tensors=1 << 60), "claims 1152921504606846976 tensors"),
         (build(n_keys=1 << 60), "keys"),
         (build([text("k") + struct.pack("<I", 77)]), "value type 77"),
-        (build([text("k") + struct.pack("<I", STRING) + struct.pack("<Q", 1 << 50)]), "string of 1125899906842624 bytes"),
-        (build([text("k") + struct.pack("<I", ARRAY) + struct.pack("<IQ", STRING, 1 << 50)]), "strings"),
-        (build([text("k") + struct.pack("<I", ARRAY) + struct.pack("<IQ", UINT32, 1 << 50)]), "past the end"),
-        (build([text("k") + struct.pack("<I", ARRAY) + struct.pack("<IQ", ARRAY, 1)]), "array of type 9"),
+        (
+            build([text("k") + struct.pack("<I", STRING) + struct.pack("<Q", 1 << 50)]),
+            "string of 1125899906842624 bytes",
+        ),
+        (
+            build([text("k") + struct.pack("<I", ARRAY) + struct.pack("<IQ", STRING, 1 << 50)]),
+            "strings",
+        ),
+        (
+            build([text("k") + struct.pack("<I", ARRAY) + struct.pack("<IQ", UINT32, 1 << 50)]),
+            "past the end",
+        ),
+        (
+            build([text("k") + struct.pack("<I", ARRAY) + struct.pack("<IQ", ARRAY, 1)]),
+            "array of type 9",
+        ),
         (build([key("k", UINT32, struct.pack("<I", 1))] * 2), "occurs twice"),
-        (build([key("general.alignment", UINT32, struct.pack("<I", 48))]), "no power of two|not a power of two"),
+        (
+            build([key("general.alignment", UINT32, struct.pack("<I", 48))]),
+            "no power of two|not a power of two",
+        ),
         (build(tensors=[tensor("t", (1 << 50,))]), "claims the shape"),
         (build(tensors=[tensor("t", (4096,))]), "ends at byte"),
         (build(tensors=[tensor("t", (4,), kind=99)]), "ggml type 99"),
@@ -94,7 +137,9 @@ def test_every_truncation_is_refused(write):
 
 
 @settings(max_examples=400)
-@given(st.lists(st.tuples(st.integers(0, len(GOOD) - 1), st.integers(0, 255)), min_size=1, max_size=6))
+@given(
+    st.lists(st.tuples(st.integers(0, len(GOOD) - 1), st.integers(0, 255)), min_size=1, max_size=6)
+)
 def test_flipped_bytes_are_read_or_refused(tmp_path_factory, flips):
     data = bytearray(GOOD)
     for at, value in flips:

@@ -1,4 +1,6 @@
-"""Pulling from a stand-in hub on loopback: resume, checksums, offline, and what people are told when it fails."""
+"""Pulling from a stand-in hub on loopback: resume, checksums, offline, and what people are told
+when it fails.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def bundle(gguf):
 
 @pytest.fixture
 def server(gguf, bundle, tmp_path, monkeypatch):
-    """A hub with a GGUF in org/one, two in org/many, and a bundle in org/bundle and org/bundle:sub; an empty store and cache."""
+    """A hub with a GGUF in org/one, two in org/many, and a bundle in org/bundle and org/bundle:sub;
+    an empty store and cache.
+    """
     from huggingface_hub import constants
 
     monkeypatch.setenv("EDGE_GEMMA_HOME", str(tmp_path / "home"))
@@ -52,7 +56,11 @@ def server(gguf, bundle, tmp_path, monkeypatch):
         found.add("org/one", gguf)
         found.files["org/one"]["README.md"] = b"hello"
         found.add("org/many", gguf)
-        found.files["org/many"] |= {"tiny-Q4_0.gguf": b"x" * 10, "mmproj-tiny.gguf": b"x", "big-00001-of-00002.gguf": b"x"}
+        found.files["org/many"] |= {
+            "tiny-Q4_0.gguf": b"x" * 10,
+            "mmproj-tiny.gguf": b"x",
+            "big-00001-of-00002.gguf": b"x",
+        }
         found.add("org/bundle", bundle.folder)
         found.add("org/bundle", bundle.folder, "sub")
         found.files["org/checkpoint"] = {"model.safetensors": b"x", "config.json": b"{}"}
@@ -85,26 +93,49 @@ def stop_after(n_bytes):
         ("hf.co/org/name:Q4_0", Reference("org/name", path="Q4_0")),
         ("https://huggingface.co/org/name", Reference("org/name")),
         ("https://huggingface.co/org/name/tree/v1/sub", Reference("org/name", "v1", "sub")),
-        ("https://huggingface.co/org/name/resolve/main/a%20b.gguf?download=true", Reference("org/name", "main", "a b.gguf")),
+        (
+            "https://huggingface.co/org/name/resolve/main/a%20b.gguf?download=true",
+            Reference("org/name", "main", "a b.gguf"),
+        ),
     ],
 )
 def test_references(text, expected):
     assert parse_reference(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "name", "a/b/c", "/etc/passwd", "../x/y", "https://example.org/a/b", "org/name:../../x.gguf", "org/..", "org/name:a\\b"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "name",
+        "a/b/c",
+        "/etc/passwd",
+        "../x/y",
+        "https://example.org/a/b",
+        "org/name:../../x.gguf",
+        "org/..",
+        "org/name:a\\b",
+    ],
+)
 def test_what_is_no_reference(text):
     with pytest.raises(UsageError, match="write it like org/name|leads out of the repository"):
         parse_reference(text)
 
 
-@given(st.text(alphabet="abz09AZ/:@._-~%?#\\ \0é", max_size=40) | st.from_regex(r"https://huggingface\.co/[a-z./%2E]{1,30}", fullmatch=True))
+@given(
+    st.text(alphabet="abz09AZ/:@._-~%?#\\ \0é", max_size=40)
+    | st.from_regex(r"https://huggingface\.co/[a-z./%2E]{1,30}", fullmatch=True)
+)
 def test_no_reference_leads_out_of_its_repository(text):
     try:
         found = parse_reference(text)
     except UsageError:
         return
-    assert re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", found.repository) and ".." not in found.path.split("/") and not found.path.startswith("/")
+    assert (
+        re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", found.repository)
+        and ".." not in found.path.split("/")
+        and not found.path.startswith("/")
+    )
 
 
 # ---- pulling
@@ -112,19 +143,37 @@ def test_no_reference_leads_out_of_its_repository(text):
 
 def test_a_gguf_becomes_a_bundle(server, gguf):
     bundle = get(server, "org/one")
-    assert bundle.folder == store.bundles() / "tiny-Q8_0" and bundle.decoder_path.read_bytes() == gguf.read_bytes()
+    assert (
+        bundle.folder == store.bundles() / "tiny-Q8_0"
+        and bundle.decoder_path.read_bytes() == gguf.read_bytes()
+    )
     assert bundle.manifest.source.origin == "org/one@0123456:tiny-Q8_0.gguf"
-    assert store.unfinished() == [] and bundle.decoder_path.stat().st_nlink == 1  # one copy on the disk
+    assert (
+        store.unfinished() == [] and bundle.decoder_path.stat().st_nlink == 1
+    )  # one copy on the disk
     (entry,) = store.ls()
-    assert (entry.name, entry.family, entry.problem) == ("tiny-Q8_0", "gemma3", "") and entry.size_bytes > gguf.stat().st_size
+    assert (entry.name, entry.family, entry.problem) == (
+        "tiny-Q8_0",
+        "gemma3",
+        "",
+    ) and entry.size_bytes > gguf.stat().st_size
 
 
-@pytest.mark.parametrize("reference", ["org/many:tiny-Q8_0.gguf", "org/many:q8_0", "org/many@v1:tiny-Q8_0.gguf"])
+@pytest.mark.parametrize(
+    "reference", ["org/many:tiny-Q8_0.gguf", "org/many:q8_0", "org/many@v1:tiny-Q8_0.gguf"]
+)
 def test_one_gguf_of_many(server, reference):
     assert get(server, reference).folder.name == "tiny-Q8_0"
 
 
-@pytest.mark.parametrize("reference, name, path", [("org/bundle", "bundle", ""), ("org/bundle:sub", "sub", "sub"), (f"org/bundle@{COMMIT}", "bundle", "")])
+@pytest.mark.parametrize(
+    "reference, name, path",
+    [
+        ("org/bundle", "bundle", ""),
+        ("org/bundle:sub", "sub", "sub"),
+        (f"org/bundle@{COMMIT}", "bundle", ""),
+    ],
+)
 def test_a_bundle(server, bundle, reference, name, path):
     found = get(server, reference)
     assert found.folder == store.bundles() / name and found.manifest == bundle.manifest
@@ -143,7 +192,11 @@ def test_what_is_installed_is_not_asked_for_again(server):
 
 def test_names(server):
     assert get(server, "org/one", name="mine").folder.name == "mine"
-    with pytest.raises(UsageError, match="'mine' is installed already, from org/one; use --name for another name, --force to replace it"):
+    with pytest.raises(
+        UsageError,
+        match="'mine' is installed already, from org/one; use --name for another name, --force to "
+        "replace it",
+    ):
         get(server, "org/bundle", name="mine")
     assert get(server, "org/bundle", name="mine", force=True).manifest.name == "tiny"
     with pytest.raises(UsageError, match="is no name for a bundle"):
@@ -160,7 +213,9 @@ def test_an_interrupted_pull_goes_on_where_it_stopped(server, gguf, reference):
     assert size // 2 <= begun[1] < size + 65536
     server.requests.clear()
     assert get(server, reference).decoder_path.stat().st_size == size
-    resumed = [int(range.removeprefix("bytes=").rstrip("-")) for name, range in server.downloads() if range]
+    resumed = [
+        int(range.removeprefix("bytes=").rstrip("-")) for name, range in server.downloads() if range
+    ]
     assert len(resumed) == 1 and resumed[0] > 0 and store.unfinished() == []
 
 
@@ -181,7 +236,10 @@ def test_a_line_that_keeps_breaking_still_gets_there(server, gguf):
 @pytest.mark.parametrize("force", [False, True])
 def test_damage_on_the_way_is_found_and_deleted(server, reference, force):
     server.damage = True
-    with pytest.raises((HashMismatch, BundleError), match="damaged and was deleted; pull it again|is not a manifest"):
+    with pytest.raises(
+        (HashMismatch, BundleError),
+        match="damaged and was deleted; pull it again|is not a manifest",
+    ):
         get(server, reference, force=force)
     assert store.ls() == []
     server.damage = False
@@ -200,7 +258,10 @@ def test_a_damaged_replacement_leaves_what_was_there(server, reference, relayout
 
 def test_two_at_once(server):
     done = []
-    threads = [threading.Thread(target=lambda: done.append(get(server, "org/one").folder.name)) for _ in range(2)]
+    threads = [
+        threading.Thread(target=lambda: done.append(get(server, "org/one").folder.name))
+        for _ in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -210,12 +271,21 @@ def test_two_at_once(server):
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_checkpoint_for_convert(server, tmp_path, cached):
-    server.files["org/checkpoint"] |= {"evil.pkl": b"x", "pytorch_model.bin": b"x", "onnx/model.safetensors": b"x", "tokenizer.model": b"x"}
+    server.files["org/checkpoint"] |= {
+        "evil.pkl": b"x",
+        "pytorch_model.bin": b"x",
+        "onnx/model.safetensors": b"x",
+        "tokenizer.model": b"x",
+    }
     if cached:
         cache(tmp_path, "org/checkpoint", server.files["org/checkpoint"])
     folder = hub.fetch_checkpoint("org/checkpoint", endpoint=server.url)
-    assert {"model.safetensors", "config.json", "tokenizer.model"} <= {path.name for path in folder.iterdir()}
-    assert sorted(name for name, _ in server.downloads()) == ([] if cached else ["config.json", "model.safetensors", "tokenizer.model"])
+    assert {"model.safetensors", "config.json", "tokenizer.model"} <= {
+        path.name for path in folder.iterdir()
+    }
+    assert sorted(name for name, _ in server.downloads()) == (
+        [] if cached else ["config.json", "model.safetensors", "tokenizer.model"]
+    )
     with pytest.raises(HubError, match="org/one holds no safetensors.*edge-gemma pull org/one"):
         hub.fetch_checkpoint("org/one", endpoint=server.url)
 
@@ -229,7 +299,9 @@ def gone(server):
 
 def cache(tmp_path, repository, files):
     """What another program left in the hub's own cache."""
-    snapshot = tmp_path / "cache" / f"models--{repository.replace('/', '--')}" / "snapshots" / COMMIT
+    snapshot = (
+        tmp_path / "cache" / f"models--{repository.replace('/', '--')}" / "snapshots" / COMMIT
+    )
     (snapshot.parent.parent / "refs").mkdir(parents=True)
     (snapshot.parent.parent / "refs" / "main").write_text(COMMIT)
     blobs = snapshot.parent.parent / "blobs"
@@ -252,9 +324,16 @@ def test_the_hubs_own_cache_is_used(server, tmp_path, gguf, reference, offline):
 
 def test_offline_without_it_says_so(server):
     gone(server)
-    with pytest.raises(HubError, match="the hub answered 503 for org/one; try again later, what has arrived is kept"):
+    with pytest.raises(
+        HubError,
+        match="the hub answered 503 for org/one; try again later, what has arrived is kept",
+    ):
         get(server, "org/one")
-    with pytest.raises(HubError, match=r"cannot reach the hub for org/one \(ConnectError.*Installed bundles \(`edge-gemma ls`\) work offline"):
+    with pytest.raises(
+        HubError,
+        match=r"cannot reach the hub for org/one \(ConnectError.*Installed bundles \(`edge-gemma "
+        r"ls`\) work offline",
+    ):
         pull("org/one", endpoint="http://127.0.0.1:9")
 
 
@@ -275,11 +354,18 @@ def test_offline_mode_is_respected(server, monkeypatch):
     [
         ("org/none", "there is no org/none on the hub, or it is private"),
         ("org/one@v7", "org/one has no revision 'v7'"),
-        ("org/many", r"org/many@0123456 has 3 GGUF files; name one, like org/many:.*tiny-Q8_0.gguf \("),
+        (
+            "org/many",
+            r"org/many@0123456 has 3 GGUF files; name one, like org/many:.*tiny-Q8_0.gguf \(",
+        ),
         ("org/many:q5", "has no files for 'q5'; its GGUF files: big"),
         ("org/many:tiny", "has 2 files for 'tiny'"),
         ("org/many:big-00001-of-00002.gguf", "one part of a split GGUF"),
-        ("org/checkpoint", "is a checkpoint, neither a bundle nor a GGUF; make a bundle of it: edge-gemma convert org/checkpoint OUT"),
+        (
+            "org/checkpoint",
+            "is a checkpoint, neither a bundle nor a GGUF; make a bundle of it: edge-gemma "
+            "convert org/checkpoint OUT",
+        ),
         ("org/empty", "has neither a manifest.json nor a GGUF; it holds README.md"),
     ],
 )
@@ -289,10 +375,21 @@ def test_what_cannot_be_pulled(server, reference, message):
     assert store.ls() == [] and store.unfinished() == []
 
 
-@pytest.mark.parametrize("status, message", [(401, "denies access to org/one"), (403, r"denies access to org/one \(403\)"), (429, r"\(429\).*wait a few minutes"), (500, "answered 500")])
+@pytest.mark.parametrize(
+    "status, message",
+    [
+        (401, "denies access to org/one"),
+        (403, r"denies access to org/one \(403\)"),
+        (429, r"\(429\).*wait a few minutes"),
+        (500, "answered 500"),
+    ],
+)
 def test_answers_of_the_hub(server, status, message):
     server.status = status
-    with pytest.raises(HubError, match=message + "|there is no org/one on the hub, or it is private" * (status == 401)):
+    with pytest.raises(
+        HubError,
+        match=message + "|there is no org/one on the hub, or it is private" * (status == 401),
+    ):
         get(server, "org/one")
 
 
@@ -305,14 +402,22 @@ def test_a_hub_that_names_no_commit(server, commit):
 
 def test_gated(server):
     server.gated.add("org/one")
-    with pytest.raises(HubError, match="org/one:tiny-Q8_0.gguf is gated: accept the Gemma licence at https://huggingface.co/org/one .* `hf auth login`"):
+    with pytest.raises(
+        HubError,
+        match="org/one:tiny-Q8_0.gguf is gated: accept the Gemma licence at "
+        "https://huggingface.co/org/one .* `hf auth login`",
+    ):
         get(server, "org/one")
 
 
 def test_disk_full_is_known_before(server, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 1 << 20))
-    with pytest.raises(HubError, match=r"org/one needs .* MiB more on the disk of .*, where 1.0 MiB are free; make room or set EDGE_GEMMA_HOME"):
+    with pytest.raises(
+        HubError,
+        match=r"org/one needs .* MiB more on the disk of .*, where 1.0 MiB are free; make room or "
+        r"set EDGE_GEMMA_HOME",
+    ):
         get(server, "org/one")
     assert server.downloads() == []
 
@@ -323,7 +428,9 @@ def test_disk_full_while_downloading(server, monkeypatch):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(hub, "_Counted", Full)
-    with pytest.raises(HubError, match="the disk of .* is full; make room and run the same command again"):
+    with pytest.raises(
+        HubError, match="the disk of .* is full; make room and run the same command again"
+    ):
         get(server, "org/one")
 
 
@@ -344,7 +451,11 @@ def test_a_hostile_manifest_leads_nowhere(server):
 
 def test_an_incomplete_upload(server):
     del server.files["org/bundle"]["decoder.gguf"]
-    with pytest.raises(BundleError, match="org/bundle has decoder.gguf with no bytes, its manifest says .*the upload is incomplete"):
+    with pytest.raises(
+        BundleError,
+        match="org/bundle has decoder.gguf with no bytes, its manifest says .*the upload is "
+        "incomplete",
+    ):
         get(server, "org/bundle")
 
 
@@ -353,9 +464,14 @@ def test_an_incomplete_upload(server):
 
 def test_resolve(server, tmp_path, monkeypatch):
     bundle = get(server, "org/bundle", name="gemma-tiny")
-    assert store.resolve("gemma-tiny") == bundle.folder and Bundle.open(store.resolve("gemma-tiny")).manifest == bundle.manifest
+    assert (
+        store.resolve("gemma-tiny") == bundle.folder
+        and Bundle.open(store.resolve("gemma-tiny")).manifest == bundle.manifest
+    )
     assert store.resolve(tmp_path) == tmp_path
-    with pytest.raises(BundleError, match=r"no bundle 'gemma-tyni': .*did you mean gemma-tiny\?.*edge-gemma pull"):
+    with pytest.raises(
+        BundleError, match=r"no bundle 'gemma-tyni': .*did you mean gemma-tiny\?.*edge-gemma pull"
+    ):
         store.resolve("gemma-tyni")
     monkeypatch.setenv("EDGE_GEMMA_HOME", str(tmp_path / "empty"))
     with pytest.raises(BundleError, match="installed are: none"):
@@ -368,7 +484,11 @@ def test_where_the_store_is(monkeypatch, tmp_path):
     assert store.bundles() == tmp_path / "edge-gemma/bundles"
     monkeypatch.delenv("XDG_DATA_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert store.bundles() == tmp_path / ".local/share/edge-gemma/bundles" and store.ls() == [] and list(tmp_path.iterdir()) == []
+    assert (
+        store.bundles() == tmp_path / ".local/share/edge-gemma/bundles"
+        and store.ls() == []
+        and list(tmp_path.iterdir()) == []
+    )
 
 
 def test_ls_and_rm_on_the_command_line(server, monkeypatch):
@@ -381,23 +501,43 @@ def test_ls_and_rm_on_the_command_line(server, monkeypatch):
     assert "broken" in shown.stdout and "decoder.gguf has 5 bytes" in shown.stderr
     with pytest.raises(UsageError, match=r"would delete bundle \(.*pass --yes"):
         runner.invoke(cli.app, ["rm", "bundle"], catch_exceptions=False)
-    for name, message in (("nothing", "no bundle 'nothing' is installed; installed are: bundle, tiny-Q8_0"), ("../x", "not the name of an installed bundle")):
+    for name, message in (
+        ("nothing", "no bundle 'nothing' is installed; installed are: bundle, tiny-Q8_0"),
+        ("../x", "not the name of an installed bundle"),
+    ):
         with pytest.raises((BundleError, UsageError), match=message):
             runner.invoke(cli.app, ["rm", "--yes", "bundle", name], catch_exceptions=False)
-    assert json.loads(runner.invoke(cli.app, ["rm", "--yes", "--json", "bundle", "tiny-Q8_0"]).stdout)["freed_bytes"] > 5
+    assert (
+        json.loads(runner.invoke(cli.app, ["rm", "--yes", "--json", "bundle", "tiny-Q8_0"]).stdout)[
+            "freed_bytes"
+        ]
+        > 5
+    )
     assert store.ls() == [] and list(store.bundles().iterdir()) == []
     with pytest.raises(UsageError, match="name the bundles to delete"):
         runner.invoke(cli.app, ["rm"], catch_exceptions=False)
 
 
 def test_pull_on_the_command_line(server, gguf, monkeypatch):
-    monkeypatch.setattr("edge_gemma.store.hub.pull", lambda *a, **k: pull(*a, **{**k, "on_progress": stop_after(1)}, endpoint=server.url))
+    monkeypatch.setattr(
+        "edge_gemma.store.hub.pull",
+        lambda *a, **k: pull(*a, **{**k, "on_progress": stop_after(1)}, endpoint=server.url),
+    )
     stopped = runner.invoke(cli.app, ["pull", "org/one"])
-    assert stopped.exit_code == 130 and "what arrived is kept. Go on with: edge-gemma pull org/one" in stopped.stderr
+    assert (
+        stopped.exit_code == 130
+        and "what arrived is kept. Go on with: edge-gemma pull org/one" in stopped.stderr
+    )
     assert "1 unfinished download" in runner.invoke(cli.app, ["ls"]).stderr
-    monkeypatch.setattr("edge_gemma.store.hub.pull", lambda *a, **k: pull(*a, **k, endpoint=server.url))
+    monkeypatch.setattr(
+        "edge_gemma.store.hub.pull", lambda *a, **k: pull(*a, **k, endpoint=server.url)
+    )
     done = runner.invoke(cli.app, ["pull", "org/one"])
-    assert done.exit_code == 0 and 'Try: edge-gemma run tiny-Q8_0 "Hello"' in done.stdout and "licence: Gemma" in done.stderr
+    assert (
+        done.exit_code == 0
+        and 'Try: edge-gemma run tiny-Q8_0 "Hello"' in done.stdout
+        and "licence: Gemma" in done.stderr
+    )
     again = json.loads(runner.invoke(cli.app, ["pull", "org/one", "--json"]).stdout)
     assert again["name"] == "tiny-Q8_0" and not again["fetched"]
     with pytest.raises(KeyboardInterrupt):

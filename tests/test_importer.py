@@ -36,11 +36,19 @@ def test_import_links_and_describes(gguf, tmp_path):
     assert os.stat(bundle.decoder_path).st_ino == os.stat(gguf).st_ino
     bundle.verify()
     manifest = bundle.manifest
-    assert manifest.family == gguf.stem and not manifest.instruct and manifest.special_tokens["bos"] == 2
+    assert (
+        manifest.family == gguf.stem
+        and not manifest.instruct
+        and manifest.special_tokens["bos"] == 2
+    )
     uses = {t.name: t.use for t in manifest.decoder.tensors}
     assert uses["token_embd.weight"] == "matmul" and uses["blk.0.attn_k.weight"] == "matmul"
     if manifest.family == "gemma3n":
-        assert uses["per_layer_token_embd.weight"] == "lookup" and uses["blk.21.attn_v.weight"] == "unused" and len(manifest.decoder.kv_layers) == 20
+        assert (
+            uses["per_layer_token_embd.weight"] == "lookup"
+            and uses["blk.21.attn_v.weight"] == "unused"
+            and len(manifest.decoder.kv_layers) == 20
+        )
 
 
 def test_relayout_puts_cold_first_and_changes_no_answer(gguf, tmp_path):
@@ -62,7 +70,11 @@ def test_an_untied_embedding_is_only_looked_up(tmp_path):
     path = tiny_gguf(tmp_path / "x.gguf", "gemma3n", types=Types("q4_0", "q8_0", "q4_0", "q8_0"))
     described = describe(path)
     uses = {t.name: t.use for t in described.decoder.tensors}
-    assert uses["token_embd.weight"] == "lookup" and uses["output.weight"] == "matmul" and not described.decoder.tied_head
+    assert (
+        uses["token_embd.weight"] == "lookup"
+        and uses["output.weight"] == "matmul"
+        and not described.decoder.tied_head
+    )
 
 
 def patched(path, tmp_path, old: bytes, new: bytes):
@@ -80,7 +92,9 @@ def test_other_architectures_are_refused(tmp_path):
 
 def test_contradictions_are_refused_by_name(tmp_path):
     good = tiny_gguf(tmp_path / "x.gguf")
-    with pytest.raises(UnsupportedModel, match="'blk.0.attn_x.weight', which a gemma3 of 7 layers does not have"):
+    with pytest.raises(
+        UnsupportedModel, match="'blk.0.attn_x.weight', which a gemma3 of 7 layers does not have"
+    ):
         describe(patched(good, tmp_path, b"blk.0.attn_q.weight", b"blk.0.attn_x.weight"))
     layers = b"gemma3.block_count\x04\x00\x00\x00" + (7).to_bytes(4, "little")
     with pytest.raises(BundleError, match="lacks .* tensors"):

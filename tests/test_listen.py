@@ -1,4 +1,6 @@
-"""Listening: live prefill equals the whole prompt, long utterances, barge-in, and logits against transformers."""
+"""Listening: live prefill equals the whole prompt, long utterances, barge-in, and logits against
+transformers.
+"""
 
 import threading
 import time
@@ -38,13 +40,17 @@ def silence(seconds):
 
 @pytest.mark.parametrize("seconds", ["0.9", "6.3"])
 def test_audio_prompts_give_the_logits_of_transformers(hearing_model, seconds):
-    """Reference mode: 188 rows and the end row injected. The rest is llama.cpp's f16 GELU table: 0.04 at a deviation of 0.8."""
+    """Reference mode: 188 rows and the end row injected. The rest is llama.cpp's f16 GELU table:
+    0.04 at a deviation of 0.8.
+    """
     ids, want = REFERENCE[f"audio_prompt_{seconds}"].tolist(), REFERENCE[f"audio_logits_{seconds}"]
     special = read_special_rows(hearing_model.bundle)
     soft = hearing_model.encode_audio(REFERENCE[f"wave_{seconds}"])
     first, n = ids.index(897), ids.count(897)
     assert n == 188 and ids[first + n] == 896
-    rows = np.concatenate([soft, np.tile(special["audio_padding"], (n - len(soft), 1)), special["end_of_audio"][None]])
+    rows = np.concatenate(
+        [soft, np.tile(special["audio_padding"], (n - len(soft), 1)), special["end_of_audio"][None]]
+    )
     spans = [Tokens(ids[:first]), Rows(rows), Tokens(ids[first + n + 1 :])]
     total = sum(len(span) for span in spans)
     logits = np.concatenate(list(hearing_model.evaluate(spans, rows=range(total - 4, total))))
@@ -56,7 +62,9 @@ def test_audio_prompts_give_the_logits_of_transformers(hearing_model, seconds):
 
 @pytest.mark.parametrize("pad_audio", [False, True])
 def test_a_live_turn_holds_exactly_the_whole_prompt(hearing_model, pad_audio):
-    """Pushed packet by packet, a turn's positions are those of the prompt made at once, and so is its answer."""
+    """Pushed packet by packet, a turn's positions are those of the prompt made at once, and so is
+    its answer.
+    """
     wave = REFERENCE["wave_6.3"]
     with hearing_model.chat(pad_audio=pad_audio) as live:
         turn = LiveTurn(live, "Transcribe this", pad_audio=pad_audio)
@@ -67,37 +75,61 @@ def test_a_live_turn_holds_exactly_the_whole_prompt(hearing_model, pad_audio):
         n_live = live.session.length
         text = "".join(chunk.text for chunk in turn.generate(GREEDY))
         rows = hearing_model.encode_audio(wave)
-        assert 36 <= n_early <= turn.n_rows == len(rows) == 40  # all but the tail was in before the end
+        assert (
+            36 <= n_early <= turn.n_rows == len(rows) == 40
+        )  # all but the tail was in before the end
     with hearing_model.chat(pad_audio=pad_audio) as whole:
-        answer = "".join(chunk.text for chunk in whole.send(["Transcribe this", Audio(rows=rows)], GREEDY))
-        spans = hearing_model.prompt.spans([Message("user", ["Transcribe this", Audio(rows=rows)])], pad_audio=pad_audio)
+        answer = "".join(
+            chunk.text for chunk in whole.send(["Transcribe this", Audio(rows=rows)], GREEDY)
+        )
+        spans = hearing_model.prompt.spans(
+            [Message("user", ["Transcribe this", Audio(rows=rows)])], pad_audio=pad_audio
+        )
         assert n_live == sum(len(span) for span in spans)
-        assert [m.role for m in live.messages] == [m.role for m in whole.messages] == ["user", "assistant"]
+        assert (
+            [m.role for m in live.messages]
+            == [m.role for m in whole.messages]
+            == ["user", "assistant"]
+        )
         assert _near(text, answer)
 
 
 def test_after_the_last_sample_two_passes_are_left(hearing_model, monkeypatch):
-    """A pass over the weights is what waiting costs: one for the last rows and the end row, one for the rest of the prompt and its logits."""
+    """A pass over the weights is what waiting costs: one for the last rows and the end row, one for
+    the rest of the prompt and its logits.
+    """
     passes: list[tuple[str, int]] = []
     decode = hearing_model.cache.context.decode
-    monkeypatch.setattr(hearing_model.cache.context, "decode", lambda *a: passes.append((type(a[2]).__name__, len(a[2]))) or decode(*a))
+    monkeypatch.setattr(
+        hearing_model.cache.context,
+        "decode",
+        lambda *a: passes.append((type(a[2]).__name__, len(a[2]))) or decode(*a),
+    )
     wave = REFERENCE["wave_6.3"]
     with hearing_model.chat(pad_audio=False) as chat:
         turn = LiveTurn(chat, "Transcribe this")
         for k in range(0, 96_000, 1000):
             turn.push(wave[k : k + 1000])
-        assert passes[3:] == [("Rows", 3)] * 11  # one for each step; the first came behind the held-back end of the instruction
+        assert (
+            passes[3:] == [("Rows", 3)] * 11
+        )  # one for each step; the first came behind the held-back end of the instruction
         early = turn.n_rows
         passes.clear()
         turn.push(wave[96_000:])
         turn.finish()
         for _ in turn.generate(GREEDY):
             break
-        assert early == 36 and [kind for kind, _ in passes] == ["Rows", "Tokens"] and passes[0][1] == 1 + 4 + 1  # held back, the tail, the end row
+        assert (
+            early == 36
+            and [kind for kind, _ in passes] == ["Rows", "Tokens"]
+            and passes[0][1] == 1 + 4 + 1
+        )  # held back, the tail, the end row
 
 
 def _near(a, b):
-    """Different ubatch splits round differently (specs): the first token must agree, the rest may drift."""
+    """Different ubatch splits round differently (specs): the first token must agree, the rest may
+    drift.
+    """
     return a[:1] == b[:1]
 
 
@@ -108,9 +140,13 @@ def test_a_second_turn_continues_the_conversation(hearing_model):
         turn = LiveTurn(chat, "And this?")
         turn.push(REFERENCE["wave_0.9"])
         turn.finish()
-        assert chat.session.length > before  # appended behind the first turn, which was not prefilled again
+        assert (
+            chat.session.length > before
+        )  # appended behind the first turn, which was not prefilled again
         end = list(turn.generate(GREEDY))[-1]
-        assert end.usage.reused_tokens >= before - 1  # the last token of an answer is decoded when it is needed
+        assert (
+            end.usage.reused_tokens >= before - 1
+        )  # the last token of an answer is decoded when it is needed
         list(chat.send("Go on", GREEDY))
         assert [m.role for m in chat.messages] == ["user", "assistant"] * 3
 
@@ -127,7 +163,10 @@ def test_a_spoken_turn_after_one_that_was_stopped_before_its_answer(hearing_mode
             chat._append_only = False  # as after an answer without words
             assert len(chat.messages) == expected
         spans = hearing_model.prompt.spans(chat.messages[:3], pad_audio=False)
-        assert sum(len(span) for span in spans) < chat.session.length and chat.messages[0].content[1].rows.shape[0] == 6
+        assert (
+            sum(len(span) for span in spans) < chat.session.length
+            and chat.messages[0].content[1].rows.shape[0] == 6
+        )
 
 
 def test_a_cut_turn_holds_both_clips(hearing_model):
@@ -141,7 +180,9 @@ def test_a_cut_turn_holds_both_clips(hearing_model):
         n = chat.session.length
         list(turn.generate(GREEDY))
         rows = hearing_model.encode_audio(wave)
-        spans = hearing_model.prompt.spans([Message("user", ["Both", Audio(rows=rows), Audio(rows=rows)])], pad_audio=False)
+        spans = hearing_model.prompt.spans(
+            [Message("user", ["Both", Audio(rows=rows), Audio(rows=rows)])], pad_audio=False
+        )
         assert n == sum(len(span) for span in spans)
         assert [len(part.rows) for part in chat.messages[0].content[1:]] == [6, 6]
 
@@ -150,7 +191,14 @@ def test_transcribe_gives_a_segment_per_utterance_with_times(hearing_model):
     x = np.concatenate([silence(1), speech(2), silence(2), speech(1), silence(1)])
     with hearing_model.chat() as chat:
         detector = SpeechDetector(probability=loudness)
-        found = list(transcribe(chat, (x[k : k + 4000] for k in range(0, len(x), 4000)), options=ListenOptions(sampling=GREEDY), detector=detector))
+        found = list(
+            transcribe(
+                chat,
+                (x[k : k + 4000] for k in range(0, len(x), 4000)),
+                options=ListenOptions(sampling=GREEDY),
+                detector=detector,
+            )
+        )
     assert [(round(s.start_s, 1), round(s.end_s, 1)) for s in found] == [(1.0, 3.0), (5.0, 6.0)]
     assert all(isinstance(s.text, str) for s in found)
 
@@ -158,8 +206,19 @@ def test_transcribe_gives_a_segment_per_utterance_with_times(hearing_model):
 def test_transcribe_cuts_what_is_longer_than_a_clip_and_loses_nothing(hearing_model):
     x = np.concatenate([speech(45), silence(1)])
     with hearing_model.chat() as chat:
-        found = list(transcribe(chat, [x], options=ListenOptions(sampling=Sampling(temperature=0, max_tokens=2)), detector=SpeechDetector(probability=loudness)))
-    assert len(found) == 2 and found[0].end_s == found[1].start_s <= 30 and abs(found[1].end_s - 45) < 0.1
+        found = list(
+            transcribe(
+                chat,
+                [x],
+                options=ListenOptions(sampling=Sampling(temperature=0, max_tokens=2)),
+                detector=SpeechDetector(probability=loudness),
+            )
+        )
+    assert (
+        len(found) == 2
+        and found[0].end_s == found[1].start_s <= 30
+        and abs(found[1].end_s - 45) < 0.1
+    )
 
 
 def test_silence_and_nothing_give_no_segments(hearing_model):
@@ -170,7 +229,9 @@ def test_silence_and_nothing_give_no_segments(hearing_model):
 
 def test_ask_answers_a_question_about_a_sound(hearing_model):
     with hearing_model.chat() as chat:
-        chunks = list(ask(chat, [REFERENCE["wave_0.9"]], "What is this?", ListenOptions(sampling=GREEDY)))
+        chunks = list(
+            ask(chat, [REFERENCE["wave_0.9"]], "What is this?", ListenOptions(sampling=GREEDY))
+        )
     assert chunks[-1].finish_reason and chunks[-1].usage.completion_tokens
 
 
@@ -178,18 +239,34 @@ def test_records_of_a_session(hearing_model):
     x = np.concatenate([silence(1), speech(3), silence(1.5)])
     blocks = [x[k : k + CHUNK] for k in range(0, len(x), CHUNK)]
     with hearing_model.chat() as chat:
-        listener = Listener(chat, blocks, ListenOptions(sampling=GREEDY), detector=SpeechDetector(probability=loudness))
+        listener = Listener(
+            chat,
+            blocks,
+            ListenOptions(sampling=GREEDY),
+            detector=SpeechDetector(probability=loudness),
+        )
         records = list(listener.records())
     kinds = [r.kind for r in records]
-    assert kinds[0] == "speech" and kinds.index("speech") < kinds.index("partial") < kinds.index("silence") < kinds.index("turn")
-    assert abs(records[0].at_s - 1) < 0.05 and abs(next(r for r in records if r.kind == "silence").at_s - 4) < 0.05
+    assert kinds[0] == "speech" and kinds.index("speech") < kinds.index("partial") < kinds.index(
+        "silence"
+    ) < kinds.index("turn")
+    assert (
+        abs(records[0].at_s - 1) < 0.05
+        and abs(next(r for r in records if r.kind == "silence").at_s - 4) < 0.05
+    )
     turn = records[kinds.index("turn")]
-    assert turn.text == "".join(r.text for r in records if r.kind == "text") and turn.wait_s > 0 and turn.end.finish_reason
+    assert (
+        turn.text == "".join(r.text for r in records if r.kind == "text")
+        and turn.wait_s > 0
+        and turn.end.finish_reason
+    )
     assert not [t for t in threading.enumerate() if t.name.startswith("edge-gemma")]
 
 
 class FakeMicrophone:
-    """Stands for a live device: a Microphone whose blocks come from a script of arrays, callables and errors."""
+    """Stands for a live device: a Microphone whose blocks come from a script of arrays, callables
+    and errors.
+    """
 
 
 def live(script, monkeypatch):
@@ -244,7 +321,9 @@ def blocks(x):
 
 
 def test_speech_stops_an_answer(hearing_model, monkeypatch):
-    """The voice would speak for ever; the second utterance silences it, and is answered in its turn."""
+    """The voice would speak for ever; the second utterance silences it, and is answered in its
+    turn.
+    """
     voices = []
 
     def play(samples, rate_hz):
@@ -266,11 +345,23 @@ def test_speech_stops_an_answer(hearing_model, monkeypatch):
     def end_voice(mic):
         voices[-1].gate.set()
 
-    script = [*blocks(np.concatenate([speech(1), silence(1)])), until_speaking, *blocks(np.concatenate([speech(1), silence(1)])), until_speaking, end_voice]
+    script = [
+        *blocks(np.concatenate([speech(1), silence(1)])),
+        until_speaking,
+        *blocks(np.concatenate([speech(1), silence(1)])),
+        until_speaking,
+        end_voice,
+    ]
     source, stop = live(script, monkeypatch)
     with hearing_model.chat() as chat:
         sampling = Sampling(temperature=0, max_tokens=400)
-        listener = Listener(chat, source, ListenOptions(sampling=sampling), make_voice=make_voice, detector=SpeechDetector(probability=loudness))
+        listener = Listener(
+            chat,
+            source,
+            ListenOptions(sampling=sampling),
+            make_voice=make_voice,
+            detector=SpeechDetector(probability=loudness),
+        )
         kinds = []
         for record in listener.records():
             kinds.append(record.kind)
@@ -280,20 +371,35 @@ def test_speech_stops_an_answer(hearing_model, monkeypatch):
                 break
             if stop.is_set():
                 listener.stop()
-        assert kinds.index("interrupted") > kinds.index("silence") and kinds.count("speech") == 2 and kinds.count("silence") == 2
+        assert (
+            kinds.index("interrupted") > kinds.index("silence")
+            and kinds.count("speech") == 2
+            and kinds.count("silence") == 2
+        )
         assert voices_before >= 1
     assert not [t for t in threading.enumerate() if t.name.startswith("edge-gemma")]
 
 
 def test_a_lost_microphone_is_reported_and_taken_back(hearing_model, monkeypatch):
-    script = [*blocks(speech(0.5)), DeviceLost("the microphone is gone"), *blocks(np.concatenate([speech(1), silence(1)]))]
+    script = [
+        *blocks(speech(0.5)),
+        DeviceLost("the microphone is gone"),
+        *blocks(np.concatenate([speech(1), silence(1)])),
+    ]
     source, _ = live(script, monkeypatch)
     with hearing_model.chat() as chat:
-        listener = Listener(chat, source, ListenOptions(sampling=GREEDY), detector=SpeechDetector(probability=loudness))
+        listener = Listener(
+            chat,
+            source,
+            ListenOptions(sampling=GREEDY),
+            detector=SpeechDetector(probability=loudness),
+        )
         records = run(listener)
         kinds = [r.kind for r in records]
         assert kinds[:2] == ["ready", "speech"] and "lost" in kinds and "back" in kinds
-        assert kinds.index("lost") < kinds.index("back") < len(kinds) - 1 - kinds[::-1].index("speech")
+        assert (
+            kinds.index("lost") < kinds.index("back") < len(kinds) - 1 - kinds[::-1].index("speech")
+        )
         # what was being said when it was lost is answered, and so is what is said afterwards
         assert kinds.count("silence") == 2 and kinds.index("lost") < kinds.index("silence")
         assert kinds.count("turn") + kinds.count("interrupted") == 2 and "failed" not in kinds
@@ -301,31 +407,61 @@ def test_a_lost_microphone_is_reported_and_taken_back(hearing_model, monkeypatch
 
 
 def test_the_encoder_is_let_go_while_answering_where_the_plan_says_so(hearing_model, monkeypatch):
-    """One at a time: open while someone speaks, closed from the first token to the last, open again for the next utterance."""
+    """One at a time: open while someone speaks, closed from the first token to the last, open again
+    for the next utterance.
+    """
     plan = hearing_model.plan
-    monkeypatch.setattr(hearing_model, "plan", replace(plan, settings=replace(plan.settings, encoders="one at a time")))
+    monkeypatch.setattr(
+        hearing_model,
+        "plan",
+        replace(plan, settings=replace(plan.settings, encoders="one at a time")),
+    )
     open_while: dict[str, set[bool]] = {}
     real = hearing_model.decoder.is_end  # asked once for every sampled token
-    monkeypatch.setattr(hearing_model.decoder, "is_end", lambda token: open_while.setdefault("answering", set()).add("audio" in hearing_model._encoders) or real(token))
+    monkeypatch.setattr(
+        hearing_model.decoder,
+        "is_end",
+        lambda token: (
+            open_while.setdefault("answering", set()).add("audio" in hearing_model._encoders)
+            or real(token)
+        ),
+    )
     x = np.concatenate([speech(1), silence(1), speech(1), silence(1)])
     with hearing_model.chat() as chat:
-        for record in Listener(chat, blocks(x), ListenOptions(sampling=GREEDY), detector=SpeechDetector(probability=loudness)).records():
+        for record in Listener(
+            chat,
+            blocks(x),
+            ListenOptions(sampling=GREEDY),
+            detector=SpeechDetector(probability=loudness),
+        ).records():
             if record.kind == "partial":
                 open_while.setdefault("listening", set()).add("audio" in hearing_model._encoders)
             assert record.kind != "failed", record
         assert len(chat.messages) == 4
-    assert open_while == {"listening": {True}, "answering": {False}} and "audio" in hearing_model._encoders
+    assert (
+        open_while == {"listening": {True}, "answering": {False}}
+        and "audio" in hearing_model._encoders
+    )
 
 
 def test_a_wake_word_gates_each_utterance(hearing_model):
     said = iter([False] * 40 + [True] + [False] * 10_000)
     x = np.concatenate([speech(1), silence(1), speech(1), silence(1), speech(1), silence(1)])
     with hearing_model.chat() as chat:
-        listener = Listener(chat, blocks(x), ListenOptions(sampling=GREEDY), gate=lambda block: next(said), detector=SpeechDetector(probability=loudness))
+        listener = Listener(
+            chat,
+            blocks(x),
+            ListenOptions(sampling=GREEDY),
+            gate=lambda block: next(said),
+            detector=SpeechDetector(probability=loudness),
+        )
         records = list(listener.records())
     assert [r.kind for r in records if r.kind in ("speech", "turn")] == ["speech", "turn"]
 
 
 def test_a_text_only_bundle_is_refused(tiny_model):
-    with tiny_model.chat() as chat, pytest.raises(UsageError, match="no audio encoder, so it cannot hear"):
+    with (
+        tiny_model.chat() as chat,
+        pytest.raises(UsageError, match="no audio encoder, so it cannot hear"),
+    ):
         LiveTurn(chat)

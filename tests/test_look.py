@@ -1,4 +1,6 @@
-"""Pictures in messages: encoded on demand, cached on disk, refused when too many; and the cache itself."""
+"""Pictures in messages: encoded on demand, cached on disk, refused when too many; and the cache
+itself.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,21 @@ def test_every_way_to_name_a_picture(bundle, tmp_path):
     with Look(bundle) as look:
         expected = look(pixels)
         np.testing.assert_allclose(expected, seeing.reference("g3mm")["soft_6"], atol=1e-4)
-        for part in (tmp_path / "a.png", str(tmp_path / "a.png"), Picture(pixels), Image(source=pixels), Image(source=Picture(pixels), size=224)):
+        for part in (
+            tmp_path / "a.png",
+            str(tmp_path / "a.png"),
+            Picture(pixels),
+            Image(source=pixels),
+            Image(source=Picture(pixels), size=224),
+        ):
             assert np.array_equal(look(part), expected)
         rows = np.ones((16, 256), np.float32)
         assert look(Image(rows=rows)) is rows
         with pytest.raises(UsageError, match="a picture was expected, got Audio"):
             look(Audio())
-        with pytest.raises(UsageError, match="pictures of 512 px were asked for; this encoder takes 224"):
+        with pytest.raises(
+            UsageError, match="pictures of 512 px were asked for; this encoder takes 224"
+        ):
             look(Image(source=pixels, size=512))
 
 
@@ -79,8 +89,14 @@ def test_prepare_opens_counts_and_expands(bundle, tmp_path):
     assert all(isinstance(part.source, Picture) for part in parts[1:3])
     parts = prepare([Picture(wide), Picture(square)], vision, 1000, pan_and_scan=True)
     assert [part if isinstance(part, str) else "image" for part in parts] == [
-        "Here is the original image ", "image", " and here are some crops to help you see better ", "image", " ", "image", "image",
-    ]  # fmt: skip
+        "Here is the original image ",
+        "image",
+        " and here are some crops to help you see better ",
+        "image",
+        " ",
+        "image",
+        "image",
+    ]
     assert prepare("only text", None, 0) == ["only text"]
     rows = Image(rows=np.zeros((16, 256), np.float32))
     assert prepare([rows], None, 0) == [rows]
@@ -93,18 +109,27 @@ def test_prepare_samples_video_into_what_is_left(bundle, tmp_path):
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=1000)
     parts = prepare(["What happens?", Video(tmp_path / "a.gif")], bundle.manifest.vision, 1000)
     assert sum(isinstance(part, Image) for part in parts) == 10
-    parts = prepare([Picture(seeing.picture(1)), Video(tmp_path / "a.gif")], bundle.manifest.vision, 130)
+    parts = prepare(
+        [Picture(seeing.picture(1)), Video(tmp_path / "a.gif")], bundle.manifest.vision, 130
+    )
     assert [part for part in parts if isinstance(part, str)] == ["00:00 ", "\n00:03 ", "\n00:06 "]
 
 
 def test_too_many_pictures_are_refused_with_the_number_that_fits(bundle):
     cost = soft_token_cost(bundle.manifest.vision)
-    with pytest.raises(PlanRefused, match=rf"21 pictures take 21 × {cost} = {21 * cost} tokens and 400 of the context are free: {400 // cost} fit"):
+    with pytest.raises(
+        PlanRefused,
+        match=rf"21 pictures take 21 × {cost} = {21 * cost} tokens and 400 of the context are "
+        rf"free: {400 // cost} fit",
+    ):
         prepare([Picture(seeing.picture(1, 8, 8))] * 21, bundle.manifest.vision, 400)
 
 
 def test_a_text_bundle_cannot_see():
-    with pytest.raises(UnsupportedModel, match="gemma-270m has no vision encoder, so it cannot see; Gemma 3 4B and Gemma 3n can"):
+    with pytest.raises(
+        UnsupportedModel,
+        match="gemma-270m has no vision encoder, so it cannot see; Gemma 3 4B and Gemma 3n can",
+    ):
         prepare(["What?", Picture(seeing.picture(1, 8, 8))], None, 4096, name="gemma-270m")
 
 
@@ -140,7 +165,11 @@ def test_cache_keeps_under_its_cap_and_drops_the_oldest(tmp_path):
         if number == 4:
             assert cache.get("0", (16, 16)) is not None  # used: now the youngest
     assert cache.total_bytes() <= 5 * 1200
-    assert cache.get("0", (16, 16)) is not None and cache.get("1", (16, 16)) is None and cache.get("7", (16, 16)) is not None
+    assert (
+        cache.get("0", (16, 16)) is not None
+        and cache.get("1", (16, 16)) is None
+        and cache.get("7", (16, 16)) is not None
+    )
     assert cache.clear() > 0 and cache.total_bytes() == 0
     nothing = SoftTokenCache(tmp_path, cap_bytes=0)
     nothing.put("a", rows)

@@ -23,7 +23,9 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 def touched(n_bytes: int) -> mmap.mmap:
-    """Fresh anonymous memory, every page used: not from the heap, where what an earlier test freed would serve."""
+    """Fresh anonymous memory, every page used: not from the heap, where what an earlier test freed
+    would serve.
+    """
     block = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     for page in range(0, n_bytes, PAGE_BYTES):
         block[page] = 1
@@ -53,7 +55,12 @@ def test_pages_of_a_mapped_file_are_counted_by_range(tmp_path):
             view[page * PAGE_BYTES]
         assert resident_bytes(path, [(8 * PAGE_BYTES, 8 * PAGE_BYTES)]) == 8 * PAGE_BYTES
         view.madvise(mmap.MADV_DONTNEED, 8 * PAGE_BYTES, 4 * PAGE_BYTES)
-        assert resident_bytes(path, [(8 * PAGE_BYTES, 4 * PAGE_BYTES), (12 * PAGE_BYTES, 4 * PAGE_BYTES)]) == 4 * PAGE_BYTES
+        assert (
+            resident_bytes(
+                path, [(8 * PAGE_BYTES, 4 * PAGE_BYTES), (12 * PAGE_BYTES, 4 * PAGE_BYTES)]
+            )
+            == 4 * PAGE_BYTES
+        )
 
 
 @linux
@@ -68,7 +75,9 @@ def test_the_sampler_keeps_what_came_and_went_and_names_the_phase():
     assert sampler.phase("work").peak_anon_bytes - idle > 78 * MiB
     assert sampler.phase("idle").peak_anon_bytes - idle < 20 * MiB
     assert sampler.peak_pss_bytes <= sampler.peak_rss_bytes
-    assert [seconds for seconds, _ in sampler.timeline] == sorted(seconds for seconds, _ in sampler.timeline)
+    assert [seconds for seconds, _ in sampler.timeline] == sorted(
+        seconds for seconds, _ in sampler.timeline
+    )
     with pytest.raises(KeyError):
         sampler.phase("never")
 
@@ -86,7 +95,9 @@ def test_rebase_forgets_the_load_peak():
 
 @linux
 def test_another_process_is_watched_until_it_ends():
-    child = subprocess.Popen([sys.executable, "-c", "b = bytearray(50 << 20); import time; time.sleep(0.5)"])
+    child = subprocess.Popen(
+        [sys.executable, "-c", "b = bytearray(50 << 20); import time; time.sleep(0.5)"]
+    )
     with PeakSampler(pid=child.pid, interval_s=0.02) as sampler:
         child.wait()
     assert sampler.peak_rss_bytes > 50 * MiB

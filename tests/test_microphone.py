@@ -1,4 +1,5 @@
-"""A real capture through PortAudio from a virtual microphone: what was said is what arrives, and a server that dies and comes back.
+"""A real capture through PortAudio from a virtual microphone: what was said is what arrives, and a
+server that dies and comes back.
 
 Capture runs in a child process, whose environment points to the test's own sound server.
 """
@@ -19,7 +20,8 @@ from edge_gemma.hearing.utterances import SpeechDetector
 
 pytestmark = pytest.mark.skipif(pulse.missing() is not None, reason=str(pulse.missing()))
 
-# Records N seconds; says on stdout when it listens, and one JSON line for everything that happens. Samples go to a file at the end.
+# Records N seconds; says on stdout when it listens, and one JSON line for everything that happens.
+# Samples go to a file at the end.
 CHILD = """
 import json, sys, threading, time
 import numpy as np
@@ -65,7 +67,11 @@ class Recorder:
     def __init__(self, server, folder, seconds):
         self.out = folder / "captured.npy"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(self.out), str(seconds)], env=os.environ | server.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", CHILD, str(self.out), str(seconds)],
+            env=os.environ | server.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         self.records = []
         self._seen = threading.Condition()
@@ -83,7 +89,9 @@ class Recorder:
 
     def wait(self, *kinds, timeout=30):
         with self._seen:
-            assert self._seen.wait_for(lambda: any(r["kind"] in (*kinds, "closed") for r in self.records), timeout), self.records
+            assert self._seen.wait_for(
+                lambda: any(r["kind"] in (*kinds, "closed") for r in self.records), timeout
+            ), self.records
         found = [r for r in self.records if r["kind"] in kinds]
         assert found, self.process.stderr.read()
         return found[-1]
@@ -105,9 +113,21 @@ def microphone(tmp_path):
 
 @pytest.fixture
 def spoken(tmp_path):
-    """A sentence of espeak-ng at 16 kHz with half a second of silence on both sides, as a file for the virtual microphone."""
+    """A sentence of espeak-ng at 16 kHz with half a second of silence on both sides, as a file for
+    the virtual microphone.
+    """
     speech = tmp_path / "speech.wav"
-    subprocess.run(["espeak-ng", "-v", "en", "-w", str(speech), "The quick brown fox jumps over the lazy dog."], check=True)
+    subprocess.run(
+        [
+            "espeak-ng",
+            "-v",
+            "en",
+            "-w",
+            str(speech),
+            "The quick brown fox jumps over the lazy dog.",
+        ],
+        check=True,
+    )
     samples = read_audio(speech)
     path = tmp_path / "say.wav"
     padded = np.concatenate([np.zeros(8000), samples, np.zeros(8000)])
@@ -119,7 +139,11 @@ def spoken(tmp_path):
 
 def boundaries(samples):
     detector = SpeechDetector()
-    return {e.kind: e.at / 16000 for e in detector.push(samples) + detector.finish() if e.kind in ("start", "end")}
+    return {
+        e.kind: e.at / 16000
+        for e in detector.push(samples) + detector.finish()
+        if e.kind in ("start", "end")
+    }
 
 
 def test_what_is_captured_is_what_was_played(microphone, spoken, tmp_path):
@@ -139,7 +163,11 @@ def test_what_is_captured_is_what_was_played(microphone, spoken, tmp_path):
 
     end = recorder.wait("end")
     assert end["dropped"] == 0 and end["threads"] == []
-    events = {r["kind"]: r["at"] / 16000 for r in recorder.records if r["kind"] in ("start", "end") and "at" in r}
+    events = {
+        r["kind"]: r["at"] / 16000
+        for r in recorder.records
+        if r["kind"] in ("start", "end") and "at" in r
+    }
     loud = np.flatnonzero(np.abs(played) > 0.02)
     assert abs(events["start"] - (at + loud[0]) / 16000) < 0.1
     assert abs(events["end"] - (at + loud[-1]) / 16000) < 0.1

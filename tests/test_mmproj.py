@@ -23,14 +23,18 @@ def mmproj(siglip_checkpoint, tmp_path_factory):
 
 def soft_tokens(folder) -> np.ndarray:
     pixels = seeing.squeezed(seeing.picture(6), 224, 0.5, 0.5)
-    return open_onnx(folder / "vision_encoder.onnx", n_threads=2, in_place=True).run(None, {"pixels": pixels})[0]
+    return open_onnx(folder / "vision_encoder.onnx", n_threads=2, in_place=True).run(
+        None, {"pixels": pixels}
+    )[0]
 
 
 def test_mmproj_equals_the_checkpoint(mmproj, siglip_checkpoint, tmp_path):
     part = vision_from_mmproj(mmproj, tmp_path, "f32")
     (tmp_path / "checkpoint").mkdir()
     assert part == write_vision_encoder(siglip_checkpoint, tmp_path / "checkpoint", "f32")
-    np.testing.assert_allclose(soft_tokens(tmp_path), soft_tokens(tmp_path / "checkpoint"), atol=1e-5)
+    np.testing.assert_allclose(
+        soft_tokens(tmp_path), soft_tokens(tmp_path / "checkpoint"), atol=1e-5
+    )
     np.testing.assert_allclose(soft_tokens(tmp_path), seeing.reference("g3mm")["soft_6"], atol=1e-4)
 
 
@@ -45,13 +49,21 @@ def test_old_files_with_swapped_names(mmproj, siglip_checkpoint, tmp_path):
         config = siglip_checkpoint.config
 
         def names(self):
-            return [name.replace("fc1", "fc_").replace("fc2", "fc1").replace("fc_", "fc2") for name in siglip_checkpoint.names()]
+            return [
+                name.replace("fc1", "fc_").replace("fc2", "fc1").replace("fc_", "fc2")
+                for name in siglip_checkpoint.names()
+            ]
 
         def read(self, name):
-            return siglip_checkpoint.read(name.replace("fc1", "fc_").replace("fc2", "fc1").replace("fc_", "fc2"))
+            return siglip_checkpoint.read(
+                name.replace("fc1", "fc_").replace("fc2", "fc1").replace("fc_", "fc2")
+            )
 
     write_mmproj(Swapped(), tmp_path / "old.gguf", "f32")
-    assert read_header(tmp_path / "old.gguf").tensor("v.blk.0.ffn_up.weight").shape != read_header(mmproj).tensor("v.blk.0.ffn_up.weight").shape
+    assert (
+        read_header(tmp_path / "old.gguf").tensor("v.blk.0.ffn_up.weight").shape
+        != read_header(mmproj).tensor("v.blk.0.ffn_up.weight").shape
+    )
     vision_from_mmproj(tmp_path / "old.gguf", tmp_path, "f32")
     np.testing.assert_allclose(soft_tokens(tmp_path), seeing.reference("g3mm")["soft_6"], atol=1e-4)
 
@@ -60,13 +72,21 @@ def test_refusals(mmproj, tmp_path, sample_gguf):
     with pytest.raises(UnsupportedModel, match="holds the architecture 'gemma3'; a vision file"):
         Mmproj(sample_gguf)
     data = mmproj.read_bytes()
-    (tmp_path / "other.gguf").write_bytes(data.replace(b"\x06\x00\x00\x00\x00\x00\x00\x00gemma3", b"\x06\x00\x00\x00\x00\x00\x00\x00pixtrl", 1))
-    with pytest.raises(UnsupportedModel, match="a projector of kind 'pixtrl'; 'gemma3' is what is supported"):
+    (tmp_path / "other.gguf").write_bytes(
+        data.replace(
+            b"\x06\x00\x00\x00\x00\x00\x00\x00gemma3", b"\x06\x00\x00\x00\x00\x00\x00\x00pixtrl", 1
+        )
+    )
+    with pytest.raises(
+        UnsupportedModel, match="a projector of kind 'pixtrl'; 'gemma3' is what is supported"
+    ):
         Mmproj(tmp_path / "other.gguf")
     (tmp_path / "short.gguf").write_bytes(data[: len(data) // 2])
     with pytest.raises(BundleError):
         Mmproj(tmp_path / "short.gguf")
-    (tmp_path / "renamed.gguf").write_bytes(data.replace(b"mm.soft_emb_norm.weight", b"mm.soft_emb_norn.weight"))
+    (tmp_path / "renamed.gguf").write_bytes(
+        data.replace(b"mm.soft_emb_norm.weight", b"mm.soft_emb_norn.weight")
+    )
     with pytest.raises(BundleError, match="lacks the tensor for .*mm_soft_emb_norm.weight"):
         vision_from_mmproj(tmp_path / "renamed.gguf", tmp_path, "f32")
 
@@ -75,5 +95,7 @@ def test_gemma3n_mmproj_is_sent_to_the_checkpoint(tmp_path):
     checkpoint = seeing.tower_checkpoint("mnv5", tmp_path / "checkpoint")
     checkpoint.config["text_config"] = {"hidden_size": 64}
     write_mmproj(checkpoint, tmp_path / "mnv5.gguf")
-    with pytest.raises(UnsupportedModel, match="of kind 'gemma3nv'; .*converted from the checkpoint"):
+    with pytest.raises(
+        UnsupportedModel, match="of kind 'gemma3nv'; .*converted from the checkpoint"
+    ):
         Mmproj(tmp_path / "mnv5.gguf")

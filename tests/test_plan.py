@@ -1,4 +1,6 @@
-"""Plans: pure arithmetic that agrees with what llama.cpp reports, concedes in order, and refuses with the sum shown."""
+"""Plans: pure arithmetic that agrees with what llama.cpp reports, concedes in order, and refuses
+with the sum shown.
+"""
 
 from __future__ import annotations
 
@@ -43,19 +45,42 @@ def plan(manifest, request=PlanRequest(), device=PI) -> Plan:
 def with_encoders(manifest: Manifest) -> Manifest:
     import msgspec
 
-    audio = AudioPart(file="audio.onnx", precision="int8", n_embd=8, weights_bytes=300 * MiB, activation_bytes=50 * MiB)
+    audio = AudioPart(
+        file="audio.onnx",
+        precision="int8",
+        n_embd=8,
+        weights_bytes=300 * MiB,
+        activation_bytes=50 * MiB,
+    )
     vision = VisionPart(
-        file="vision.onnx", kind="siglip", precision="f32", n_embd=8, n_soft_tokens=256, image_sizes=(896,), mean=0.5, std=0.5,
-        weights_bytes=400 * MiB, activation_bytes={"896": 200 * MiB},
-    )  # fmt: skip
+        file="vision.onnx",
+        kind="siglip",
+        precision="f32",
+        n_embd=8,
+        n_soft_tokens=256,
+        image_sizes=(896,),
+        mean=0.5,
+        std=0.5,
+        weights_bytes=400 * MiB,
+        activation_bytes={"896": 200 * MiB},
+    )
     return msgspec.structs.replace(manifest, audio=audio, vision=vision)
 
 
 def test_total_is_the_worst_phase_after_load(manifest):
     made = plan(manifest)
-    sums = {p: sum(i.bytes for i in made.items if p in i.phases and i.kind != "reclaimable") for p in AFTER_LOAD}
+    sums = {
+        p: sum(i.bytes for i in made.items if p in i.phases and i.kind != "reclaimable")
+        for p in AFTER_LOAD
+    }
     assert made.total_bytes == max(sums.values()) and made.fits
-    assert all(isinstance(i.bytes, int) and i.bytes > 0 and set(i.phases) and i.kind in ("anon", "file_hot", "file_cold", "reclaimable") for i in made.items)
+    assert all(
+        isinstance(i.bytes, int)
+        and i.bytes > 0
+        and set(i.phases)
+        and i.kind in ("anon", "file_hot", "file_cold", "reclaimable")
+        for i in made.items
+    )
     assert made.load_peak_bytes == made.phase_bytes("load")
 
 
@@ -66,18 +91,35 @@ def test_json_has_what_scripts_read(manifest):
 
 
 @settings(max_examples=60)
-@given(a=st.integers(64, 1024), b=st.integers(64, 1024), ubatch=st.sampled_from([32, 64, 256, 512]), kv=st.sampled_from(["f16", "q8_0"]), n=st.integers(1, 4))
+@given(
+    a=st.integers(64, 1024),
+    b=st.integers(64, 1024),
+    ubatch=st.sampled_from([32, 64, 256, 512]),
+    kv=st.sampled_from(["f16", "q8_0"]),
+    n=st.integers(1, 4),
+)
 def test_bytes_never_fall_when_the_request_grows(manifest, a, b, ubatch, kv, n):
-    small, large = (plan(manifest, PlanRequest(n_ctx=c, n_ubatch=ubatch, kv_type=kv, n_seq_max=n)).total_bytes for c in sorted((a, b)))
+    small, large = (
+        plan(manifest, PlanRequest(n_ctx=c, n_ubatch=ubatch, kv_type=kv, n_seq_max=n)).total_bytes
+        for c in sorted((a, b))
+    )
     assert small <= large
-    assert plan(manifest, PlanRequest(n_ctx=a, n_ubatch=ubatch, kv_type=kv, n_seq_max=n)).total_bytes <= plan(manifest, PlanRequest(n_ctx=a, n_ubatch=ubatch, kv_type=kv, n_seq_max=n + 1)).total_bytes
+    assert (
+        plan(manifest, PlanRequest(n_ctx=a, n_ubatch=ubatch, kv_type=kv, n_seq_max=n)).total_bytes
+        <= plan(
+            manifest, PlanRequest(n_ctx=a, n_ubatch=ubatch, kv_type=kv, n_seq_max=n + 1)
+        ).total_bytes
+    )
 
 
 @settings(max_examples=60)
 @given(budget=st.integers(1, 400 * MiB))
 def test_a_plan_that_fits_stays_inside_and_one_that_does_not_says_what_would(manifest, budget):
     made = plan(manifest, PlanRequest(budget_bytes=budget))
-    assert made.fits == (made.needed_bytes <= made.budget_bytes <= budget) and made.total_bytes <= made.needed_bytes
+    assert (
+        made.fits == (made.needed_bytes <= made.budget_bytes <= budget)
+        and made.total_bytes <= made.needed_bytes
+    )
     if not made.fits:
         assert "nearest that fits: --budget" in made.refusal and str(made.settings.n_ctx)
 
@@ -85,7 +127,12 @@ def test_a_plan_that_fits_stays_inside_and_one_that_does_not_says_what_would(man
 @pytest.mark.parametrize("n_ctx", [256, 1000])
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
 def test_kv_and_repacked_bytes_are_what_llama_cpp_reports(bundle, n_ctx, kv_type):
-    made = make_plan(bundle.manifest, probe(), PlanRequest(n_ctx=n_ctx, kv_type=kv_type, n_ubatch=128), repacked_here)
+    made = make_plan(
+        bundle.manifest,
+        probe(),
+        PlanRequest(n_ctx=n_ctx, kv_type=kv_type, n_ubatch=128),
+        repacked_here,
+    )
     decoder = Decoder(bundle.decoder_path, made.settings)
     try:
         context = decoder.context()
@@ -93,8 +140,13 @@ def test_kv_and_repacked_bytes_are_what_llama_cpp_reports(bundle, n_ctx, kv_type
     finally:
         decoder.close()
     assert context.settings.n_ctx == n_ctx
-    sums = {name: sum(i.bytes for i in made.items if i.name.startswith(name)) for name in ("KV cache", "weights, repacked")}
-    assert abs(found.get("CPU KV", 0) - sums["KV cache"]) < 20_000  # reported in hundredths of a MiB
+    sums = {
+        name: sum(i.bytes for i in made.items if i.name.startswith(name))
+        for name in ("KV cache", "weights, repacked")
+    }
+    assert (
+        abs(found.get("CPU KV", 0) - sums["KV cache"]) < 20_000
+    )  # reported in hundredths of a MiB
     assert abs(found.get("CPU_REPACK model", 0) - sums["weights, repacked"]) < 20_000
 
 
@@ -111,7 +163,13 @@ def test_the_ladder_is_taken_in_order_and_never_concedes_what_was_named(manifest
     lengths = [len(c) for c in seen]
     assert lengths == sorted(lengths) and lengths[-1] >= 2
     assert "n_ubatch" in seen[0][0] and any("q8_0" in line for line in seen[-1])
-    named = PlanRequest(budget_bytes=comfortable.needed_bytes - MiB // 2, n_ctx=1024, n_ubatch=256, kv_type="f16", repack=True)
+    named = PlanRequest(
+        budget_bytes=comfortable.needed_bytes - MiB // 2,
+        n_ctx=1024,
+        n_ubatch=256,
+        kv_type="f16",
+        repack=True,
+    )
     refused = plan(manifest, named)
     assert not refused.fits and refused.concessions == () and refused.settings.n_ctx == 1024
 
@@ -123,11 +181,17 @@ def test_refusal_prints_the_arithmetic_and_the_nearest_that_fits(manifest):
     with pytest.raises(PlanRefused) as refusal:
         made.require()
     message = str(refusal.value)
-    assert "does not fit" in message and "KV cache, global layers" in message and refusal.value.plan is made
+    assert (
+        "does not fit" in message
+        and "KV cache, global layers" in message
+        and refusal.value.plan is made
+    )
     n_ctx = int(message.split("nearest that fits: --ctx ")[1].split()[0])
     assert 0 < n_ctx < 1024
     assert plan(manifest, dataclasses.replace(named, budget_bytes=budget, n_ctx=n_ctx)).fits
-    assert not plan(manifest, dataclasses.replace(named, budget_bytes=budget, n_ctx=n_ctx + 256)).fits
+    assert not plan(
+        manifest, dataclasses.replace(named, budget_bytes=budget, n_ctx=n_ctx + 256)
+    ).fits
     tiny = plan(manifest, PlanRequest(budget_bytes=1, n_ctx=512))
     assert "nearest that fits: --budget" in tiny.refusal
     mib = int(tiny.refusal.split("--budget ")[1].split("MiB")[0])
@@ -156,7 +220,9 @@ def test_requests_that_mean_nothing_are_usage_errors(manifest, request_, message
 def test_encoders_count_and_go_one_at_a_time_when_that_is_what_fits(manifest):
     both = with_encoders(manifest)
     everything, text = plan(both), plan(both, PlanRequest(encoders=()))
-    assert everything.total_bytes - text.total_bytes >= (300 + 400 + 200 - 10) * MiB  # looking is the worst phase
+    assert (
+        everything.total_bytes - text.total_bytes >= (300 + 400 + 200 - 10) * MiB
+    )  # looking is the worst phase
     tight = plan(both, PlanRequest(budget_bytes=everything.needed_bytes - 250 * MiB))
     assert tight.fits and tight.settings.encoders == "one at a time"
     assert any("one at a time" in line for line in tight.concessions)
@@ -174,8 +240,14 @@ def test_where_pages_cannot_be_released_the_whole_file_counts(manifest):
 
 
 def test_headroom_is_kept_beside_repacked_weights_only(manifest):
-    with_copies, without = plan(manifest, PlanRequest(repack=True)), plan(manifest, PlanRequest(repack=False))
-    assert with_copies.needed_bytes > with_copies.total_bytes and without.needed_bytes == without.total_bytes
+    with_copies, without = (
+        plan(manifest, PlanRequest(repack=True)),
+        plan(manifest, PlanRequest(repack=False)),
+    )
+    assert (
+        with_copies.needed_bytes > with_copies.total_bytes
+        and without.needed_bytes == without.total_bytes
+    )
     assert "headroom" in arithmetic(with_copies) and "headroom" not in arithmetic(without)
 
 

@@ -30,8 +30,14 @@ def world(tiny_checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("quality")
     text = folder / "text.txt"
     rng = np.random.default_rng(3)
-    text.write_text(" ".join("".join(rng.choice(list("abcdefghij"), rng.integers(2, 8))) for _ in range(700)))
-    return tiny_checkpoint, convert(tiny_checkpoint, folder / "f32", Conversion(quant="f32", verify=False)).bundle, text
+    text.write_text(
+        " ".join("".join(rng.choice(list("abcdefghij"), rng.integers(2, 8))) for _ in range(700))
+    )
+    return (
+        tiny_checkpoint,
+        convert(tiny_checkpoint, folder / "f32", Conversion(quant="f32", verify=False)).bundle,
+        text,
+    )
 
 
 def test_calibration_measures_what_each_weight_is_multiplied_with(world, tmp_path):
@@ -39,8 +45,11 @@ def test_calibration_measures_what_each_weight_is_multiplied_with(world, tmp_pat
     result = im.calibrate(bundle, text, tmp_path / "m.gguf", max_tokens=1200, n_threads=1)
     assert result.n_tokens == 2 * 511 and result.missing == ()
     entries = im.read_imatrix(tmp_path / "m.gguf")
-    assert len(entries) == 7 * 7 + 1 and entries["token_embd.weight"].shape == (256,)  # the tied head is in it
-    # the first layer's queries, keys and values see RMS-normed embeddings: that can be computed here
+    assert len(entries) == 7 * 7 + 1 and entries["token_embd.weight"].shape == (
+        256,
+    )  # the tied head is in it
+    # the first layer's queries, keys and values see RMS-normed embeddings: that can be computed
+    # here
     decoder = decode.Decoder(bundle.decoder_path, decode.Settings(n_ctx=64))
     try:
         ids = decoder.tokenize(text.read_text())[:1022]
@@ -49,9 +58,13 @@ def test_calibration_measures_what_each_weight_is_multiplied_with(world, tmp_pat
         decoder.close()
     tensors = {t.name: t for t in bundle.manifest.decoder.tensors}
     data = bundle.decoder_path.read_bytes()
-    read = lambda name: np.frombuffer(data, np.float32, tensors[name].nbytes // 4, tensors[name].offset).reshape(tuple(reversed(tensors[name].shape)))  # noqa: E731
+    read = lambda name: np.frombuffer(
+        data, np.float32, tensors[name].nbytes // 4, tensors[name].offset
+    ).reshape(tuple(reversed(tensors[name].shape)))  # noqa: E731
     x = read("token_embd.weight")[sum(chunks, [])] * np.sqrt(256)
-    normed = x / np.sqrt(np.square(x).mean(1, keepdims=True) + 1e-6) * read("blk.0.attn_norm.weight")
+    normed = (
+        x / np.sqrt(np.square(x).mean(1, keepdims=True) + 1e-6) * read("blk.0.attn_norm.weight")
+    )
     expected = np.square(normed).mean(0)
     for tensor in ("attn_q", "attn_k", "attn_v"):
         np.testing.assert_allclose(entries[f"blk.0.{tensor}.weight"], expected, rtol=1e-4)
@@ -61,23 +74,44 @@ def test_llama_cpp_reads_our_importance_matrix(world, tmp_path):
     """Through gguf-py, llama.cpp's own reader in Python."""
     from gguf import GGUFReader
 
-    im.write_imatrix(tmp_path / "m.gguf", {"blk.0.attn_q.weight": (np.arange(256.0), 2)}, chunks=3, chunk_tokens=512, datasets=["a.txt"])
+    im.write_imatrix(
+        tmp_path / "m.gguf",
+        {"blk.0.attn_q.weight": (np.arange(256.0), 2)},
+        chunks=3,
+        chunk_tokens=512,
+        datasets=["a.txt"],
+    )
     reader = GGUFReader(tmp_path / "m.gguf")
-    assert reader.fields["general.type"].contents() == "imatrix" and reader.fields["imatrix.chunk_count"].contents() == 3
+    assert (
+        reader.fields["general.type"].contents() == "imatrix"
+        and reader.fields["imatrix.chunk_count"].contents() == 3
+    )
     tensors = {tensor.name: tensor.data for tensor in reader.tensors}
-    np.testing.assert_array_equal(tensors["blk.0.attn_q.weight.in_sum2"].reshape(-1), np.arange(256, dtype=np.float32))
-    np.testing.assert_array_equal(im.read_imatrix(tmp_path / "m.gguf")["blk.0.attn_q.weight"], np.arange(256, dtype=np.float32) / 2)
+    np.testing.assert_array_equal(
+        tensors["blk.0.attn_q.weight.in_sum2"].reshape(-1), np.arange(256, dtype=np.float32)
+    )
+    np.testing.assert_array_equal(
+        im.read_imatrix(tmp_path / "m.gguf")["blk.0.attn_q.weight"],
+        np.arange(256, dtype=np.float32) / 2,
+    )
 
 
 def test_refusals_of_importance_matrices(world, tmp_path):
     checkpoint, bundle, text = world
     options = lambda path: Conversion(quant="q4_0", imatrix=path, verify=False)  # noqa: E731
     (tmp_path / "old.dat").write_bytes(b"\1\0\0\0")
-    for path, message in [(tmp_path / "old.dat", "old .dat format"), (tmp_path / "none.gguf", "cannot open"), (bundle.decoder_path, "not an importance matrix")]:
+    for path, message in [
+        (tmp_path / "old.dat", "old .dat format"),
+        (tmp_path / "none.gguf", "cannot open"),
+        (bundle.decoder_path, "not an importance matrix"),
+    ]:
         with pytest.raises(BundleError, match=message):
             convert(checkpoint, tmp_path / "out", options(path))
     for entries, message in [
-        ({"blk.0.attn_q.weight": (np.ones(128), 1)}, "has 128 columns for 'blk.0.attn_q.weight', this model 256"),
+        (
+            {"blk.0.attn_q.weight": (np.ones(128), 1)},
+            "has 128 columns for 'blk.0.attn_q.weight', this model 256",
+        ),
         ({"blk.99.attn_q.weight": (np.ones(256), 1)}, "names none of this model's tensors"),
         ({"blk.0.attn_q.weight": (np.full(256, np.nan), 1)}, "holds NaN"),
     ]:
@@ -92,14 +126,28 @@ def test_refusals_of_importance_matrices(world, tmp_path):
 def test_receipts_are_the_textbook_numbers(world, tmp_path):
     checkpoint, bundle, text = world
     small = convert(checkpoint, tmp_path / "q4", Conversion(quant="q4_0", verify=False)).bundle
-    receipts = compare(bundle.decoder_path, {"same": bundle.decoder_path, "q4": small.decoder_path}, text, max_tokens=600, n_threads=1)
-    assert receipts["same"].kld_mean < 1e-6 and receipts["same"].top1_agreement == 1 and receipts["same"].tokens == 511
+    receipts = compare(
+        bundle.decoder_path,
+        {"same": bundle.decoder_path, "q4": small.decoder_path},
+        text,
+        max_tokens=600,
+        n_threads=1,
+    )
+    assert (
+        receipts["same"].kld_mean < 1e-6
+        and receipts["same"].top1_agreement == 1
+        and receipts["same"].tokens == 511
+    )
 
     def log_softmax(path):
-        decoder = decode.Decoder(path, decode.Settings(n_ctx=512, n_ubatch=64, n_threads=1, flash_attention=False))
+        decoder = decode.Decoder(
+            path, decode.Settings(n_ctx=512, n_ubatch=64, n_threads=1, flash_attention=False)
+        )
         try:
             ids = [decoder.bos, *decoder.tokenize(text.read_text())[:511]]
-            x = np.concatenate(list(decoder.context(n_outputs=64).evaluate([decode.Tokens(tuple(ids))]))).astype(np.float64)[:-1]
+            x = np.concatenate(
+                list(decoder.context(n_outputs=64).evaluate([decode.Tokens(tuple(ids))]))
+            ).astype(np.float64)[:-1]
         finally:
             decoder.close()
         return x - np.log(np.exp(x).sum(1, keepdims=True)), ids
@@ -111,26 +159,59 @@ def test_receipts_are_the_textbook_numbers(world, tmp_path):
     np.testing.assert_allclose(got.kld_p99, np.percentile(klds, 99), rtol=1e-3)
     assert got.top1_agreement == np.mean(p.argmax(1) == q.argmax(1))
     np.testing.assert_allclose(got.ppl, np.exp(-q[np.arange(511), ids[1:]].mean()), rtol=1e-5)
-    np.testing.assert_allclose(got.ppl_reference, np.exp(-p[np.arange(511), ids[1:]].mean()), rtol=1e-5)
+    np.testing.assert_allclose(
+        got.ppl_reference, np.exp(-p[np.arange(511), ids[1:]].mean()), rtol=1e-5
+    )
 
 
 def test_the_receipt_is_in_the_manifest_and_the_reference_is_gone(world, tmp_path):
     checkpoint, _, text = world
-    bundle = convert(checkpoint, tmp_path / "out", Conversion(quant="q8_0", check=text, check_tokens=600, n_threads=1)).bundle
+    bundle = convert(
+        checkpoint,
+        tmp_path / "out",
+        Conversion(quant="q8_0", check=text, check_tokens=600, n_threads=1),
+    ).bundle
     quality = bundle.manifest.quality
-    assert quality["tokens"] == 511 and 0 < quality["kld_mean"] < 0.01 and quality["text"] == "text.txt"
-    assert sorted(path.name for path in bundle.folder.iterdir()) == ["decoder.gguf", "manifest.json"]
+    assert (
+        quality["tokens"] == 511
+        and 0 < quality["kld_mean"] < 0.01
+        and quality["text"] == "text.txt"
+    )
+    assert sorted(path.name for path in bundle.folder.iterdir()) == [
+        "decoder.gguf",
+        "manifest.json",
+    ]
 
 
 def test_the_ladder_makes_a_table_and_a_plot(world, tmp_path, capsys):
     checkpoint, bundle, text = world
     matrix = tmp_path / "m.gguf"
     main_ok("calibrate", str(bundle.folder), str(text), str(matrix), "--tokens", "600")
-    rungs = ladder(checkpoint, tmp_path / "ladder", text, ["q8_0", "edge+imatrix"], imatrix=matrix, max_tokens=600, rounds=1, n_threads=1, speed_threads=1)
+    rungs = ladder(
+        checkpoint,
+        tmp_path / "ladder",
+        text,
+        ["q8_0", "edge+imatrix"],
+        imatrix=matrix,
+        max_tokens=600,
+        rounds=1,
+        n_threads=1,
+        speed_threads=1,
+    )
     assert [rung.recipe for rung in rungs] == ["q8_0", "edge+imatrix"]
-    assert rungs[0].bits_per_weight < 9 and rungs[0].decode_tok_s > 0 and rungs[0].receipt.kld_mean < rungs[1].receipt.kld_mean
-    assert sorted(path.name for path in (tmp_path / "ladder").iterdir()) == ["ladder.png", "table.json", "table.md"]
-    assert json.loads((tmp_path / "ladder" / "table.json").read_text())[1]["recipe"] == "edge+imatrix"
+    assert (
+        rungs[0].bits_per_weight < 9
+        and rungs[0].decode_tok_s > 0
+        and rungs[0].receipt.kld_mean < rungs[1].receipt.kld_mean
+    )
+    assert sorted(path.name for path in (tmp_path / "ladder").iterdir()) == [
+        "ladder.png",
+        "table.json",
+        "table.md",
+    ]
+    assert (
+        json.loads((tmp_path / "ladder" / "table.json").read_text())[1]["recipe"] == "edge+imatrix"
+    )
     assert "| edge+imatrix |" in (tmp_path / "ladder" / "table.md").read_text()
     with pytest.raises(UsageError, match=r"give the importance matrix with --imatrix"):
         ladder(checkpoint, tmp_path / "other", text, ["q4_0+imatrix"])
@@ -139,7 +220,9 @@ def test_the_ladder_makes_a_table_and_a_plot(world, tmp_path, capsys):
     with pytest.raises(UsageError, match="there is no text .*nowhere.txt"):
         ladder(checkpoint, tmp_path / "other", tmp_path / "nowhere.txt", ["q8_0"])
     (tmp_path / "short.txt").write_text("too short")
-    with pytest.raises(UsageError, match="short.txt has .* tokens"):  # known once the reference is there
+    with pytest.raises(
+        UsageError, match="short.txt has .* tokens"
+    ):  # known once the reference is there
         ladder(checkpoint, tmp_path / "other", tmp_path / "short.txt", ["q8_0"])
     assert not (tmp_path / "other").exists()
 
@@ -150,18 +233,44 @@ def test_speeds_can_be_added_to_a_kept_ladder_later(world, tmp_path, capsys):
     main_ok("ladder", *where, "--rounds", "0", "--keep", "--tokens", "600", "--json")
     quality = json.loads(capsys.readouterr().out)
     assert [rung["decode_tok_s"] for rung in quality] == [0, 0]
-    main_ok("ladder", *where[:-1], "q8_0,q6_k", "--add", "--rounds", "0", "--keep", "--tokens", "600", "--json")
+    main_ok(
+        "ladder",
+        *where[:-1],
+        "q8_0,q6_k",
+        "--add",
+        "--rounds",
+        "0",
+        "--keep",
+        "--tokens",
+        "600",
+        "--json",
+    )
     added = json.loads(capsys.readouterr().out)
     assert added[:2] == quality and [rung["recipe"] for rung in added] == ["q8_0", "q4_0", "q6_k"]
     quality = added
     with pytest.raises(UsageError, match="was measured on other text"):
-        ladder(checkpoint, tmp_path / "ladder", text, ["q5_k_m"], max_tokens=1200, add=True, rounds=0, keep=True)
+        ladder(
+            checkpoint,
+            tmp_path / "ladder",
+            text,
+            ["q5_k_m"],
+            max_tokens=1200,
+            add=True,
+            rounds=0,
+            keep=True,
+        )
     main_ok("ladder", *where, "--speed-only", "--rounds", "1", "--json")
     timed = json.loads(capsys.readouterr().out)
     assert all(rung["decode_tok_s"] > 0 and rung["pss_bytes"] > 0 for rung in timed)
-    assert [(rung["recipe"], rung["receipt"]) for rung in timed] == [(rung["recipe"], rung["receipt"]) for rung in quality]
+    assert [(rung["recipe"], rung["receipt"]) for rung in timed] == [
+        (rung["recipe"], rung["receipt"]) for rung in quality
+    ]
     assert json.loads((tmp_path / "ladder" / "table.json").read_text()) == timed
-    assert sorted(path.name for path in (tmp_path / "ladder").iterdir()) == ["ladder.png", "table.json", "table.md"]  # without --keep the bundles went
+    assert sorted(path.name for path in (tmp_path / "ladder").iterdir()) == [
+        "ladder.png",
+        "table.json",
+        "table.md",
+    ]  # without --keep the bundles went
     with pytest.raises(UsageError, match="no longer holds the bundles of q8_0, q4_0, q6_k"):
         time_kept(tmp_path / "ladder")
     with pytest.raises(UsageError, match="holds no ladder to go on with"):
@@ -180,7 +289,13 @@ def test_where_a_small_file_cannot_be_written_is_said_before_the_work(world, tmp
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(RuntimeFailure, match="cannot write .*m.gguf: No space left on device"):
-        im.write_imatrix(tmp_path / "m.gguf", {"blk.0.attn_q.weight": (np.ones(32), 1)}, chunks=1, chunk_tokens=1, datasets=["x"])
+        im.write_imatrix(
+            tmp_path / "m.gguf",
+            {"blk.0.attn_q.weight": (np.ones(32), 1)},
+            chunks=1,
+            chunk_tokens=1,
+            datasets=["x"],
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -192,7 +307,9 @@ def main_ok(*arguments: str) -> None:
 
 def test_commands(world, tmp_path, capsys):
     checkpoint, _, text = world
-    main_ok("convert", str(checkpoint), str(tmp_path / "out"), "--quant", "edge", "--dry-run", "--json")
+    main_ok(
+        "convert", str(checkpoint), str(tmp_path / "out"), "--quant", "edge", "--dry-run", "--json"
+    )
     planned = json.loads(capsys.readouterr().out)
     assert not (tmp_path / "out").exists()
     main_ok("convert", str(checkpoint), str(tmp_path / "out"), "--quant", "edge", "--json")
@@ -200,12 +317,19 @@ def test_commands(world, tmp_path, capsys):
     assert made["files"]["decoder.gguf"] == planned["decoder_bytes"] and made["sample"]
     manifest = Bundle.open(tmp_path / "out").manifest
     uses = {tensor.name: (tensor.type, tensor.use) for tensor in manifest.decoder.tensors}
-    assert not manifest.decoder.tied_head and uses["output.weight"] == ("IQ4_NL", "matmul") and uses["token_embd.weight"] == ("Q8_0", "lookup")
+    assert (
+        not manifest.decoder.tied_head
+        and uses["output.weight"] == ("IQ4_NL", "matmul")
+        and uses["token_embd.weight"] == ("Q8_0", "lookup")
+    )
     main_ok("convert", str(checkpoint), str(tmp_path / "out"), "--quant", "q4_k_m", "--dry-run")
     assert "memory about" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         main(["convert", str(checkpoint), str(tmp_path / "out")])
-    assert stop.value.code == 2 and "exists; choose another folder or pass --force" in capsys.readouterr().err
+    assert (
+        stop.value.code == 2
+        and "exists; choose another folder or pass --force" in capsys.readouterr().err
+    )
     with pytest.raises(SystemExit) as stop:
         main(["convert", str(tmp_path / "nowhere"), str(tmp_path / "out2")])
     assert stop.value.code == 3 and "is not a folder" in capsys.readouterr().err
@@ -217,9 +341,12 @@ def test_commands(world, tmp_path, capsys):
 def test_a_killed_conversion_leaves_no_bundle_and_the_next_run_cleans_up(tmp_path):
     folder = write_checkpoint("g3n", tmp_path / "g3n", keep=lambda name: "_tower" not in name)
     code = (
-        "import sys, time\nfrom edge_gemma.convert import decoder\nquantize = decoder.quantize_rows\n"
+        "import sys, time\nfrom edge_gemma.convert import decoder\nquantize = "
+        "decoder.quantize_rows\n"
         "def slow(*a):\n    time.sleep(0.05)\n    return quantize(*a)\n"
-        "decoder.quantize_rows = slow\nfrom edge_gemma.convert.pipeline import *\nconvert(sys.argv[1], sys.argv[2], Conversion(audio='none', vision='none', verify=False))"
+        "decoder.quantize_rows = slow\nfrom edge_gemma.convert.pipeline import "
+        "*\nconvert(sys.argv[1], sys.argv[2], Conversion(audio='none', vision='none', "
+        "verify=False))"
     )
     child = subprocess.Popen([sys.executable, "-c", code, str(folder), str(tmp_path / "out")])
     try:
@@ -238,7 +365,9 @@ def test_a_killed_conversion_leaves_no_bundle_and_the_next_run_cleans_up(tmp_pat
 def test_a_full_disk_is_seen_before_work_starts(world, tmp_path, monkeypatch):
     import shutil
 
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20)
+    )
     with pytest.raises(RuntimeFailure, match=r"needs .* on disk, .* has 1.0 MiB free"):
         convert(world[0], tmp_path / "out", Conversion(quant="q8_0"))
     assert not (tmp_path / "out").exists()

@@ -21,10 +21,14 @@ STOCK = [name for name in names() if not name.startswith("edge")]
 
 def tensors_of(path) -> dict[str, tuple[str, bytes]]:
     data = path.read_bytes()
-    return {t.name: (t.type, data[t.offset : t.offset + t.nbytes]) for t in read_header(path).tensors}
+    return {
+        t.name: (t.type, data[t.offset : t.offset + t.nbytes]) for t in read_header(path).tensors
+    }
 
 
-def llama_model_quantize(source, target, file_type: int, importance: dict[str, np.ndarray] | None = None) -> None:
+def llama_model_quantize(
+    source, target, file_type: int, importance: dict[str, np.ndarray] | None = None
+) -> None:
     from edge_gemma.engines.llama import library as llama
 
     low = llama.library()
@@ -34,7 +38,12 @@ def llama_model_quantize(source, target, file_type: int, importance: dict[str, n
     if importance:
         as_floats = ctypes.POINTER(ctypes.c_float)
         entries = (low.llama_model_imatrix_data * (len(importance) + 1))(
-            *[low.llama_model_imatrix_data(name.encode(), weights.ctypes.data_as(as_floats), weights.size) for name, weights in importance.items()]
+            *[
+                low.llama_model_imatrix_data(
+                    name.encode(), weights.ctypes.data_as(as_floats), weights.size
+                )
+                for name, weights in importance.items()
+            ]
         )
         params.imatrix = entries
     assert low.llama_model_quantize(str(source).encode(), str(target).encode(), params) == 0
@@ -42,44 +51,103 @@ def llama_model_quantize(source, target, file_type: int, importance: dict[str, n
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """gemma3n as in the reference; gemma3 with 9 layers, 4 heads on one KV head, and rows of 320, which no K-quant fits."""
+    """gemma3n as in the reference; gemma3 with 9 layers, 4 heads on one KV head, and rows of 320,
+    which no K-quant fits.
+    """
     folder = tmp_path_factory.mktemp("quantize")
-    write_checkpoint("g3n", folder / "g3n", keep=lambda name: "_tower" not in name and "embed_" not in name.split(".")[1])
+    write_checkpoint(
+        "g3n",
+        folder / "g3n",
+        keep=lambda name: "_tower" not in name and "embed_" not in name.split(".")[1],
+    )
     odd = read_checkpoint_recipe("g3text")
-    odd["config"] |= {"hidden_size": 320, "num_hidden_layers": 9, "num_attention_heads": 4, "head_dim": 64, "query_pre_attn_scalar": 64, "layer_types": None, "sliding_window_pattern": 6}
+    odd["config"] |= {
+        "hidden_size": 320,
+        "num_hidden_layers": 9,
+        "num_attention_heads": 4,
+        "head_dim": 64,
+        "query_pre_attn_scalar": 64,
+        "layer_types": None,
+        "sliding_window_pattern": 6,
+    }
     odd["tensors"] = {}
     odd["tensors"]["model.embed_tokens.weight"] = [768, 320]
     odd["tensors"]["model.norm.weight"] = [320]
     for i in range(9):
         shapes = {
-            "self_attn.q_proj": [256, 320], "self_attn.k_proj": [64, 320], "self_attn.v_proj": [64, 320], "self_attn.o_proj": [320, 256], "self_attn.q_norm": [64],
-            "self_attn.k_norm": [64], "mlp.gate_proj": [768, 320], "mlp.up_proj": [768, 320], "mlp.down_proj": [320, 768], "input_layernorm": [320],
-            "post_attention_layernorm": [320], "pre_feedforward_layernorm": [320], "post_feedforward_layernorm": [320],
-        }  # fmt: skip
-        odd["tensors"] |= {f"model.layers.{i}.{module}.weight": shape for module, shape in shapes.items()}
+            "self_attn.q_proj": [256, 320],
+            "self_attn.k_proj": [64, 320],
+            "self_attn.v_proj": [64, 320],
+            "self_attn.o_proj": [320, 256],
+            "self_attn.q_norm": [64],
+            "self_attn.k_norm": [64],
+            "mlp.gate_proj": [768, 320],
+            "mlp.up_proj": [768, 320],
+            "mlp.down_proj": [320, 768],
+            "input_layernorm": [320],
+            "post_attention_layernorm": [320],
+            "pre_feedforward_layernorm": [320],
+            "post_feedforward_layernorm": [320],
+        }
+        odd["tensors"] |= {
+            f"model.layers.{i}.{module}.weight": shape for module, shape in shapes.items()
+        }
     write_checkpoint(odd, folder / "odd")
-    f32 = {name: convert(folder / name, folder / f"{name}-f32", Conversion(quant="f32", verify=False)).bundle.decoder_path for name in ("g3n", "odd")}
+    f32 = {
+        name: convert(
+            folder / name, folder / f"{name}-f32", Conversion(quant="f32", verify=False)
+        ).bundle.decoder_path
+        for name in ("g3n", "odd")
+    }
     return folder, f32
 
 
-SLOW = [pytest.param(name, "g3n", marks=pytest.mark.slow) for name in STOCK if name not in ("f32", "q4_0", "q4_k_m")]
+SLOW = [
+    pytest.param(name, "g3n", marks=pytest.mark.slow)
+    for name in STOCK
+    if name not in ("f32", "q4_0", "q4_k_m")
+]
 SLOW += [pytest.param(name, "odd", marks=pytest.mark.slow) for name in ("iq4_nl",)]
 
 
-@pytest.mark.parametrize("quant, model", [("q4_0", "g3n"), ("q4_k_m", "g3n"), *((name, "odd") for name in STOCK if name not in ("f32", "iq4_nl")), *SLOW])
+@pytest.mark.parametrize(
+    "quant, model",
+    [
+        ("q4_0", "g3n"),
+        ("q4_k_m", "g3n"),
+        *((name, "odd") for name in STOCK if name not in ("f32", "iq4_nl")),
+        *SLOW,
+    ],
+)
 def test_bytes_equal_llama_model_quantize(checkpoints, tmp_path, quant, model):
     folder, f32 = checkpoints
     stock = read_recipe(quant)
-    recipe = msgspec.structs.replace(stock, kept="F32")  # llama.cpp keeps what it does not quantize as it finds it: F32 here
-    ours = tensors_of(convert(folder / model, tmp_path / "ours", Conversion(quant=recipe, verify=False)).bundle.decoder_path)
+    recipe = msgspec.structs.replace(
+        stock, kept="F32"
+    )  # llama.cpp keeps what it does not quantize as it finds it: F32 here
+    ours = tensors_of(
+        convert(
+            folder / model, tmp_path / "ours", Conversion(quant=recipe, verify=False)
+        ).bundle.decoder_path
+    )
     llama_model_quantize(f32[model], tmp_path / "theirs.gguf", stock.file_type)
     theirs = tensors_of(tmp_path / "theirs.gguf")
-    assert {name: kind for name, (kind, _) in ours.items()} == {name: kind for name, (kind, _) in theirs.items()}
+    assert {name: kind for name, (kind, _) in ours.items()} == {
+        name: kind for name, (kind, _) in theirs.items()
+    }
     for name in theirs:
         assert ours[name][1] == theirs[name][1], name
 
 
-@pytest.mark.parametrize("quant", ["q4_0", pytest.param("iq4_xs", marks=pytest.mark.slow), "q4_k_m", pytest.param("q3_k_m", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "quant",
+    [
+        "q4_0",
+        pytest.param("iq4_xs", marks=pytest.mark.slow),
+        "q4_k_m",
+        pytest.param("q3_k_m", marks=pytest.mark.slow),
+    ],
+)
 def test_bytes_equal_with_an_importance_matrix(checkpoints, tmp_path, quant):
     from edge_gemma.convert.imatrix import write_imatrix
 
@@ -90,15 +158,32 @@ def test_bytes_equal_with_an_importance_matrix(checkpoints, tmp_path, quant):
         for t in read_header(f32["odd"]).tensors
         if len(t.shape) == 2 and t.name.startswith("blk") and "attn_k." not in t.name
     }
-    write_imatrix(tmp_path / "odd.imatrix.gguf", {name: (w * 5, 5) for name, w in weights.items()}, chunks=5, chunk_tokens=128, datasets=["test"])
+    write_imatrix(
+        tmp_path / "odd.imatrix.gguf",
+        {name: (w * 5, 5) for name, w in weights.items()},
+        chunks=5,
+        chunk_tokens=128,
+        datasets=["test"],
+    )
     stock = msgspec.structs.replace(read_recipe(quant), kept="F32")
-    result = convert(folder / "odd", tmp_path / "ours", Conversion(quant=stock, imatrix=tmp_path / "odd.imatrix.gguf", verify=False))
-    llama_model_quantize(f32["odd"], tmp_path / "theirs.gguf", stock.file_type, {name: (w * 5) / 5 for name, w in weights.items()})
+    result = convert(
+        folder / "odd",
+        tmp_path / "ours",
+        Conversion(quant=stock, imatrix=tmp_path / "odd.imatrix.gguf", verify=False),
+    )
+    llama_model_quantize(
+        f32["odd"],
+        tmp_path / "theirs.gguf",
+        stock.file_type,
+        {name: (w * 5) / 5 for name, w in weights.items()},
+    )
     theirs = tensors_of(tmp_path / "theirs.gguf")
     ours = tensors_of(result.bundle.decoder_path)
     for name in theirs:
         assert ours[name] == theirs[name], name
-    assert any("blk.0.attn_k.weight" in note and "no importance" in note for note in result.notes), result.notes
+    assert any(
+        "blk.0.attn_k.weight" in note and "no importance" in note for note in result.notes
+    ), result.notes
 
 
 def test_rows_that_fit_no_block_are_never_passed_on():
@@ -112,18 +197,30 @@ def test_rows_that_fit_no_block_are_never_passed_on():
 def test_a_fallback_is_noted(checkpoints, tmp_path):
     folder, _ = checkpoints
     result = convert(folder / "odd", tmp_path / "out", Conversion(quant="q4_k_m", verify=False))
-    assert any("attn_q of" in note and note.endswith("layers: rows of 320 are no multiple of Q4_K's block, so Q5_0") for note in result.notes), result.notes
+    assert any(
+        "attn_q of" in note
+        and note.endswith("layers: rows of 320 are no multiple of Q4_K's block, so Q5_0")
+        for note in result.notes
+    ), result.notes
 
 
 def test_any_cut_into_chunks_gives_the_same_bytes():
     rows = np.random.default_rng(1).standard_normal((7, 512), dtype=np.float32)
     for kind in quantize.TYPES:
         whole = quantize.quantize_rows(kind, rows)
-        np.testing.assert_array_equal(whole, np.concatenate([quantize.quantize_rows(kind, rows[a:b]) for a, b in ((0, 1), (1, 5), (5, 7))]), err_msg=kind)
+        np.testing.assert_array_equal(
+            whole,
+            np.concatenate(
+                [quantize.quantize_rows(kind, rows[a:b]) for a, b in ((0, 1), (1, 5), (5, 7))]
+            ),
+            err_msg=kind,
+        )
 
 
 def test_quantization_aware_weights_survive_the_round_trip():
-    """Q4_0 → bf16 → Q4_0 keeps every code and the value each stands for, so a …-qat-q4_0-unquantized checkpoint becomes what it was trained as."""
+    """Q4_0 → bf16 → Q4_0 keeps every code and the value each stands for, so a
+    …-qat-q4_0-unquantized checkpoint becomes what it was trained as.
+    """
     from checkpoints import bf16
     from gguf import GGMLQuantizationType, dequantize
 
@@ -132,14 +229,22 @@ def test_quantization_aware_weights_survive_the_round_trip():
     values = dequantize(trained, GGMLQuantizationType.Q4_0)
     again = quantize.quantize_rows("Q4_0", bf16(values)).reshape(64, -1)
     codes = lambda blocks: blocks.reshape(64, 8, 18)[:, :, 2:]  # noqa: E731
-    scales = lambda blocks: np.ascontiguousarray(blocks.reshape(64, 8, 18)[:, :, :2]).view(np.float16).astype(np.float32)  # noqa: E731
+    scales = lambda blocks: (
+        np.ascontiguousarray(blocks.reshape(64, 8, 18)[:, :, :2])
+        .view(np.float16)
+        .astype(np.float32)
+    )  # noqa: E731
     np.testing.assert_array_equal(codes(again), codes(trained))
     np.testing.assert_allclose(scales(again), scales(trained), rtol=2**-8)
 
 
 @pytest.mark.parametrize(
     "text, message",
-    [("matrix = 3", "is not a recipe"), ('about = "x"\nmatrix = "Q4_K"\nhead = "Q9"', "names the type 'Q9'"), ('about = "x"\nmatrix = "Q4_K"\nhead = "F16"\ntypo = 1', "typo")],
+    [
+        ("matrix = 3", "is not a recipe"),
+        ('about = "x"\nmatrix = "Q4_K"\nhead = "Q9"', "names the type 'Q9'"),
+        ('about = "x"\nmatrix = "Q4_K"\nhead = "F16"\ntypo = 1', "typo"),
+    ],
 )
 def test_a_recipe_of_ones_own_is_checked(tmp_path, text, message):
     (tmp_path / "mine.toml").write_text(text)

@@ -1,4 +1,6 @@
-"""Sampling: llama.cpp's samplers, log-probabilities that add up, and grammars that hold or are refused."""
+"""Sampling: llama.cpp's samplers, log-probabilities that add up, and grammars that hold or are
+refused.
+"""
 
 from __future__ import annotations
 
@@ -33,18 +35,30 @@ def test_greedy_takes_the_largest_logit(tiny_model):
 def test_a_schema_holds(tiny_model, seed):
     schema = {
         "type": "object",
-        "properties": {"name": {"type": "string", "maxLength": 12}, "n": {"type": "integer"}, "kind": {"enum": ["a", "b"]}, "tags": {"type": "array", "items": {"type": "boolean"}, "maxItems": 3}},
+        "properties": {
+            "name": {"type": "string", "maxLength": 12},
+            "n": {"type": "integer"},
+            "kind": {"enum": ["a", "b"]},
+            "tags": {"type": "array", "items": {"type": "boolean"}, "maxItems": 3},
+        },
         "required": ["name", "n", "kind", "tags"],
     }
     text, reason = answer(tiny_model, schema=schema, seed=seed)
     if reason == "length":
         pytest.skip("random weights wrote a long number")
     data = json.loads(text)
-    assert set(data) == {"name", "n", "kind", "tags"} and isinstance(data["n"], int) and data["kind"] in "ab" and len(data["tags"]) <= 3
+    assert (
+        set(data) == {"name", "n", "kind", "tags"}
+        and isinstance(data["n"], int)
+        and data["kind"] in "ab"
+        and len(data["tags"]) <= 3
+    )
 
 
 def test_strings_of_a_schema_hold_no_control_characters():
-    assert r"\x00-\x1F" in schema_to_grammar({"type": "string"}) and r"\x00-\x1F" in schema_to_grammar({"type": "string", "maxLength": 3})
+    assert r"\x00-\x1F" in schema_to_grammar(
+        {"type": "string"}
+    ) and r"\x00-\x1F" in schema_to_grammar({"type": "string", "maxLength": 3})
 
 
 def test_a_grammar_holds(tiny_model):
@@ -56,7 +70,13 @@ def test_a_grammar_holds(tiny_model):
     ("schema", "message"),
     [
         ({"type": "integer", "minimum": 0}, "'minimum' at the top"),
-        ({"type": "object", "properties": {"a": {"type": "string", "pattern": "^a$", "minLength": 3}}}, "'minLength' at the top.a"),
+        (
+            {
+                "type": "object",
+                "properties": {"a": {"type": "string", "pattern": "^a$", "minLength": 3}},
+            },
+            "'minLength' at the top.a",
+        ),
         ({"type": "array", "items": {"type": "integer"}, "uniqueItems": True}, "'uniqueItems'"),
         ({"type": "string", "format": "email"}, "format 'email'"),
         ({"type": "text"}, "type 'text'"),
@@ -72,7 +92,9 @@ def test_schemas_that_cannot_hold_are_refused(schema, message):
         schema_to_grammar(schema)
 
 
-@pytest.mark.parametrize("grammar", ["", "root ::= (", "nothing", 'other ::= "a"', "root ::= root", "\0"])
+@pytest.mark.parametrize(
+    "grammar", ["", "root ::= (", "nothing", 'other ::= "a"', "root ::= root", "\0"]
+)
 def test_grammars_that_do_not_parse_are_refused(tiny_model, grammar):
     with pytest.raises(UsageError, match="grammar"):
         answer(tiny_model, grammar=grammar)
@@ -80,7 +102,17 @@ def test_grammars_that_do_not_parse_are_refused(tiny_model, grammar):
 
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": -1}, {"temperature": math.nan}, {"top_p": 2}, {"max_tokens": 0}, {"seed": -1}, {"stop": "x"}, {"stop": ("",)}, {"grammar": "a", "schema": {}}, {"logprobs": 1000}],
+    [
+        {"temperature": -1},
+        {"temperature": math.nan},
+        {"top_p": 2},
+        {"max_tokens": 0},
+        {"seed": -1},
+        {"stop": "x"},
+        {"stop": ("",)},
+        {"grammar": "a", "schema": {}},
+        {"logprobs": 1000},
+    ],
 )
 def test_options_that_mean_nothing_are_refused(options):
     with pytest.raises(UsageError):

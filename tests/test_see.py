@@ -1,4 +1,6 @@
-"""Seeing from the outside: the API, the describe command, importing with an mmproj, and twenty pictures inside the plan."""
+"""Seeing from the outside: the API, the describe command, importing with an mmproj, and twenty
+pictures inside the plan.
+"""
 
 from __future__ import annotations
 
@@ -61,12 +63,22 @@ def test_encode_image_and_a_message_with_pictures(looking_bundle, no_cache, phot
         assert len(list((tmp_path / "cache" / "edge-gemma" / "soft-tokens").iterdir())) == 1
         with model.chat() as chat:
             texts = []
-            for content in (["What is this?", edge_gemma.Picture(photo)], ["And this?", edge_gemma.Image(seeing.picture(7)), edge_gemma.Picture(photo)]):
+            for content in (
+                ["What is this?", edge_gemma.Picture(photo)],
+                ["And this?", edge_gemma.Image(seeing.picture(7)), edge_gemma.Picture(photo)],
+            ):
                 texts.append("".join(chunk.text for chunk in chat.send(content, GREEDY)))
             assert len(chat.messages) == 4 and len(texts) == 2
         with pytest.raises(MediaError, match="there is no image file"), model.chat() as chat:
             list(chat.send([edge_gemma.Image("nothing.jpg"), "?"], GREEDY))
-        with pytest.raises(PlanRefused, match=r"30 pictures take 30 × 22 = 660 tokens and 512 of the context are free: 23 fit"), model.chat() as chat:
+        with (
+            pytest.raises(
+                PlanRefused,
+                match=r"30 pictures take 30 × 22 = 660 tokens and 512 of the context are free: 23 "
+                r"fit",
+            ),
+            model.chat() as chat,
+        ):
             list(chat.send([*[edge_gemma.Picture(photo)] * 30, "?"], GREEDY))
 
 
@@ -74,7 +86,10 @@ def test_a_text_bundle_refuses_pictures(tiny_bundle, photo):
     with edge_gemma.load(tiny_bundle, n_ctx=256) as model:
         with pytest.raises(UsageError, match="has no vision encoder, so it cannot see"):
             model.encode_image(photo)
-        with pytest.raises(UnsupportedModel, match="has no vision encoder, so it cannot see"), model.chat() as chat:
+        with (
+            pytest.raises(UnsupportedModel, match="has no vision encoder, so it cannot see"),
+            model.chat() as chat,
+        ):
             list(chat.send([edge_gemma.Picture(photo), "?"], GREEDY))
 
 
@@ -82,15 +97,40 @@ def test_plan_knows_the_encoder(looking_bundle):
     with edge_gemma.load(looking_bundle, n_ctx=512) as model:
         items = {item.name: item for item in model.plan.items}
     part = looking_bundle.manifest.vision
-    assert items["vision encoder weights"].bytes == part.weights_bytes and items["vision encoder weights"].kind == "file_hot"
-    assert items["vision encoder activations"].bytes == part.activation_bytes["224"] and items["vision encoder activations"].phases == ("look",)
+    assert (
+        items["vision encoder weights"].bytes == part.weights_bytes
+        and items["vision encoder weights"].kind == "file_hot"
+    )
+    assert items["vision encoder activations"].bytes == part.activation_bytes["224"] and items[
+        "vision encoder activations"
+    ].phases == ("look",)
 
 
 def test_twenty_pictures_stay_inside_the_plan(looking_bundle, tmp_path):
-    command = [sys.executable, "-m", "edge_gemma.benchmarks.vision", "conversation", str(looking_bundle.folder), "--images", "20", "--ctx", "256", "--size", "300", "--threads", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "edge_gemma.benchmarks.vision",
+        "conversation",
+        str(looking_bundle.folder),
+        "--images",
+        "20",
+        "--ctx",
+        "256",
+        "--size",
+        "300",
+        "--threads",
+        "1",
+    ]
     import os
 
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)}, check=True)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
+        check=True,
+    )
     result = json.loads(done.stdout)
     assert result["turns_dropped"] > 0  # more pictures than the context holds at once
     assert result["inside"], result
@@ -107,31 +147,67 @@ def test_splitting_words(photo):
 
 
 def test_describe(capsys, looking_bundle, no_cache, photo, tmp_path):
-    code, out, err = run(capsys, "describe", looking_bundle.folder, photo, photo, "Which is larger?", "--ctx", 256, "-n", 4, "--temperature", 0, "--json")
+    code, out, err = run(
+        capsys,
+        "describe",
+        looking_bundle.folder,
+        photo,
+        photo,
+        "Which is larger?",
+        "--ctx",
+        256,
+        "-n",
+        4,
+        "--temperature",
+        0,
+        "--json",
+    )
     result = json.loads(out)
-    assert code == 0 and result["usage"]["prompt_tokens"] > 2 * 18 and result["finish_reason"] in ("length", "stop")
+    assert (
+        code == 0
+        and result["usage"]["prompt_tokens"] > 2 * 18
+        and result["finish_reason"] in ("length", "stop")
+    )
     assert result["memory"]["peak_pss_bytes"] > 0
     from PIL import Image
 
     frames = [Image.new("L", (16, 16), 40 * number) for number in range(4)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=1000)
-    code, out, err = run(capsys, "describe", looking_bundle.folder, tmp_path / "a.gif", "--ctx", 256, "-n", 2)
+    code, out, err = run(
+        capsys, "describe", looking_bundle.folder, tmp_path / "a.gif", "--ctx", 256, "-n", 2
+    )
     assert code == 0 and "is animated; its first frame is shown. --video" in err
-    code, out, err = run(capsys, "describe", looking_bundle.folder, "What moves?", "--video", tmp_path / "a.gif", "--ctx", 256, "-n", 2, "--json")
+    code, out, err = run(
+        capsys,
+        "describe",
+        looking_bundle.folder,
+        "What moves?",
+        "--video",
+        tmp_path / "a.gif",
+        "--ctx",
+        256,
+        "-n",
+        2,
+        "--json",
+    )
     assert code == 0 and json.loads(out)["usage"]["prompt_tokens"] > 4 * 18
 
 
 def test_describe_refusals(capsys, looking_bundle, tiny_bundle, photo, tmp_path):
-    assert run(capsys, "describe", looking_bundle.folder) [0] == 2
+    assert run(capsys, "describe", looking_bundle.folder)[0] == 2
     code, _, err = run(capsys, "describe", looking_bundle.folder, "nothing.jpg", "What?")
     assert code == 6 and "there is no image file nothing.jpg" in err and "Traceback" not in err
     code, _, err = run(capsys, "describe", looking_bundle.folder, tmp_path, "What?")
     assert code == 6 and "is a directory" in err
-    code, _, err = run(capsys, "describe", looking_bundle.folder, photo, "--size", 512, "--ctx", 256)
+    code, _, err = run(
+        capsys, "describe", looking_bundle.folder, photo, "--size", 512, "--ctx", 256
+    )
     assert code == 2 and "pictures of 512 px were asked for; this encoder takes 224" in err
     code, _, err = run(capsys, "describe", tiny_bundle, photo)
     assert code == 2 and "cannot see" in err
-    code, _, err = run(capsys, "describe", looking_bundle.folder, *[photo] * 40, "?", "--ctx", "256")
+    code, _, err = run(
+        capsys, "describe", looking_bundle.folder, *[photo] * 40, "?", "--ctx", "256"
+    )
     assert code == 4 and "40 pictures take 40 × 22 = 880 tokens" in err and "fit" in err
 
 
@@ -143,10 +219,22 @@ def test_import_with_mmproj(sample_gguf, tmp_path):
     data = recipe("g3mm")
     data["tensors"] |= {"model.multi_modal_projector.mm_input_projection_weight": [128, 640]}
     data["config"]["text_config"]["hidden_size"] = 640
-    checkpoint = Checkpoint.open(write_checkpoint(data, tmp_path / "checkpoint", keep=lambda name: "vision" in name or "multi_modal" in name))
+    checkpoint = Checkpoint.open(
+        write_checkpoint(
+            data,
+            tmp_path / "checkpoint",
+            keep=lambda name: "vision" in name or "multi_modal" in name,
+        )
+    )
     write_mmproj(checkpoint, tmp_path / "mmproj.gguf", "f32")
-    bundle = import_gguf(sample_gguf, tmp_path / "out", write_vision=vision_writer(tmp_path / "mmproj.gguf"))
-    assert (bundle.manifest.vision.kind, bundle.manifest.vision.precision, bundle.manifest.vision.n_embd) == ("siglip", "f16", 640)
+    bundle = import_gguf(
+        sample_gguf, tmp_path / "out", write_vision=vision_writer(tmp_path / "mmproj.gguf")
+    )
+    assert (
+        bundle.manifest.vision.kind,
+        bundle.manifest.vision.precision,
+        bundle.manifest.vision.n_embd,
+    ) == ("siglip", "f16", 640)
     bundle.verify()
     with Look(bundle) as look:
         assert look(seeing.picture(6)).shape == (16, 640)
@@ -154,6 +242,10 @@ def test_import_with_mmproj(sample_gguf, tmp_path):
 
 def test_import_refuses_a_foreign_mmproj(siglip_checkpoint, sample_gguf, tmp_path):
     write_mmproj(siglip_checkpoint, tmp_path / "mmproj.gguf", "f32")
-    with pytest.raises(BundleError, match="gives rows 256 wide, .* takes 640: they belong to different models"):
-        import_gguf(sample_gguf, tmp_path / "out", write_vision=vision_writer(tmp_path / "mmproj.gguf"))
+    with pytest.raises(
+        BundleError, match="gives rows 256 wide, .* takes 640: they belong to different models"
+    ):
+        import_gguf(
+            sample_gguf, tmp_path / "out", write_vision=vision_writer(tmp_path / "mmproj.gguf")
+        )
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,6 @@
-"""Sessions and chats on a real small model: nothing is prefilled twice, nothing is lost, and a full context says so."""
+"""Sessions and chats on a real small model: nothing is prefilled twice, nothing is lost, and a full
+context says so.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def test_a_prompt_that_extends_an_earlier_one_reuses_its_cache(tiny_model):
     first = list(tiny_model.generate(prompt, SHORT))
     n = first[-1].usage.prompt_tokens
     again = list(tiny_model.generate(prompt, SHORT))
-    assert ids(again) == ids(first) and again[-1].usage.reused_tokens == n - 1  # the last position is decoded for its logits
+    assert (
+        ids(again) == ids(first) and again[-1].usage.reused_tokens == n - 1
+    )  # the last position is decoded for its logits
     more = list(tiny_model.generate(prompt + " and more of it", SHORT))
     assert 0 < more[-1].usage.reused_tokens < more[-1].usage.prompt_tokens
 
@@ -56,7 +60,9 @@ def test_turns_are_prefilled_once(tiny_model):
 
 
 def test_appending_piece_by_piece_holds_what_one_prompt_holds(tiny_model):
-    """A product over one row and one over many round differently on some CPUs (by 0.002 of a deviation of 0.8 here), so not the same bits."""
+    """A product over one row and one over many round differently on some CPUs (by 0.002 of a
+    deviation of 0.8 here), so not the same bits.
+    """
     tokens = tiny_model.tokenize("one two three four five six")
     with tiny_model.session() as whole, tiny_model.session() as pieces:
         whole.append([Tokens([2, *tokens])])
@@ -71,7 +77,11 @@ def test_appending_piece_by_piece_holds_what_one_prompt_holds(tiny_model):
 
 def likely(session) -> dict[int, float]:
     """The log-probabilities of the eight likeliest next tokens."""
-    (first, *_) = [entry for chunk in session.generate(Sampling(temperature=0, max_tokens=1, logprobs=8)) for entry in chunk.logprobs]
+    (first, *_) = [
+        entry
+        for chunk in session.generate(Sampling(temperature=0, max_tokens=1, logprobs=8))
+        for entry in chunk.logprobs
+    ]
     return dict(first.top)
 
 
@@ -101,7 +111,9 @@ def test_a_busy_sequence_is_not_taken_away(tiny_model):
 
 
 def test_seeds_reproduce(tiny_model):
-    runs = [ids(tiny_model.generate("once", Sampling(max_tokens=12, seed=seed))) for seed in (7, 7, 8)]
+    runs = [
+        ids(tiny_model.generate("once", Sampling(max_tokens=12, seed=seed))) for seed in (7, 7, 8)
+    ]
     assert runs[0] == runs[1] != runs[2]
     end = list(tiny_model.generate("once", Sampling(max_tokens=12)))[-1]
     assert ids(tiny_model.generate("once", Sampling(max_tokens=12, seed=end.usage.seed)))
@@ -184,7 +196,9 @@ def test_save_and_restore_continue_the_same(tiny_model, tmp_path):
 
 
 def test_rows_survive_saving(tiny_model, tmp_path):
-    rows = Rows(np.random.default_rng(0).standard_normal((5, tiny_model.decoder.n_embd), dtype=np.float32))
+    rows = Rows(
+        np.random.default_rng(0).standard_normal((5, tiny_model.decoder.n_embd), dtype=np.float32)
+    )
     with tiny_model.session() as session:
         session.append([Tokens([2]), rows, Tokens([9])])
         session.save(tmp_path / "s")
@@ -200,15 +214,21 @@ def test_what_was_saved_is_checked_before_anything_is_restored(tiny_model, tiny_
         session.save(tmp_path / "s")
         data = (tmp_path / "s").read_bytes()
         for damaged, message in (
-            (data[:-1], "checksum"), (b"x" + data, "not a saved conversation"), (data[:60] + b"\0" + data[61:], "checksum"), (b"", "not a saved"),
-        ):  # fmt: skip
+            (data[:-1], "checksum"),
+            (b"x" + data, "not a saved conversation"),
+            (data[:60] + b"\0" + data[61:], "checksum"),
+            (b"", "not a saved"),
+        ):
             (tmp_path / "d").write_bytes(damaged)
             with pytest.raises(BundleError, match=message):
                 session.restore(tmp_path / "d")
         assert session.length > 0  # untouched
         with pytest.raises(BundleError, match="cannot read"):
             session.restore(tmp_path / "absent")
-    with edge_gemma.load(tiny_bundle, n_ctx=256, request=PlanRequest(n_threads=1)) as other, other.session() as session:  # another context: prefilled again, same answer
+    with (
+        edge_gemma.load(tiny_bundle, n_ctx=256, request=PlanRequest(n_threads=1)) as other,
+        other.session() as session,
+    ):  # another context: prefilled again, same answer
         session.restore(tmp_path / "s")
         assert session._cached == 0 and session.length > 0
         assert ids(session.generate(SHORT))
@@ -219,9 +239,13 @@ def test_what_was_saved_is_checked_before_anything_is_restored(tiny_model, tiny_
 
 def test_a_batch_answers_each_prompt(tiny_bundle):
     prompts = ["one two", "three", "four five six", "seven", "eight nine"]
-    with edge_gemma.load(tiny_bundle, n_ctx=256, request=PlanRequest(n_seq_max=3, n_threads=1)) as model:
+    with edge_gemma.load(
+        tiny_bundle, n_ctx=256, request=PlanRequest(n_seq_max=3, n_threads=1)
+    ) as model:
         found: dict[int, list[int]] = {}
-        greedy = Sampling(temperature=0, max_tokens=8)  # a batch sums in another order: enough to tip a draw, not a clear first
+        greedy = Sampling(
+            temperature=0, max_tokens=8
+        )  # a batch sums in another order: enough to tip a draw, not a clear first
         for index, chunk in model.generate_batch(prompts, greedy):
             found.setdefault(index, []).extend(chunk.token_ids)
         alone = [ids(model.generate(p, greedy)) for p in prompts]
@@ -249,7 +273,9 @@ def test_async_streams_and_stops_without_blocking_the_loop(tiny_model):
         return ticks, out
 
     ticks, out = asyncio.run(run())
-    assert ticks > 5 and out == ids(tiny_model.generate("abc", Sampling(max_tokens=6, temperature=0)))
+    assert ticks > 5 and out == ids(
+        tiny_model.generate("abc", Sampling(max_tokens=6, temperature=0))
+    )
 
 
 def test_stop_strings_end_the_text_before_themselves(tiny_model):
@@ -262,9 +288,14 @@ def test_stop_strings_end_the_text_before_themselves(tiny_model):
 def test_evaluate_gives_the_rows_asked_for(tiny_model):
     tokens = [2, *tiny_model.tokenize("a text of some length to look at")]
     everything = np.concatenate(list(tiny_model.evaluate([Tokens(tokens)])))
-    assert everything.shape == (len(tokens), tiny_model.decoder.n_vocab) and everything.dtype == np.float32
+    assert (
+        everything.shape == (len(tokens), tiny_model.decoder.n_vocab)
+        and everything.dtype == np.float32
+    )
     part = np.concatenate(list(tiny_model.evaluate([Tokens(tokens)], rows=range(3, 6))))
-    np.testing.assert_allclose(part, everything[3:6], atol=1e-5)  # fewer rows go through another kernel on some CPUs
+    np.testing.assert_allclose(
+        part, everything[3:6], atol=1e-5
+    )  # fewer rows go through another kernel on some CPUs
     (last,) = tiny_model.evaluate([Tokens(tokens)], rows="last")
     np.testing.assert_allclose(last[0], everything[-1], atol=1e-4)
     with pytest.raises(UsageError, match="rows is"):
@@ -274,7 +305,17 @@ def test_evaluate_gives_the_rows_asked_for(tiny_model):
 def test_function_calls_come_back_parsed(tiny_model):
     from edge_gemma.prompts.calls import tool_schema
 
-    tools = [{"name": "lamp", "description": "switch a lamp", "parameters": {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]}}]
+    tools = [
+        {
+            "name": "lamp",
+            "description": "switch a lamp",
+            "parameters": {
+                "type": "object",
+                "properties": {"on": {"type": "boolean"}},
+                "required": ["on"],
+            },
+        }
+    ]
     with tiny_model.chat(tools=tools) as chat:
         list(chat.send("light", Sampling(max_tokens=200, temperature=0, schema=tool_schema(tools))))
         (call,) = chat.reply.calls

@@ -24,7 +24,11 @@ def test_sentences_come_whole_and_in_time():
 
 def test_a_text_without_stops_is_spoken_all_the_same():
     found = cut("word, " * 200)
-    assert len(found) > 2 and all(len(s) <= 400 for s in found) and " ".join(found).split() == ["word,"] * 200
+    assert (
+        len(found) > 2
+        and all(len(s) <= 400 for s in found)
+        and " ".join(found).split() == ["word,"] * 200
+    )
 
 
 def test_a_voice_speaks_while_text_comes_and_stops_at_once():
@@ -45,7 +49,10 @@ def test_a_voice_speaks_while_text_comes_and_stops_at_once():
 
 def test_a_voice_speaks_everything_when_left_alone():
     said = []
-    voice = Voice(lambda text: (said.append(text), (np.zeros(1, np.float32), 16000))[1], lambda samples, rate_hz: True)
+    voice = Voice(
+        lambda text: (said.append(text), (np.zeros(1, np.float32), 16000))[1],
+        lambda samples, rate_hz: True,
+    )
     for piece in ("Hello the", "re. And", " goodbye"):
         voice.push(piece)
     voice.finish()
@@ -64,10 +71,14 @@ def test_a_failing_synthesizer_is_kept_not_thrown():
     assert str(voice.error) == "no sound came out"
 
 
-@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed (make system)")
+@pytest.mark.skipif(
+    shutil.which("espeak-ng") is None, reason="espeak-ng is not installed (make system)"
+)
 def test_espeak_speaks():
     samples, rate_hz = espeak("en")("Hello there, how are you?")
-    assert rate_hz == 22050 and 0.8 < len(samples) / rate_hz < 4 and 0.1 < np.abs(samples).max() <= 1
+    assert (
+        rate_hz == 22050 and 0.8 < len(samples) / rate_hz < 4 and 0.1 < np.abs(samples).max() <= 1
+    )
     with pytest.raises(RuntimeFailure, match="espeak-ng could not speak"):
         espeak("zzzz")("Hello")
 
@@ -83,7 +94,10 @@ def test_missing_programs_are_named(monkeypatch, tmp_path):
 def test_piper_through_a_stand_in_program(monkeypatch, tmp_path):
     """A program with piper's interface: text on stdin, raw 16-bit samples on stdout."""
     program = tmp_path / "piper"
-    program.write_text("#!/bin/sh\n[ \"$1\" = -m ] && [ \"$3\" = --output-raw ] || exit 3\nread line; printf '\\000\\100\\000\\300'\n")
+    program.write_text(
+        '#!/bin/sh\n[ "$1" = -m ] && [ "$3" = --output-raw ] || exit 3\nread line; printf '
+        "'\\000\\100\\000\\300'\n"
+    )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     voice = tmp_path / "voice.onnx"
@@ -109,7 +123,9 @@ def test_a_wake_word_is_heard():
     for text, expected in (("Alexa", True), ("Good morning", False)):
         samples, rate_hz = espeak("en")(text)
         samples = Resampler(rate_hz).push(samples, last=True)
-        samples = np.concatenate([np.zeros(16000, np.float32), samples, np.zeros(16000, np.float32)])
+        samples = np.concatenate(
+            [np.zeros(16000, np.float32), samples, np.zeros(16000, np.float32)]
+        )
         gate = wake_word("alexa")
         assert any([gate(samples[k : k + 512]) for k in range(0, len(samples), 512)]) is expected
     with pytest.raises(UsageError, match="'banana' is no wake word.*okay_nabu"):

@@ -24,7 +24,9 @@ def test_a_stop_string_ends_the_text_before_itself(text, cuts):
     out = "".join(stream.push(p) for p in pieces(text.encode(), cuts)) + stream.finish()
     first = min((at for s in stops if (at := text.find(s)) >= 0), default=len(text))
     assert stream.stopped == (first < len(text))
-    assert out == text[:first] or (stream.stopped and text.startswith(out) and not any(s in out for s in stops))
+    assert out == text[:first] or (
+        stream.stopped and text.startswith(out) and not any(s in out for s in stops)
+    )
 
 
 def test_broken_bytes_become_a_replacement():

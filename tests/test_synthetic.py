@@ -14,17 +14,23 @@ def logits(path, text=b"hello world"):
     """Logits of the last token, by llama.cpp as it comes. # [n_vocab] float32"""
     import llama_cpp
 
-    library()  # its log handler lives as long as the process; one of our own would be gone when other models are closed
+    # its log handler lives as long as the process; one of our own would be gone when other models
+    # are closed
+    library()
     model = llama_cpp.Llama(str(path), n_ctx=128, verbose=False, n_threads=1)
     try:
         model.eval(model.tokenize(text))
-        return np.array(np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(model.ctx, -1), (model.n_vocab(),)))
+        return np.array(
+            np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(model.ctx, -1), (model.n_vocab(),))
+        )
     finally:
         model.close()
 
 
 @pytest.mark.parametrize("family", ["gemma3", "gemma3n"])
-@pytest.mark.parametrize("types", [Types(), Types(head="iq4_nl", embed="q8_0"), Types("q8_0", "q6_k", "q4_0")])
+@pytest.mark.parametrize(
+    "types", [Types(), Types(head="iq4_nl", embed="q8_0"), Types("q8_0", "q6_k", "q4_0")]
+)
 def test_llama_cpp_decodes_a_tiny_file(tmp_path, family, types):
     path = tiny_gguf(tmp_path / "tiny.gguf", family, types=types)
     found = logits(path)
@@ -37,18 +43,25 @@ def test_layout_is_a_converted_files(tmp_path):
     path = tiny_gguf(tmp_path / "tiny.gguf", "gemma3n", types=Types(head="q4_0"))
     found = gguf.GGUFReader(path).tensors
     names = [tensor.name for tensor in found]
-    assert names[0] == "blk.20.attn_k.weight"  # the first layer that shares its KV: present, never read
+    assert (
+        names[0] == "blk.20.attn_k.weight"
+    )  # the first layer that shares its KV: present, never read
     assert names[6:8] == ["per_layer_token_embd.weight", "token_embd.weight"]
     apart = [tensor.tensor_type.name == "F32" or len(tensor.shape) == 3 for tensor in found[8:]]
     assert apart == sorted(apart) and any(apart) and not all(apart) and "output.weight" in names
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path):
-    a, b, c = (tiny_gguf(tmp_path / str(i), seed=seed).read_bytes() for i, seed in enumerate((1, 1, 2)))
+    a, b, c = (
+        tiny_gguf(tmp_path / str(i), seed=seed).read_bytes() for i, seed in enumerate((1, 1, 2))
+    )
     assert a == b != c
 
 
-@pytest.mark.parametrize("name", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "iq4_xs", "q3_k", "q4_k", "q5_k", "q6_k"])
+@pytest.mark.parametrize(
+    "name",
+    ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "iq4_xs", "q3_k", "q4_k", "q5_k", "q6_k"],
+)
 def test_random_blocks_have_the_asked_spread_and_no_bias(name):
     kind = synthetic._type(name)
     blocks = synthetic._blocks(np.random.Generator(np.random.PCG64(3)), kind, 2000, 0.25)

@@ -21,7 +21,9 @@ def loud(chunk):
 
 def detect(samples, packet=1600, **changes):
     detector = SpeechDetector(VadSettings(**changes), probability=loud)
-    events = [e for k in range(0, len(samples), packet) for e in detector.push(samples[k : k + packet])]
+    events = [
+        e for k in range(0, len(samples), packet) for e in detector.push(samples[k : k + packet])
+    ]
     return events + detector.finish()
 
 
@@ -55,8 +57,15 @@ def test_a_click_is_no_speech():
 
 
 @settings(max_examples=40)
-@given(parts=st.lists(st.tuples(st.floats(0.03, 6), st.sampled_from([0.0, 0.4, 0.9])), min_size=1, max_size=12), packet=st.integers(100, 50_000))
-@example(parts=[(1.46875, 0.9), (1.46875, 0.4), (1.0, 0.0)], packet=100)  # the pause begins where looking for one begins
+@given(
+    parts=st.lists(
+        st.tuples(st.floats(0.03, 6), st.sampled_from([0.0, 0.4, 0.9])), min_size=1, max_size=12
+    ),
+    packet=st.integers(100, 50_000),
+)
+@example(
+    parts=[(1.46875, 0.9), (1.46875, 0.4), (1.0, 0.0)], packet=100
+)  # the pause begins where looking for one begins
 def test_every_sample_at_most_once_in_order_and_no_speech_lost(parts, packet):
     x = script(*parts)
     events = detect(x, packet, max_s=6.0)
@@ -79,7 +88,11 @@ def _positions(x, events):
         if not len(e.samples):
             continue
         hits = np.flatnonzero(x[search:] == e.samples[0])
-        at = next(int(search + h) for h in hits if np.array_equal(x[search + h : search + h + len(e.samples)], e.samples))
+        at = next(
+            int(search + h)
+            for h in hits
+            if np.array_equal(x[search + h : search + h + len(e.samples)], e.samples)
+        )
         positions += [at, at + len(e.samples) - 1] if len(e.samples) > 1 else [at]
         search = at + len(e.samples)
     return positions
@@ -141,11 +154,19 @@ def test_every_spoken_word_of_real_speech_is_covered(human_speech):
     for clip in human_speech:
         x = read_audio(clip.path)
         detector = SpeechDetector()
-        events = [e for k in range(0, len(x), 800) for e in detector.push(x[k : k + 800])] + detector.finish()
+        events = [
+            e for k in range(0, len(x), 800) for e in detector.push(x[k : k + 800])
+        ] + detector.finish()
         assert [e.kind for e in events if e.kind != "more"] == ["start", "end"]
         first = int(np.flatnonzero(x == events[0].samples[0])[0])
         taken = np.concatenate([e.samples for e in events])
-        offset = next(k for k in range(first, len(x)) if np.array_equal(x[k : k + 2000], taken[:2000]))
-        words = [w for w in json.loads(clip.path.with_suffix(".json").read_text())["w"] if w["t"][0] not in "<[("]
+        offset = next(
+            k for k in range(first, len(x)) if np.array_equal(x[k : k + 2000], taken[:2000])
+        )
+        words = [
+            w
+            for w in json.loads(clip.path.with_suffix(".json").read_text())["w"]
+            if w["t"][0] not in "<[("
+        ]
         assert offset / RATE_HZ <= words[0]["b"] + 0.01
         assert (offset + len(taken)) / RATE_HZ >= words[-1]["b"] + words[-1]["d"] - 0.06

@@ -21,9 +21,16 @@ def write_clip(path, seconds: float, *, codec: str = "mpeg4", gop: int = 12) -> 
     av = pytest.importorskip("av")
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=RATE_HZ)
-        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 64, 48, "yuvj420p" if codec == "mjpeg" else "yuv420p", gop
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = (
+            64,
+            48,
+            "yuvj420p" if codec == "mjpeg" else "yuv420p",
+            gop,
+        )
         for number in range(int(seconds * RATE_HZ)):
-            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 2 * number, np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                np.full((48, 64, 3), 2 * number, np.uint8), format="rgb24"
+            )
             for packet in stream.encode(frame):
                 container.mux(packet)
         for packet in stream.encode():
@@ -44,15 +51,29 @@ def levels(frames) -> list[float]:
 def test_one_frame_a_second(clip):
     frames = list(Video(clip).frames(32))
     assert [round(time_s, 2) for time_s, _ in frames] == [float(second) for second in range(12)]
-    np.testing.assert_allclose(levels(frames), [2 * RATE_HZ * second for second in range(12)], atol=4)
-    assert frames[3][1].name == "clip.mp4 @ 00:03" and frames[0][1].array(32).shape == (1, 3, 32, 32)
+    np.testing.assert_allclose(
+        levels(frames), [2 * RATE_HZ * second for second in range(12)], atol=4
+    )
+    assert frames[3][1].name == "clip.mp4 @ 00:03" and frames[0][1].array(32).shape == (
+        1,
+        3,
+        32,
+        32,
+    )
 
 
 def test_start_end_and_jumping_ahead(clip):
     frames = list(Video(clip, rate_hz=0.2, start_s=1).frames(32))
     assert [round(time_s, 2) for time_s, _ in frames] == [1.0, 6.5] or len(frames) == 2
-    np.testing.assert_allclose(levels(frames), [2 * RATE_HZ * time_s for time_s, _ in frames], atol=4)
-    assert [round(t, 1) for t, _ in Video(clip, rate_hz=2, start_s=3, end_s=5).frames(32)] == [3.0, 3.5, 4.0, 4.5]
+    np.testing.assert_allclose(
+        levels(frames), [2 * RATE_HZ * time_s for time_s, _ in frames], atol=4
+    )
+    assert [round(t, 1) for t, _ in Video(clip, rate_hz=2, start_s=3, end_s=5).frames(32)] == [
+        3.0,
+        3.5,
+        4.0,
+        4.5,
+    ]
 
 
 def test_frames_beyond_the_limit_are_spread_over_the_whole(clip):
@@ -64,19 +85,30 @@ def test_parts_are_budgeted_and_timed(clip):
     parts = Video(clip).parts(32, tokens_per_image=256, max_tokens=3 * 268)
     assert parts[0::2] == ["00:00 ", "\n00:04 ", "\n00:08 "]
     assert all(isinstance(part, Picture) for part in parts[1::2])
-    with pytest.raises(MediaError, match="one frame takes 268 tokens and 100 are free; no frame of clip.mp4 fits"):
+    with pytest.raises(
+        MediaError, match="one frame takes 268 tokens and 100 are free; no frame of clip.mp4 fits"
+    ):
         Video(clip).parts(32, 256, 100)
 
 
 def test_expand_shares_the_tokens(clip):
     parts = expand(["What?", Video(clip), "and", Video(clip)], 32, 256, 4 * 268)
-    assert [part for part in parts if isinstance(part, str)] == ["What?", "00:00 ", "\n00:06 ", "and", "00:00 ", "\n00:06 "]
+    assert [part for part in parts if isinstance(part, str)] == [
+        "What?",
+        "00:00 ",
+        "\n00:06 ",
+        "and",
+        "00:00 ",
+        "\n00:06 ",
+    ]
 
 
 def test_animations_without_pyav(tmp_path):
     frames = [Pillow.new("L", (8, 8), 40 * number) for number in range(5)]
     for name in ("a.gif", "a.webp", "a.png"):
-        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=500, lossless=True)
+        frames[0].save(
+            tmp_path / name, save_all=True, append_images=frames[1:], duration=500, lossless=True
+        )
         seen = list(Video(tmp_path / name, rate_hz=1).frames(8))
         assert [time_s for time_s, _ in seen] == [0.0, 1.0], name
         np.testing.assert_allclose(levels(seen), [0, 80], atol=2)
@@ -101,7 +133,12 @@ def test_bad_videos(tmp_path, clip):
     with pytest.raises(MediaError, match="noise.mp4 is not a video this can read"):
         list(Video(tmp_path / "noise.mp4").frames(8))
     with wave.open(str(tmp_path / "sound.wav"), "wb") as file:
-        file.setnchannels(1), file.setsampwidth(2), file.setframerate(8000), file.writeframes(bytes(1600))
+        (
+            file.setnchannels(1),
+            file.setsampwidth(2),
+            file.setframerate(8000),
+            file.writeframes(bytes(1600)),
+        )
     with pytest.raises(MediaError, match=r"sound.wav has no pictures \(its streams: audio\)"):
         list(Video(tmp_path / "sound.wav").frames(8))
     with pytest.raises(MediaError, match="clip.mp4 has no frames between 100 s and its end"):
@@ -120,7 +157,9 @@ def test_a_playlist_cannot_name_other_files(tmp_path):
     pytest.importorskip("av")
     secret = tmp_path / "secret.mp4"
     write_clip(secret, 1)
-    (tmp_path / "list.m3u8").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{secret}\n#EXT-X-ENDLIST\n")
+    (tmp_path / "list.m3u8").write_text(
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{secret}\n#EXT-X-ENDLIST\n"
+    )
     with pytest.raises(MediaError):
         list(Video(tmp_path / "list.m3u8").frames(8))
 

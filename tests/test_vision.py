@@ -1,4 +1,6 @@
-"""Pictures: every mode and orientation to RGB, the encoder's input, pan and scan, and each refusal with its message."""
+"""Pictures: every mode and orientation to RGB, the encoder's input, pan and scan, and each refusal
+with its message.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def rgb(source) -> np.ndarray:
 def test_array_is_bilinear_squeeze_and_scale():
     pixels = picture(1, 48, 64)
     assert np.array_equal(Picture(pixels).array(32), squeezed(pixels, 32))
-    np.testing.assert_allclose(Picture(pixels).array(32, 0.5, 0.5), squeezed(pixels, 32, 0.5, 0.5), atol=1e-6)
+    np.testing.assert_allclose(
+        Picture(pixels).array(32, 0.5, 0.5), squeezed(pixels, 32, 0.5, 0.5), atol=1e-6
+    )
     array = Picture(pixels).array(32, 0.5, 0.5)
     assert array.dtype == np.float32 and array.shape == (1, 3, 32, 32) and array.flags.c_contiguous
 
@@ -40,7 +44,14 @@ def test_path_bytes_array_and_pillow_agree(tmp_path):
     pixels = picture(1, 20, 30)
     path = tmp_path / "a.png"
     Pillow.fromarray(pixels).save(path)
-    for source in (path, str(path), path.read_bytes(), bytearray(path.read_bytes()), pixels, Pillow.fromarray(pixels)):
+    for source in (
+        path,
+        str(path),
+        path.read_bytes(),
+        bytearray(path.read_bytes()),
+        pixels,
+        Pillow.fromarray(pixels),
+    ):
         assert np.array_equal(rgb(source), pixels)
 
 
@@ -50,9 +61,15 @@ def test_exif_orientation_is_applied(orientation):
     exif = Pillow.Exif()
     exif[0x0112] = orientation
     stored = {
-        1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1], 5: pixels.transpose(1, 0, 2),
-        6: pixels.transpose(1, 0, 2)[::-1], 7: pixels.transpose(1, 0, 2)[::-1, ::-1], 8: pixels.transpose(1, 0, 2)[:, ::-1],
-    }[orientation]  # fmt: skip
+        1: pixels,
+        2: pixels[:, ::-1],
+        3: pixels[::-1, ::-1],
+        4: pixels[::-1],
+        5: pixels.transpose(1, 0, 2),
+        6: pixels.transpose(1, 0, 2)[::-1],
+        7: pixels.transpose(1, 0, 2)[::-1, ::-1],
+        8: pixels.transpose(1, 0, 2)[:, ::-1],
+    }[orientation]
     seen = Picture(file_bytes(Pillow.fromarray(np.ascontiguousarray(stored)), "PNG", exif=exif))
     assert (seen.width, seen.height) == (30, 20)
     assert np.array_equal(np.asarray(seen.rgb()), pixels)
@@ -72,7 +89,9 @@ def test_palette_grey_and_bilevel():
     palette = Pillow.fromarray(pixels).quantize(4)
     assert np.array_equal(rgb(file_bytes(palette, "PNG")), pixels)
     palette.info["transparency"] = int(np.asarray(palette)[5, 5])
-    assert (rgb(file_bytes(palette, "PNG", transparency=palette.info["transparency"]))[5, 5] == 255).all()
+    assert (
+        rgb(file_bytes(palette, "PNG", transparency=palette.info["transparency"]))[5, 5] == 255
+    ).all()
     grey = np.arange(36, dtype=np.uint8).reshape(6, 6)
     assert np.array_equal(rgb(grey)[..., 1], grey)
     bilevel = Pillow.fromarray((grey > 17)).convert("1")
@@ -98,7 +117,9 @@ def test_first_frame_of_an_animation():
 
 
 def test_one_pixel_and_very_wide():
-    assert np.array_equal(Picture(np.full((1, 1, 3), 51, np.uint8)).array(8), np.full((1, 3, 8, 8), 0.2, np.float32))
+    assert np.array_equal(
+        Picture(np.full((1, 1, 3), 51, np.uint8)).array(8), np.full((1, 3, 8, 8), 0.2, np.float32)
+    )
     wide = Picture(file_bytes(Pillow.new("RGB", (20_000, 20), "white"), "PNG"))
     assert wide.array(16).min() == 1.0
 
@@ -112,7 +133,11 @@ def test_one_pixel_and_very_wide():
         (1000, 900, []),
         (400, 300, []),
         (1000, 500, [(0, 0, 500, 500), (500, 0, 1000, 500)]),
-        (3000, 700, [(0, 0, 750, 700), (750, 0, 1500, 700), (1500, 0, 2250, 700), (2250, 0, 3000, 700)]),
+        (
+            3000,
+            700,
+            [(0, 0, 750, 700), (750, 0, 1500, 700), (1500, 0, 2250, 700), (2250, 0, 3000, 700)],
+        ),
         (500, 1100, [(0, 0, 500, 550), (0, 550, 500, 1100)]),
         (1001, 300, [(0, 0, 334, 300), (334, 0, 668, 300), (668, 0, 1001, 300)]),
         (5000, 100, []),
@@ -130,7 +155,14 @@ def test_crops_are_cuts_with_digests_of_their_own():
     assert np.array_equal(np.asarray(crops[1].rgb()), pixels[:, 350:])
     assert len({seen.digest, *(crop.digest for crop in crops)}) == 3
     parts = with_crops(seen)
-    assert parts == ["Here is the original image ", seen, " and here are some crops to help you see better ", crops[0], " ", crops[1]]
+    assert parts == [
+        "Here is the original image ",
+        seen,
+        " and here are some crops to help you see better ",
+        crops[0],
+        " ",
+        crops[1],
+    ]
     assert with_crops(square := Picture(picture(3, 300, 300))) == [square]
 
 
@@ -141,7 +173,11 @@ def test_digest_follows_content(tmp_path):
     pixels = picture(4, 10, 12)
     (tmp_path / "a.png").write_bytes(data := file_bytes(Pillow.fromarray(pixels), "PNG"))
     (tmp_path / "b.png").write_bytes(data)
-    assert Picture(tmp_path / "a.png").digest == Picture(tmp_path / "b.png").digest == Picture(data).digest
+    assert (
+        Picture(tmp_path / "a.png").digest
+        == Picture(tmp_path / "b.png").digest
+        == Picture(data).digest
+    )
     assert Picture(pixels) == Picture(pixels.copy())
     changed = pixels.copy()
     changed[0, 0, 0] ^= 1
@@ -172,9 +208,13 @@ def png_header(width: int, height: int) -> bytes:
     data = zlib.compress(bytes(100))
 
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize(("width", "height"), [(20_000, 5_000), (12_000, 12_000), (60_000, 60_000)])
@@ -195,7 +235,9 @@ def test_truncated_jpeg():
     seen = Picture(data[: len(data) // 2], name="half.jpg")  # the header is whole
     with pytest.raises(MediaError, match="half.jpg is damaged: .*truncated.*incomplete download"):
         seen.array(64)
-    with pytest.raises(MediaError, match="a JPEG whose header is damaged. Perhaps an incomplete download"):
+    with pytest.raises(
+        MediaError, match="a JPEG whose header is damaged. Perhaps an incomplete download"
+    ):
         Picture(data[:3])
 
 
@@ -229,9 +271,13 @@ def test_directory_svg_pdf_missing(tmp_path):
         Picture(tmp_path)
     with pytest.raises(MediaError, match="there is no image file"):
         Picture(tmp_path / "nothing.jpg")
-    with pytest.raises(MediaError, match="https://a.org/b.jpg is a network address; download it first"):
+    with pytest.raises(
+        MediaError, match="https://a.org/b.jpg is a network address; download it first"
+    ):
         Picture("https://a.org/b.jpg")
-    (tmp_path / "a.svg").write_text('<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg" width="4" height="4"/>')
+    (tmp_path / "a.svg").write_text(
+        '<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg" width="4" height="4"/>'
+    )
     with pytest.raises(MediaError, match="a.svg is an SVG drawing, not pixels; render it first"):
         Picture(tmp_path / "a.svg")
     with pytest.raises(MediaError, match="is a PDF"):

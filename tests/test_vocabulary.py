@@ -28,7 +28,11 @@ def same(a: v.Vocabulary, b: v.Vocabulary) -> None:
     assert a.tokens == b.tokens
     np.testing.assert_array_equal(a.scores, b.scores)
     np.testing.assert_array_equal(a.types, b.types)
-    assert (a.special, a.add_space_prefix, a.chat_template) == (b.special, b.add_space_prefix, b.chat_template)
+    assert (a.special, a.add_space_prefix, a.chat_template) == (
+        b.special,
+        b.add_space_prefix,
+        b.chat_template,
+    )
 
 
 def test_pieces_and_scores_are_the_sentencepiece_librarys(tmp_path):
@@ -40,8 +44,12 @@ def test_pieces_and_scores_are_the_sentencepiece_librarys(tmp_path):
             assert vocabulary.scores[i] == library.GetScore(i)
         assert (vocabulary.types[i] == v.BYTE) == library.IsByte(i)
     assert vocabulary.special == {"bos": 2, "eos": 1, "unk": 3, "pad": 0, "eot": 9}
-    assert vocabulary.types[[0, 1, 2, 3, 4, 5, 8, 9]].tolist() == [v.CONTROL] * 8  # <unused0>, <start_of_turn> … steer
-    assert vocabulary.types[[10, 12, 13]].tolist() == [v.USER_DEFINED] * 3  # <start_of_image>, newlines: always matched
+    assert (
+        vocabulary.types[[0, 1, 2, 3, 4, 5, 8, 9]].tolist() == [v.CONTROL] * 8
+    )  # <unused0>, <start_of_turn> … steer
+    assert (
+        vocabulary.types[[10, 12, 13]].tolist() == [v.USER_DEFINED] * 3
+    )  # <start_of_image>, newlines: always matched
     assert not vocabulary.add_space_prefix
 
 
@@ -51,15 +59,21 @@ def test_tokenizer_json_gives_the_same_vocabulary(tmp_path):
     a = v.read_vocabulary(folder_of(tmp_path / "a", "tokenizer.model"), {}, N)
     b = v.read_vocabulary(folder_of(tmp_path / "b", "tokenizer.json"), {}, N)
     same(a, b)
-    same(a, v.read_vocabulary(folder_of(tmp_path / "c", "tokenizer.model", "tokenizer.json"), {}, N))
+    same(
+        a, v.read_vocabulary(folder_of(tmp_path / "c", "tokenizer.model", "tokenizer.json"), {}, N)
+    )
 
 
 def test_merges_may_be_strings_and_reorder_scores(tmp_path):
     data = json.loads((REFERENCE / "tokenizer.json").read_text())
-    data["model"]["merges"] = [" ".join(pair) for pair in data["model"]["merges"] if "\n" not in pair]
+    data["model"]["merges"] = [
+        " ".join(pair) for pair in data["model"]["merges"] if "\n" not in pair
+    ]
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
     old_style = v.read_vocabulary(tmp_path, {}, N)
-    np.testing.assert_array_equal(old_style.scores, v.read_vocabulary(folder_of(tmp_path, "tokenizer.model"), {}, N).scores)
+    np.testing.assert_array_equal(
+        old_style.scores, v.read_vocabulary(folder_of(tmp_path, "tokenizer.model"), {}, N).scores
+    )
     (tmp_path / "tokenizer.model").unlink()
     merges = data["model"]["merges"]
     merges.insert(0, merges.pop(3))  # "▁t h" now learned first
@@ -71,13 +85,20 @@ def test_merges_may_be_strings_and_reorder_scores(tmp_path):
 
 
 def test_gemma_3s_gap_before_single_characters_is_kept():
-    """Google's scores: −236,248 for the last merged piece, −236,280 for the first single character (id 236743)."""
+    """Google's scores: −236,248 for the last merged piece, −236,280 for the first single character
+    (id 236743).
+    """
     n_special, n_merged = 494, 236249
     texts = [f"<s{i}>" for i in range(n_special)] + [f"m{i}" for i in range(n_merged)] + ["▁", "e"]
     types = [v.CONTROL] * n_special + [v.NORMAL] * (n_merged + 2)
     model = v._Model(vocab={}, merges=[(text[:1], text[1:]) for text in texts[n_special:-2]])
     scores = v._scores(REFERENCE, model, texts, types)
-    assert (scores[494], scores[494 + n_merged - 1], scores[-2], scores[-1]) == (0.0, -236248.0, -236280.0, -236281.0)
+    assert (scores[494], scores[494 + n_merged - 1], scores[-2], scores[-1]) == (
+        0.0,
+        -236248.0,
+        -236280.0,
+        -236281.0,
+    )
 
 
 def test_added_tokens_padding_and_templates(tmp_path):
@@ -85,9 +106,15 @@ def test_added_tokens_padding_and_templates(tmp_path):
     (folder / "tokenizer_config.json").write_text(
         json.dumps(
             {
-                "added_tokens_decoder": {"770": {"content": "<image_soft_token>", "special": True}, "13": {"content": "▁▁x", "special": False}},
+                "added_tokens_decoder": {
+                    "770": {"content": "<image_soft_token>", "special": True},
+                    "13": {"content": "▁▁x", "special": False},
+                },
                 "eos_token": {"content": "<end_of_turn>"},
-                "chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}],
+                "chat_template": [
+                    {"name": "tool_use", "template": "t"},
+                    {"name": "default", "template": "d"},
+                ],
             }
         )
     )
@@ -110,18 +137,53 @@ def test_added_tokens_padding_and_templates(tmp_path):
         ({"tokenizer.model": b"\x0a\x02\x18\x63"}, N, "type 99"),
         ({"tokenizer.model": None}, 700, "768 tokens, config.json says vocab_size 700"),
         ({"tokenizer.json": b"{"}, N, "not a BPE tokenizer.json"),
-        ({"tokenizer.json": b'{"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}'}, N, "not a BPE tokenizer.json"),
+        (
+            {"tokenizer.json": b'{"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}'},
+            N,
+            "not a BPE tokenizer.json",
+        ),
         ({"tokenizer.json": b'{"model": {"type": "BPE", "vocab": {"a": 0}}}'}, N, "byte fallback"),
-        ({"tokenizer.json": b'{"model": {"type": "BPE", "vocab": {"a": 5}, "byte_fallback": true}}'}, N, "without gaps"),
-        ({"tokenizer.json": b'{"model": {"type": "BPE", "vocab": {"a": 0}, "byte_fallback": true}}'}, N, "name no bos token"),
-        ({"tokenizer.model": None, "added_tokens.json": b'{"x": 99999999999}'}, N, "the id 99999999999"),
-        ({"tokenizer.model": None, "added_tokens.json": b'{"x": 800}'}, N, "outside the vocabulary of 768"),
-        ({"tokenizer.model": None, "tokenizer_config.json": b'{"added_tokens_decoder": {"3": 4}}'}, N, "has no content"),
+        (
+            {
+                "tokenizer.json": b'{"model": {"type": "BPE", "vocab": {"a": 5}, '
+                b'"byte_fallback": true}}'
+            },
+            N,
+            "without gaps",
+        ),
+        (
+            {
+                "tokenizer.json": b'{"model": {"type": "BPE", "vocab": {"a": 0}, '
+                b'"byte_fallback": true}}'
+            },
+            N,
+            "name no bos token",
+        ),
+        (
+            {"tokenizer.model": None, "added_tokens.json": b'{"x": 99999999999}'},
+            N,
+            "the id 99999999999",
+        ),
+        (
+            {"tokenizer.model": None, "added_tokens.json": b'{"x": 800}'},
+            N,
+            "outside the vocabulary of 768",
+        ),
+        (
+            {
+                "tokenizer.model": None,
+                "tokenizer_config.json": b'{"added_tokens_decoder": {"3": 4}}',
+            },
+            N,
+            "has no content",
+        ),
     ],
 )
 def test_refusals(tmp_path, files, n_vocab, message):
     for name, content in files.items():
-        (tmp_path / name).write_bytes((REFERENCE / name).read_bytes() if content is None else content)
+        (tmp_path / name).write_bytes(
+            (REFERENCE / name).read_bytes() if content is None else content
+        )
     with pytest.raises(CheckpointError, match=message):
         v.read_vocabulary(tmp_path, {}, n_vocab)
 
@@ -138,11 +200,22 @@ def test_any_bytes_are_a_model_or_refused(tmp_path_factory, data):
 
 
 def test_a_real_vocabulary_comes_back_from_its_gguf(sample_gguf):
-    """benchmarks/real_checkpoint.py writes the tokenizer.model that converters, ours and others', begin with."""
+    """benchmarks/real_checkpoint.py writes the tokenizer.model that converters, ours and others',
+    begin with.
+    """
     from edge_gemma.benchmarks.real_checkpoint import _tokenizer_model
 
     from edge_gemma.bundles.gguf import read_header
 
-    library = sentencepiece.SentencePieceProcessor(model_proto=_tokenizer_model(sample_gguf, read_header(sample_gguf)))
-    assert (library.unk_id(), library.bos_id(), library.eos_id(), library.pad_id()) == (3, 2, 1, 0) and library.vocab_size() == 262144
-    assert library.decode(library.encode("The rivers of Europe, 1º ☃")) == "The rivers of Europe, 1º ☃"
+    library = sentencepiece.SentencePieceProcessor(
+        model_proto=_tokenizer_model(sample_gguf, read_header(sample_gguf))
+    )
+    assert (library.unk_id(), library.bos_id(), library.eos_id(), library.pad_id()) == (
+        3,
+        2,
+        1,
+        0,
+    ) and library.vocab_size() == 262144
+    assert (
+        library.decode(library.encode("The rivers of Europe, 1º ☃")) == "The rivers of Europe, 1º ☃"
+    )

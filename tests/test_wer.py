@@ -25,7 +25,11 @@ def folder(tmp_path):
 
 
 def test_every_kind_of_transcript_is_found(folder):
-    assert [(path.stem, text.strip()) for path, text in dataset(folder)] == [("one", "Hello there."), ("three", "good night"), ("two", "GOOD MORNING")]
+    assert [(path.stem, text.strip()) for path, text in dataset(folder)] == [
+        ("one", "Hello there."),
+        ("three", "good night"),
+        ("two", "GOOD MORNING"),
+    ]
 
 
 def test_rate_of_stub_ears(folder):
@@ -38,7 +42,13 @@ def test_rate_of_stub_ears(folder):
         return text
 
     lines = []
-    assert measure(hear, dataset(folder), lines.append) == {"wer": 0.5, "words": 6, "errors": 3, "files": 3, "failed": 1}
+    assert measure(hear, dataset(folder), lines.append) == {
+        "wer": 0.5,
+        "words": 6,
+        "errors": 3,
+        "files": 3,
+        "failed": 1,
+    }
     assert "two.wav: cannot hear this" in lines
 
 

@@ -1,7 +1,10 @@
-"""The bundle: a folder with ``manifest.json`` and the artifacts it names. The one contract between converting and running.
+"""The bundle: a folder with ``manifest.json`` and the artifacts it names.
 
-In: a folder. Out: a :class:`Bundle` whose manifest was validated and whose files were checked (size and header at load,
-full hashes on :meth:`Bundle.verify`). This room does not know llama.cpp, onnxruntime or where a bundle came from.
+The one contract between converting and running.
+
+In: a folder. Out: a :class:`Bundle` whose manifest was validated and whose files were checked (size
+and header at load, full hashes on :meth:`Bundle.verify`). This room does not know llama.cpp,
+onnxruntime or where a bundle came from.
 
 No model fact is guessed from a file or model name: what the runtime needs to know is a field below.
 """
@@ -43,14 +46,26 @@ class Bundle:
 
     @classmethod
     def open(cls, folder: str | os.PathLike) -> "Bundle":
-        """Read and validate the manifest, and check that each file is there with its size. Raises BundleError."""
+        """Read and validate the manifest, and check that each file is there with its size. Raises
+        BundleError.
+        """
         folder = Path(folder)
         path = folder / MANIFEST
         if not folder.exists():
-            raise BundleError(f"no bundle at {folder}; `edge-gemma ls` lists the installed ones, `edge-gemma import FILE.gguf OUT` makes one")
+            raise BundleError(
+                f"no bundle at {folder}; `edge-gemma ls` lists the installed ones, "
+                "`edge-gemma import FILE.gguf OUT` makes one"
+            )
         if not path.is_file():
-            hint = " This looks like a GGUF: `edge-gemma import FILE.gguf OUT` makes a bundle of it." if folder.suffix == ".gguf" else ""
-            raise BundleError(f"{folder} has no {MANIFEST}, so it is not a bundle (or its making was interrupted).{hint}")
+            hint = (
+                " This looks like a GGUF: `edge-gemma import FILE.gguf OUT` makes a bundle of it."
+                if folder.suffix == ".gguf"
+                else ""
+            )
+            raise BundleError(
+                f"{folder} has no {MANIFEST}, so it is not a bundle (or its making was "
+                f"interrupted).{hint}"
+            )
         if (n := path.stat().st_size) > MAX_MANIFEST_BYTES:
             raise BundleError(f"{path} has {n} bytes; a manifest has at most {MAX_MANIFEST_BYTES}")
         bundle = cls(folder, decode_manifest(path.read_bytes()))
@@ -58,12 +73,16 @@ class Bundle:
         return bundle
 
     def path(self, name: str) -> Path:
-        """The file ``name`` of the manifest. Refuses a link that leads out of the folder for anything but a hard link."""
+        """The file ``name`` of the manifest. Refuses a link that leads out of the folder for
+        anything but a hard link.
+        """
         path = self.folder / name
         if path.is_symlink() and not _is_cache_link(path):
             target = path.resolve()
             if not target.is_relative_to(self.folder.resolve()):
-                raise BundleError(f"{path} is a link to {target}, outside the bundle; copy the file in")
+                raise BundleError(
+                    f"{path} is a link to {target}, outside the bundle; copy the file in"
+                )
         return path
 
     @property
@@ -76,31 +95,48 @@ class Bundle:
             try:
                 size = path.stat().st_size
             except FileNotFoundError:
-                raise BundleError(f"{self.folder} lacks {name}, which its manifest lists ({file.size} bytes); import or pull it again") from None
+                raise BundleError(
+                    f"{self.folder} lacks {name}, which its manifest lists ({file.size} "
+                    "bytes); import or pull it again"
+                ) from None
             if size != file.size:
-                raise BundleError(f"{path} has {size} bytes, its manifest says {file.size}: truncated or replaced; import or pull it again")
+                raise BundleError(
+                    f"{path} has {size} bytes, its manifest says {file.size}: truncated or "
+                    "replaced; import or pull it again"
+                )
 
     def check_header(self) -> None:
-        """Hash the GGUF's header (a few MB, mostly vocabulary). Raises HashMismatch before llama.cpp reads a byte of it."""
+        """Hash the GGUF's header (a few MB, mostly vocabulary). Raises HashMismatch before
+        llama.cpp reads a byte of it.
+        """
         decoder = self.manifest.decoder
         with open(self.decoder_path, "rb") as file:
             found = hashlib.sha256(file.read(decoder.header_bytes)).hexdigest()
         if found != decoder.header_sha256:
-            raise HashMismatch(f"the header of {self.decoder_path} was changed or damaged; import or pull it again")
+            raise HashMismatch(
+                f"the header of {self.decoder_path} was changed or damaged; import or pull it again"
+            )
 
     def verify(self, progress: Callable[[int], None] = lambda n_bytes: None) -> None:
-        """Hash every file in full. Raises HashMismatch naming the first that differs; ``progress`` gets bytes as they are read."""
+        """Hash every file in full. Raises HashMismatch naming the first that differs; ``progress``
+        gets bytes as they are read.
+        """
         for name, file in self.manifest.files.items():
             found = sha256_file(self.path(name), progress)
             if found != file.sha256:
-                raise HashMismatch(f"{self.path(name)} has sha256 {found}, its manifest says {file.sha256}: the file was changed or damaged")
+                raise HashMismatch(
+                    f"{self.path(name)} has sha256 {found}, its manifest says {file.sha256}: "
+                    "the file was changed or damaged"
+                )
 
     def total_bytes(self) -> int:
         return sum(file.size for file in self.manifest.files.values())
 
 
 def _is_cache_link(path: Path) -> bool:
-    """The hub cache keeps blobs beside snapshots and links them; such a link stays inside one `models--…` folder."""
+    """The hub cache keeps blobs beside snapshots and links them; such a link stays inside one
+    `models--…` folder.
+    """
     for parent in path.absolute().parents:
         if parent.name.startswith("models--"):
             return path.resolve().is_relative_to(parent.resolve())
@@ -121,7 +157,8 @@ def file_entry(path: Path, progress: Callable[[int], None] = lambda n_bytes: Non
 
 
 class BundleWriter:
-    """Makes a bundle whole or not at all: a temporary sibling folder, manifest last, then one rename.
+    """Makes a bundle whole or not at all: a temporary sibling folder, manifest last, then one
+    rename.
 
     >>> out = getfixture("tmp_path") / "new"
     >>> with BundleWriter(out) as writer:
@@ -134,7 +171,9 @@ class BundleWriter:
     def __init__(self, out: str | os.PathLike, *, overwrite: bool = False):
         self.out = Path(out).absolute()
         if self.out.exists() and not overwrite:
-            raise UsageError(f"{self.out} exists; choose another folder or pass --force to replace it")
+            raise UsageError(
+                f"{self.out} exists; choose another folder or pass --force to replace it"
+            )
         self.folder = self.out.parent / f".{self.out.name}.partial-{uuid.uuid4().hex[:8]}"
 
     def __enter__(self) -> "BundleWriter":
@@ -177,5 +216,8 @@ class BundleWriter:
         shutil.rmtree(self.folder, ignore_errors=True)  # gone already after commit
         if isinstance(error, OSError):
             free = shutil.disk_usage(self.out.parent).free
-            raise RuntimeFailure(f"cannot write {self.out}: {error.strerror or error} ({free / MiB:.0f} MiB free there); nothing was left behind") from error
+            raise RuntimeFailure(
+                f"cannot write {self.out}: {error.strerror or error} ({free / MiB:.0f} MiB "
+                "free there); nothing was left behind"
+            ) from error
         return False

@@ -1,8 +1,9 @@
 """GGUF header → metadata and tensor ranges, without the vocabulary and without trusting the file.
 
-In: a path. Out: :class:`Header`. Nothing is allocated on the file's word alone: every count and length is held against
-what is left of the file first. A 262,144-token vocabulary is stepped over, never kept (that alone would cost 70 MB).
-This room knows the container only; what the numbers mean for a Gemma is in ``importer.py``.
+In: a path. Out: :class:`Header`. Nothing is allocated on the file's word alone: every count and
+length is held against what is left of the file first. A 262,144-token vocabulary is stepped over,
+never kept (that alone would cost 70 MB). This room knows the container only; what the numbers mean
+for a Gemma is in ``importer.py``.
 
 Format: the GGUF specification, versions 2 and 3, little endian.
 """
@@ -19,19 +20,56 @@ from edge_gemma.errors import BundleError, UnsupportedModel
 
 # name: (values per block, bytes per block); the index is ggml's type id (ggml.h, enum ggml_type)
 GGML_TYPES: dict[int, tuple[str, int, int]] = {
-    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24),
-    8: ("Q8_0", 32, 34), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210), 16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50),
-    20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136), 24: ("I8", 1, 1),
-    25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8), 29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2),
-    34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
-}  # fmt: skip
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    24: ("I8", 1, 1),
+    25: ("I16", 1, 2),
+    26: ("I32", 1, 4),
+    27: ("I64", 1, 8),
+    28: ("F64", 1, 8),
+    29: ("IQ1_M", 256, 56),
+    30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
+}
 TYPE_SIZES = {name: (block, nbytes) for name, block, nbytes in GGML_TYPES.values()}
 
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 _STRING, _ARRAY = 8, 9
 MAX_TENSORS, MAX_KEYS, MAX_NAME = 65_536, 65_536, 64  # GGML_MAX_NAME is 64 with the terminator
-MAX_KEPT = 4_096  # arrays up to this many scalars are kept (per-layer tables); longer ones are counted only
+# arrays up to this many scalars are kept (per-layer tables); longer ones are counted only
+MAX_KEPT = 4_096
 MAX_STRING = 1 << 20  # a chat template has a few kilobytes
 
 
@@ -68,7 +106,9 @@ class Header:
 
 
 def read_header(path: str | Path) -> Header:
-    """Read and check the header of one GGUF file. Raises BundleError (damaged), UnsupportedModel (version, byte order, type)."""
+    """Read and check the header of one GGUF file. Raises BundleError (damaged), UnsupportedModel
+    (version, byte order, type).
+    """
     path = Path(path)
     try:
         file = open(path, "rb")
@@ -83,11 +123,15 @@ def read_header(path: str | Path) -> Header:
             try:
                 return _parse(_Cursor(view), path)
             except _Truncated as error:
-                raise BundleError(f"{path} is damaged: {error}; it has {len(view)} bytes. Download it again") from None
+                raise BundleError(
+                    f"{path} is damaged: {error}; it has {len(view)} bytes. Download it again"
+                ) from None
 
 
 def find_strings(path: str | Path, array: Skipped, wanted: set[str]) -> dict[str, int]:
-    """The indices at which ``wanted`` strings first occur in an array that :func:`read_header` stepped over."""
+    """The indices at which ``wanted`` strings first occur in an array that :func:`read_header`
+    stepped over.
+    """
     remaining, found = {name.encode(): name for name in wanted}, {}
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
         unpack, at = struct.Struct("<Q").unpack_from, array.offset
@@ -106,7 +150,9 @@ class _Truncated(Exception):
 
 
 class _Cursor:
-    """Reads little-endian values; every length is held against the rest of the file before it is believed."""
+    """Reads little-endian values; every length is held against the rest of the file before it is
+    believed.
+    """
 
     def __init__(self, view: mmap.mmap):
         self.view, self.at, self.end = view, 0, len(view)
@@ -184,7 +230,12 @@ def _parse(cursor: _Cursor, path: Path) -> Header:
     kv_range = (kv_start, cursor.at)
 
     alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1) or alignment > 1 << 20:
+    if (
+        not isinstance(alignment, int)
+        or alignment <= 0
+        or alignment & (alignment - 1)
+        or alignment > 1 << 20
+    ):
         raise _Truncated(f"general.alignment is {alignment!r}, not a power of two")
     infos = [_tensor_info(cursor, path) for _ in range(n_tensors)]
     data_offset = -(-cursor.at // alignment) * alignment
@@ -214,20 +265,27 @@ def _tensor_info(cursor: _Cursor, path: Path) -> tuple[str, int, tuple[int, ...]
     shape = tuple(cursor.scalar("Q", name) for _ in range(n_dims))
     kind, offset = cursor.scalar("I", name), cursor.scalar("Q", name)
     if kind not in GGML_TYPES:
-        raise UnsupportedModel(f"{path}: tensor {name!r} has ggml type {kind}, which this version does not know")
+        raise UnsupportedModel(
+            f"{path}: tensor {name!r} has ggml type {kind}, which this version does not know"
+        )
     if any(n <= 0 or n >= 1 << 40 for n in shape) or prod(shape) >= 1 << 48:
         raise _Truncated(f"tensor {name!r} claims the shape {shape}")
     if shape[0] % GGML_TYPES[kind][1]:
-        raise _Truncated(f"tensor {name!r} has rows of {shape[0]}, no multiple of {GGML_TYPES[kind][0]}'s block of {GGML_TYPES[kind][1]}")
+        raise _Truncated(
+            f"tensor {name!r} has rows of {shape[0]}, no multiple of {GGML_TYPES[kind][0]}'s "
+            f"block of {GGML_TYPES[kind][1]}"
+        )
     return name, kind, shape, offset
 
 
 def layout_rank(use: str, type: str, n_dims: int) -> tuple[int, str]:
-    """Where a tensor goes in a file of ours: never read, looked up, a matrix (type by type), read as it lies on every CPU.
+    """Where a tensor goes in a file of ours: never read, looked up, a matrix (type by type), read
+    as it lies on every CPU.
 
-    Cold first and hot last, because pages populated last survive a tight limit best. Which of the hot ones a CPU
-    copies into repacked buffers goes by their type, so each type stands by itself: the kernel maps whole folios (up to 2 MiB), and a norm or
-    a matrix that is read in place between two copied ones would pull their released originals back in (measured: 135 MiB of E2B).
+    Cold first and hot last, because pages populated last survive a tight limit best. Which of the
+    hot ones a CPU copies into repacked buffers goes by their type, so each type stands by itself:
+    the kernel maps whole folios (up to 2 MiB), and a norm or a matrix that is read in place between
+    two copied ones would pull their released originals back in (measured: 135 MiB of E2B).
 
     >>> [layout_rank("lookup", "Q8_0", 2), layout_rank("matmul", "Q4_0", 2), layout_rank("matmul", "Q6_K", 2), layout_rank("matmul", "F32", 1)]
     [(1, ''), (2, 'Q4_0'), (2, 'Q6_K'), (3, '')]

@@ -1,6 +1,7 @@
 """The manifest: the one contract between converting and running.
 
-In: ``manifest.json`` of a bundle. Out: :class:`Manifest`, checked. No model fact is ever guessed from a file or model name.
+In: ``manifest.json`` of a bundle. Out: :class:`Manifest`, checked. No model fact is ever guessed
+from a file or model name.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One row of the tensor table. ``use`` says how the decoder reads it:
 
     - ``lookup``: a few rows per token (PLE, an untied token embedding): may stay on disk;
-    - ``matmul``: whole, for every token (a tied token embedding too, because it is the output head);
+    - ``matmul``: whole, for every token (a tied token embedding too, because it is the output
+      head);
     - ``unused``: never (K/V of KV-sharing layers, rope factors).
     """
 
@@ -56,7 +58,9 @@ class DecoderPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     kv_layers: tuple[Literal["global", "sliding"], ...]  # the layers that own a KV cache, in order
     ple_width: int = 0  # 256 for gemma3n, 0 for gemma3
     tied_head: bool = True  # the output head is the token embedding
-    header_bytes: int  # of the GGUF before its first tensor, checked by hash at every load: llama.cpp aborts on some damage there
+    # of the GGUF before its first tensor, checked by hash at every load: llama.cpp aborts on some
+    # damage there
+    header_bytes: int
     header_sha256: str
     tensors: tuple[Tensor, ...] = ()
 
@@ -101,9 +105,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     source: Source
     files: dict[str, File]
     chat_template: str | None = None
-    # bos, eos, eot (<end_of_turn>), start_of_image, end_of_image, image_soft, start_of_audio, end_of_audio, audio_soft, pad …
+    # bos, eos, eot (<end_of_turn>), start_of_image, end_of_image, image_soft, start_of_audio,
+    # end_of_audio, audio_soft, pad …
     special_tokens: dict[str, int] = {}
-    # row order of special_rows.npy [n, n_embd] float32: end_of_image, end_of_audio, audio_padding (gemma3n; see gemma3n's hard embeddings)
+    # row order of special_rows.npy [n, n_embd] float32: end_of_image, end_of_audio, audio_padding
+    # (gemma3n; see gemma3n's hard embeddings)
     special_rows: tuple[str, ...] = ()
     audio: AudioPart | None = None
     vision: VisionPart | None = None
@@ -116,18 +122,32 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def decode_manifest(data: bytes) -> Manifest:
-    """Validate the bytes of a manifest. Raises BundleError with the field that is wrong; never anything else."""
+    """Validate the bytes of a manifest. Raises BundleError with the field that is wrong; never
+    anything else.
+    """
     try:
         head = msgspec.json.decode(data, type=_Head)
-    except (ValueError, RecursionError) as error:  # msgspec.DecodeError, or UnicodeDecodeError inside a string
-        raise BundleError(f"{MANIFEST} is not a manifest of this format ({error}); expected a JSON object with format and version") from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # msgspec.DecodeError, or UnicodeDecodeError inside a string
+        raise BundleError(
+            f"{MANIFEST} is not a manifest of this format ({error}); expected a JSON object "
+            "with format and version"
+        ) from None
     if head.format != FORMAT:
         raise BundleError(f"{MANIFEST} says format {head.format!r}, expected {FORMAT!r}")
     if head.version > VERSION:
-        raise BundleError(f"the bundle has manifest version {head.version}, this edge-gemma reads up to {VERSION}; upgrade edge-gemma")
+        raise BundleError(
+            f"the bundle has manifest version {head.version}, this edge-gemma reads up to "
+            f"{VERSION}; upgrade edge-gemma"
+        )
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
-    except (ValueError, RecursionError) as error:  # msgspec.DecodeError, or UnicodeDecodeError inside a string
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # msgspec.DecodeError, or UnicodeDecodeError inside a string
         raise BundleError(f"{MANIFEST} is damaged: {error}") from None
     _check(manifest)
     return manifest
@@ -139,29 +159,67 @@ class _Head(msgspec.Struct):
 
 
 def _check(manifest: Manifest) -> None:
-    """What the types cannot say: every path stays inside, every artifact is listed, every range lies inside its file."""
+    """What the types cannot say: every path stays inside, every artifact is listed, every range
+    lies inside its file.
+    """
     for path in manifest.files:
         pure = PurePosixPath(path)
-        if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path or path == MANIFEST:
-            raise BundleError(f"{MANIFEST} names the file {path!r}; paths must stay inside the bundle's folder")
-    artifacts = [manifest.decoder.file] + [part.file for part in (manifest.audio, manifest.vision) if part]
+        if (
+            not path
+            or pure.is_absolute()
+            or ".." in pure.parts
+            or "\\" in path
+            or "\0" in path
+            or path == MANIFEST
+        ):
+            raise BundleError(
+                f"{MANIFEST} names the file {path!r}; paths must stay inside the bundle's folder"
+            )
+    artifacts = [manifest.decoder.file] + [
+        part.file for part in (manifest.audio, manifest.vision) if part
+    ]
     if manifest.special_rows:
         artifacts.append("special_rows.npy")
     for path in artifacts:
         if path not in manifest.files:
-            raise BundleError(f"{MANIFEST} uses {path!r} but does not list its size and hash under files")
+            raise BundleError(
+                f"{MANIFEST} uses {path!r} but does not list its size and hash under files"
+            )
     for path, file in manifest.files.items():
         if file.size < 0 or len(file.sha256) != 64:
             raise BundleError(f"{MANIFEST} gives no usable size and sha256 for {path!r}")
     dimensions = manifest.decoder
-    for name in ("n_layer", "n_embd", "n_ff", "n_head", "n_head_kv", "head_dim", "n_vocab", "n_ctx_train"):
+    for name in (
+        "n_layer",
+        "n_embd",
+        "n_ff",
+        "n_head",
+        "n_head_kv",
+        "head_dim",
+        "n_vocab",
+        "n_ctx_train",
+    ):
         if not 0 < getattr(dimensions, name) <= 1 << 24:
-            raise BundleError(f"{MANIFEST}: decoder.{name} is {getattr(dimensions, name)}, expected 1 … {1 << 24}")
-    if not 0 <= dimensions.sliding_window <= 1 << 24 or not 0 < len(dimensions.kv_layers) <= dimensions.n_layer:
-        raise BundleError(f"{MANIFEST}: decoder.sliding_window or kv_layers does not fit {dimensions.n_layer} layers")
+            raise BundleError(
+                f"{MANIFEST}: decoder.{name} is {getattr(dimensions, name)}, expected 1 … {1 << 24}"
+            )
+    if (
+        not 0 <= dimensions.sliding_window <= 1 << 24
+        or not 0 < len(dimensions.kv_layers) <= dimensions.n_layer
+    ):
+        raise BundleError(
+            f"{MANIFEST}: decoder.sliding_window or kv_layers does not fit "
+            f"{dimensions.n_layer} layers"
+        )
     size = manifest.files[dimensions.file].size
     if not 0 < dimensions.header_bytes <= size:
-        raise BundleError(f"{MANIFEST}: decoder.header_bytes is {dimensions.header_bytes} of a file of {size} bytes")
+        raise BundleError(
+            f"{MANIFEST}: decoder.header_bytes is {dimensions.header_bytes} of a file of "
+            f"{size} bytes"
+        )
     for tensor in dimensions.tensors:
         if tensor.offset < 0 or tensor.nbytes < 0 or tensor.offset + tensor.nbytes > size:
-            raise BundleError(f"{MANIFEST}: tensor {tensor.name!r} ends at byte {tensor.offset + tensor.nbytes} of a file of {size} bytes")
+            raise BundleError(
+                f"{MANIFEST}: tensor {tensor.name!r} ends at byte "
+                f"{tensor.offset + tensor.nbytes} of a file of {size} bytes"
+            )

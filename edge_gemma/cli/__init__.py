@@ -1,8 +1,9 @@
 """The command line: each command parses, calls one function and prints.
 
-One module per group of commands; each has ``register(app)`` and imports what it needs inside the command, so that
-``edge-gemma --help`` starts fast. Exit codes: 0 done, 2 usage, 3 bad bundle or checkpoint, 4 refused by the plan,
-5 download, 6 audio or image input, 7 failed while running, 130 Ctrl-C.
+One module per group of commands; each has ``register(app)`` and imports what it needs inside the
+command, so that ``edge-gemma --help`` starts fast. Exit codes: 0 done, 2 usage, 3 bad bundle or
+checkpoint, 4 refused by the plan, 5 download, 6 audio or image input, 7 failed while running, 130
+Ctrl-C.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import sys
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command and exit: errors of ours become one message and their exit code, never a stack trace."""
+    """Run one command and exit: errors of ours become one message and their exit code, never a
+    stack trace.
+    """
     from edge_gemma.errors import EdgeGemmaError
 
     debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)

@@ -27,10 +27,29 @@ def register(app: typer.Typer) -> None:
 def import_(
     gguf: Annotated[Path, typer.Argument(metavar="FILE.gguf", help="A Gemma 3 or Gemma 3n GGUF.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The bundle's folder, to be made.")],
-    relayout: Annotated[bool, typer.Option("--relayout", help="Rewrite the file with cold tensors first: hot pages then survive a tight limit best.")] = False,
-    mmproj: Annotated[Path | None, typer.Option("--mmproj", help="llama.cpp's vision file of the same Gemma 3: the bundle can then see.")] = None,
-    vision: Annotated[str, typer.Option("--vision", help="With --mmproj, the vision encoder's precision: f32, f16 or int8.")] = "f16",
-    name: Annotated[str | None, typer.Option("--name", help="The bundle's name. Default: what the file says.")] = None,
+    relayout: Annotated[
+        bool,
+        typer.Option(
+            "--relayout",
+            help="Rewrite the file with cold tensors first: hot pages then survive a tight limit "
+            "best.",
+        ),
+    ] = False,
+    mmproj: Annotated[
+        Path | None,
+        typer.Option(
+            "--mmproj", help="llama.cpp's vision file of the same Gemma 3: the bundle can then see."
+        ),
+    ] = None,
+    vision: Annotated[
+        str,
+        typer.Option(
+            "--vision", help="With --mmproj, the vision encoder's precision: f32, f16 or int8."
+        ),
+    ] = "f16",
+    name: Annotated[
+        str | None, typer.Option("--name", help="The bundle's name. Default: what the file says.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -48,14 +67,33 @@ def import_(
 
         write_vision = vision_writer(mmproj, vision)
     with ProgressLine(f"importing {gguf.name}", gguf.stat().st_size) as line:
-        bundle = import_gguf(gguf, out, relayout=relayout, overwrite=force, name=name, write_vision=write_vision, progress=line.add)
+        bundle = import_gguf(
+            gguf,
+            out,
+            relayout=relayout,
+            overwrite=force,
+            name=name,
+            write_vision=write_vision,
+            progress=line.add,
+        )
     if as_json:
-        print_json({"bundle": str(bundle.folder), "name": bundle.manifest.name, "bytes": bundle.total_bytes()})
+        print_json(
+            {
+                "bundle": str(bundle.folder),
+                "name": bundle.manifest.name,
+                "bytes": bundle.total_bytes(),
+            }
+        )
     else:
         print(f"{bundle.folder}: {bundle.manifest.name}, {format_bytes(bundle.total_bytes())}")
 
 
-def inspect(bundle: BundleArg, tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False, as_json: JsonOption = False, debug: DebugOption = False) -> None:
+def inspect(
+    bundle: BundleArg,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
     """Show what a bundle holds."""
     from edge_gemma.bundles.manifest import encode_manifest
     from edge_gemma.units import format_bytes
@@ -76,17 +114,44 @@ def inspect(bundle: BundleArg, tensors: Annotated[bool, typer.Option("--tensors"
         ("name", manifest.name),
         ("family", f"{manifest.family}, {'instruct' if manifest.instruct else 'base'}"),
         ("size", format_bytes(found.total_bytes())),
-        ("decoder", f"{d.n_layer} layers, hidden {d.n_embd}, FFN {d.n_ff}, {d.n_head} heads ({d.n_head_kv} KV) of {d.head_dim}, {d.n_vocab} tokens"),
-        ("context", f"{d.n_ctx_train} tokens; {n_global} global and {len(d.kv_layers) - n_global} sliding layers (window {d.sliding_window}) own KV"),
+        (
+            "decoder",
+            f"{d.n_layer} layers, hidden {d.n_embd}, FFN {d.n_ff}, {d.n_head} heads "
+            f"({d.n_head_kv} KV) of {d.head_dim}, {d.n_vocab} tokens",
+        ),
+        (
+            "context",
+            f"{d.n_ctx_train} tokens; {n_global} global and {len(d.kv_layers) - n_global} "
+            f"sliding layers (window {d.sliding_window}) own KV",
+        ),
         ("head", "tied to the token embedding" if d.tied_head else "separate"),
-        ("audio", f"{manifest.audio.precision}, {format_bytes(manifest.audio.weights_bytes)}" if manifest.audio else "none"),
-        ("vision", f"{manifest.vision.kind} {manifest.vision.precision}, {format_bytes(manifest.vision.weights_bytes)}" if manifest.vision else "none"),
+        (
+            "audio",
+            f"{manifest.audio.precision}, {format_bytes(manifest.audio.weights_bytes)}"
+            if manifest.audio
+            else "none",
+        ),
+        (
+            "vision",
+            f"{manifest.vision.kind} {manifest.vision.precision}, "
+            f"{format_bytes(manifest.vision.weights_bytes)}"
+            if manifest.vision
+            else "none",
+        ),
         ("recipe", ", ".join(f"{k} {v}" for k, v in manifest.recipe.items()) or "–"),
         ("source", f"{manifest.source.origin} ({manifest.source.tool})"),
         ("licence", manifest.source.licence),
     ]
     if manifest.quality:
-        rows.append(("quality", ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in manifest.quality.items())))
+        rows.append(
+            (
+                "quality",
+                ", ".join(
+                    f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+                    for k, v in manifest.quality.items()
+                ),
+            )
+        )
     for label, value in rows:
         print(f"{label:<10}{value}")
     print("weights")
@@ -96,7 +161,10 @@ def inspect(bundle: BundleArg, tensors: Annotated[bool, typer.Option("--tensors"
         print(f"file      {name}  {format_bytes(file.size)}  sha256 {file.sha256[:16]}…")
     if tensors:
         for t in d.tensors:
-            print(f"  {t.offset:>12}  {format_bytes(t.nbytes):>10}  {t.type:<7}{t.use:<8}{t.name}  {list(t.shape)}")
+            print(
+                f"  {t.offset:>12}  {format_bytes(t.nbytes):>10}  "
+                f"{t.type:<7}{t.use:<8}{t.name}  {list(t.shape)}"
+            )
 
 
 def verify(bundle: BundleArg, as_json: JsonOption = False, debug: DebugOption = False) -> None:

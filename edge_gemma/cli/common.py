@@ -1,4 +1,6 @@
-"""What several commands share: single options, notes and JSON, a progress line, and streams that Ctrl-C can stop."""
+"""What several commands share: single options, notes and JSON, a progress line, and streams that
+Ctrl-C can stop.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,28 @@ import typer
 
 T = TypeVar("T")
 
-BundleArg = Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle's folder, or the name of an installed one (`edge-gemma ls`).")]
-DeviceOption = Annotated[str, typer.Option("--device", "-d", help="A device profile (`edge-gemma profiles`), a profile file, or auto: this machine.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for programs.")]
+BundleArg = Annotated[
+    str,
+    typer.Argument(
+        metavar="BUNDLE",
+        help="A bundle's folder, or the name of an installed one (`edge-gemma ls`).",
+    ),
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        "-d",
+        help="A device profile (`edge-gemma profiles`), a profile file, or auto: this machine.",
+    ),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="One JSON object on stdout, for programs.")
+]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show llama.cpp's log.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.", hidden=True)]
+DebugOption = Annotated[
+    bool, typer.Option("--debug", help="Show a traceback for errors.", hidden=True)
+]
 
 
 def open_bundle(name: str):
@@ -89,17 +108,20 @@ def parse_lora(values: list[str] | None) -> list[tuple[str, float]]:
             adapters.append((path, float(scale)) if colon and path else (value, 1.0))
         except ValueError:
             if not Path(value).exists():
-                raise UsageError(f"cannot read --lora {value!r}; write it like adapter.gguf or adapter.gguf:0.5") from None
+                raise UsageError(
+                    f"cannot read --lora {value!r}; write it like adapter.gguf or adapter.gguf:0.5"
+                ) from None
             adapters.append((value, 1.0))
     return adapters
 
 
 def interruptible(chunks: Iterator[T], cancel: Callable[[], None]) -> Iterator[T]:
-    """Items of a blocking iterator, driven by a worker thread, so that Ctrl-C is heard while native code runs. The first one
-    cancels, and the rest (the last chunk with its figures) still comes; a second one raises KeyboardInterrupt.
+    """Items of a blocking iterator, driven by a worker thread, so that Ctrl-C is heard while native
+    code runs. The first one cancels, and the rest (the last chunk with its figures) still comes; a
+    second one raises KeyboardInterrupt.
 
-    The signal is caught, not raised: an exception could land anywhere in the caller, past the point where it still knows
-    that a worker is inside the model it is about to close.
+    The signal is caught, not raised: an exception could land anywhere in the caller, past the point
+    where it still knows that a worker is inside the model it is about to close.
     """
     items: queue.Queue = queue.Queue()
     end = object()

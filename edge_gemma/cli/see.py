@@ -14,7 +14,24 @@ from edge_gemma.cli.options import Loading, Sampling, grouped
 
 QUESTION = "Describe what you see."
 # A last word with such an ending is a picture that is missing, not a question.
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".svg", ".pdf", ".ico", ".jp2", ".ppm")
+_PICTURES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".avif",
+    ".heic",
+    ".heif",
+    ".svg",
+    ".pdf",
+    ".ico",
+    ".jp2",
+    ".ppm",
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -22,7 +39,8 @@ def register(app: typer.Typer) -> None:
 
 
 def split(words: list[str]) -> tuple[list[str], str]:
-    """``IMAGE… ["question"]`` → (images, question): the last word is the question unless it is a file, or is named like a picture.
+    """``IMAGE… ["question"]`` → (images, question): the last word is the question unless it is a
+    file, or is named like a picture.
 
     >>> split(["photo.jpg", "What is this?"])
     (['photo.jpg'], 'What is this?')
@@ -34,15 +52,47 @@ def split(words: list[str]) -> tuple[list[str], str]:
 
 def describe(
     bundle: BundleArg,
-    words: Annotated[list[str] | None, typer.Argument(metavar='IMAGE… ["question"]', help="Pictures, then what to ask about them.")] = None,
-    video: Annotated[list[Path] | None, typer.Option("--video", help="A clip or animation, as frames with their times. Repeatable.")] = None,
-    rate: Annotated[float, typer.Option("--fps", help="Frames of a video per second; fewer when they do not fit the context.")] = 1.0,
-    camera: Annotated[str | None, typer.Option("--camera", help="Take a picture with this camera: a number, or a device path.")] = None,
-    pan_and_scan: Annotated[bool, typer.Option("--pan-and-scan", help="Gemma 3: show wide or tall pictures in crops, too.")] = False,
-    size: Annotated[int | None, typer.Option("--size", help="Side of the encoder's input in pixels, where it takes several: Gemma 3n 768, 512 or 256.")] = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar='IMAGE… ["question"]', help="Pictures, then what to ask about them."
+        ),
+    ] = None,
+    video: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--video", help="A clip or animation, as frames with their times. Repeatable."
+        ),
+    ] = None,
+    rate: Annotated[
+        float,
+        typer.Option(
+            "--fps", help="Frames of a video per second; fewer when they do not fit the context."
+        ),
+    ] = 1.0,
+    camera: Annotated[
+        str | None,
+        typer.Option(
+            "--camera", help="Take a picture with this camera: a number, or a device path."
+        ),
+    ] = None,
+    pan_and_scan: Annotated[
+        bool,
+        typer.Option("--pan-and-scan", help="Gemma 3: show wide or tall pictures in crops, too."),
+    ] = False,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            "--size",
+            help="Side of the encoder's input in pixels, where it takes several: Gemma 3n 768, "
+            "512 or 256.",
+        ),
+    ] = None,
     sampling: Sampling = Sampling(),
     loading: Loading = Loading(),
-    stats: Annotated[bool, typer.Option("--stats", help="Show time and memory at the end.")] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Show time and memory at the end.")
+    ] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -56,20 +106,34 @@ def describe(
 
     images, question = split(words or [])
     if not images and not video and camera is None:
-        raise UsageError('no picture: name one or more files, then the question in quotes: edge-gemma describe BUNDLE photo.jpg "What is this?"')
-    pictures = [Picture(path) for path in images]  # before the model is loaded: a wrong name costs no waiting
+        raise UsageError(
+            "no picture: name one or more files, then the question in quotes: edge-gemma "
+            'describe BUNDLE photo.jpg "What is this?"'
+        )
+    pictures = [
+        Picture(path) for path in images
+    ]  # before the model is loaded: a wrong name costs no waiting
     if camera is not None:
         pictures.append(capture(int(camera) if camera.isdigit() else camera))
     for picture in pictures:
         if picture.animated:
-            note(f"{picture.name} is animated; its first frame is shown. --video {picture.name} shows more of it")
-    parts = [*(Image(source=picture, size=size) for picture in pictures), *(Video(path, rate_hz=rate) for path in video or ()), question]
+            note(
+                f"{picture.name} is animated; its first frame is shown. --video "
+                f"{picture.name} shows more of it"
+            )
+    parts = [
+        *(Image(source=picture, size=size) for picture in pictures),
+        *(Video(path, rate_hz=rate) for path in video or ()),
+        question,
+    ]
     with PeakSampler() as sampler:
         model, load_s = load_model(bundle, loading, ("vision",))
         sampler.rebase()
         with model, model.chat() as talk:
             started = time.perf_counter()
-            parts = model.media(parts, pan_and_scan=pan_and_scan, used_tokens=sampling.max_tokens // 2)
+            parts = model.media(
+                parts, pan_and_scan=pan_and_scan, used_tokens=sampling.max_tokens // 2
+            )
             answer = stream(talk.send(parts, sampling.options()), talk.cancel, quiet=as_json)
             wall_s = time.perf_counter() - started
         planned = model.plan.total_bytes

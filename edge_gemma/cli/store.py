@@ -25,15 +25,27 @@ def register(app: typer.Typer) -> None:
 
 
 def pull(
-    reference: Annotated[str, typer.Argument(help="ORG/NAME, ORG/NAME@REVISION, ORG/NAME:FILE.gguf, ORG/NAME:Q4_0, or the page's address.")],
-    name: Annotated[Optional[str], typer.Option(help="Name in the store; default: that of the file or repository.")] = None,
+    reference: Annotated[
+        str,
+        typer.Argument(
+            help="ORG/NAME, ORG/NAME@REVISION, ORG/NAME:FILE.gguf, ORG/NAME:Q4_0, or the page's "
+            "address."
+        ),
+    ],
+    name: Annotated[
+        Optional[str],
+        typer.Option(help="Name in the store; default: that of the file or repository."),
+    ] = None,
     force: Annotated[bool, typer.Option(help="Fetch again and replace what is installed.")] = False,
-    relayout: Annotated[bool, typer.Option(help="Rewrite a GGUF cold-first (see `import --relayout`).")] = False,
+    relayout: Annotated[
+        bool, typer.Option(help="Rewrite a GGUF cold-first (see `import --relayout`).")
+    ] = False,
     as_json: JSON = False,
 ) -> None:
     """Install a bundle, or a GGUF as a bundle, from the Hugging Face hub.
 
-    Goes on where an interrupted pull stopped; checks every hash; asks the hub nothing when the model is installed already.
+    Goes on where an interrupted pull stopped; checks every hash; asks the hub nothing when the
+    model is installed already.
     """
     from edge_gemma.store.hub import pull as fetch
     from edge_gemma.units import format_bytes
@@ -43,18 +55,39 @@ def pull(
         bundle = fetch(reference, name=name, force=force, relayout=relayout, on_progress=bar)
     except KeyboardInterrupt:
         bar.close()
-        print(f"\nstopped; what arrived is kept. Go on with: edge-gemma pull {reference}", file=sys.stderr)
+        print(
+            f"\nstopped; what arrived is kept. Go on with: edge-gemma pull {reference}",
+            file=sys.stderr,
+        )
         raise typer.Exit(130) from None
     finally:
         bar.close()
     manifest = bundle.manifest
     if as_json:
-        print(json.dumps({"name": bundle.folder.name, "path": str(bundle.folder), "size_bytes": bundle.total_bytes(), "family": manifest.family,
-                          "fetched": bar.used, "licence": manifest.source.licence}))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "name": bundle.folder.name,
+                    "path": str(bundle.folder),
+                    "size_bytes": bundle.total_bytes(),
+                    "family": manifest.family,
+                    "fetched": bar.used,
+                    "licence": manifest.source.licence,
+                }
+            )
+        )
         return
-    licence = "Gemma Terms of Use (ai.google.dev/gemma/terms)" if manifest.source.licence.lower() == "gemma" else manifest.source.licence
+    licence = (
+        "Gemma Terms of Use (ai.google.dev/gemma/terms)"
+        if manifest.source.licence.lower() == "gemma"
+        else manifest.source.licence
+    )
     print(f"licence: {licence}", file=sys.stderr)
-    print(f"{bundle.folder.name}: {manifest.family}, {format_bytes(bundle.total_bytes())}, {'installed' if bar.used else 'already there'}. Try: edge-gemma run {bundle.folder.name} \"Hello\"")
+    print(
+        f"{bundle.folder.name}: {manifest.family}, {format_bytes(bundle.total_bytes())}, "
+        f"{'installed' if bar.used else 'already there'}. Try: edge-gemma run "
+        f'{bundle.folder.name} "Hello"'
+    )
 
 
 class _Bar:
@@ -77,9 +110,13 @@ class _Bar:
 
             self.used = True
             self._progress = Progress(
-                TextColumn("{task.description:<11}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn(),
+                TextColumn("{task.description:<11}"),
+                BarColumn(),
+                DownloadColumn(binary_units=True),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
                 console=Console(stderr=True),
-            )  # fmt: skip
+            )
             self._progress.start()
         if what != self._what:
             self._task, self._what = self._progress.add_task(what, total=total), what
@@ -97,37 +134,78 @@ def list_(as_json: JSON = False) -> None:
 
     entries, begun = ls(), unfinished()
     if as_json:
-        print(json.dumps({
-            "folder": str(bundles()),
-            "bundles": [
-                {"name": e.name, "path": str(e.folder), "family": e.family, "size_bytes": e.size_bytes, "instruct": e.instruct, "hears": e.hears, "sees": e.sees,
-                 "origin": e.origin, "problem": e.problem} for e in entries
-            ],
-            "unfinished": [{"name": name, "size_bytes": size} for name, size in begun],
-        }))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "folder": str(bundles()),
+                    "bundles": [
+                        {
+                            "name": e.name,
+                            "path": str(e.folder),
+                            "family": e.family,
+                            "size_bytes": e.size_bytes,
+                            "instruct": e.instruct,
+                            "hears": e.hears,
+                            "sees": e.sees,
+                            "origin": e.origin,
+                            "problem": e.problem,
+                        }
+                        for e in entries
+                    ],
+                    "unfinished": [{"name": name, "size_bytes": size} for name, size in begun],
+                }
+            )
+        )
         return
     if not entries:
-        print(f"no bundles in {bundles()}. Install one: edge-gemma pull ORG/NAME, or try `edge-gemma demo`", file=sys.stderr)
+        print(
+            f"no bundles in {bundles()}. Install one: edge-gemma pull ORG/NAME, or try "
+            "`edge-gemma demo`",
+            file=sys.stderr,
+        )
     else:
         from edge_gemma.cli.columns import columns
 
         rows = [("name", "family", "size", "does", "from")]
         for e in entries:
-            does = " ".join(word for word, yes in (("chat", e.instruct), ("hear", e.hears), ("see", e.sees)) if yes) or "complete"
-            rows.append((e.name, e.family, format_bytes(e.size_bytes), "broken" if e.problem else does, e.origin))
+            does = (
+                " ".join(
+                    word
+                    for word, yes in (("chat", e.instruct), ("hear", e.hears), ("see", e.sees))
+                    if yes
+                )
+                or "complete"
+            )
+            rows.append(
+                (
+                    e.name,
+                    e.family,
+                    format_bytes(e.size_bytes),
+                    "broken" if e.problem else does,
+                    e.origin,
+                )
+            )
         print(columns(rows))
     for e in entries:
         if e.problem:
             print(f"{e.name}: {e.problem}", file=sys.stderr)
     if begun:
         size = format_bytes(sum(size for _, size in begun))
-        print(f"{len(begun)} unfinished download{'s' * (len(begun) > 1)} ({size}): the same `pull` goes on; `edge-gemma rm --unfinished` deletes", file=sys.stderr)
+        print(
+            f"{len(begun)} unfinished download{'s' * (len(begun) > 1)} ({size}): the same "
+            "`pull` goes on; `edge-gemma rm --unfinished` deletes",
+            file=sys.stderr,
+        )
 
 
 def rm(
-    names: Annotated[Optional[list[str]], typer.Argument(help="Installed bundles.", autocompletion=bundle_names)] = None,
+    names: Annotated[
+        Optional[list[str]], typer.Argument(help="Installed bundles.", autocompletion=bundle_names)
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    unfinished: Annotated[bool, typer.Option("--unfinished", help="Delete what unfinished downloads left.")] = False,
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="Delete what unfinished downloads left.")
+    ] = False,
     as_json: JSON = False,
 ) -> None:
     """Delete installed bundles."""

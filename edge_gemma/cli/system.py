@@ -24,7 +24,9 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(as_json: JSON = False) -> None:
-    """What this machine has, what is installed, and what would make it serve better. Changes nothing."""
+    """What this machine has, what is installed, and what would make it serve better. Changes
+    nothing.
+    """
     from edge_gemma.cli.columns import columns
     from edge_gemma.doctor import examine, expected_repacks
     from edge_gemma.units import format_bytes
@@ -33,31 +35,84 @@ def doctor(as_json: JSON = False) -> None:
     device = report.device
     if as_json:
         data = dataclasses.asdict(report) | {"store": str(report.store)}
-        data["device"] |= {"usable_bytes": device.usable_bytes, "reserve_bytes": device.reserve_bytes, "expected_repacks": expected_repacks(device)}
+        data["device"] |= {
+            "usable_bytes": device.usable_bytes,
+            "reserve_bytes": device.reserve_bytes,
+            "expected_repacks": expected_repacks(device),
+        }
         print(json.dumps(data))
         return
-    limit = "none" if device.limit_bytes is None else f"{format_bytes(device.limit_bytes)}, {format_bytes(device.headroom_bytes or 0)} of it left"
+    limit = (
+        "none"
+        if device.limit_bytes is None
+        else f"{format_bytes(device.limit_bytes)}, {format_bytes(device.headroom_bytes or 0)} of "
+        "it left"
+    )
     cpus = f"{device.cpu or 'unknown'}; {len(device.cpus)} to run on ({_ids(device.cpus)})"
     if device.big_cpus != device.cpus:
         cpus += f", the fast ones {_ids(device.big_cpus)}"
-    swap = ", ".join(text for text in (f"{format_bytes(device.zram_bytes)} zram" * bool(device.zram_bytes), f"{format_bytes(device.swap_bytes)} on disk" * bool(device.swap_bytes)) if text)
+    swap = ", ".join(
+        text
+        for text in (
+            f"{format_bytes(device.zram_bytes)} zram" * bool(device.zram_bytes),
+            f"{format_bytes(device.swap_bytes)} on disk" * bool(device.swap_bytes),
+        )
+        if text
+    )
     llama = report.llama
     rows = [
-        ("machine", device.board), ("system", f"{report.system}, Python {report.python}, pages of {format_bytes(device.page_bytes)}"),
-        ("CPU", cpus), ("", f"features that matter: {' '.join(device.cpu_features) or 'none'}"), ("threads", str(device.n_threads)),
-        ("memory", f"{format_bytes(device.total_bytes)}, available {format_bytes(device.available_bytes)}, kept for the system {format_bytes(device.reserve_bytes)}"),
-        ("cgroup limit", limit + ("" if device.memory_cgroup else " (memory cgroup off)")), ("swap", f"{swap} (not counted as memory)" if swap else "none"),
-        ("for a model", f"{format_bytes(device.usable_bytes)}" + ("" if device.can_release else "; cold pages cannot be given back here")),
-        ("llama.cpp", f"llama-cpp-python {llama.version}, {'with' if llama.gpu else 'without'} GPU" if llama else report.llama_problem),
-    ]  # fmt: skip
+        ("machine", device.board),
+        (
+            "system",
+            f"{report.system}, Python {report.python}, pages of {format_bytes(device.page_bytes)}",
+        ),
+        ("CPU", cpus),
+        ("", f"features that matter: {' '.join(device.cpu_features) or 'none'}"),
+        ("threads", str(device.n_threads)),
+        (
+            "memory",
+            f"{format_bytes(device.total_bytes)}, available "
+            f"{format_bytes(device.available_bytes)}, kept for the system "
+            f"{format_bytes(device.reserve_bytes)}",
+        ),
+        ("cgroup limit", limit + ("" if device.memory_cgroup else " (memory cgroup off)")),
+        ("swap", f"{swap} (not counted as memory)" if swap else "none"),
+        (
+            "for a model",
+            f"{format_bytes(device.usable_bytes)}"
+            + ("" if device.can_release else "; cold pages cannot be given back here"),
+        ),
+        (
+            "llama.cpp",
+            f"llama-cpp-python {llama.version}, {'with' if llama.gpu else 'without'} GPU"
+            if llama
+            else report.llama_problem,
+        ),
+    ]
     if llama:
-        rows.append(("", f"copied into repacked buffers: {' '.join(llama.repacks) or 'no weight type'}"))
+        rows.append(
+            ("", f"copied into repacked buffers: {' '.join(llama.repacks) or 'no weight type'}")
+        )
     rows.append(("GPU", device.gpu or "no NVIDIA GPU"))
     for extra in report.extras:
         missing = (*extra.missing_packages, *extra.missing_libraries)
-        rows.append((extra.purpose, f"not installed: pip install 'edge-gemma[{extra.name}]' ({', '.join(missing)} missing)" if missing else "ready"))
+        rows.append(
+            (
+                extra.purpose,
+                f"not installed: pip install 'edge-gemma[{extra.name}]' "
+                f"({', '.join(missing)} missing)"
+                if missing
+                else "ready",
+            )
+        )
     rows.append(("microphones", ", ".join(report.microphones) or "none"))
-    rows.append(("store", f"{report.store}, {format_bytes(report.store_free_bytes)} free{', on an SD card' * report.store_on_sd}"))
+    rows.append(
+        (
+            "store",
+            f"{report.store}, {format_bytes(report.store_free_bytes)} "
+            f"free{', on an SD card' * report.store_on_sd}",
+        )
+    )
     print(columns(rows))
     if report.advice:
         print("\nadvice")
@@ -77,7 +132,12 @@ def _ids(cpus: tuple[int, ...]) -> str:
 
 
 def profiles(
-    name: Annotated[Optional[str], typer.Argument(help="One profile (or FILE.toml, or auto) in detail.", autocompletion=profile_names)] = None,
+    name: Annotated[
+        Optional[str],
+        typer.Argument(
+            help="One profile (or FILE.toml, or auto) in detail.", autocompletion=profile_names
+        ),
+    ] = None,
     as_json: JSON = False,
 ) -> None:
     """List the boards that `plan --device` knows, or show one."""
@@ -88,7 +148,11 @@ def profiles(
     from edge_gemma.units import format_bytes
 
     def data(device):
-        return dataclasses.asdict(device) | {"usable_bytes": device.usable_bytes, "reserve_bytes": device.reserve_bytes, "repacks": expected_repacks(device)}
+        return dataclasses.asdict(device) | {
+            "usable_bytes": device.usable_bytes,
+            "reserve_bytes": device.reserve_bytes,
+            "repacks": expected_repacks(device),
+        }
 
     if name is not None:
         device = find_device(name)
@@ -97,9 +161,16 @@ def profiles(
             print(json.dumps(data(device) | {"notes": notes, "sources": sources}))
             return
         print(f"{device.name}: {device.board}, {device.cpu}")
-        print(f"memory    {format_bytes(device.usable_bytes)} for a model: {format_bytes(device.available_bytes)} available of {format_bytes(device.total_bytes)}, "
-              f"{format_bytes(device.reserve_bytes)} kept for the system")  # fmt: skip
-        print(f"threads   {device.n_threads}; pages of {format_bytes(device.page_bytes)}; {' '.join(device.cpu_features) or 'no CPU features that matter'}")
+        print(
+            f"memory    {format_bytes(device.usable_bytes)} for a model: "
+            f"{format_bytes(device.available_bytes)} available of "
+            f"{format_bytes(device.total_bytes)}, "
+            f"{format_bytes(device.reserve_bytes)} kept for the system"
+        )
+        print(
+            f"threads   {device.n_threads}; pages of {format_bytes(device.page_bytes)}; "
+            f"{' '.join(device.cpu_features) or 'no CPU features that matter'}"
+        )
         print(f"repacked  {' '.join(expected_repacks(device)) or 'nothing'}")
         if device.gpu:
             print(f"GPU       {device.gpu}")
@@ -115,6 +186,17 @@ def profiles(
 
     rows = [("profile", "memory", "for a model", "threads", "pages", "llama.cpp repacks")]
     for device in devices:
-        packs = " ".join(kind for kind in expected_repacks(device) if kind not in ("MXFP4", "Q1_0"))  # types no Gemma comes in
-        rows.append((device.name, format_bytes(device.total_bytes), format_bytes(device.usable_bytes), str(device.n_threads), format_bytes(device.page_bytes), packs or "nothing"))
+        packs = " ".join(
+            kind for kind in expected_repacks(device) if kind not in ("MXFP4", "Q1_0")
+        )  # types no Gemma comes in
+        rows.append(
+            (
+                device.name,
+                format_bytes(device.total_bytes),
+                format_bytes(device.usable_bytes),
+                str(device.n_threads),
+                format_bytes(device.page_bytes),
+                packs or "nothing",
+            )
+        )
     print(columns(rows))

@@ -32,11 +32,16 @@ def register(app: typer.Typer) -> None:
 def plan(
     bundle: BundleArg,
     planning: Planning = Planning(),
-    text_only: Annotated[bool, typer.Option("--text-only", help="Plan without the bundle's audio and vision encoders.")] = False,
+    text_only: Annotated[
+        bool,
+        typer.Option("--text-only", help="Plan without the bundle's audio and vision encoders."),
+    ] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Say what a bundle will take on a device, byte by byte, without loading it. Exit code 4 when it does not fit."""
+    """Say what a bundle will take on a device, byte by byte, without loading it. Exit code 4 when
+    it does not fit.
+    """
     from edge_gemma.machine.probe import find_device
     from edge_gemma.machine.repack import repacked
     from edge_gemma.plan.ladder import make_plan
@@ -63,14 +68,25 @@ def _print_plan(name: str, device: str, made) -> None:
     from edge_gemma.units import format_bytes
 
     s = made.settings
-    print(f"{name} on {device}: {'fits' if made.fits else 'does not fit'} in {format_bytes(made.budget_bytes)}")
+    print(
+        f"{name} on {device}: {'fits' if made.fits else 'does not fit'} in "
+        f"{format_bytes(made.budget_bytes)}"
+    )
     if not made.fits:
         print(made.refusal)
         return
     print(arithmetic(made))
     print(f"  {format_bytes(made.budget_bytes - made.needed_bytes):>10}  free of the budget")
-    print(f"  {format_bytes(made.load_peak_bytes):>10}  for a moment while loading, of which reclaimable: {format_bytes(sum(i.bytes for i in made.items if i.kind == 'reclaimable'))}")
-    print(f"settings: n_ctx {s.n_ctx}, n_ubatch {s.n_ubatch}, KV {s.kv_type}, {'repacked' if any(i.name == 'weights, repacked' for i in made.items) else 'not repacked'}, {s.n_threads} threads, {s.n_gpu_layers} GPU layers")
+    print(
+        f"  {format_bytes(made.load_peak_bytes):>10}  for a moment while loading, of which "
+        "reclaimable: "
+        f"{format_bytes(sum(i.bytes for i in made.items if i.kind == 'reclaimable'))}"
+    )
+    print(
+        f"settings: n_ctx {s.n_ctx}, n_ubatch {s.n_ubatch}, KV {s.kv_type}, "
+        f"{'repacked' if any(i.name == 'weights, repacked' for i in made.items) else 'not repacked'}, "
+        f"{s.n_threads} threads, {s.n_gpu_layers} GPU layers"
+    )
     for line in made.concessions:
         print(f"conceded: {line}")
     for line in made.notes:
@@ -105,22 +121,43 @@ def _schema(value: str | None) -> dict | None:
 
 def run(
     bundle: BundleArg,
-    prompt: Annotated[str | None, typer.Argument(help="The prompt; - or nothing reads it from stdin.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; - or nothing reads it from stdin.")
+    ] = None,
     sampling: Sampling = Sampling(),
     system: System = None,
-    image: Annotated[list[str] | None, typer.Option("--image", help="A picture to show first. Repeatable.")] = None,
-    audio: Annotated[list[str] | None, typer.Option("--audio", help="A sound to play first. Repeatable.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
-    schema: Annotated[str | None, typer.Option("--schema", help="Answer in JSON of this schema; text or @FILE.")] = None,
-    grammar: Annotated[str | None, typer.Option("--grammar", help="Answer in this GBNF grammar; text or @FILE.")] = None,
-    logprobs: Annotated[int | None, typer.Option("--logprobs", help="With --json: this many alternatives for each token.")] = None,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="End at this text. Repeatable.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option("--image", help="A picture to show first. Repeatable.")
+    ] = None,
+    audio: Annotated[
+        list[str] | None, typer.Option("--audio", help="A sound to play first. Repeatable.")
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")
+    ] = False,
+    schema: Annotated[
+        str | None, typer.Option("--schema", help="Answer in JSON of this schema; text or @FILE.")
+    ] = None,
+    grammar: Annotated[
+        str | None, typer.Option("--grammar", help="Answer in this GBNF grammar; text or @FILE.")
+    ] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option("--logprobs", help="With --json: this many alternatives for each token."),
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="End at this text. Repeatable.")
+    ] = None,
     loading: Loading = Loading(),
-    stats: Annotated[bool, typer.Option("--stats", help="Show time and memory at the end.")] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Show time and memory at the end.")
+    ] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Answer one prompt and leave. Instruct bundles get it as a user turn, base bundles (or --raw) continue it."""
+    """Answer one prompt and leave. Instruct bundles get it as a user turn, base bundles (or --raw)
+    continue it.
+    """
     from edge_gemma.errors import UsageError
     from edge_gemma.machine.peak import PeakSampler
     from edge_gemma.messages import Audio, Image, Message
@@ -131,7 +168,12 @@ def run(
         prompt = sys.stdin.buffer.read().decode("utf-8", "replace").strip()
     if not prompt.strip():
         raise UsageError("the prompt is empty")
-    options = sampling.options(stop=tuple(stop or ()), grammar=_read_option(grammar, "--grammar"), schema=_schema(schema), logprobs=logprobs)
+    options = sampling.options(
+        stop=tuple(stop or ()),
+        grammar=_read_option(grammar, "--grammar"),
+        schema=_schema(schema),
+        logprobs=logprobs,
+    )
     encoders = (("audio",) if audio else ()) + (("vision",) if image else ())
     media = [*map(Image, image or ()), *map(Audio, audio or ())]
 
@@ -143,7 +185,9 @@ def run(
             templated = not raw and (model.bundle.manifest.instruct or system)
             started = time.perf_counter()
             if templated:
-                messages = ([Message("system", system)] if system else []) + [Message("user", model.media([*media, prompt]) if media else prompt)]
+                messages = ([Message("system", system)] if system else []) + [
+                    Message("user", model.media([*media, prompt]) if media else prompt)
+                ]
                 spans = model.prompt.spans(messages, encode=model.encode)
             else:
                 spans = model.prompt.raw(model.media([*media, prompt]), encode=model.encode)
@@ -165,7 +209,9 @@ def chat(
     system: System = None,
     sampling: Sampling = Sampling(max_tokens=1024),
     loading: Loading = Loading(),
-    stats: Annotated[bool, typer.Option("--stats", help="Show time and memory after each answer.")] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Show time and memory after each answer.")
+    ] = False,
     debug: DebugOption = False,
 ) -> None:
     """Talk with a bundle. /help lists what can be typed besides words."""
@@ -176,7 +222,10 @@ def chat(
     with model, model.chat(system=system) as talk:
         manifest = model.bundle.manifest
         if not manifest.instruct:
-            note(f"{manifest.name} holds base weights: they continue text rather than answer. For conversation use an instruct bundle (its name ends in -it).")
+            note(
+                f"{manifest.name} holds base weights: they continue text rather than answer. "
+                "For conversation use an instruct bundle (its name ends in -it)."
+            )
         if sys.stdin.isatty():
             note(f"{manifest.name}, {talk.session.n_ctx} tokens of context. /help for commands.")
             import readline  # noqa: F401  (line editing and history for input())
@@ -241,14 +290,20 @@ def _command(line: str, talk, last):
         if not rest:
             raise UsageError(f"{word} needs a file")
         (talk.save if word == "/save" else talk.restore)(rest)
-        note(f"{'saved to' if word == '/save' else 'taken up from'} {rest}: {len(talk.messages)} messages")
+        note(
+            f"{'saved to' if word == '/save' else 'taken up from'} {rest}: "
+            f"{len(talk.messages)} messages"
+        )
     elif word == "/stats":
         note(stats_line(last) if last else "no answer yet")
     elif word in ("/image", "/audio"):
         path, _, question = rest.partition(" ")
         if not path:
             raise UsageError(f"{word} needs a file")
-        return [(Image if word == "/image" else Audio)(path), *([question] if question.strip() else [])]
+        return [
+            (Image if word == "/image" else Audio)(path),
+            *([question] if question.strip() else []),
+        ]
     else:
         raise UsageError(f"{word} is no command; /help lists them")
     return None
@@ -263,5 +318,8 @@ def _answer(talk, content, options):
     if end.usage.dropped_turns:
         note(f"the context was full: the {end.usage.dropped_turns} oldest turns were forgotten")
     if end.finish_reason in ("length", "context"):
-        note(f"(cut at {'--max-tokens' if end.finish_reason == 'length' else 'the end of the context'})")
+        note(
+            "(cut at "
+            f"{'--max-tokens' if end.finish_reason == 'length' else 'the end of the context'})"
+        )
     return end

@@ -34,7 +34,11 @@ class _Lane:
     def next_id(self, row: int) -> None:
         decoder, context = self._model.decoder, self._model.cache.context
         token = self._sampler.sample(context, row)
-        logprobs = (self._sampler.logprob(context, token, row),) if self.options.logprobs is not None else ()
+        logprobs = (
+            (self._sampler.logprob(context, token, row),)
+            if self.options.logprobs is not None
+            else ()
+        )
         if decoder.is_end(token):
             return self._finish("stop")
         self.ids.append(token)

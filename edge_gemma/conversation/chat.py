@@ -1,6 +1,8 @@
-"""A conversation in turns: messages, the template around them, and what to forget when the context is full.
+"""A conversation in turns: messages, the template around them, and what to forget when the context
+is full.
 
-In: messages of text, pictures, clips and rows. Out: chunks of the answer, and :class:`Reply`. What is in the KV cache is session.py's business.
+In: messages of text, pictures, clips and rows. Out: chunks of the answer, and :class:`Reply`. What
+is in the KV cache is session.py's business.
 """
 
 from __future__ import annotations
@@ -36,10 +38,13 @@ class Reply:
 
 
 class Chat:
-    """A conversation in turns. Each turn is prefilled once; earlier ones stay in the cache as they were generated.
+    """A conversation in turns.
 
-    When the context is full the oldest whole turns are forgotten (system text stays) until a quarter of it is free, so that
-    this happens rarely; the rest is prefilled again and ``usage.dropped_turns`` says how many went.
+    Each turn is prefilled once; earlier ones stay in the cache as they were generated.
+
+    When the context is full the oldest whole turns are forgotten (system text stays) until a
+    quarter of it is free, so that this happens rarely; the rest is prefilled again and
+    ``usage.dropped_turns`` says how many went.
 
     >>> chat = getfixture("tiny_model").chat(system="Be brief.")
     >>> answer = "".join(chunk.text for chunk in chat.send("Hello", Sampling(max_tokens=4, seed=1)))
@@ -47,18 +52,31 @@ class Chat:
     ['system', 'user', 'assistant']
     """
 
-    def __init__(self, model: "Model", *, system: str | None = None, tools: Sequence[Mapping] = (), pad_audio: bool = True):
+    def __init__(
+        self,
+        model: "Model",
+        *,
+        system: str | None = None,
+        tools: Sequence[Mapping] = (),
+        pad_audio: bool = True,
+    ):
         self.model, self.session = model, Session(model.cache)
         self.messages: list[Message] = [Message("system", system)] if system else []
         self.tools, self.pad_audio = tuple(tools), pad_audio
         self.reply: Reply | None = None
-        self._append_only = False  # whether the cache holds exactly the messages, the last answer open
+        self._append_only = (
+            False  # whether the cache holds exactly the messages, the last answer open
+        )
 
-    def send(self, content, options: Sampling = Sampling(), *, role: str = "user") -> Iterator[Chunk]:
-        """Say ``content`` (text, or a list of text, Image, Audio and Rows) and stream the answer. Afterwards ``reply`` holds it.
+    def send(
+        self, content, options: Sampling = Sampling(), *, role: str = "user"
+    ) -> Iterator[Chunk]:
+        """Say ``content`` (text, or a list of text, Image, Audio and Rows) and stream the answer.
 
-        A turn that is stopped before its answer begins is taken back whole. Raises ContextFull when the turn cannot fit even
-        alone, UsageError, MediaError.
+        Afterwards ``reply`` holds it.
+
+        A turn that is stopped before its answer begins is taken back whole. Raises ContextFull when
+        the turn cannot fit even alone, UsageError, MediaError.
         """
         self.messages.append(self._encoded(Message(role, content)))
         parts: list[str] = []
@@ -78,7 +96,9 @@ class Chat:
             if not answering:
                 self.messages.pop()
                 self._append_only = False
-            elif self.messages[-1].role != "assistant":  # the iterator was closed in the middle of the answer
+            elif (
+                self.messages[-1].role != "assistant"
+            ):  # the iterator was closed in the middle of the answer
                 self._finished(Chunk("", finish_reason="cancelled"), parts, 0)
 
     def _finished(self, chunk: Chunk, parts: list[str], dropped: int) -> Chunk:
@@ -95,11 +115,18 @@ class Chat:
         if isinstance(message.content, str):
             return message
         parts = self.model.media(message.content)
-        parts = [type(p)(rows=self.model.encode(p)) if isinstance(p, Image | Audio) and p.rows is None else p for p in parts]
+        parts = [
+            type(p)(rows=self.model.encode(p))
+            if isinstance(p, Image | Audio) and p.rows is None
+            else p
+            for p in parts
+        ]
         return Message(message.role, parts)
 
     def _place(self, options: Sampling) -> int:
-        """Prefill the new turn, forgetting the oldest ones if it does not fit. Returns how many turns went."""
+        """Prefill the new turn, forgetting the oldest ones if it does not fit. Returns how many
+        turns went.
+        """
         session, reserve = self.session, min(options.max_tokens, self.session.n_ctx // 4)
         if self._append_only:
             spans = self._render(continued=True)
@@ -114,16 +141,23 @@ class Chat:
                 dropped += 1
                 spans = self._render()
             if _length(spans) > session.n_ctx - min(reserve, 64):
-                raise ContextFull(f"the last turn alone takes {_length(spans)} of {session.n_ctx} positions; shorten it or load with a larger n_ctx")
+                raise ContextFull(
+                    f"the last turn alone takes {_length(spans)} of {session.n_ctx} "
+                    "positions; shorten it or load with a larger n_ctx"
+                )
         session.replace(spans)
         session.append([])
         return dropped
 
     def _render(self, continued: bool = False) -> list[Span]:
-        return self.model.prompt.spans(self.messages, tools=self.tools, continued=continued, pad_audio=self.pad_audio)
+        return self.model.prompt.spans(
+            self.messages, tools=self.tools, continued=continued, pad_audio=self.pad_audio
+        )
 
     def _drop_oldest(self) -> bool:
-        """Forget the oldest user turn and everything up to the next; False when only the last turn is left."""
+        """Forget the oldest user turn and everything up to the next; False when only the last turn
+        is left.
+        """
         first = 1 if self.messages and self.messages[0].role == "system" else 0
         users = [i for i, m in enumerate(self.messages) if i >= first and m.role == "user"]
         if len(users) < 2:
@@ -137,22 +171,43 @@ class Chat:
 
     def reset(self) -> None:
         """Forget every turn but the system text."""
-        self.messages = self.messages[:1] if self.messages and self.messages[0].role == "system" else []
+        self.messages = (
+            self.messages[:1] if self.messages and self.messages[0].role == "system" else []
+        )
         self._append_only = False
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the conversation, its media and its KV cache to one file."""
-        plain = [(m.role, [_part_out(p) for p in ([m.content] if isinstance(m.content, str) else m.content)]) for m in self.messages]
+        plain = [
+            (
+                m.role,
+                [_part_out(p) for p in ([m.content] if isinstance(m.content, str) else m.content)],
+            )
+            for m in self.messages
+        ]
         self.session.save(path, msgspec.msgpack.encode((plain, self._append_only)))
 
     def restore(self, path: str | os.PathLike) -> None:
-        """Go on where a saved conversation stopped. Raises BundleError, ContextFull; on an error nothing has changed."""
+        """Go on where a saved conversation stopped. Raises BundleError, ContextFull; on an error
+        nothing has changed.
+        """
         extra = self.session.restore(path)
         try:
-            plain, self._append_only = msgspec.msgpack.decode(extra, type=tuple[list[tuple[str, list[str | tuple[str, tuple[int, int], bytes]]]], bool])
+            plain, self._append_only = msgspec.msgpack.decode(
+                extra,
+                type=tuple[list[tuple[str, list[str | tuple[str, tuple[int, int], bytes]]]], bool],
+            )
         except ValueError as error:
             raise BundleError(f"{path} holds a session without turns ({error})") from None
-        self.messages = [Message(role, [_part_in(p) for p in parts] if len(parts) != 1 or not isinstance(parts[0], str) else parts[0]) for role, parts in plain]
+        self.messages = [
+            Message(
+                role,
+                [_part_in(p) for p in parts]
+                if len(parts) != 1 or not isinstance(parts[0], str)
+                else parts[0],
+            )
+            for role, parts in plain
+        ]
 
     def close(self) -> None:
         self.session.close()
@@ -181,5 +236,9 @@ def _part_in(part):
         return part
     kind, shape, data = part
     rows = np.frombuffer(data, np.float32).reshape(shape)
-    return {"image": lambda: Image(rows=rows), "audio": lambda: Audio(rows=rows), "rows": lambda: Rows(rows), "block": lambda: Rows(rows, causal=False)}[kind]()
-
+    return {
+        "image": lambda: Image(rows=rows),
+        "audio": lambda: Audio(rows=rows),
+        "rows": lambda: Rows(rows),
+        "block": lambda: Rows(rows, causal=False),
+    }[kind]()

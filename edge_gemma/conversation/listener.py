@@ -1,10 +1,13 @@
-"""Listening: sound → turns of a conversation, encoded and prefilled while the user is still speaking.
+"""Listening: sound → turns of a conversation, encoded and prefilled while the user is still
+speaking.
 
-In: a chat, and blocks of 16 kHz samples (a microphone, or a file that never waits). Out: :class:`Heard` records, and text. After the last
-sample only the tail of the encoder and the end of the prompt are left to compute, however long the utterance was.
+In: a chat, and blocks of 16 kHz samples (a microphone, or a file that never waits). Out:
+:class:`Heard` records, and text. After the last sample only the tail of the encoder and the end of
+the prompt are left to compute, however long the utterance was.
 
-One thread does the listening: detection, features, encoder and prefill in turns, so that encoder and decoder never fight for the
-cores; the microphone's queue evens out what a step takes. Only an answer runs beside it, so that speech can stop it.
+One thread does the listening: detection, features, encoder and prefill in turns, so that encoder
+and decoder never fight for the cores; the microphone's queue evens out what a step takes. Only an
+answer runs beside it, so that speech can stop it.
 """
 
 from __future__ import annotations
@@ -41,9 +44,12 @@ TRANSLATE_ONLY = "Translate the following speech segment into {to}:"
 
 @dataclass(frozen=True)
 class ListenOptions:
-    """``instruction`` stands before the audio, so that it is prefilled before the user speaks. ``pad_audio`` is the reference mode:
-    every clip takes 188 rows as in transformers; without (short mode) an answer starts sooner and may differ from the reference.
-    ``barge_in``: speech stops a running answer; turn it off where the microphone hears the loudspeaker."""
+    """``instruction`` stands before the audio, so that it is prefilled before the user speaks.
+
+    ``pad_audio`` is the reference mode: every clip takes 188 rows as in transformers; without
+    (short mode) an answer starts sooner and may differ from the reference. ``barge_in``: speech
+    stops a running answer; turn it off where the microphone hears the loudspeaker.
+    """
 
     instruction: str = ""
     pad_audio: bool = False
@@ -56,15 +62,30 @@ class ListenOptions:
 class Heard:
     """One record of a listening session. ``kind``:
 
-    - ``ready`` (a microphone is open), ``speech`` (an utterance began), ``partial`` (so many soft tokens are in the decoder by now),
-      ``silence`` (it ended; the answer starts), ``text`` (a piece of the answer), ``turn`` (its whole text, its last chunk);
-    - ``interrupted`` (speech stopped the answer; ``text`` is what had come), ``dropped`` (``n`` blocks were lost so far),
-      ``lost``, ``back`` (the microphone; ``text`` says why; what was said until then is answered), ``failed`` (a turn that could not be answered; ``text`` says why).
+    - ``ready`` (a microphone is open), ``speech`` (an utterance began), ``partial`` (so many soft
+      tokens are in the decoder by now), ``silence`` (it ended; the answer starts), ``text`` (a
+      piece of the answer), ``turn`` (its whole text, its last chunk);
+    - ``interrupted`` (speech stopped the answer; ``text`` is what had come), ``dropped`` (``n``
+      blocks were lost so far), ``lost``, ``back`` (the microphone; ``text`` says why; what was said
+      until then is answered), ``failed`` (a turn that could not be answered; ``text`` says why).
 
-    ``at_s`` counts seconds of sound; ``wait_s`` (with turn) is the time from the last sample's arrival to the first token.
+    ``at_s`` counts seconds of sound; ``wait_s`` (with turn) is the time from the last sample's
+    arrival to the first token.
     """
 
-    kind: Literal["ready", "speech", "partial", "silence", "text", "turn", "interrupted", "dropped", "lost", "back", "failed"]
+    kind: Literal[
+        "ready",
+        "speech",
+        "partial",
+        "silence",
+        "text",
+        "turn",
+        "interrupted",
+        "dropped",
+        "lost",
+        "back",
+        "failed",
+    ]
     at_s: float
     text: str = ""
     n: int = 0
@@ -82,11 +103,17 @@ class Segment:
 
 
 def transcribe(
-    chat: Chat, blocks: Iterable[np.ndarray], instruction: str = TRANSCRIBE_ANY, options: ListenOptions = ListenOptions(), detector: SpeechDetector | None = None
+    chat: Chat,
+    blocks: Iterable[np.ndarray],
+    instruction: str = TRANSCRIBE_ANY,
+    options: ListenOptions = ListenOptions(),
+    detector: SpeechDetector | None = None,
 ) -> Iterator[Segment]:
-    """Speech in ``blocks`` (16 kHz mono float32, any length) → a segment per utterance, each asked by itself. Memory does not grow.
+    """Speech in ``blocks`` (16 kHz mono float32, any length) → a segment per utterance, each asked
+    by itself. Memory does not grow.
 
-    An utterance beyond 30 s gives several segments, cut at pauses. Raises what :class:`LiveTurn` raises.
+    An utterance beyond 30 s gives several segments, cut at pauses. Raises what :class:`LiveTurn`
+    raises.
     """
     detector = detector or SpeechDetector(options.vad)
     turn: LiveTurn | None = None
@@ -109,7 +136,15 @@ def transcribe(
         if event.kind == "start":
             start = event.at
         if event.kind == "start" or turn is None:
-            turn, n = LiveTurn(chat, instruction, pad_audio=options.pad_audio, max_tokens=options.sampling.max_tokens), 0
+            turn, n = (
+                LiveTurn(
+                    chat,
+                    instruction,
+                    pad_audio=options.pad_audio,
+                    max_tokens=options.sampling.max_tokens,
+                ),
+                0,
+            )
         turn.push(event.samples)
         n += len(event.samples)
         if event.kind in ("cut", "end"):
@@ -120,9 +155,16 @@ def transcribe(
             turn, start = None, event.at  # behind a cut the next piece begins at once
 
 
-def ask(chat: Chat, blocks: Iterable[np.ndarray], question: str, options: ListenOptions = ListenOptions()) -> Iterator[Chunk]:
+def ask(
+    chat: Chat,
+    blocks: Iterable[np.ndarray],
+    question: str,
+    options: ListenOptions = ListenOptions(),
+) -> Iterator[Chunk]:
     """A question about a sound of at most 30 s → the answer. The question stands before the sound."""
-    turn = LiveTurn(chat, question, pad_audio=options.pad_audio, max_tokens=options.sampling.max_tokens)
+    turn = LiveTurn(
+        chat, question, pad_audio=options.pad_audio, max_tokens=options.sampling.max_tokens
+    )
     for block in blocks:
         turn.push(block)
     turn.finish()
@@ -139,9 +181,10 @@ def file_blocks(path) -> Iterator[np.ndarray]:
 class Listener:
     """A conversation by voice. Iterate :meth:`records`; :meth:`stop` ends it from anywhere.
 
-    ``source`` is a :class:`Microphone` (opened and closed here) or any iterable of sample blocks (which waits for each answer).
-    ``make_voice`` makes a :class:`Voice` for each answer, None for a silent one. ``gate(samples) -> bool`` is asked, block by block, before an
-    utterance may begin (a wake word); once it says yes, the next utterance is heard.
+    ``source`` is a :class:`Microphone` (opened and closed here) or any iterable of sample blocks
+    (which waits for each answer). ``make_voice`` makes a :class:`Voice` for each answer, None for a
+    silent one. ``gate(samples) -> bool`` is asked, block by block, before an utterance may begin (a
+    wake word); once it says yes, the next utterance is heard.
     """
 
     chat: Chat
@@ -157,7 +200,9 @@ class Listener:
         self.chat.cancel()
 
     def records(self) -> Iterator[Heard]:
-        """Listen until stopped, or until the source ends. Errors of a single turn become ``failed`` records."""
+        """Listen until stopped, or until the source ends. Errors of a single turn become ``failed``
+        records.
+        """
         self.chat.model.encoder("audio")  # before the first word, not after it
         self.detector = self.detector or SpeechDetector(self.options.vad)
         self._n, self._dropped, self._open = 0, 0, self.gate is None
@@ -200,7 +245,9 @@ class Listener:
                     yield [Heard("dropped", self._at_s, n=self._dropped)]
             except DeviceLost as error:
                 yield [Heard("lost", self._at_s, str(error))]
-                for event in self.detector.finish():  # what was heard so far is answered: nobody says it twice with pleasure
+                for event in (
+                    self.detector.finish()
+                ):  # what was heard so far is answered: nobody says it twice with pleasure
                     yield list(self._event(event))
                 self.detector = SpeechDetector(self.options.vad, self.detector._probability)
                 while not self._stopping.wait(RETRY_S):
@@ -239,7 +286,12 @@ class Listener:
         try:
             if self._turn is None:
                 options = self.options
-                self._turn = LiveTurn(self.chat, options.instruction, pad_audio=options.pad_audio, max_tokens=options.sampling.max_tokens)
+                self._turn = LiveTurn(
+                    self.chat,
+                    options.instruction,
+                    pad_audio=options.pad_audio,
+                    max_tokens=options.sampling.max_tokens,
+                )
             if len(event.samples) and self._turn.push(event.samples):
                 yield Heard("partial", self._at_s, n=self._turn.n_rows)
             if event.kind == "cut":
@@ -275,8 +327,15 @@ class _Answer:
     """Decoding and speaking of one turn, in a thread of its own. ``out`` gets records, then None."""
 
     def __init__(self, listener: Listener, turn: LiveTurn, heard_s: float):
-        self._chat, self._turn, self._heard_s, self._options = listener.chat, turn, heard_s, listener.options.sampling
-        self._one_at_a_time = getattr(listener.chat.model.plan.settings, "encoders", None) == "one at a time"
+        self._chat, self._turn, self._heard_s, self._options = (
+            listener.chat,
+            turn,
+            heard_s,
+            listener.options.sampling,
+        )
+        self._one_at_a_time = (
+            getattr(listener.chat.model.plan.settings, "encoders", None) == "one at a time"
+        )
         self._ending = listener._stopping
         self.out: queue.Queue[Heard | None] = queue.Queue()
         self._voice = listener.make_voice()
@@ -313,14 +372,24 @@ class _Answer:
                     self.out.put(Heard("failed", 0.0, str(self._voice.error)))
             if not self._stopped.is_set():
                 first = self._turn.first_token_s
-                self.out.put(Heard("turn", 0.0, "".join(self._parts), wait_s=first - self._heard_s if first else None, end=end))
+                self.out.put(
+                    Heard(
+                        "turn",
+                        0.0,
+                        "".join(self._parts),
+                        wait_s=first - self._heard_s if first else None,
+                        end=end,
+                    )
+                )
         except Cancelled:
             pass  # stopped before the first token
         except EdgeGemmaError as error:
             self.out.put(Heard("failed", 0.0, str(error)))
         finally:
             try:
-                if self._one_at_a_time and not self._ending.is_set():  # back before the next utterance, not after its first word
+                if (
+                    self._one_at_a_time and not self._ending.is_set()
+                ):  # back before the next utterance, not after its first word
                     self._chat.model.encoder("audio")
             except EdgeGemmaError as error:
                 self.out.put(Heard("failed", 0.0, str(error)))

@@ -1,4 +1,6 @@
-"""The file format of a saved conversation: header and checksum first, checked before llama.cpp reads a byte."""
+"""The file format of a saved conversation: header and checksum first, checked before llama.cpp
+reads a byte.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ import numpy as np
 from edge_gemma.errors import BundleError
 from edge_gemma.spans import Rows
 
-Key = int | tuple[str, int]  # what a position holds: a token id, or (digest, index) of an embedding row
+Key = (
+    int | tuple[str, int]
+)  # what a position holds: a token id, or (digest, index) of an embedding row
 SAVE_MAGIC = b"edge-gemma conversation 1\n"
 MAX_SAVED_BYTES = 8 << 30
 
@@ -32,7 +36,9 @@ def _read_saved(path: Path) -> _Saved:
     try:
         size = path.stat().st_size
         if size > MAX_SAVED_BYTES:
-            raise BundleError(f"{path} has {size} bytes; a saved conversation has at most {MAX_SAVED_BYTES}")
+            raise BundleError(
+                f"{path} has {size} bytes; a saved conversation has at most {MAX_SAVED_BYTES}"
+            )
         data = path.read_bytes()
     except OSError as error:
         raise BundleError(f"cannot read the saved conversation {path}: {error.strerror}") from None
@@ -48,14 +54,22 @@ def _read_saved(path: Path) -> _Saved:
         raise BundleError(f"{path} is damaged: {error}") from None
 
 
-def _checked_keys(saved: _Saved, n_vocab: int, n_embd: int, path) -> tuple[list[Key], dict[str, Rows]]:
+def _checked_keys(
+    saved: _Saved, n_vocab: int, n_embd: int, path
+) -> tuple[list[Key], dict[str, Rows]]:
     rows = {}
     for digest, causal, shape, data in saved.rows:
         if shape[1] != n_embd or len(data) != shape[0] * shape[1] * 4:
-            raise BundleError(f"{path} is damaged: embedding rows of shape {shape} in {len(data)} bytes")
+            raise BundleError(
+                f"{path} is damaged: embedding rows of shape {shape} in {len(data)} bytes"
+            )
         rows[digest] = Rows(np.frombuffer(data, np.float32).reshape(shape), causal, digest)
     for key in saved.keys:
-        inside = 0 <= key < n_vocab if isinstance(key, int) else key[0] in rows and 0 <= key[1] < len(rows[key[0]])
+        inside = (
+            0 <= key < n_vocab
+            if isinstance(key, int)
+            else key[0] in rows and 0 <= key[1] < len(rows[key[0]])
+        )
         if not inside:
             raise BundleError(f"{path} is damaged: position {key!r} names no token or row")
     return [k if isinstance(k, int) else tuple(k) for k in saved.keys], rows

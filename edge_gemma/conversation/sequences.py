@@ -1,7 +1,8 @@
 """One KV cache, and who sits in it: the sequences that sessions take turns in.
 
-In: loaded weights. Out: a context whose ``n_seq_max`` sequences are lent; when all are taken the session idle longest gives its own up (what it
-appended stays with it, and is prefilled again when it is next used). So any number of sessions share what was planned.
+In: loaded weights. Out: a context whose ``n_seq_max`` sequences are lent; when all are taken the
+session idle longest gives its own up (what it appended stays with it, and is prefilled again when
+it is next used). So any number of sessions share what was planned.
 """
 
 from __future__ import annotations
@@ -28,15 +29,24 @@ class Cache:
         self.weights, self.identity = weights, identity
         self.decoder: Decoder = weights.decoder
         self.context: Context = self.decoder.context()
-        self._tenants: dict[int, Tenant | None] = dict.fromkeys(range(self.context.settings.n_seq_max))  # oldest use first
+        self._tenants: dict[int, Tenant | None] = dict.fromkeys(
+            range(self.context.settings.n_seq_max)
+        )  # oldest use first
 
     def take_sequence(self, tenant: Tenant) -> int:
-        """A free sequence, else that of the tenant idle longest. Raises RuntimeFailure when all are busy."""
+        """A free sequence, else that of the tenant idle longest. Raises RuntimeFailure when all are
+        busy.
+        """
         free = next((sequence for sequence, held in self._tenants.items() if held is None), None)
         if free is None:
-            idle = next((sequence for sequence, held in self._tenants.items() if not held.busy), None)
+            idle = next(
+                (sequence for sequence, held in self._tenants.items() if not held.busy), None
+            )
             if idle is None:
-                raise RuntimeFailure(f"all {len(self._tenants)} sequences of the KV cache are busy generating; load with a larger n_seq_max")
+                raise RuntimeFailure(
+                    f"all {len(self._tenants)} sequences of the KV cache are busy "
+                    "generating; load with a larger n_seq_max"
+                )
             free = self._tenants[idle].give_up_sequence()
         del self._tenants[free]
         self._tenants[free] = tenant

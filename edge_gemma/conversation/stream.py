@@ -1,4 +1,6 @@
-"""Ids → UTF-8-safe text pieces, with timings and a finish reason. Pure: this room knows bytes and clocks only."""
+"""Ids → UTF-8-safe text pieces, with timings and a finish reason. Pure: this room knows bytes and
+clocks only.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,12 @@ class Timings:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of an answer. The last one has ``finish_reason``: stop (end of turn), stop_string, length (max_tokens),
-    context (n_ctx is full) or cancelled; and ``usage`` and ``timings``. Texts joined are the answer."""
+    """A piece of an answer.
+
+    The last one has ``finish_reason``: stop (end of turn), stop_string, length (max_tokens),
+    context (n_ctx is full) or cancelled; and ``usage`` and ``timings``. Texts joined are the
+    answer.
+    """
 
     text: str
     token_ids: tuple[int, ...] = ()
@@ -46,7 +52,8 @@ class Chunk:
 
 
 class TextStream:
-    """Token bytes in, text out: never half a character, and never the beginning of a stop string that may still complete.
+    """Token bytes in, text out: never half a character, and never the beginning of a stop string
+    that may still complete.
 
     >>> stream = TextStream(("END",))
     >>> [stream.push(b) for b in (b"caf\\xc3", b"\\xa9 E", b"ND of it")]
@@ -76,6 +83,18 @@ class TextStream:
         if found:
             self.stopped = True
             return self._held[: min(found)]
-        keep = 0 if final else max((n for stop in self._stop for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0)
+        keep = (
+            0
+            if final
+            else max(
+                (
+                    n
+                    for stop in self._stop
+                    for n in range(1, len(stop))
+                    if self._held.endswith(stop[:n])
+                ),
+                default=0,
+            )
+        )
         out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return out

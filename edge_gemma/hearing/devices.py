@@ -16,8 +16,10 @@ from edge_gemma.errors import DeviceLost, MediaError, MissingExtra, UsageError
 from edge_gemma.hearing.samples import RATE_HZ
 from edge_gemma.hearing.sound import Resampler, _first_line
 
-BLOCK = 512  # samples, 32 ms: what the microphone delivers at a time, and what speech detection looks at
-LOST_AFTER_S = 0.8  # without a block for so long the device is gone: PortAudio says nothing when a sound server dies
+# samples, 32 ms: what the microphone delivers at a time, and what speech detection looks at
+BLOCK = 512
+# without a block for so long the device is gone: PortAudio says nothing when a sound server dies
+LOST_AFTER_S = 0.8
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class SoundDevice:
     rate_hz: int  # its own
     is_default_input: bool
     is_default_output: bool
+
+
 _portaudio_lock = threading.RLock()
 _open_streams = 0  # PortAudio's device list is read anew only while none is open
 
@@ -41,16 +45,23 @@ def _sounddevice():
     except ImportError:
         raise MissingExtra("Microphone and loudspeaker", "hear") from None
     except OSError as error:
-        raise MediaError(f"the PortAudio library cannot be loaded ({error}); on Debian, Ubuntu or Raspberry Pi OS type: sudo apt-get install libportaudio2") from None
+        raise MediaError(
+            f"the PortAudio library cannot be loaded ({error}); on Debian, Ubuntu or "
+            "Raspberry Pi OS type: sudo apt-get install libportaudio2"
+        ) from None
     return sounddevice
 
 
 def _quiet_alsa() -> None:
-    """ALSA prints to stderr whatever it tries while PortAudio looks around; what matters comes back as an error of ours."""
+    """ALSA prints to stderr whatever it tries while PortAudio looks around; what matters comes back
+    as an error of ours.
+    """
     global _alsa_handler
     try:
         asound = ctypes.CDLL("libasound.so.2")
-        _alsa_handler = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p)(lambda *_: None)
+        _alsa_handler = ctypes.CFUNCTYPE(
+            None, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p
+        )(lambda *_: None)
         asound.snd_lib_error_set_handler(_alsa_handler)
     except (OSError, AttributeError):
         pass
@@ -73,11 +84,16 @@ def devices() -> list[SoundDevice]:
         default_in, default_out = sd.default.device
         return [
             SoundDevice(
-                d["index"], d["name"], d["max_input_channels"], d["max_output_channels"], int(d["default_samplerate"]),
-                d["index"] == _default_index("input", default_in), d["index"] == _default_index("output", default_out),
+                d["index"],
+                d["name"],
+                d["max_input_channels"],
+                d["max_output_channels"],
+                int(d["default_samplerate"]),
+                d["index"] == _default_index("input", default_in),
+                d["index"] == _default_index("output", default_out),
             )
             for d in sd.query_devices()
-        ]  # fmt: skip
+        ]
 
 
 def _default_index(kind: str, chosen) -> int | None:
@@ -89,19 +105,26 @@ def _default_index(kind: str, chosen) -> int | None:
 
 
 def find_sound_device(wanted: str | int | None, kind: str) -> SoundDevice:
-    """The default, or the one of that number or (part of a) name. Raises DeviceLost when there is none, UsageError when unclear."""
+    """The default, or the one of that number or (part of a) name. Raises DeviceLost when there is
+    none, UsageError when unclear.
+    """
     channels = "inputs" if kind == "input" else "outputs"
     thing = "microphone" if kind == "input" else "loudspeaker"
     present = [d for d in devices() if getattr(d, channels) > 0]
     if not present:
-        raise DeviceLost(f"no {thing} found; plug one in, or start the sound server (`edge-gemma devices` shows what is there)")
+        raise DeviceLost(
+            f"no {thing} found; plug one in, or start the sound server (`edge-gemma devices` "
+            "shows what is there)"
+        )
     if wanted is None:
         chosen = [d for d in present if getattr(d, f"is_default_{kind}")] or present[:1]
         return chosen[0]
     if str(wanted).isdigit():
         chosen = [d for d in present if d.index == int(wanted)]
     else:
-        chosen = [d for d in present if d.name.lower() == str(wanted).lower()] or [d for d in present if str(wanted).lower() in d.name.lower()]
+        chosen = [d for d in present if d.name.lower() == str(wanted).lower()] or [
+            d for d in present if str(wanted).lower() in d.name.lower()
+        ]
     if len(chosen) != 1:
         found = ", ".join(f"{d.index}: {d.name}" for d in (chosen or present))
         raise UsageError(f"{wanted!r} names {len(chosen)} {thing}s; choose one of: {found}")
@@ -109,15 +132,20 @@ def find_sound_device(wanted: str | int | None, kind: str) -> SoundDevice:
 
 
 class Microphone:
-    """Blocks of 32 ms at 16 kHz mono from a device; a context manager. No thread of its own: PortAudio calls back, ``read`` takes.
+    """Blocks of 32 ms at 16 kHz mono from a device; a context manager.
 
-    The callback copies into a queue of ``queue_s`` seconds and returns; blocks that find it full, or that PortAudio itself reports as
-    overflowed, are counted in ``dropped_blocks``. Raises DeviceLost (none, or gone: see :meth:`reopen`), UsageError, MediaError.
+    No thread of its own: PortAudio calls back, ``read`` takes.
+
+    The callback copies into a queue of ``queue_s`` seconds and returns; blocks that find it full,
+    or that PortAudio itself reports as overflowed, are counted in ``dropped_blocks``. Raises
+    DeviceLost (none, or gone: see :meth:`reopen`), UsageError, MediaError.
     """
 
     def __init__(self, device: str | int | None = None, *, queue_s: float = 30.0):
         self.device, self.dropped_blocks = device, 0
-        self._queue: queue.Queue[np.ndarray] = queue.Queue(maxsize=max(1, int(queue_s * RATE_HZ / BLOCK)))
+        self._queue: queue.Queue[np.ndarray] = queue.Queue(
+            maxsize=max(1, int(queue_s * RATE_HZ / BLOCK))
+        )
         self._finished = threading.Event()
         self._stream = None
         self._rest = np.zeros(0, np.float32)
@@ -140,15 +168,23 @@ class Microphone:
             for rate_hz, channels in attempts:
                 try:
                     stream = sd.InputStream(
-                        samplerate=rate_hz, channels=channels, device=found.index, dtype="float32", blocksize=BLOCK * rate_hz // RATE_HZ,
-                        callback=self._on_block, finished_callback=self._finished.set,
-                    )  # fmt: skip
+                        samplerate=rate_hz,
+                        channels=channels,
+                        device=found.index,
+                        dtype="float32",
+                        blocksize=BLOCK * rate_hz // RATE_HZ,
+                        callback=self._on_block,
+                        finished_callback=self._finished.set,
+                    )
                     stream.start()
                     break
                 except (sd.PortAudioError, ValueError) as error:
                     reason = error
             else:
-                raise DeviceLost(f"the microphone {found.name!r} cannot be opened ({_first_line(reason)}); is another program holding it?")
+                raise DeviceLost(
+                    f"the microphone {found.name!r} cannot be opened "
+                    f"({_first_line(reason)}); is another program holding it?"
+                )
             self._stream, self.name = stream, found.name
             self._resample = Resampler(rate_hz)
             _open_streams += 1
@@ -163,18 +199,24 @@ class Microphone:
             self.dropped_blocks += 1
 
     def read(self, timeout_s: float = 1.0) -> np.ndarray:
-        """The next samples ``[n]``, or none (n = 0) after ``timeout_s``. Raises DeviceLost within a second of the device's end."""
+        """The next samples ``[n]``, or none (n = 0) after ``timeout_s``. Raises DeviceLost within a
+        second of the device's end.
+        """
         if self._stream is None:
             raise DeviceLost("the microphone is not open")
         until = time.monotonic() + timeout_s
         while True:
             try:
-                return self._resample.push(self._queue.get(timeout=min(0.1, max(0.001, until - time.monotonic()))))
+                return self._resample.push(
+                    self._queue.get(timeout=min(0.1, max(0.001, until - time.monotonic())))
+                )
             except queue.Empty:
                 pass
             if self._finished.is_set() or time.monotonic() - self._heard_s > LOST_AFTER_S:
                 self.close()
-                raise DeviceLost(f"the microphone {self.name!r} is gone (unplugged, or the sound server stopped)")
+                raise DeviceLost(
+                    f"the microphone {self.name!r} is gone (unplugged, or the sound server stopped)"
+                )
             if time.monotonic() >= until:
                 return np.zeros(0, np.float32)
 
@@ -184,7 +226,9 @@ class Microphone:
             yield self.read()
 
     def reopen(self) -> None:
-        """Try to get the device back after DeviceLost. Raises DeviceLost again while it is away; costs some 10 ms, so wait in between."""
+        """Try to get the device back after DeviceLost. Raises DeviceLost again while it is away;
+        costs some 10 ms, so wait in between.
+        """
         self.close()
         while not self._queue.empty():
             self._queue.get_nowait()
@@ -203,14 +247,18 @@ class Microphone:
 
 
 class Speaker:
-    """A loudspeaker for samples of any rate. ``play`` blocks until they are played or :meth:`stop` was called from elsewhere."""
+    """A loudspeaker for samples of any rate. ``play`` blocks until they are played or :meth:`stop`
+    was called from elsewhere.
+    """
 
     def __init__(self, device: str | int | None = None):
         self.device = device
         self._stopped = threading.Event()
 
     def play(self, samples: np.ndarray, rate_hz: int) -> bool:
-        """Play ``samples [n]`` float32. Returns False when stopped (within 50 ms). Raises DeviceLost, MediaError."""
+        """Play ``samples [n]`` float32. Returns False when stopped (within 50 ms). Raises
+        DeviceLost, MediaError.
+        """
         global _open_streams
         sd = _sounddevice()
         self._stopped.clear()
@@ -219,9 +267,13 @@ class Speaker:
             found = find_sound_device(self.device, "output") if _open_streams == 0 else None
             index = found.index if found else None if self.device is None else self.device
             try:
-                stream = sd.OutputStream(samplerate=rate_hz, channels=1, device=index, dtype="float32")
+                stream = sd.OutputStream(
+                    samplerate=rate_hz, channels=1, device=index, dtype="float32"
+                )
             except (sd.PortAudioError, ValueError) as error:
-                raise DeviceLost(f"the loudspeaker cannot be opened ({_first_line(error)})") from None
+                raise DeviceLost(
+                    f"the loudspeaker cannot be opened ({_first_line(error)})"
+                ) from None
             _open_streams += 1
         try:
             with stream:

@@ -1,7 +1,10 @@
-"""PCM → log-mel, as a stream. Bit-identical to transformers' ``Gemma3nAudioFeatureExtractor`` for one clip, however it is cut.
+"""PCM → log-mel, as a stream.
 
-In: 16 kHz mono float32 in [−1, 1], in packets of any size. Out: mel rows ``[k, 128]`` float32, one per 10 ms. It does not know
-microphones, files or the encoder. Source: transformers 5.23 ``feature_extraction_gemma3n.py``.
+Bit-identical to transformers' ``Gemma3nAudioFeatureExtractor`` for one clip, however it is cut.
+
+In: 16 kHz mono float32 in [−1, 1], in packets of any size. Out: mel rows ``[k, 128]`` float32, one
+per 10 ms. It does not know microphones, files or the encoder. Source: transformers 5.23
+``feature_extraction_gemma3n.py``.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ _N_FFT = 1024
 _PRE_EMPHASIS = 0.97
 _FLOOR = 1e-5
 _PAD = 128  # the clip's end is zero-padded to a multiple of this
-_GROUP = 4  # rows computed at a time: one fixed shape, because a matrix product's rounding may depend on its shape
+# rows computed at a time: one fixed shape, because a matrix product's rounding may depend on its
+# shape
+_GROUP = 4
 
 
 def _mel_filters() -> np.ndarray:
@@ -35,7 +40,11 @@ def _mel_filters() -> np.ndarray:
     points_hz = 700.0 * (10.0 ** (np.linspace(low, high, N_MELS + 2) / 2595.0) - 1.0)
     width, distance = np.diff(points_hz), points_hz[None, :] - frequency_hz[:, None]
     return np.maximum(0.0, np.minimum(-distance[:, :-2] / width[:-1], distance[:, 2:] / width[1:]))
-_WINDOW = (0.5 * (1 - np.cos(2 * np.pi * np.arange(FRAME, dtype=np.float32) / FRAME))).astype(np.float32)  # periodic Hann
+
+
+_WINDOW = (0.5 * (1 - np.cos(2 * np.pi * np.arange(FRAME, dtype=np.float32) / FRAME))).astype(
+    np.float32
+)  # periodic Hann
 _FILTERS = _mel_filters()
 
 
@@ -49,7 +58,9 @@ def _log_mel(frames: np.ndarray) -> np.ndarray:
 
 
 class LogMel:
-    """One clip's features. Frame k is made of samples 160k … 160k+511, once sample 160k+512 is there.
+    """One clip's features.
+
+    Frame k is made of samples 160k … 160k+511, once sample 160k+512 is there.
 
     >>> mel = LogMel()
     >>> mel.push(np.zeros(800, np.float32)).shape, mel.finish().shape   # 800 samples, padded to 896: 3 frames
@@ -63,12 +74,15 @@ class LogMel:
         self._finished = False
 
     def push(self, samples: np.ndarray) -> np.ndarray:
-        """``samples [n]`` → the rows ``[k, 128]`` they complete, in groups of 4. Raises MediaError beyond 30 s or for broken samples."""
+        """``samples [n]`` → the rows ``[k, 128]`` they complete, in groups of 4. Raises MediaError
+        beyond 30 s or for broken samples.
+        """
         assert not self._finished, "push after finish"
         samples = check_samples(samples)
         if self.n_samples + len(samples) > MAX_CLIP_SAMPLES:
             raise MediaError(
-                f"the clip has more than {MAX_CLIP_S} s ({(self.n_samples + len(samples)) / RATE_HZ:.1f} s), the model's limit; "
+                f"the clip has more than {MAX_CLIP_S} s "
+                f"({(self.n_samples + len(samples)) / RATE_HZ:.1f} s), the model's limit; "
                 "cut it at pauses (`edge-gemma transcribe` and listening sessions do)"
             )
         self.n_samples += len(samples)
@@ -76,12 +90,18 @@ class LogMel:
         return self._rows(self._n_ready() // _GROUP * _GROUP)
 
     def finish(self) -> np.ndarray:
-        """The rows ``[k, 128]`` that remain at the clip's end, zero-padded to a multiple of 128 samples. A clip of ≤ 512 samples has none."""
+        """The rows ``[k, 128]`` that remain at the clip's end, zero-padded to a multiple of 128
+        samples. A clip of ≤ 512 samples has none.
+        """
         assert not self._finished, "finish twice"
         self._finished = True
-        self._pending = np.concatenate([self._pending, np.zeros(-self.n_samples % _PAD, np.float32)])
+        self._pending = np.concatenate(
+            [self._pending, np.zeros(-self.n_samples % _PAD, np.float32)]
+        )
         n = self._n_ready()
-        self._pending = np.concatenate([self._pending, np.zeros(_GROUP * HOP + FRAME, np.float32)])  # fills the last group, whose extra rows are dropped
+        self._pending = np.concatenate(
+            [self._pending, np.zeros(_GROUP * HOP + FRAME, np.float32)]
+        )  # fills the last group, whose extra rows are dropped
         return self._rows(n)
 
     def _n_ready(self) -> int:
@@ -90,7 +110,9 @@ class LogMel:
     def _rows(self, n: int) -> np.ndarray:
         out = np.empty((-(-n // _GROUP) * _GROUP, N_MELS), np.float32)
         for k in range(0, len(out), _GROUP):
-            frames = np.lib.stride_tricks.sliding_window_view(self._pending[k * HOP : (k + _GROUP - 1) * HOP + FRAME], FRAME)[::HOP]
+            frames = np.lib.stride_tricks.sliding_window_view(
+                self._pending[k * HOP : (k + _GROUP - 1) * HOP + FRAME], FRAME
+            )[::HOP]
             out[k : k + _GROUP] = _log_mel(frames)
         self._pending = self._pending[n * HOP :].copy() if n else self._pending
         self.n_rows += n

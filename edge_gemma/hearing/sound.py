@@ -1,7 +1,10 @@
-"""Sound in and out: files, microphone, loudspeaker. The only room that imports sounddevice; its errors become ours here.
+"""Sound in and out: files, microphone, loudspeaker.
 
-In: a path or a device. Out: blocks ``[n]`` float32 at 16 kHz mono, in order; a file is a microphone that never waits. Any rate and
-number of channels is taken (mean of the channels, soxr for the rate). It does not know speech, features or models.
+The only room that imports sounddevice; its errors become ours here.
+
+In: a path or a device. Out: blocks ``[n]`` float32 at 16 kHz mono, in order; a file is a microphone
+that never waits. Any rate and number of channels is taken (mean of the channels, soxr for the
+rate). It does not know speech, features or models.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ _FILE_BLOCK = 1 << 16  # frames of a file read at a time
 
 
 class AudioFile:
-    """A sound file (wav, flac, ogg, mp3 … whatever libsndfile reads), decoded as it is asked for: memory does not grow with its length.
+    """A sound file (wav, flac, ogg, mp3 … whatever libsndfile reads), decoded as it is asked for:
+    memory does not grow with its length.
 
     Raises MediaError: missing, empty, not audio.
 
@@ -37,7 +41,10 @@ class AudioFile:
         except ImportError:
             raise MissingExtra("Reading sound files", "hear") from None
         except OSError as error:
-            raise MediaError(f"libsndfile cannot be loaded ({error}); on Debian type: sudo apt-get install libsndfile1") from None
+            raise MediaError(
+                f"libsndfile cannot be loaded ({error}); on Debian type: sudo apt-get "
+                "install libsndfile1"
+            ) from None
         if not self.path.is_file():
             raise MediaError(f"no sound file at {self.path}")
         if self.path.stat().st_size == 0:
@@ -46,26 +53,41 @@ class AudioFile:
             self._file = soundfile.SoundFile(self.path)
         except soundfile.SoundFileError as error:
             raise MediaError(
-                f"{self.path} is not a sound file that can be read ({_first_line(error)}); wav, flac, ogg and mp3 can. "
+                f"{self.path} is not a sound file that can be read ({_first_line(error)}); "
+                "wav, flac, ogg and mp3 can. "
                 f"Others convert with: ffmpeg -i {self.path.name} -ar 16000 -ac 1 out.wav"
             ) from None
         self.rate_hz, self.channels = self._file.samplerate, self._file.channels
         if not 1000 <= self.rate_hz <= 768_000 or not 1 <= self.channels <= _MAX_CHANNELS:
             self._file.close()
-            raise MediaError(f"{self.path} claims {self.rate_hz} Hz and {self.channels} channels; expected 1000 … 768000 Hz and 1 … {_MAX_CHANNELS}")
-        self.duration_s = max(0, self._file.frames) / self.rate_hz  # as the header says; a truncated file has less
-        self.truncated_at_s: float | None = None  # set when the data ends before the header's length
+            raise MediaError(
+                f"{self.path} claims {self.rate_hz} Hz and {self.channels} channels; "
+                f"expected 1000 … 768000 Hz and 1 … {_MAX_CHANNELS}"
+            )
+        self.duration_s = (
+            max(0, self._file.frames) / self.rate_hz
+        )  # as the header says; a truncated file has less
+        self.truncated_at_s: float | None = (
+            None  # set when the data ends before the header's length
+        )
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """``[n]`` float32 at 16 kHz mono, n up to a few seconds. Raises MediaError where the data is damaged."""
+        """``[n]`` float32 at 16 kHz mono, n up to a few seconds. Raises MediaError where the data
+        is damaged.
+        """
         import soundfile
 
         resample, read = Resampler(self.rate_hz), 0
         while True:
             try:
-                frames = self._file.read(_FILE_BLOCK, dtype="float32", always_2d=True)  # [n, channels]
+                frames = self._file.read(
+                    _FILE_BLOCK, dtype="float32", always_2d=True
+                )  # [n, channels]
             except soundfile.SoundFileError as error:
-                raise MediaError(f"{self.path} is damaged after {read / self.rate_hz:.1f} s ({_first_line(error)})") from None
+                raise MediaError(
+                    f"{self.path} is damaged after {read / self.rate_hz:.1f} s "
+                    f"({_first_line(error)})"
+                ) from None
             read += len(frames)
             block = resample.push(frames.mean(axis=1), last=len(frames) < _FILE_BLOCK)
             if len(block):
@@ -86,7 +108,9 @@ class AudioFile:
 
 
 def read_audio(path: str | os.PathLike, *, max_s: float = 30.0) -> np.ndarray:
-    """A whole short file as ``[n]`` float32 at 16 kHz mono. Raises MediaError: not audio, or longer than ``max_s`` seconds.
+    """A whole short file as ``[n]`` float32 at 16 kHz mono.
+
+    Raises MediaError: not audio, or longer than ``max_s`` seconds.
 
     >>> read_audio(getfixture("sine_wav")).shape
     (8000,)
@@ -96,7 +120,10 @@ def read_audio(path: str | os.PathLike, *, max_s: float = 30.0) -> np.ndarray:
         for block in file.blocks():
             n += len(block)
             if n > max_s * RATE_HZ:
-                raise MediaError(f"{path} has more than {max_s:g} s ({file.duration_s:.0f} s), the model's limit for one clip; `edge-gemma transcribe` takes any length")
+                raise MediaError(
+                    f"{path} has more than {max_s:g} s ({file.duration_s:.0f} s), the "
+                    "model's limit for one clip; `edge-gemma transcribe` takes any length"
+                )
             blocks.append(block)
     return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
 
@@ -130,7 +157,10 @@ def level_dbfs(samples: np.ndarray) -> tuple[float, float]:
     """
     if not len(samples):
         return -120.0, -120.0
-    rms, peak = float(np.sqrt(np.mean(np.square(samples, dtype=np.float64)))), float(np.abs(samples).max())
+    rms, peak = (
+        float(np.sqrt(np.mean(np.square(samples, dtype=np.float64)))),
+        float(np.abs(samples).max()),
+    )
     return tuple(round(20 * math.log10(max(value, 1e-6)), 1) for value in (rms, peak))
 
 

@@ -1,4 +1,5 @@
 """What the board has and what the kernel counts.
 
-``device`` (profiles), ``probe`` (this machine), ``repack`` (which weights a CPU copies), ``footprint`` and ``peak`` (memory in use).
+``device`` (profiles), ``probe`` (this machine), ``repack`` (which weights a CPU copies),
+``footprint`` and ``peak`` (memory in use).
 """

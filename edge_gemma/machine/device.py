@@ -1,4 +1,6 @@
-"""What a machine has, as the plan sees it: a shipped profile, a profile file, or (see probe) this machine."""
+"""What a machine has, as the plan sees it: a shipped profile, a profile file, or (see probe) this
+machine.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from edge_gemma.units import MiB, format_bytes, parse_bytes
 
 @dataclass(frozen=True)
 class Device:
-    """A machine as the plan sees it. Bytes are bytes; zram and swap are listed and never counted as memory.
+    """A machine as the plan sees it.
+
+    Bytes are bytes; zram and swap are listed and never counted as memory.
 
     >>> pi = load_profile("pi-5-4gb")
     >>> pi.page_bytes, pi.n_threads, pi.usable_bytes < pi.available_bytes < pi.total_bytes
@@ -28,7 +32,9 @@ class Device:
     total_bytes: int  # MemTotal: what the kernel hands out, not what is soldered on
     available_bytes: int  # MemAvailable: free, or reclaimable without swapping
     limit_bytes: int | None = None  # the smallest memory limit of our cgroup and its ancestors
-    headroom_bytes: int | None = None  # what those limits leave: limit minus what cannot be reclaimed there
+    headroom_bytes: int | None = (
+        None  # what those limits leave: limit minus what cannot be reclaimed there
+    )
     page_bytes: int = 4096
     cpus: tuple[int, ...] = (0,)  # the ids we may run on
     big_cpus: tuple[int, ...] = ()  # those of them that are the fast ones; all, where all are alike
@@ -43,17 +49,22 @@ class Device:
 
     @property
     def reserve_bytes(self) -> int:
-        """Left to the rest of the system: 1/32 of memory, at least 16 MiB (a Zero 2 W), at most 512 MiB."""
+        """Left to the rest of the system: 1/32 of memory, at least 16 MiB (a Zero 2 W), at most 512
+        MiB.
+        """
         return min(max(self.total_bytes // 32, 16 * MiB), 512 * MiB)
 
     @property
     def usable_bytes(self) -> int:
-        """What a plan may spend: available memory after the reserve, or what the cgroup leaves; the smaller wins.
+        """What a plan may spend: available memory after the reserve, or what the cgroup leaves; the
+        smaller wins.
 
         A cgroup's limit is ours alone, so nothing is held back from it.
         """
         free = max(0, self.available_bytes - self.reserve_bytes)
         return free if self.headroom_bytes is None else max(0, min(free, self.headroom_bytes))
+
+
 _PROFILES = "edge_gemma.device_profiles"
 
 
@@ -77,7 +88,11 @@ class _Profile(msgspec.Struct, forbid_unknown_fields=True):
 
 def profile_names() -> list[str]:
     """The shipped profiles, smallest board first."""
-    names = [p.name.removesuffix(".toml") for p in resources.files(_PROFILES).iterdir() if p.name.endswith(".toml") and p.name != "repack.toml"]
+    names = [
+        p.name.removesuffix(".toml")
+        for p in resources.files(_PROFILES).iterdir()
+        if p.name.endswith(".toml") and p.name != "repack.toml"
+    ]
     return sorted(names, key=lambda name: (load_profile(name).total_bytes, name))
 
 
@@ -98,26 +113,55 @@ def load_profile(name: str) -> Device:
         raise UsageError(f"profile {name}: cpus is {profile.cpus}, expected 1 … 1024")
     cpus = tuple(range(profile.cpus))
     if not set(profile.big_cpus) <= set(cpus):
-        raise UsageError(f"profile {name}: big_cpus {list(profile.big_cpus)} are not among the cpus 0 … {profile.cpus - 1}")
+        raise UsageError(
+            f"profile {name}: big_cpus {list(profile.big_cpus)} are not among the cpus 0 … "
+            f"{profile.cpus - 1}"
+        )
     big = profile.big_cpus or cpus
-    total, available, page = (parse_bytes(text) for text in (profile.total, profile.available, profile.page))
+    total, available, page = (
+        parse_bytes(text) for text in (profile.total, profile.available, profile.page)
+    )
     if not 0 < available <= total:
-        raise UsageError(f"profile {name}: available is {profile.available} of a total of {profile.total}; expected 0 < available ≤ total")
+        raise UsageError(
+            f"profile {name}: available is {profile.available} of a total of "
+            f"{profile.total}; expected 0 < available ≤ total"
+        )
     if page < 4096 or page & (page - 1):
-        raise UsageError(f"profile {name}: page is {profile.page}; expected a power of two of at least 4 KiB")
+        raise UsageError(
+            f"profile {name}: page is {profile.page}; expected a power of two of at least 4 KiB"
+        )
     return Device(
-        name=Path(name).stem if name.endswith(".toml") else name, board=profile.board, total_bytes=total, available_bytes=available,
-        page_bytes=page, cpus=cpus, big_cpus=big, n_threads=len(big), cpu=profile.cpu, cpu_features=profile.features, gpu=profile.gpu,
-        zram_bytes=parse_bytes(profile.zram), memory_cgroup=profile.memory_cgroup,
-    )  # fmt: skip
+        name=Path(name).stem if name.endswith(".toml") else name,
+        board=profile.board,
+        total_bytes=total,
+        available_bytes=available,
+        page_bytes=page,
+        cpus=cpus,
+        big_cpus=big,
+        n_threads=len(big),
+        cpu=profile.cpu,
+        cpu_features=profile.features,
+        gpu=profile.gpu,
+        zram_bytes=parse_bytes(profile.zram),
+        memory_cgroup=profile.memory_cgroup,
+    )
 
 
 def _read_profile(name: str) -> _Profile:
     source = Path(name) if name.endswith(".toml") else resources.files(_PROFILES) / f"{name}.toml"
-    if name == "repack" or not (name.endswith(".toml") or re.fullmatch(r"[\w.-]+", name)) or not source.is_file():
-        raise UsageError(f"no device profile {name!r}; there are: auto, {', '.join(profile_names())}; or give a file like my-board.toml")
+    if (
+        name == "repack"
+        or not (name.endswith(".toml") or re.fullmatch(r"[\w.-]+", name))
+        or not source.is_file()
+    ):
+        raise UsageError(
+            f"no device profile {name!r}; there are: auto, {', '.join(profile_names())}; or "
+            "give a file like my-board.toml"
+        )
     try:
-        return msgspec.convert(tomllib.loads(source.read_text(encoding="utf-8")), _Profile, strict=True)
+        return msgspec.convert(
+            tomllib.loads(source.read_text(encoding="utf-8")), _Profile, strict=True
+        )
     except (tomllib.TOMLDecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
         raise UsageError(f"profile {name} cannot be read: {error}") from None
 
@@ -130,5 +174,10 @@ def describe(device: Device) -> str:
     """
     features = " ".join(device.cpu_features) or "no special CPU features"
     cap = f" (limit {format_bytes(device.limit_bytes)})" if device.limit_bytes is not None else ""
-    memory = f"{format_bytes(device.usable_bytes)} usable of {format_bytes(device.total_bytes)}{cap}"
-    return f"{device.name}: {device.board}, {memory}, {device.n_threads} thread{'s' * (device.n_threads > 1)}, {features}"
+    memory = (
+        f"{format_bytes(device.usable_bytes)} usable of {format_bytes(device.total_bytes)}{cap}"
+    )
+    return (
+        f"{device.name}: {device.board}, {memory}, {device.n_threads} "
+        f"thread{'s' * (device.n_threads > 1)}, {features}"
+    )

@@ -1,11 +1,13 @@
 """What a process takes in memory, as the kernel counts it.
 
-In: a process id (this one unless told). Out: :class:`Footprint` (now), :class:`PeakSampler` (over time),
-:func:`mapping_of` and :func:`resident_bytes` (which pages of a file are held). This room does not know models or plans.
+In: a process id (this one unless told). Out: :class:`Footprint` (now), :class:`PeakSampler` (over
+time), :func:`mapping_of` and :func:`resident_bytes` (which pages of a file are held). This room
+does not know models or plans.
 
-Why PSS: a shared page is counted by its share, so the figures of several processes add up to what the machine lost.
-Why anonymous and file-backed apart: clean file pages can be dropped under pressure and read again, anonymous ones only swapped.
-Source of the counters: proc(5), Documentation/filesystems/proc.rst.
+Why PSS: a shared page is counted by its share, so the figures of several processes add up to what
+the machine lost. Why anonymous and file-backed apart: clean file pages can be dropped under
+pressure and read again, anonymous ones only swapped. Source of the counters: proc(5),
+Documentation/filesystems/proc.rst.
 """
 
 from __future__ import annotations
@@ -18,14 +20,24 @@ from pathlib import Path
 
 from edge_gemma.units import KiB
 
-PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096  # 16 KiB on a Raspberry Pi 5
-_PRESENT = 1 << 63  # uint64; bit 63 of a pagemap entry: the page is in memory (Documentation/admin-guide/mm/pagemap.rst)
+PAGE_BYTES = (
+    os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+)  # 16 KiB on a Raspberry Pi 5
+_PRESENT = (
+    1 << 63
+    # uint64; bit 63 of a pagemap entry: the page is in memory
+    # (Documentation/admin-guide/mm/pagemap.rst)
+)
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one process. ``anon_bytes + file_bytes`` is ``pss_bytes``, but for shared memory. ``exact`` is false where the
-    kernel keeps no proportional counts (no smaps_rollup): PSS is then the RSS, which is never less."""
+    """Bytes of one process.
+
+    ``anon_bytes + file_bytes`` is ``pss_bytes``, but for shared memory. ``exact`` is false where
+    the kernel keeps no proportional counts (no smaps_rollup): PSS is then the RSS, which is never
+    less.
+    """
 
     rss_bytes: int
     pss_bytes: int
@@ -36,9 +48,12 @@ class Footprint:
 
 
 def rollup(pid: int | None = None) -> Footprint:
-    """The footprint of process ``pid`` (default: this one). Raises ProcessLookupError when it is gone.
+    """The footprint of process ``pid`` (default: this one).
 
-    Walks the page tables: about 1 ms per 100 MiB mapped. :func:`quick` costs microseconds and knows no sharing.
+    Raises ProcessLookupError when it is gone.
+
+    Walks the page tables: about 1 ms per 100 MiB mapped. :func:`quick` costs microseconds and knows
+    no sharing.
 
     >>> now = rollup()
     >>> 0 < now.anon_bytes <= now.rss_bytes
@@ -53,11 +68,18 @@ def rollup(pid: int | None = None) -> Footprint:
     except OSError as error:  # ESRCH: the process ended between open and read
         raise ProcessLookupError(f"process {pid} is gone") from error
     anon = found.get("Pss_Anon", found.get("Anonymous", 0))  # Pss_Anon since Linux 5.9
-    return Footprint(rss, pss, min(anon, pss), max(0, pss - anon - found.get("Pss_Shmem", 0)), found.get("SwapPss", found.get("Swap", 0)))
+    return Footprint(
+        rss,
+        pss,
+        min(anon, pss),
+        max(0, pss - anon - found.get("Pss_Shmem", 0)),
+        found.get("SwapPss", found.get("Swap", 0)),
+    )
 
 
 def quick(pid: int | None = None) -> Footprint:
-    """The same from the kernel's counters alone (RSS in the place of PSS): microseconds, no page-table walk.
+    """The same from the kernel's counters alone (RSS in the place of PSS): microseconds, no
+    page-table walk.
 
     >>> quick().rss_bytes > 1_000_000
     True
@@ -104,7 +126,9 @@ def reset_peak(pid: int | None = None) -> bool:
 
 
 def high_water_bytes(pid: int | None = None) -> int:
-    """The kernel's own RSS peak since the start of the process or :func:`reset_peak`: misses nothing between two samples."""
+    """The kernel's own RSS peak since the start of the process or :func:`reset_peak`: misses
+    nothing between two samples.
+    """
     try:
         return _fields(Path(f"/proc/{pid or 'self'}/status").read_bytes()).get("VmHWM", 0)
     except OSError:
@@ -112,7 +136,9 @@ def high_water_bytes(pid: int | None = None) -> int:
 
 
 def trim_heap() -> None:
-    """Hand back what was freed but is kept by the C library for later. Does nothing where it has no such call (only glibc does)."""
+    """Hand back what was freed but is kept by the C library for later. Does nothing where it has no
+    such call (only glibc does).
+    """
     import ctypes
 
     if sys.platform.startswith("linux") and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
@@ -137,7 +163,8 @@ class Mapping:
 
 
 def mapping_of(path: str | os.PathLike, pid: int | None = None) -> list[Mapping]:
-    """Where a process has the file mapped, by device and inode (a renamed or linked file is still found). Empty when nowhere.
+    """Where a process has the file mapped, by device and inode (a renamed or linked file is still
+    found). Empty when nowhere.
 
     >>> mapping_of("/etc/hostname")
     []
@@ -151,15 +178,23 @@ def mapping_of(path: str | os.PathLike, pid: int | None = None) -> list[Mapping]
     named, by_inode = os.path.realpath(path), []
     for line in maps.splitlines():
         parts = line.split(maxsplit=5)
-        # overlay file systems report another device in maps than in stat, so the name counts as well
-        if len(parts) > 4 and parts[4] == inode and (parts[3] == device or (len(parts) > 5 and parts[5] == named)):
+        # overlay file systems report another device in maps than in stat, so the name counts as
+        # well
+        if (
+            len(parts) > 4
+            and parts[4] == inode
+            and (parts[3] == device or (len(parts) > 5 and parts[5] == named))
+        ):
             start, end = (int(address, 16) for address in parts[0].split("-"))
             by_inode.append(Mapping(start, end, int(parts[2], 16)))
     return by_inode
 
 
-def resident_bytes(path: str | os.PathLike, ranges: Iterable[tuple[int, int]], pid: int | None = None) -> int:
-    """How much of the byte ranges ``(offset, nbytes)`` of a mapped file the process holds in memory; whole pages.
+def resident_bytes(
+    path: str | os.PathLike, ranges: Iterable[tuple[int, int]], pid: int | None = None
+) -> int:
+    """How much of the byte ranges ``(offset, nbytes)`` of a mapped file the process holds in
+    memory; whole pages.
 
     >>> resident_bytes("/etc/hostname", [(0, 10)])
     0
@@ -175,7 +210,10 @@ def resident_bytes(path: str | os.PathLike, ranges: Iterable[tuple[int, int]], p
                     first = max(mapping.start, mapping.start + offset - mapping.offset)
                     last = min(mapping.end, mapping.start + offset + nbytes - mapping.offset)
                     if first < last:
-                        total += _present_pages(pagemap, first // PAGE_BYTES, -(-last // PAGE_BYTES)) * PAGE_BYTES
+                        total += (
+                            _present_pages(pagemap, first // PAGE_BYTES, -(-last // PAGE_BYTES))
+                            * PAGE_BYTES
+                        )
     except OSError:
         return 0
     return total

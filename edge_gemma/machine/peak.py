@@ -30,11 +30,13 @@ class Phase:
 
 @dataclass
 class PeakSampler:
-    """Watches one process from a thread: peaks overall and by phase, and a timeline of ``(seconds, Footprint)``.
+    """Watches one process from a thread: peaks overall and by phase, and a timeline of ``(seconds,
+    Footprint)``.
 
-    Every ``interval_s`` it reads the kernel's counters (microseconds); the exact walk for PSS happens when they show a new
-    peak, at each mark and at the end, and never for more than ``duty`` of the time. What grew and vanished between two samples is still in
-    ``peak_rss_bytes`` (the kernel's high-water mark), and ``peak_pss_bytes`` never exceeds it.
+    Every ``interval_s`` it reads the kernel's counters (microseconds); the exact walk for PSS
+    happens when they show a new peak, at each mark and at the end, and never for more than ``duty``
+    of the time. What grew and vanished between two samples is still in ``peak_rss_bytes`` (the
+    kernel's high-water mark), and ``peak_pss_bytes`` never exceeds it.
 
     >>> with PeakSampler() as sampler:
     ...     _ = sampler.mark("work")
@@ -74,7 +76,9 @@ class PeakSampler:
             self._close_phase()
 
     def mark(self, name: str) -> Footprint | None:
-        """Begin the phase ``name``; the one before it ends here. Returns the footprint of this moment."""
+        """Begin the phase ``name``; the one before it ends here. Returns the footprint of this
+        moment.
+        """
         with self._lock:
             now = self._sample(walk=True)
             self._close_phase()
@@ -102,7 +106,9 @@ class PeakSampler:
         try:
             now = known or quick(self.pid)
             clock = time.perf_counter()
-            if known is None and (walk or (now.rss_bytes > self._walked_rss and clock >= self._next_walk)):
+            if known is None and (
+                walk or (now.rss_bytes > self._walked_rss and clock >= self._next_walk)
+            ):
                 now = rollup(self.pid)
                 self._shared_bytes = now.rss_bytes - now.pss_bytes
                 self._walked_rss = max(self._walked_rss, now.rss_bytes)
@@ -110,7 +116,14 @@ class PeakSampler:
                 self._next_walk = clock + took / self.duty
             elif known is None:
                 pss = now.rss_bytes - self._shared_bytes
-                now = Footprint(now.rss_bytes, pss, now.anon_bytes, max(0, pss - now.anon_bytes), now.swap_bytes, exact=False)
+                now = Footprint(
+                    now.rss_bytes,
+                    pss,
+                    now.anon_bytes,
+                    max(0, pss - now.anon_bytes),
+                    now.swap_bytes,
+                    exact=False,
+                )
         except ProcessLookupError:
             return None
         self.peak_pss_bytes = max(self.peak_pss_bytes, now.pss_bytes)
@@ -122,7 +135,9 @@ class PeakSampler:
             phase.peak_anon_bytes = max(phase.peak_anon_bytes, now.anon_bytes)
             phase.peak_file_bytes = max(phase.peak_file_bytes, now.file_bytes)
         if self.keep_timeline:
-            self.timeline.append((clock - self._t0 if known is None else time.perf_counter() - self._t0, now))
+            self.timeline.append(
+                (clock - self._t0 if known is None else time.perf_counter() - self._t0, now)
+            )
         return now
 
     def phase(self, name: str) -> Phase:

@@ -1,7 +1,8 @@
 """What a machine has: a shipped profile, a profile file, or this machine probed.
 
-In: a name (``auto``, ``pi-5-4gb``, ``my-board.toml``). Out: a frozen :class:`Device`. This room reads ``/proc``, ``/sys`` and
-TOML tables; it does not know models, bundles or llama.cpp (whether llama.cpp was built for a GPU is for ``decode`` to say).
+In: a name (``auto``, ``pi-5-4gb``, ``my-board.toml``). Out: a frozen :class:`Device`. This room
+reads ``/proc``, ``/sys`` and TOML tables; it does not know models, bundles or llama.cpp (whether
+llama.cpp was built for a GPU is for ``decode`` to say).
 """
 
 from __future__ import annotations
@@ -16,15 +17,39 @@ from edge_gemma.machine.device import Device, load_profile
 
 # /proc/cpuinfo's words → the words of repack.toml (ggml_cpu_has_*)
 _FEATURES = {
-    "avx2": "avx2", "avx512f": "avx512", "avx512_vnni": "avx512_vnni", "amx_int8": "amx_int8", "f16c": "f16c", "fma": "fma",
-    "asimd": "neon", "asimddp": "dotprod", "i8mm": "i8mm", "asimdhp": "fp16", "sve": "sve", "bf16": "bf16",
-}  # fmt: skip
+    "avx2": "avx2",
+    "avx512f": "avx512",
+    "avx512_vnni": "avx512_vnni",
+    "amx_int8": "amx_int8",
+    "f16c": "f16c",
+    "fma": "fma",
+    "asimd": "neon",
+    "asimddp": "dotprod",
+    "i8mm": "i8mm",
+    "asimdhp": "fp16",
+    "sve": "sve",
+    "bf16": "bf16",
+}
 # "CPU part" of Arm's own designs (implementer 0x41), Arm's main ID register
 _ARM_PARTS = {
-    0xD03: "Cortex-A53", 0xD04: "Cortex-A35", 0xD05: "Cortex-A55", 0xD07: "Cortex-A57", 0xD08: "Cortex-A72", 0xD09: "Cortex-A73",
-    0xD0A: "Cortex-A75", 0xD0B: "Cortex-A76", 0xD0C: "Neoverse-N1", 0xD0D: "Cortex-A77", 0xD41: "Cortex-A78", 0xD42: "Cortex-A78AE",
-    0xD40: "Neoverse-V1", 0xD44: "Cortex-X1", 0xD49: "Neoverse-N2", 0xD4B: "Cortex-A78C", 0xD4F: "Neoverse-V2",
-}  # fmt: skip
+    0xD03: "Cortex-A53",
+    0xD04: "Cortex-A35",
+    0xD05: "Cortex-A55",
+    0xD07: "Cortex-A57",
+    0xD08: "Cortex-A72",
+    0xD09: "Cortex-A73",
+    0xD0A: "Cortex-A75",
+    0xD0B: "Cortex-A76",
+    0xD0C: "Neoverse-N1",
+    0xD0D: "Cortex-A77",
+    0xD41: "Cortex-A78",
+    0xD42: "Cortex-A78AE",
+    0xD40: "Neoverse-V1",
+    0xD44: "Cortex-X1",
+    0xD49: "Neoverse-N2",
+    0xD4B: "Cortex-A78C",
+    0xD4F: "Neoverse-V2",
+}
 
 
 def find_device(name: str = "auto") -> Device:
@@ -36,8 +61,12 @@ def find_device(name: str = "auto") -> Device:
     return probe() if name == "auto" else load_profile(name)
 
 
-def probe(root: str | Path = "/", affinity: Iterable[int] | None = None, page_bytes: int | None = None) -> Device:
-    """Read this machine. ``root`` stands in for ``/`` of ``/proc`` and ``/sys``; ``affinity`` for the CPUs we may run on.
+def probe(
+    root: str | Path = "/", affinity: Iterable[int] | None = None, page_bytes: int | None = None
+) -> Device:
+    """Read this machine.
+
+    ``root`` stands in for ``/`` of ``/proc`` and ``/sys``; ``affinity`` for the CPUs we may run on.
 
     >>> here = probe()
     >>> here.name, 0 < here.usable_bytes <= here.total_bytes
@@ -53,11 +82,24 @@ def probe(root: str | Path = "/", affinity: Iterable[int] | None = None, page_by
     zram, swap = _swaps(root)
     model, features = _cpu(root)
     return Device(
-        name="auto", board=_board(root), total_bytes=total, available_bytes=available, limit_bytes=limit, headroom_bytes=headroom,
-        page_bytes=page_bytes or _page_bytes(), cpus=cpus, big_cpus=big, n_threads=_threads(root, cpus, big), cpu=model,
-        cpu_features=features, gpu=_gpu(root), can_release=sys.platform == "linux", zram_bytes=zram, swap_bytes=swap,
+        name="auto",
+        board=_board(root),
+        total_bytes=total,
+        available_bytes=available,
+        limit_bytes=limit,
+        headroom_bytes=headroom,
+        page_bytes=page_bytes or _page_bytes(),
+        cpus=cpus,
+        big_cpus=big,
+        n_threads=_threads(root, cpus, big),
+        cpu=model,
+        cpu_features=features,
+        gpu=_gpu(root),
+        can_release=sys.platform == "linux",
+        zram_bytes=zram,
+        swap_bytes=swap,
         memory_cgroup=_memory_cgroup(root),
-    )  # fmt: skip
+    )
 
 
 def read_text(path: Path) -> str:
@@ -93,7 +135,11 @@ def _allowed_cpus() -> tuple[int, ...]:
     import psutil  # macOS has no affinity, Windows its own
 
     process = psutil.Process()
-    return tuple(process.cpu_affinity() if hasattr(process, "cpu_affinity") else range(psutil.cpu_count() or 1))
+    return tuple(
+        process.cpu_affinity()
+        if hasattr(process, "cpu_affinity")
+        else range(psutil.cpu_count() or 1)
+    )
 
 
 def _page_bytes() -> int:
@@ -110,7 +156,12 @@ def _memory(root: Path) -> tuple[int, int]:
 
         memory = psutil.virtual_memory()
         return memory.total, memory.available
-    old_kernel = info.get("MemFree", 0) + info.get("Cached", 0) + info.get("Buffers", 0) - info.get("Shmem", 0)
+    old_kernel = (
+        info.get("MemFree", 0)
+        + info.get("Cached", 0)
+        + info.get("Buffers", 0)
+        - info.get("Shmem", 0)
+    )
     return info["MemTotal"] * 1024, max(0, info.get("MemAvailable", old_kernel)) * 1024
 
 
@@ -125,9 +176,11 @@ def _swaps(root: Path) -> tuple[int, int]:
 
 
 def _cgroup_folders(root: Path, controller: str) -> tuple[int, list[Path]]:
-    """(1 or 2, folders): the folder of our cgroup for ``controller`` and its ancestors up to the mount, innermost first.
+    """(1 or 2, folders): the folder of our cgroup for ``controller`` and its ancestors up to the
+    mount, innermost first.
 
-    A container sees a part of the tree: the mount's own root (mountinfo's fourth field) is taken off the path first.
+    A container sees a part of the tree: the mount's own root (mountinfo's fourth field) is taken
+    off the path first.
     """
     paths = {}
     for line in read_text(root / "proc/self/cgroup").splitlines():
@@ -170,7 +223,8 @@ def _number(folder: Path, name: str) -> int | None:
 def _memory_limit(root: Path) -> tuple[int | None, int | None]:
     """(limit, headroom) bytes over our cgroup and all its ancestors, or (None, None).
 
-    Headroom counts file pages as reclaimable. ``memory.high`` is a limit too: above it the kernel stalls us.
+    Headroom counts file pages as reclaimable. ``memory.high`` is a limit too: above it the kernel
+    stalls us.
     """
     version, folders = _cgroup_folders(root, "memory")
     limits, headrooms = [], []
@@ -178,19 +232,34 @@ def _memory_limit(root: Path) -> tuple[int | None, int | None]:
         stat = _fields(read_text(folder / "memory.stat"))
         if version == 2:
             found = [_number(folder, "memory.max"), _number(folder, "memory.high")]
-            used, cached = _number(folder, "memory.current"), ("active_file", "inactive_file", "slab_reclaimable")
+            used, cached = (
+                _number(folder, "memory.current"),
+                ("active_file", "inactive_file", "slab_reclaimable"),
+            )
         else:
-            found = [_number(folder, "memory.limit_in_bytes"), stat.get("hierarchical_memory_limit")]
-            used, cached = _number(folder, "memory.usage_in_bytes"), ("total_active_file", "total_inactive_file")
-        found = [n for n in found if n is not None and n < 1 << 60]  # version 1 writes "no limit" as a number near 2**63
+            found = [
+                _number(folder, "memory.limit_in_bytes"),
+                stat.get("hierarchical_memory_limit"),
+            ]
+            used, cached = (
+                _number(folder, "memory.usage_in_bytes"),
+                ("total_active_file", "total_inactive_file"),
+            )
+        found = [
+            n for n in found if n is not None and n < 1 << 60
+        ]  # version 1 writes "no limit" as a number near 2**63
         if found:
             limits.append(min(found))
-            headrooms.append(min(found) - max(0, (used or 0) - sum(stat.get(name, 0) for name in cached)))
+            headrooms.append(
+                min(found) - max(0, (used or 0) - sum(stat.get(name, 0) for name in cached))
+            )
     return (min(limits), max(0, min(headrooms))) if limits else (None, None)
 
 
 def _memory_cgroup(root: Path) -> bool:
-    """Whether the kernel has the memory controller on (Raspberry Pi OS starts with ``cgroup_disable=memory``)."""
+    """Whether the kernel has the memory controller on (Raspberry Pi OS starts with
+    ``cgroup_disable=memory``).
+    """
     for line in read_text(root / "proc/cgroups").splitlines():
         words = line.split()
         if words[:1] == ["memory"]:
@@ -204,28 +273,40 @@ def _cpu_quota(root: Path) -> float | None:
     version, folders = _cgroup_folders(root, "cpu")
     quotas = []
     for folder in folders:
-        words = read_text(folder / "cpu.max").split() if version == 2 else [read_text(folder / "cpu.cfs_quota_us"), read_text(folder / "cpu.cfs_period_us")]
+        words = (
+            read_text(folder / "cpu.max").split()
+            if version == 2
+            else [read_text(folder / "cpu.cfs_quota_us"), read_text(folder / "cpu.cfs_period_us")]
+        )
         if len(words) == 2 and all(word.isdecimal() for word in words) and int(words[1]):
             quotas.append(int(words[0]) / int(words[1]))  # "max" and -1 mean none
     return min(quotas, default=None)
 
 
 def _big_cpus(root: Path, cpus: tuple[int, ...]) -> tuple[int, ...]:
-    """The fast ones: Arm's ``cpu_capacity`` within 80 % of the largest; Intel hybrids name their performance cores."""
+    """The fast ones: Arm's ``cpu_capacity`` within 80 % of the largest; Intel hybrids name their
+    performance cores.
+    """
     performance = _id_list(read_text(root / "sys/devices/cpu_core/cpus")) & set(cpus)
     if performance:
         return tuple(sorted(performance))
-    capacity = {cpu: _number(root / f"sys/devices/system/cpu/cpu{cpu}", "cpu_capacity") for cpu in cpus}
+    capacity = {
+        cpu: _number(root / f"sys/devices/system/cpu/cpu{cpu}", "cpu_capacity") for cpu in cpus
+    }
     if any(value is None for value in capacity.values()):
         return cpus
     return tuple(cpu for cpu in cpus if capacity[cpu] >= 0.8 * max(capacity.values()))
 
 
 def _threads(root: Path, cpus: tuple[int, ...], big: tuple[int, ...]) -> int:
-    """One thread per fast physical core; a quota below that bounds it, since a throttled thread holds up all others."""
+    """One thread per fast physical core; a quota below that bounds it, since a throttled thread
+    holds up all others.
+    """
     cores = set()
     for cpu in big:
-        siblings = _id_list(read_text(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"))
+        siblings = _id_list(
+            read_text(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        )
         cores.add(frozenset(siblings) if cpu in siblings else frozenset([cpu]))
     quota = _cpu_quota(root)
     return max(1, len(cores) if quota is None else min(len(cores), int(quota)))
@@ -234,30 +315,47 @@ def _threads(root: Path, cpus: tuple[int, ...], big: tuple[int, ...]) -> int:
 def _cpu(root: Path) -> tuple[str, tuple[str, ...]]:
     """(model, features). Features are those every core has."""
     text = read_text(root / "proc/cpuinfo")
-    words = [set(line.split(":", 1)[1].split()) for line in text.splitlines() if re.match(r"(flags|Features)\s*:", line)]
+    words = [
+        set(line.split(":", 1)[1].split())
+        for line in text.splitlines()
+        if re.match(r"(flags|Features)\s*:", line)
+    ]
     shared = set.intersection(*words) if words else set()
     features = tuple(dict.fromkeys(name for word, name in _FEATURES.items() if word in shared))
     if match := re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE):
         return match[1].strip(), features
-    parts = [int(part, 16) for part in re.findall(r"^CPU part\s*:\s*(0x[0-9a-fA-F]+)", text, re.MULTILINE)]
-    names = [f"{parts.count(part)} × {_ARM_PARTS.get(part, hex(part))}" for part in dict.fromkeys(parts)]
+    parts = [
+        int(part, 16)
+        for part in re.findall(r"^CPU part\s*:\s*(0x[0-9a-fA-F]+)", text, re.MULTILINE)
+    ]
+    names = [
+        f"{parts.count(part)} × {_ARM_PARTS.get(part, hex(part))}" for part in dict.fromkeys(parts)
+    ]
     return ", ".join(names), features or _assumed_features(text)
 
 
 def _assumed_features(cpuinfo: str) -> tuple[str, ...]:
-    """Without /proc/cpuinfo (macOS, Windows): the set that plans the most repacked copies, so that a plan errs upwards."""
+    """Without /proc/cpuinfo (macOS, Windows): the set that plans the most repacked copies, so that
+    a plan errs upwards.
+    """
     import platform
 
     if cpuinfo:
         return ()
-    return ("neon", "dotprod", "i8mm") if platform.machine().lower() in ("arm64", "aarch64") else ("avx2",)
+    return (
+        ("neon", "dotprod", "i8mm")
+        if platform.machine().lower() in ("arm64", "aarch64")
+        else ("avx2",)
+    )
 
 
 def _board(root: Path) -> str:
     for path in ("proc/device-tree/model", "sys/firmware/devicetree/base/model"):
         if model := read_text(root / path):
             return model
-    vendor, product = (read_text(root / f"sys/class/dmi/id/{name}") for name in ("sys_vendor", "product_name"))
+    vendor, product = (
+        read_text(root / f"sys/class/dmi/id/{name}") for name in ("sys_vendor", "product_name")
+    )
     if product:
         return product if product.startswith(vendor) else f"{vendor} {product}"
     import platform
@@ -266,8 +364,13 @@ def _board(root: Path) -> str:
 
 
 def _gpu(root: Path) -> str | None:
-    """An NVIDIA GPU with its driver: the one kind that llama.cpp's own wheels and our profiles speak of."""
-    if "Jetson" in read_text(root / "proc/device-tree/model") and (root / "dev/nvhost-gpu").exists():
+    """An NVIDIA GPU with its driver: the one kind that llama.cpp's own wheels and our profiles
+    speak of.
+    """
+    if (
+        "Jetson" in read_text(root / "proc/device-tree/model")
+        and (root / "dev/nvhost-gpu").exists()
+    ):
         return "NVIDIA Jetson GPU (shares the memory)"
     for folder in sorted((root / "proc/driver/nvidia/gpus").glob("*")):
         if match := re.search(r"^Model:\s*(.+)$", read_text(folder / "information"), re.MULTILINE):

@@ -1,4 +1,6 @@
-"""Which weights a CPU's kernels copy into a layout of their own, by the rules in device_profiles/repack.toml."""
+"""Which weights a CPU's kernels copy into a layout of their own, by the rules in
+device_profiles/repack.toml.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,11 @@ def repack_rules() -> dict[str, tuple[tuple[frozenset[str], int], ...]]:
 
 
 def repacked(type: str, shape: Iterable[int], cpu_features: Iterable[str]) -> bool:
-    """Whether llama.cpp copies a matmul weight of ``type`` and ``shape`` (ggml order: row length first) into a repacked buffer.
+    """Whether llama.cpp copies a matmul weight of ``type`` and ``shape`` (ggml order: row length
+    first) into a repacked buffer.
 
-    Source: device_profiles/repack.toml. A weight that is only looked up, never multiplied, is not copied: ask for matmuls.
+    Source: device_profiles/repack.toml. A weight that is only looked up, never multiplied, is not
+    copied: ask for matmuls.
 
     >>> repacked("Q4_0", (2048, 16384), ("avx2",)), repacked("Q8_0", (2048, 16384), ("avx2",))
     (True, False)
@@ -34,4 +38,6 @@ def repacked(type: str, shape: Iterable[int], cpu_features: Iterable[str]) -> bo
     while len(dims) > 1 and dims[-1] == 1:  # ggml_n_dims
         dims.pop()
     features = frozenset(cpu_features)
-    return len(dims) == 2 and any(needs <= features and dims[1] % rows == 0 for needs, rows in repack_rules().get(type, ()))
+    return len(dims) == 2 and any(
+        needs <= features and dims[1] % rows == 0 for needs, rows in repack_rules().get(type, ())
+    )

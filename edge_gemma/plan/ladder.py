@@ -1,16 +1,23 @@
-"""Manifest + device + request → an itemised list of bytes, or a refusal that shows the arithmetic. Pure: no I/O, no clock.
+"""Manifest + device + request → an itemised list of bytes, or a refusal that shows the arithmetic.
 
-The cost formulas live here, beside the ladder of concessions. Nothing is allocated before a plan says yes, and what was
-planned is held against what was measured by ``edge-gemma demo`` and the benchmarks.
+Pure: no I/O, no clock.
 
-The ladder, taken in this order until the request fits; a setting the caller named is never conceded:
+The cost formulas live here, beside the ladder of concessions. Nothing is allocated before a plan
+says yes, and what was planned is held against what was measured by ``edge-gemma demo`` and the
+benchmarks.
 
-1. ``n_ubatch`` 256 → 128 → 64: smaller compute buffers, slower prefill. Never below 256 where an image must fit one ubatch.
+The ladder, taken in this order until the request fits; a setting the caller named is never
+conceded:
+
+1. ``n_ubatch`` 256 → 128 → 64: smaller compute buffers, slower prefill. Never below 256 where an
+   image must fit one ubatch.
 2. KV cache f16 → q8_0: half the cache, a small loss of precision.
 3. ``n_ctx`` 4096 → 2048 → 1024 → 512.
-4. Encoders one at a time: each is opened when it is needed and closed before the next, instead of both staying open.
-5. No repacked weights: slower (about a third), but then every weight is a clean file page that the kernel may take back.
-   With repacked weights, which are anonymous, the plan keeps HEADROOM free, so that pressure never falls on the hot pages.
+4. Encoders one at a time: each is opened when it is needed and closed before the next, instead of
+   both staying open.
+5. No repacked weights: slower (about a third), but then every weight is a clean file page that the
+   kernel may take back. With repacked weights, which are anonymous, the plan keeps HEADROOM free,
+   so that pressure never falls on the hot pages.
 """
 
 from __future__ import annotations
@@ -31,14 +38,23 @@ N_UBATCH_LADDER = (256, 128, 64)
 MIN_N_CTX = 64
 
 
-def make_plan(manifest: Manifest, device: Device, request: PlanRequest, repacks: Callable[[Tensor], bool]) -> Plan:
-    """Plan ``request`` for a bundle on a device. Never raises for what merely does not fit: see :meth:`Plan.require`.
+def make_plan(
+    manifest: Manifest, device: Device, request: PlanRequest, repacks: Callable[[Tensor], bool]
+) -> Plan:
+    """Plan ``request`` for a bundle on a device.
 
-    ``repacks`` tells whether the device's llama.cpp copies a matmul weight into a repacked buffer. Raises UsageError for a
-    request that no memory could satisfy (a context beyond the model, an encoder the bundle lacks).
+    Never raises for what merely does not fit: see :meth:`Plan.require`.
+
+    ``repacks`` tells whether the device's llama.cpp copies a matmul weight into a repacked buffer.
+    Raises UsageError for a request that no memory could satisfy (a context beyond the model, an
+    encoder the bundle lacks).
     """
     _check(manifest, request)
-    budget = device.usable_bytes if request.budget_bytes is None else min(request.budget_bytes, device.usable_bytes)
+    budget = (
+        device.usable_bytes
+        if request.budget_bytes is None
+        else min(request.budget_bytes, device.usable_bytes)
+    )
     costs = _Costs(manifest, device, request, repacks)
     first = candidate = None
     for settings, concessions in _ladder(manifest, device, request):
@@ -48,13 +64,18 @@ def make_plan(manifest: Manifest, device: Device, request: PlanRequest, repacks:
         if candidate.fits:
             return replace(candidate, notes=_notes(device, settings, request, budget))
     refusal = _refusal(candidate, manifest, device, request, costs, budget)
-    return replace(candidate, refusal=refusal, notes=_notes(device, candidate.settings, request, budget))
+    return replace(
+        candidate, refusal=refusal, notes=_notes(device, candidate.settings, request, budget)
+    )
 
 
 def _check(manifest: Manifest, request: PlanRequest) -> None:
     train = manifest.decoder.n_ctx_train
     if request.n_ctx is not None and not MIN_N_CTX <= request.n_ctx <= train:
-        raise UsageError(f"a context of {request.n_ctx} tokens was asked for; {manifest.name} takes {MIN_N_CTX} … {train}")
+        raise UsageError(
+            f"a context of {request.n_ctx} tokens was asked for; {manifest.name} takes "
+            f"{MIN_N_CTX} … {train}"
+        )
     if request.n_ubatch is not None and not 1 <= request.n_ubatch <= 4096:
         raise UsageError(f"n_ubatch is {request.n_ubatch}; expected 1 … 4096")
     if not 1 <= request.n_seq_max <= 64:
@@ -62,16 +83,24 @@ def _check(manifest: Manifest, request: PlanRequest) -> None:
     if request.n_threads is not None and not 1 <= request.n_threads <= 512:
         raise UsageError(f"{request.n_threads} threads were asked for; expected 1 … 512")
     if request.kv_type is not None and request.kv_type not in KV_BYTES:
-        raise UsageError(f"KV type {request.kv_type!r} is unknown; expected one of {', '.join(KV_BYTES)}")
+        raise UsageError(
+            f"KV type {request.kv_type!r} is unknown; expected one of {', '.join(KV_BYTES)}"
+        )
     for encoder in request.encoders or ():
         if encoder not in ("audio", "vision"):
             raise UsageError(f"encoder {encoder!r} is unknown; expected audio or vision")
         if getattr(manifest, encoder) is None:
             verb = {"audio": "hear", "vision": "see"}[encoder]
-            raise UsageError(f"{manifest.name} is a bundle without {'an' if encoder == 'audio' else 'a'} {encoder} encoder, so it cannot {verb}; convert the checkpoint with --{encoder}")
+            raise UsageError(
+                f"{manifest.name} is a bundle without {'an' if encoder == 'audio' else 'a'} "
+                f"{encoder} encoder, so it cannot {verb}; convert the checkpoint with "
+                f"--{encoder}"
+            )
 
 
-def _ladder(manifest: Manifest, device: Device, request: PlanRequest) -> Iterator[tuple[Settings, tuple[str, ...]]]:
+def _ladder(
+    manifest: Manifest, device: Device, request: PlanRequest
+) -> Iterator[tuple[Settings, tuple[str, ...]]]:
     """Settings from the most comfortable to the most frugal, with what was conceded on the way."""
     encoders = wanted_encoders(manifest, request)
     train = manifest.decoder.n_ctx_train
@@ -87,44 +116,74 @@ def _ladder(manifest: Manifest, device: Device, request: PlanRequest) -> Iterato
     done: tuple[str, ...] = ()
     yield settings, done
 
-    image_in_one = manifest.vision is not None and manifest.family == "gemma3" and "vision" in encoders
+    image_in_one = (
+        manifest.vision is not None and manifest.family == "gemma3" and "vision" in encoders
+    )
     if request.n_ubatch is None and not image_in_one:
         for n_ubatch in N_UBATCH_LADDER[1:]:
             settings = replace(settings, n_ubatch=n_ubatch)
             yield settings, (*done, f"n_ubatch {n_ubatch}: slower prefill")
         done = (*done, f"n_ubatch {settings.n_ubatch}: slower prefill")
     if request.kv_type is None:
-        settings, done = replace(settings, kv_type="q8_0"), (*done, "KV cache in q8_0: a small loss of precision")
+        settings, done = (
+            replace(settings, kv_type="q8_0"),
+            (*done, "KV cache in q8_0: a small loss of precision"),
+        )
         yield settings, done
     if request.n_ctx is None:
         before = done
         for n_ctx in N_CTX_LADDER:
             if n_ctx < settings.n_ctx:
-                settings, done = replace(settings, n_ctx=n_ctx), (*before, f"context of {n_ctx} tokens")
+                settings, done = (
+                    replace(settings, n_ctx=n_ctx),
+                    (*before, f"context of {n_ctx} tokens"),
+                )
                 yield settings, done
     if len(encoders) > 1:
-        settings, done = replace(settings, encoders="one at a time"), (*done, "encoders one at a time: each loads when it is needed")
+        settings, done = (
+            replace(settings, encoders="one at a time"),
+            (*done, "encoders one at a time: each loads when it is needed"),
+        )
         yield settings, done
     if request.repack is None and settings.n_gpu_layers == 0:
-        settings, done = replace(settings, repack=False), (*done, "weights not repacked: slower, every weight reclaimable")
+        settings, done = (
+            replace(settings, repack=False),
+            (*done, "weights not repacked: slower, every weight reclaimable"),
+        )
         yield settings, done
 
 
-def _plan(items: tuple[Item, ...], settings: Settings, concessions: tuple[str, ...], budget: int, request: PlanRequest) -> Plan:
+def _plan(
+    items: tuple[Item, ...],
+    settings: Settings,
+    concessions: tuple[str, ...],
+    budget: int,
+    request: PlanRequest,
+) -> Plan:
     def phase_sum(phase: str, kinds=("anon", "file_hot", "file_cold")) -> int:
         return sum(i.bytes for i in items if phase in i.phases and i.kind in kinds)
 
     total = max(phase_sum(phase) for phase in AFTER_LOAD)
     load_peak = sum(i.bytes for i in items if "load" in i.phases)
     repacked = any(i.name == "weights, repacked" for i in items)
-    needed = total + (int(HEADROOM * total) if repacked and any(i.kind != "anon" and i.name.startswith(("weights", "cold")) for i in items) else 0)
+    needed = total + (
+        int(HEADROOM * total)
+        if repacked
+        and any(i.kind != "anon" and i.name.startswith(("weights", "cold")) for i in items)
+        else 0
+    )
     return Plan(needed <= budget, total, load_peak, budget, needed, items, settings, concessions)
 
 
-def _notes(device: Device, settings: Settings, request: PlanRequest, budget: int) -> tuple[str, ...]:
+def _notes(
+    device: Device, settings: Settings, request: PlanRequest, budget: int
+) -> tuple[str, ...]:
     notes = []
     if request.budget_bytes is not None and budget < request.budget_bytes:
-        notes.append(f"the budget of {format_bytes(request.budget_bytes)} was lowered to the {format_bytes(budget)} that {device.name} has to give")
+        notes.append(
+            f"the budget of {format_bytes(request.budget_bytes)} was lowered to the "
+            f"{format_bytes(budget)} that {device.name} has to give"
+        )
     if not device.can_release:
         notes.append("this platform cannot give cold file pages back: the whole file counts")
     return tuple(notes)
@@ -132,24 +191,42 @@ def _notes(device: Device, settings: Settings, request: PlanRequest, budget: int
 
 def arithmetic(plan: Plan) -> str:
     """The sum of a plan's worst phase, line by line."""
-    phase = max(AFTER_LOAD, key=lambda p: sum(i.bytes for i in plan.items if p in i.phases and i.kind != "reclaimable"))
-    lines = [f"  {format_bytes(i.bytes):>10}  {i.name}" for i in plan.items if phase in i.phases and i.kind != "reclaimable"]
+    phase = max(
+        AFTER_LOAD,
+        key=lambda p: sum(i.bytes for i in plan.items if p in i.phases and i.kind != "reclaimable"),
+    )
+    lines = [
+        f"  {format_bytes(i.bytes):>10}  {i.name}"
+        for i in plan.items
+        if phase in i.phases and i.kind != "reclaimable"
+    ]
     lines.append(f"  {format_bytes(plan.total_bytes):>10}  in use at the peak ({phase})")
     if plan.needed_bytes > plan.total_bytes:
-        lines.append(f"  {format_bytes(plan.needed_bytes - plan.total_bytes):>10}  headroom beside repacked weights")
+        lines.append(
+            f"  {format_bytes(plan.needed_bytes - plan.total_bytes):>10}  headroom beside "
+            "repacked weights"
+        )
     return "\n".join(lines)
 
 
-def _refusal(plan: Plan, manifest: Manifest, device: Device, request: PlanRequest, costs: _Costs, budget: int) -> str:
+def _refusal(
+    plan: Plan, manifest: Manifest, device: Device, request: PlanRequest, costs: _Costs, budget: int
+) -> str:
     conceded = "; ".join(plan.concessions) or "nothing could be conceded"
     return (
-        f"{manifest.name} does not fit: {format_bytes(plan.needed_bytes)} needed, {format_bytes(budget)} to spend on {device.name}.\n"
-        f"{arithmetic(plan)}\n  already conceded: {conceded}\n  nearest that fits: {_nearest(plan, manifest, device, request, costs, budget)}"
+        f"{manifest.name} does not fit: {format_bytes(plan.needed_bytes)} needed, "
+        f"{format_bytes(budget)} to spend on {device.name}.\n"
+        f"{arithmetic(plan)}\n  already conceded: {conceded}\n  nearest that fits: "
+        f"{_nearest(plan, manifest, device, request, costs, budget)}"
     )
 
 
-def _nearest(plan: Plan, manifest: Manifest, device: Device, request: PlanRequest, costs: _Costs, budget: int) -> str:
-    """The largest context under this budget; else the request without encoders; else the smallest budget at all."""
+def _nearest(
+    plan: Plan, manifest: Manifest, device: Device, request: PlanRequest, costs: _Costs, budget: int
+) -> str:
+    """The largest context under this budget; else the request without encoders; else the smallest
+    budget at all.
+    """
 
     def fits(settings: Settings, with_costs: _Costs = costs) -> Plan:
         return _plan(with_costs.items(settings), settings, (), budget, request)
@@ -158,17 +235,30 @@ def _nearest(plan: Plan, manifest: Manifest, device: Device, request: PlanReques
         low, high = 0, request.n_ctx // 256
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if fits(replace(plan.settings, n_ctx=middle * 256)).fits else (low, middle - 1)
+            low, high = (
+                (middle, high)
+                if fits(replace(plan.settings, n_ctx=middle * 256)).fits
+                else (low, middle - 1)
+            )
         if low:
             return f"--ctx {low * 256}"
     smallest = replace(plan.settings, n_ctx=min(512, manifest.decoder.n_ctx_train))
     if costs.encoders:
         without = _Costs(manifest, device, replace(request, encoders=()), lambda t: False)
-        without.repacked_bytes, without.mapped_beside_copies_bytes = costs.repacked_bytes, costs.mapped_beside_copies_bytes
+        without.repacked_bytes, without.mapped_beside_copies_bytes = (
+            costs.repacked_bytes,
+            costs.mapped_beside_copies_bytes,
+        )
         without.embedding_repacked = costs.embedding_repacked
         if fits(smallest, without).fits:
-            return f"the same without its {' and '.join(costs.encoders)} encoder, --ctx {smallest.n_ctx}"
+            return (
+                f"the same without its {' and '.join(costs.encoders)} encoder, --ctx "
+                f"{smallest.n_ctx}"
+            )
     floor = fits(replace(smallest, repack=False) if request.repack is None else smallest)
     if request.budget_bytes is not None and floor.needed_bytes <= device.usable_bytes:
         return f"--budget {-(-floor.needed_bytes // MiB)}MiB --ctx {smallest.n_ctx}"
-    return f"a device with {format_bytes(floor.needed_bytes)} to spend, --ctx {smallest.n_ctx}; or a smaller recipe or model"
+    return (
+        f"a device with {format_bytes(floor.needed_bytes)} to spend, --ctx {smallest.n_ctx}; or "
+        "a smaller recipe or model"
+    )

@@ -46,8 +46,11 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class Item:
-    """One line of a plan. ``kind``: anon (only swap could take it), file_hot (mapped and read for every token), file_cold
-    (mapped, a few rows per token), reclaimable (clean pages that hurt nobody when taken)."""
+    """One line of a plan.
+
+    ``kind``: anon (only swap could take it), file_hot (mapped and read for every token), file_cold
+    (mapped, a few rows per token), reclaimable (clean pages that hurt nobody when taken).
+    """
 
     name: str
     bytes: int
@@ -57,10 +60,11 @@ class Item:
 
 @dataclass(frozen=True)
 class Plan:
-    """``total_bytes`` is the maximum over the phases after load of that phase's sum: what will be resident at the peak.
+    """``total_bytes`` is the maximum over the phases after load of that phase's sum: what will be
+    resident at the peak.
 
-    ``load_peak_bytes`` counts the clean file pages too that loading maps for a moment; the kernel may take those back at any
-    time, so they decide nothing.
+    ``load_peak_bytes`` counts the clean file pages too that loading maps for a moment; the kernel
+    may take those back at any time, so they decide nothing.
     """
 
     fits: bool

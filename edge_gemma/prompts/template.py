@@ -1,7 +1,8 @@
 """A chat template in a sandbox: template source and messages → text, in bounded space.
 
-In: jinja source from a bundle, messages as plain dicts. Out: text. The template may read the messages and write text; it reaches
-no attribute, file or module, and what could make something huge of something small is taken away. This room knows no tokens.
+In: jinja source from a bundle, messages as plain dicts. Out: text. The template may read the
+messages and write text; it reaches no attribute, file or module, and what could make something huge
+of something small is taken away. This room knows no tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from edge_gemma.errors import BundleError, UsageError
 MAX_TEMPLATE_CHARS = 1 << 18
 MAX_OVERHEAD_CHARS = 1 << 20  # what a template may add to the messages' own text
 
-# Gemma's turns, for instruct weights whose bundle carries no template (ai.google.dev/gemma/docs/core/prompt-structure)
+# Gemma's turns, for instruct weights whose bundle carries no template
+# (ai.google.dev/gemma/docs/core/prompt-structure)
 GEMMA_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '<start_of_turn>' + ('model' if message.role == 'assistant' else 'user') + '\\n' }}"
@@ -42,35 +44,77 @@ def _range(*bounds: int) -> range:
 
 @lru_cache(maxsize=8)
 def _compile(source: str):
-    """A template with what transformers offers to one (chat_template_utils): loop controls, tojson, raise_exception, strftime_now."""
+    """A template with what transformers offers to one (chat_template_utils): loop controls, tojson,
+    raise_exception, strftime_now.
+    """
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(["*", "**", "%"])  # the operators that make something huge of something small
+        intercepted_binops = frozenset(
+            ["*", "**", "%"]
+        )  # the operators that make something huge of something small
 
         def call_binop(self, context, operator, left, right):
-            if operator == "**" or isinstance(left, str | list | tuple) or isinstance(right, str | list | tuple):
-                _raise_exception(f"the operator {operator!r} on text or as a power is not allowed in a chat template")
+            if (
+                operator == "**"
+                or isinstance(left, str | list | tuple)
+                or isinstance(right, str | list | tuple)
+            ):
+                _raise_exception(
+                    f"the operator {operator!r} on text or as a power is not allowed in a "
+                    "chat template"
+                )
             return super().call_binop(context, operator, left, right)
 
         def wrap_str_format(self, value):
             return None  # str.format is refused below like any other unsafe attribute
 
         def is_safe_attribute(self, obj, attr, value):
-            return attr not in ("format", "format_map", "ljust", "rjust", "center", "zfill", "expandtabs") and super().is_safe_attribute(obj, attr, value)
+            return attr not in (
+                "format",
+                "format_map",
+                "ljust",
+                "rjust",
+                "center",
+                "zfill",
+                "expandtabs",
+            ) and super().is_safe_attribute(obj, attr, value)
 
     if len(source) > MAX_TEMPLATE_CHARS:
-        raise BundleError(f"the bundle's chat template has {len(source)} characters; at most {MAX_TEMPLATE_CHARS}")
+        raise BundleError(
+            f"the bundle's chat template has {len(source)} characters; at most {MAX_TEMPLATE_CHARS}"
+        )
     sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    for name in ("center", "format", "indent", "wordwrap", "pprint", "filesizeformat", "random", "xmlattr", "urlize"):
+    for name in (
+        "center",
+        "format",
+        "indent",
+        "wordwrap",
+        "pprint",
+        "filesizeformat",
+        "random",
+        "xmlattr",
+        "urlize",
+    ):
         sandbox.filters.pop(name, None)
-    sandbox.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=min(indent, 8) if indent else None)
+    sandbox.filters["tojson"] = lambda value, indent=None: json.dumps(
+        value, ensure_ascii=False, indent=min(indent, 8) if indent else None
+    )
     keep = {name: sandbox.globals[name] for name in ("namespace", "dict")}
     sandbox.globals.clear()
-    sandbox.globals |= {**keep, "range": _range, "raise_exception": _raise_exception, "strftime_now": lambda form: datetime.now().strftime(form[:200])}
+    sandbox.globals |= {
+        **keep,
+        "range": _range,
+        "raise_exception": _raise_exception,
+        "strftime_now": lambda form: datetime.now().strftime(form[:200]),
+    }
     # {% generation %} marks training targets; when prompting it only stands around text
-    source = re.sub(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})", lambda m: m[1] + ("endif" if m[2] else "if true") + m[3], source)
+    source = re.sub(
+        r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})",
+        lambda m: m[1] + ("endif" if m[2] else "if true") + m[3],
+        source,
+    )
     try:
         return sandbox.from_string(source)
     except (TemplateError, RecursionError) as error:
@@ -78,7 +122,9 @@ def _compile(source: str):
 
 
 def render(source: str, messages: list[dict], generate: bool) -> str:
-    """The text of ``messages``; ``generate`` opens the model's turn. UsageError when the template objects, BundleError when it is at fault.
+    """The text of ``messages``; ``generate`` opens the model's turn.
+
+    UsageError when the template objects, BundleError when it is at fault.
 
     >>> render(GEMMA_TEMPLATE, [{"role": "user", "content": "Hi"}], True)
     '<bos><start_of_turn>user\\nHi<end_of_turn>\\n<start_of_turn>model\\n'
@@ -88,17 +134,38 @@ def render(source: str, messages: list[dict], generate: bool) -> str:
 
     limit, length, pieces = sum(map(_length, messages)) + MAX_OVERHEAD_CHARS, 0, []
     try:
-        for piece in _compile(source).generate(messages=messages, add_generation_prompt=generate, bos_token="<bos>", eos_token="<eos>", tools=None):
+        for piece in _compile(source).generate(
+            messages=messages,
+            add_generation_prompt=generate,
+            bos_token="<bos>",
+            eos_token="<eos>",
+            tools=None,
+        ):
             pieces.append(piece)
             length += len(piece)
             if length > limit:
-                raise BundleError(f"the bundle's chat template writes more than {limit} characters; it is broken or hostile")
+                raise BundleError(
+                    f"the bundle's chat template writes more than {limit} characters; it is "
+                    "broken or hostile"
+                )
     except SecurityError as error:
-        raise BundleError(f"the bundle's chat template does what a template may not: {error}") from None
+        raise BundleError(
+            f"the bundle's chat template does what a template may not: {error}"
+        ) from None
     except TemplateError as error:
         raise UsageError(f"the bundle's chat template refuses these messages: {error}") from None
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError) as error:
-        raise UsageError(f"the bundle's chat template fails on these messages: {type(error).__name__}: {error}") from None
+    except (
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        MemoryError,
+    ) as error:
+        raise UsageError(
+            f"the bundle's chat template fails on these messages: {type(error).__name__}: {error}"
+        ) from None
     return "".join(pieces)
 
 

@@ -1,9 +1,12 @@
-"""Soft tokens on disk, by the content they were made from: a picture that was seen once costs nothing the next time.
+"""Soft tokens on disk, by the content they were made from: a picture that was seen once costs
+nothing the next time.
 
-In: a key (made of the content's hash and the encoder's). Out: rows ``[n, n_embd]`` float32, bitwise those that were stored. The folder
-never holds more than its cap: the entries used longest ago go first. What this room does not know: pictures, encoders, models.
+In: a key (made of the content's hash and the encoder's). Out: rows ``[n, n_embd]`` float32, bitwise
+those that were stored. The folder never holds more than its cap: the entries used longest ago go
+first. What this room does not know: pictures, encoders, models.
 
-The cache is a convenience: an entry that is damaged, or a disk that is full, is passed over and the encoder runs again.
+The cache is a convenience: an entry that is damaged, or a disk that is full, is passed over and the
+encoder runs again.
 """
 
 from __future__ import annotations
@@ -23,7 +26,11 @@ _SUFFIX = ".soft.npy"
 
 def default_folder() -> Path:
     """``$XDG_CACHE_HOME/edge-gemma/soft-tokens``, or the same under ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edge-gemma" / "soft-tokens"
+    return (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        / "edge-gemma"
+        / "soft-tokens"
+    )
 
 
 class SoftTokenCache:
@@ -48,7 +55,12 @@ class SoftTokenCache:
             os.utime(path)  # used now: the last to go
         except (OSError, ValueError, EOFError):
             return None
-        if not isinstance(rows, np.ndarray) or rows.shape != shape or rows.dtype != np.float32 or not np.isfinite(rows).all():
+        if (
+            not isinstance(rows, np.ndarray)
+            or rows.shape != shape
+            or rows.dtype != np.float32
+            or not np.isfinite(rows).all()
+        ):
             return None
         return rows
 
@@ -58,7 +70,9 @@ class SoftTokenCache:
         path = self._path(key)
         partial = path.with_name(f".{uuid.uuid4().hex}.partial")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what a picture shows is its owner's affair
+            self.folder.mkdir(
+                parents=True, exist_ok=True, mode=0o700
+            )  # what a picture shows is its owner's affair
             with open(partial, "wb") as file:
                 np.save(file, np.ascontiguousarray(rows, np.float32), allow_pickle=False)
             partial.replace(path)
@@ -74,7 +88,10 @@ class SoftTokenCache:
         return sum(path.stat().st_size for path in self._entries())
 
     def _shrink(self) -> None:
-        entries = sorted(((path.stat().st_mtime_ns, path.stat().st_size, path) for path in self._entries()), key=lambda entry: entry[0])
+        entries = sorted(
+            ((path.stat().st_mtime_ns, path.stat().st_size, path) for path in self._entries()),
+            key=lambda entry: entry[0],
+        )
         excess = sum(size for _, size, _ in entries) - self.cap_bytes
         for _, size, path in entries:
             if excess <= 0:

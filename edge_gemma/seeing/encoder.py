@@ -11,7 +11,8 @@ from edge_gemma.machine.footprint import trim_heap
 
 
 class ImageEncoder:
-    """The vision tower of a bundle, loaded for square inputs of ``size`` pixels (default: the bundle's first). One picture at a time.
+    """The vision tower of a bundle, loaded for square inputs of ``size`` pixels (default: the
+    bundle's first). One picture at a time.
 
     >>> with ImageEncoder(Bundle.open(getfixture("seeing_bundle")), n_threads=1) as encoder:
     ...     encoder.encode(np.zeros((1, 3, 224, 224), np.float32)).shape
@@ -20,22 +21,39 @@ class ImageEncoder:
 
     def __init__(self, bundle: Bundle, *, size: int | None = None, n_threads: int = 2):
         if bundle.manifest.vision is None:
-            raise UnsupportedModel(f"{bundle.manifest.name} has no vision encoder, so it cannot see; Gemma 3 4B and Gemma 3n can (convert them without --vision none)")
+            raise UnsupportedModel(
+                f"{bundle.manifest.name} has no vision encoder, so it cannot see; Gemma 3 4B "
+                "and Gemma 3n can (convert them without --vision none)"
+            )
         self.part = bundle.manifest.vision
         self.size = size or self.part.image_sizes[0]
         if self.size not in self.part.image_sizes:
-            raise UsageError(f"pictures of {self.size} px were asked for; this encoder takes {', '.join(map(str, self.part.image_sizes))}")
+            raise UsageError(
+                f"pictures of {self.size} px were asked for; this encoder takes "
+                f"{', '.join(map(str, self.part.image_sizes))}"
+            )
         path = bundle.path(self.part.file)
-        # thousands of short products a picture: waking a thread for each would take a tenth of the time
-        self._session = open_onnx(path, n_threads=n_threads, spin=True, in_place=True, sides={"side": self.size})
+        # thousands of short products a picture: waking a thread for each would take a tenth of the
+        # time
+        self._session = open_onnx(
+            path, n_threads=n_threads, spin=True, in_place=True, sides={"side": self.size}
+        )
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        expected = ("pixels", [1, 3, self.size, self.size]), ("soft_tokens", [self.part.n_soft_tokens, self.part.n_embd])
+        expected = (
+            ("pixels", [1, 3, self.size, self.size]),
+            ("soft_tokens", [self.part.n_soft_tokens, self.part.n_embd]),
+        )
         found = [(value.name, list(value.shape)) for value in (*inputs, *outputs)]
         if found != list(expected):
-            raise BundleError(f"{path} is not the vision encoder its manifest describes: it has {found}, expected {list(expected)}; convert the model again")
+            raise BundleError(
+                f"{path} is not the vision encoder its manifest describes: it has {found}, "
+                f"expected {list(expected)}; convert the model again"
+            )
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """``pixels [1, 3, size, size]`` float32, normalised (:meth:`edge_gemma.seeing.picture.Picture.array`) → soft tokens ``[n_soft_tokens, n_embd]`` float32.
+        """``pixels [1, 3, size, size]`` float32, normalised
+        (:meth:`edge_gemma.seeing.picture.Picture.array`) → soft tokens ``[n_soft_tokens, n_embd]``
+        float32.
 
         Raises RuntimeFailure.
         """

@@ -1,8 +1,12 @@
-"""Pictures and videos of a message → soft tokens. The one place where picture, encoder and cache meet.
+"""Pictures and videos of a message → soft tokens.
 
-In: message parts with pictures (paths, bytes, arrays, :class:`~edge_gemma.seeing.picture.Picture`) and :class:`~edge_gemma.seeing.video.Video`.
-Out: the same parts ready for :mod:`edge_gemma.prompts` (:func:`prepare`), and their rows (:class:`Look`). This room does not know tokens, templates
-or the decoder. It holds at most one decoded picture at a time, and the encoder only while it is needed, unless told to keep it.
+The one place where picture, encoder and cache meet.
+
+In: message parts with pictures (paths, bytes, arrays, :class:`~edge_gemma.seeing.picture.Picture`)
+and :class:`~edge_gemma.seeing.video.Video`. Out: the same parts ready for :mod:`edge_gemma.prompts`
+(:func:`prepare`), and their rows (:class:`Look`). This room does not know tokens, templates or the
+decoder. It holds at most one decoded picture at a time, and the encoder only while it is needed,
+unless told to keep it.
 """
 
 from __future__ import annotations
@@ -27,28 +31,48 @@ def soft_token_cost(vision: VisionPart) -> int:
     return vision.n_soft_tokens + FRAME_TOKENS
 
 
-def prepare(parts, vision: VisionPart | None, free_tokens: int, *, pan_and_scan: bool = False, name: str = "this bundle") -> list:
-    """Open every picture's header, cut videos into frames that fit, add crops if asked, and check that all of it fits ``free_tokens``.
+def prepare(
+    parts,
+    vision: VisionPart | None,
+    free_tokens: int,
+    *,
+    pan_and_scan: bool = False,
+    name: str = "this bundle",
+) -> list:
+    """Open every picture's header, cut videos into frames that fit, add crops if asked, and check
+    that all of it fits ``free_tokens``.
 
-    So a broken file, or one picture too many, is refused before anything was encoded. Raises MediaError, UnsupportedModel,
-    PlanRefused (with the number that fits), UsageError.
+    So a broken file, or one picture too many, is refused before anything was encoded. Raises
+    MediaError, UnsupportedModel, PlanRefused (with the number that fits), UsageError.
     """
     parts = [parts] if isinstance(parts, str | Picture | Video | Image) else list(parts)
-    seen = [part for part in parts if isinstance(part, Picture | Video) or (isinstance(part, Image) and part.rows is None)]
+    seen = [
+        part
+        for part in parts
+        if isinstance(part, Picture | Video) or (isinstance(part, Image) and part.rows is None)
+    ]
     if not seen:
         return parts
     if vision is None:
-        raise UnsupportedModel(f"{name} has no vision encoder, so it cannot see; Gemma 3 4B and Gemma 3n can (convert them without --vision none)")
+        raise UnsupportedModel(
+            f"{name} has no vision encoder, so it cannot see; Gemma 3 4B and Gemma 3n can "
+            "(convert them without --vision none)"
+        )
     size, cost = _size(vision, None), soft_token_cost(vision)
     pictures = [part if not _is_picture(part) else _open(part) for part in parts]
     if pan_and_scan:
         if vision.kind != "siglip":
             raise UsageError("pan and scan is Gemma 3's; Gemma 3n looks at a picture once")
-        pictures = [piece for part in pictures for piece in (_with_crops(part) if _is_picture(part) else [part])]
+        pictures = [
+            piece
+            for part in pictures
+            for piece in (_with_crops(part) if _is_picture(part) else [part])
+        ]
     n_pictures = sum(map(_is_picture, pictures))
     if n_pictures * cost > free_tokens:
         raise PlanRefused(
-            f"{n_pictures} pictures take {n_pictures} × {cost} = {n_pictures * cost} tokens and {max(0, free_tokens)} of the context are free: "
+            f"{n_pictures} pictures take {n_pictures} × {cost} = {n_pictures * cost} tokens "
+            f"and {max(0, free_tokens)} of the context are free: "
             f"{max(0, free_tokens) // cost} fit. Send fewer, or load with a larger n_ctx"
         )
     expanded = expand(pictures, size, cost, free_tokens - n_pictures * cost)
@@ -62,38 +86,70 @@ def _is_picture(part) -> bool:
 def _open(part: Picture | Image) -> Image:
     if isinstance(part, Picture):
         return Image(source=part)
-    return part if isinstance(part.source, Picture) else Image(source=Picture(part.source), size=part.size)
+    return (
+        part
+        if isinstance(part.source, Picture)
+        else Image(source=Picture(part.source), size=part.size)
+    )
 
 
 def _with_crops(part: Image) -> list:
-    return [Image(source=piece, size=part.size) if isinstance(piece, Picture) else piece for piece in with_crops(part.source)]
+    return [
+        Image(source=piece, size=part.size) if isinstance(piece, Picture) else piece
+        for piece in with_crops(part.source)
+    ]
 
 
 def _size(vision: VisionPart, size: int | None) -> int:
     if size is not None and size not in vision.image_sizes:
-        raise UsageError(f"pictures of {size} px were asked for; this encoder takes {', '.join(map(str, vision.image_sizes))}")
+        raise UsageError(
+            f"pictures of {size} px were asked for; this encoder takes "
+            f"{', '.join(map(str, vision.image_sizes))}"
+        )
     return size or vision.image_sizes[0]
 
 
 class Look:
-    """Soft tokens of pictures for one bundle. ``keep`` leaves the encoder loaded between pictures; else it goes after :meth:`release`.
+    """Soft tokens of pictures for one bundle.
+
+    ``keep`` leaves the encoder loaded between pictures; else it goes after :meth:`release`.
 
     >>> with Look(Bundle.open(getfixture("seeing_bundle")), cache=None) as look:
     ...     look(Picture(np.zeros((20, 30, 3), np.uint8))).shape
     (16, 256)
     """
 
-    def __init__(self, bundle: Bundle, *, size: int | None = None, n_threads: int = 2, keep: bool = True, cache: SoftTokenCache | None = None):
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        size: int | None = None,
+        n_threads: int = 2,
+        keep: bool = True,
+        cache: SoftTokenCache | None = None,
+    ):
         if bundle.manifest.vision is None:
-            raise UnsupportedModel(f"{bundle.manifest.name} has no vision encoder, so it cannot see; Gemma 3 4B and Gemma 3n can (convert them without --vision none)")
-        self.bundle, self.vision, self.n_threads, self.keep, self.cache = bundle, bundle.manifest.vision, n_threads, keep, cache
+            raise UnsupportedModel(
+                f"{bundle.manifest.name} has no vision encoder, so it cannot see; Gemma 3 4B "
+                "and Gemma 3n can (convert them without --vision none)"
+            )
+        self.bundle, self.vision, self.n_threads, self.keep, self.cache = (
+            bundle,
+            bundle.manifest.vision,
+            n_threads,
+            keep,
+            cache,
+        )
         self.size = _size(self.vision, size)
         self._encoder: ImageEncoder | None = None
         files = bundle.manifest.files
-        self._identity = "-".join(files[name].sha256[:32] for name in sorted(files) if name.startswith(self.vision.file))
+        self._identity = "-".join(
+            files[name].sha256[:32] for name in sorted(files) if name.startswith(self.vision.file)
+        )
 
     def __call__(self, part) -> np.ndarray:
-        """A picture (a path, bytes, an array, a Picture, or a message's Image) → ``[n_soft_tokens, n_embd]`` float32, the real rows only.
+        """A picture (a path, bytes, an array, a Picture, or a message's Image) → ``[n_soft_tokens,
+        n_embd]`` float32, the real rows only.
 
         Raises MediaError (the picture), BundleError (the encoder), RuntimeFailure.
         """
@@ -105,10 +161,15 @@ class Look:
         if isinstance(part, Audio | Rows):
             raise UsageError(f"a picture was expected, got {type(part).__name__}")
         picture = part if isinstance(part, Picture) else Picture(part)
-        key, shape = f"{picture.digest}@{size}/{self._identity}", (self.vision.n_soft_tokens, self.vision.n_embd)
+        key, shape = (
+            f"{picture.digest}@{size}/{self._identity}",
+            (self.vision.n_soft_tokens, self.vision.n_embd),
+        )
         if self.cache is not None and (rows := self.cache.get(key, shape)) is not None:
             return rows
-        pixels = picture.array(size, self.vision.mean, self.vision.std)  # before the encoder is loaded: a large photograph and it are never there together
+        pixels = picture.array(
+            size, self.vision.mean, self.vision.std
+        )  # before the encoder is loaded: a large photograph and it are never there together
         if self._encoder is not None and self._encoder.size != size:
             self.release()
         if self._encoder is None:

@@ -1,8 +1,9 @@
 """An existing Gemma 3 / Gemma 3n GGUF → a bundle.
 
-In: a GGUF. Out: a bundle folder with the file hard-linked (else copied, or rewritten cold-first) and a manifest.
-Every tensor's name and shape is held against the family's table here, because llama.cpp would divide by zero, assert or
-answer nonsense on some contradictions. ``describe`` is shared with the converter, so there is one derivation of the facts.
+In: a GGUF. Out: a bundle folder with the file hard-linked (else copied, or rewritten cold-first)
+and a manifest. Every tensor's name and shape is held against the family's table here, because
+llama.cpp would divide by zero, assert or answer nonsense on some contradictions. ``describe`` is
+shared with the converter, so there is one derivation of the facts.
 """
 
 from __future__ import annotations
@@ -37,22 +38,6 @@ Progress = Callable[[int], None]
 WriteVision = Callable[[Path, Description], VisionPart]
 
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 def import_gguf(
     path: str | Path,
     out: str | Path,
@@ -64,11 +49,15 @@ def import_gguf(
     write_vision: WriteVision | None = None,
     progress: Progress = lambda n_bytes: None,
 ) -> Bundle:
-    """Make a bundle of a GGUF. Hard link where the file system allows it, else a copy; ``relayout`` rewrites it cold-first.
+    """Make a bundle of a GGUF.
 
-    ``write_vision(folder, description)`` adds a vision encoder to the bundle: see :func:`edge_gemma.convert.mmproj.vision_writer`.
+    Hard link where the file system allows it, else a copy; ``relayout`` rewrites it cold-first.
 
-    Raises BundleError, UnsupportedModel (the file), UsageError (``out`` exists), RuntimeFailure (the disk).
+    ``write_vision(folder, description)`` adds a vision encoder to the bundle: see
+    :func:`edge_gemma.convert.mmproj.vision_writer`.
+
+    Raises BundleError, UnsupportedModel (the file), UsageError (``out`` exists), RuntimeFailure
+    (the disk).
     """
     path = Path(path)
     description = describe(path)
@@ -87,13 +76,21 @@ def import_gguf(
         files, seeing = {description.decoder.file: entry}, None
         if write_vision is not None:
             seeing = write_vision(writer.folder, description)
-            files |= {file.name: file_entry(file) for file in sorted(writer.folder.glob(f"{seeing.file}*"))}
+            files |= {
+                file.name: file_entry(file)
+                for file in sorted(writer.folder.glob(f"{seeing.file}*"))
+            }
         manifest = Manifest(
             name=name or description.name,
             family=description.family,
             instruct=description.chat_template is not None,
             decoder=description.decoder,
-            source=Source(origin=origin or path.name, sha256=None if relayout else entry.sha256, licence=description.licence, tool="edge-gemma import"),
+            source=Source(
+                origin=origin or path.name,
+                sha256=None if relayout else entry.sha256,
+                licence=description.licence,
+                tool="edge-gemma import",
+            ),
             files=files,
             vision=seeing,
             chat_template=description.chat_template,
@@ -120,7 +117,8 @@ def _link_or_copy(path: Path, target: Path, progress: Progress) -> File:
 
 
 def relayout_gguf(path: Path, target: Path, progress: Progress = lambda n_bytes: None) -> File:
-    """Rewrite a GGUF with cold tensors first and hot ones last: pages populated last survive a tight limit best.
+    """Rewrite a GGUF with cold tensors first and hot ones last: pages populated last survive a
+    tight limit best.
 
     The key/value section is copied byte for byte; only the tensor table's order and offsets change.
     """
@@ -142,7 +140,11 @@ def relayout_gguf(path: Path, target: Path, progress: Progress = lambda n_bytes:
 
         source.seek(header.kv_range[0])
         n_keys = len(header.metadata)
-        put(b"GGUF" + struct.pack("<IQQ", header.version, len(order), n_keys) + source.read(header.kv_range[1] - header.kv_range[0]))
+        put(
+            b"GGUF"
+            + struct.pack("<IQQ", header.version, len(order), n_keys)
+            + source.read(header.kv_range[1] - header.kv_range[0])
+        )
         put(_tensor_table(order, type_ids, header.alignment))
         pad()
         for tensor in order:
@@ -151,10 +153,10 @@ def relayout_gguf(path: Path, target: Path, progress: Progress = lambda n_bytes:
             while left:
                 chunk = source.read(min(left, 4 << 20))
                 if not chunk:
-                    raise BundleError(f"{path} ended inside the tensor {tensor.name!r} while it was read")
+                    raise BundleError(
+                        f"{path} ended inside the tensor {tensor.name!r} while it was read"
+                    )
                 put(chunk)
                 left -= len(chunk)
             pad()
     return File(size=size, sha256=digest.hexdigest())
-
-

@@ -1,8 +1,8 @@
 """The store: where named bundles live, so that ``edge-gemma run gemma-3-270m`` needs no path.
 
-In: a name or a path. Out: a bundle folder, or the list of those installed. ``$EDGE_GEMMA_HOME`` (default
-``~/.local/share/edge-gemma``) holds ``bundles/NAME/`` and, while something is being pulled, ``downloads/``.
-This room knows no network and no model; ``hub`` fills the store.
+In: a name or a path. Out: a bundle folder, or the list of those installed. ``$EDGE_GEMMA_HOME``
+(default ``~/.local/share/edge-gemma``) holds ``bundles/NAME/`` and, while something is being
+pulled, ``downloads/``. This room knows no network and no model; ``hub`` fills the store.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class Entry:
 
 
 def home() -> Path:
-    """``$EDGE_GEMMA_HOME``, or ``$XDG_DATA_HOME/edge-gemma``, or ``~/.local/share/edge-gemma``. Nothing is created."""
+    """``$EDGE_GEMMA_HOME``, or ``$XDG_DATA_HOME/edge-gemma``, or ``~/.local/share/edge-gemma``.
+    Nothing is created.
+    """
     if chosen := os.environ.get("EDGE_GEMMA_HOME"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "edge-gemma"
@@ -66,12 +68,16 @@ def check_name(name: str) -> str:
     'gemma-3n-E2B-it'
     """
     if not _NAME.fullmatch(name):
-        raise UsageError(f"{name!r} is no name for a bundle; use letters, digits, . _ - (at most 128)")
+        raise UsageError(
+            f"{name!r} is no name for a bundle; use letters, digits, . _ - (at most 128)"
+        )
     return name
 
 
 def resolve(name_or_path: str | os.PathLike) -> Path:
-    """A path that exists, or the folder of the installed bundle with that name. Raises BundleError with the nearest names."""
+    """A path that exists, or the folder of the installed bundle with that name. Raises BundleError
+    with the nearest names.
+    """
     path = Path(name_or_path)
     if path.exists():
         return path
@@ -80,14 +86,25 @@ def resolve(name_or_path: str | os.PathLike) -> Path:
         return bundles() / name
     names = [entry.name for entry in ls()]
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-    known = f"did you mean {' or '.join(near)}?" if near else f"installed are: {', '.join(names) or 'none'}."
-    raise BundleError(f"no bundle {name!r}: neither a path nor a name in {bundles()}; {known} `edge-gemma pull ORG/NAME` installs one")
+    known = (
+        f"did you mean {' or '.join(near)}?"
+        if near
+        else f"installed are: {', '.join(names) or 'none'}."
+    )
+    raise BundleError(
+        f"no bundle {name!r}: neither a path nor a name in {bundles()}; {known} `edge-gemma "
+        "pull ORG/NAME` installs one"
+    )
 
 
 def ls() -> list[Entry]:
     """The installed bundles by name, those that cannot be used among them."""
     try:
-        folders = sorted(folder for folder in bundles().iterdir() if folder.is_dir() and _NAME.fullmatch(folder.name))
+        folders = sorted(
+            folder
+            for folder in bundles().iterdir()
+            if folder.is_dir() and _NAME.fullmatch(folder.name)
+        )
     except OSError:
         return []
     return [_entry(folder) for folder in folders]
@@ -100,8 +117,21 @@ def _entry(folder: Path) -> Entry:
     except (BundleError, OSError) as error:
         return Entry(folder.name, folder, size, problem=str(error))
     pulled = read_pulled(folder)
-    origin = f"{pulled.repository}@{pulled.commit[:7]}{':' * bool(pulled.path)}{pulled.path}" if pulled else manifest.source.origin
-    return Entry(folder.name, folder, size, manifest.family, manifest.instruct, manifest.audio is not None, manifest.vision is not None, origin)
+    origin = (
+        f"{pulled.repository}@{pulled.commit[:7]}{':' * bool(pulled.path)}{pulled.path}"
+        if pulled
+        else manifest.source.origin
+    )
+    return Entry(
+        folder.name,
+        folder,
+        size,
+        manifest.family,
+        manifest.instruct,
+        manifest.audio is not None,
+        manifest.vision is not None,
+        origin,
+    )
 
 
 def read_pulled(folder: Path) -> Pulled | None:
@@ -112,12 +142,20 @@ def read_pulled(folder: Path) -> Pulled | None:
 
 
 def find(name: str) -> Path:
-    """The folder of the installed bundle ``name``. Raises BundleError when there is none, UsageError for a path."""
+    """The folder of the installed bundle ``name``. Raises BundleError when there is none,
+    UsageError for a path.
+    """
     if not _NAME.fullmatch(name):
-        raise UsageError(f"{name!r} is not the name of an installed bundle; `edge-gemma ls` lists them. Folders elsewhere are yours to delete")
+        raise UsageError(
+            f"{name!r} is not the name of an installed bundle; `edge-gemma ls` lists them. "
+            "Folders elsewhere are yours to delete"
+        )
     folder = bundles() / name
     if not folder.is_dir():
-        raise BundleError(f"no bundle {name!r} is installed; installed are: {', '.join(entry.name for entry in ls()) or 'none'}")
+        raise BundleError(
+            f"no bundle {name!r} is installed; installed are: "
+            f"{', '.join(entry.name for entry in ls()) or 'none'}"
+        )
     return folder
 
 
@@ -147,7 +185,9 @@ def rm_unfinished() -> int:
 
 
 def _delete(folder: Path) -> None:
-    """First out of sight in one step, then gone: a crash in between leaves no half bundle under its name."""
+    """First out of sight in one step, then gone: a crash in between leaves no half bundle under its
+    name.
+    """
     aside = folder.with_name(f".removed-{uuid.uuid4().hex[:8]}")
     try:
         folder.rename(aside)

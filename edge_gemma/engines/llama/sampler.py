@@ -1,7 +1,9 @@
-"""Logits → one id: llama.cpp's own samplers in a fixed order, under a grammar where one is asked for.
+"""Logits → one id: llama.cpp's own samplers in a fixed order, under a grammar where one is asked
+for.
 
-In: a context with a kept logits row, :class:`Sampling`. Out: ids and log-probabilities. llama.cpp itself is reached through
-``decode`` only. The grammar never sees a token it does not allow: accepting one throws C++ through ctypes and ends the process.
+In: a context with a kept logits row, :class:`Sampling`. Out: ids and log-probabilities. llama.cpp
+itself is reached through ``decode`` only. The grammar never sees a token it does not allow:
+accepting one throws C++ through ctypes and ends the process.
 """
 
 from __future__ import annotations
@@ -18,13 +20,17 @@ from edge_gemma.engines.llama.library import library
 from edge_gemma.errors import RuntimeFailure, UsageError
 from edge_gemma.options import Logprob, Sampling
 
-_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
+_CANDIDATE = np.dtype(
+    [("id", np.int32), ("logit", np.float32), ("p", np.float32)]
+)  # llama_token_data
 MAX_GRAMMAR_BYTES = 1 << 20
 PENALTY_WINDOW = 64  # tokens the repeat penalty looks back on, llama.cpp's own default
 
 
 class Sampler:
-    """llama.cpp's sampler chain for one generation. Close it. Raises UsageError for a grammar that does not parse."""
+    """llama.cpp's sampler chain for one generation. Close it. Raises UsageError for a grammar that
+    does not parse.
+    """
 
     def __init__(self, decoder: Decoder, options: Sampling):
         self._low, self.decoder, self.options = library(), decoder, options
@@ -42,7 +48,11 @@ class Sampler:
             low.llama_sampler_chain_add(chain, sampler)
 
         if o.repeat_penalty != 1.0:
-            add(low.llama_sampler_init_penalties(self.decoder.n_vocab, PENALTY_WINDOW, o.repeat_penalty, 0.0, 0.0))
+            add(
+                low.llama_sampler_init_penalties(
+                    self.decoder.n_vocab, PENALTY_WINDOW, o.repeat_penalty, 0.0, 0.0
+                )
+            )
         if o.temperature == 0:
             add(low.llama_sampler_init_greedy())
             return chain
@@ -57,15 +67,25 @@ class Sampler:
         return chain
 
     def _make_grammar(self):
-        text = self.options.grammar if self.options.schema is None else schema_to_grammar(self.options.schema)
+        text = (
+            self.options.grammar
+            if self.options.schema is None
+            else schema_to_grammar(self.options.schema)
+        )
         if text is None:
             return None
         data = text.encode()
         if not text.strip() or len(data) > MAX_GRAMMAR_BYTES or b"\0" in data:
-            raise UsageError(f"the grammar has {len(data)} bytes; expected GBNF text of 1 … {MAX_GRAMMAR_BYTES} bytes without NUL")
+            raise UsageError(
+                f"the grammar has {len(data)} bytes; expected GBNF text of 1 … "
+                f"{MAX_GRAMMAR_BYTES} bytes without NUL"
+            )
         grammar = self._low.llama_sampler_init_grammar(self.decoder.vocab, data, b"root")
         if not grammar:
-            raise UsageError("the grammar does not parse as GBNF with a rule named root; `-v` shows where llama.cpp stopped")
+            raise UsageError(
+                "the grammar does not parse as GBNF with a rule named root; `-v` shows where "
+                "llama.cpp stopped"
+            )
         return grammar
 
     def sample(self, context: Context, row: int = -1) -> int:
@@ -77,12 +97,15 @@ class Sampler:
         array = self._fill(context.logits(row))
         token = self._apply(self._chain, array)
         if not self._allowed(token):
-            # Only now the grammar looks at all candidates: most tokens pass at the first try, and 262,144 checks are slow.
+            # Only now the grammar looks at all candidates: most tokens pass at the first try, and
+            # 262,144 checks are slow.
             array = self._fill(context.logits(row))
             low.llama_sampler_apply(self._grammar, ctypes.byref(array))
             token = self._apply(self._chain, array)
             if not self._allowed(token):
-                raise RuntimeFailure("the grammar allows no token of this vocabulary here; it cannot be completed")
+                raise RuntimeFailure(
+                    "the grammar allows no token of this vocabulary here; it cannot be completed"
+                )
         low.llama_sampler_accept(self._chain, token)
         low.llama_sampler_accept(self._grammar, token)
         return token
@@ -96,7 +119,9 @@ class Sampler:
 
     def _array(self, candidates: np.ndarray):
         low = self._low
-        return low.llama_token_data_array(candidates.ctypes.data_as(low.llama_token_data_p), len(candidates), -1, False)
+        return low.llama_token_data_array(
+            candidates.ctypes.data_as(low.llama_token_data_p), len(candidates), -1, False
+        )
 
     def _apply(self, sampler, array) -> int:
         self._low.llama_sampler_apply(sampler, ctypes.byref(array))
@@ -116,7 +141,11 @@ class Sampler:
         n = self.options.logprobs or 0
         best = np.argpartition(-logits, n)[:n] if n else np.empty(0, int)
         best = best[np.argsort(-logits[best], kind="stable")]
-        return Logprob(token, float(shifted[token] - total), tuple((int(i), float(shifted[i] - total)) for i in best))
+        return Logprob(
+            token,
+            float(shifted[token] - total),
+            tuple((int(i), float(shifted[i] - total)) for i in best),
+        )
 
     def close(self) -> None:
         for sampler in (self._chain, self._grammar):

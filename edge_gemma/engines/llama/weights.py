@@ -1,14 +1,17 @@
 """Open a bundle's decoder as planned, then let go of what is cold.
 
-In: a bundle and an accepted plan. Out: :class:`Weights`, a decoder whose cold pages were given back, and stay so.
+In: a bundle and an accepted plan. Out: :class:`Weights`, a decoder whose cold pages were given
+back, and stay so.
 
-llama.cpp maps the file with MAP_POPULATE, so every page is resident before the first progress callback; and it copies the
-weights it repacks, leaving the originals mapped. The mapping is shared, read-only and file-backed, so dropping pages of it
-is always safe: a later read faults them in again. Three moments (figures in README.md):
+llama.cpp maps the file with MAP_POPULATE, so every page is resident before the first progress
+callback; and it copies the weights it repacks, leaving the originals mapped. The mapping is shared,
+read-only and file-backed, so dropping pages of it is always safe: a later read faults them in
+again. Three moments (figures in README.md):
 
-- where this process may lock memory, the map is made without its pages (:func:`_lazy_mapping`); elsewhere, at the first
-  progress callback, the cold ranges go, pages and page cache;
-- while weights are copied, the originals go behind the copying, so that the copies never stand beside all of them;
+- where this process may lock memory, the map is made without its pages (:func:`_lazy_mapping`);
+  elsewhere, at the first progress callback, the cold ranges go, pages and page cache;
+- while weights are copied, the originals go behind the copying, so that the copies never stand
+  beside all of them;
 - after each turn the rows that were looked up go (the page cache keeps them, so a return is cheap).
 """
 
@@ -32,23 +35,34 @@ from edge_gemma.machine.footprint import PAGE_BYTES, mapping_of
 from edge_gemma.plan.records import Plan
 
 _TYPE_IDS = {name: kind for kind, (name, _, _) in GGML_TYPES.items()}
-_MADV_RANDOM, _MADV_WILLNEED, _MADV_DONTNEED, _MADV_POPULATE_READ = 1, 3, 4, 22  # <asm-generic/mman-common.h>; the last since Linux 5.14
+_MADV_RANDOM, _MADV_WILLNEED, _MADV_DONTNEED, _MADV_POPULATE_READ = (
+    1,
+    3,
+    4,
+    22,
+)  # <asm-generic/mman-common.h>; the last since Linux 5.14
 _MCL_FUTURE, _MCL_ONFAULT = 2, 4  # mlockall(2)
 _STEP = 0.02  # of the load, between two releases of what was copied
 
 
 def repacked_here(tensor: Tensor) -> bool:
-    """Whether this machine's llama.cpp copies the tensor when it may repack: what ``make_plan`` asks for device ``auto``.
+    """Whether this machine's llama.cpp copies the tensor when it may repack: what ``make_plan``
+    asks for device ``auto``.
 
     Weights that are never read are copied as well; the loader does not know that they are not.
     """
-    return len(tensor.shape) == 2 and tensor.use != "lookup" and repacks(_TYPE_IDS[tensor.type], *tensor.shape)
+    return (
+        len(tensor.shape) == 2
+        and tensor.use != "lookup"
+        and repacks(_TYPE_IDS[tensor.type], *tensor.shape)
+    )
 
 
 class Weights:
     """A loaded decoder and its cold ranges. A context manager.
 
-    ``on_progress(fraction)`` may return False to stop (KeyboardInterrupt). Raises BundleError, HashMismatch.
+    ``on_progress(fraction)`` may return False to stop (KeyboardInterrupt). Raises BundleError,
+    HashMismatch.
     """
 
     def __init__(
@@ -64,7 +78,9 @@ class Weights:
         tensors = bundle.manifest.decoder.tensors
         copies = plan.settings.repack and plan.settings.n_gpu_layers == 0
         repacked = {t.name for t in tensors if copies and repacked_here(t)}
-        tied = {"token_embd.weight"} & repacked  # its copy is the head; the mapped original is only looked up from now on
+        tied = {
+            "token_embd.weight"
+        } & repacked  # its copy is the head; the mapped original is only looked up from now on
         self._lookups = [t for t in tensors if t.use == "lookup" or t.name in tied]
         self._cold = _merge((t.offset, t.nbytes) for t in tensors if t.use != "matmul")
         self._copied = _merge((t.offset, t.nbytes) for t in tensors if t.name in repacked)
@@ -89,10 +105,18 @@ class Weights:
                 mapped.enter_context(_lazy_mapping(self.path.stat().st_size))
             self.decoder = Decoder(self.path, plan.settings, lora=lora, on_progress=progress)
         if self._releasable:
-            self._settle(_merge((t.offset, t.nbytes) for t in tensors if t.use == "matmul" and t.name not in repacked))
+            self._settle(
+                _merge(
+                    (t.offset, t.nbytes)
+                    for t in tensors
+                    if t.use == "matmul" and t.name not in repacked
+                )
+            )
 
     def _settle(self, hot: list[tuple[int, int]]) -> None:
-        """After the load: the last release, the advice that lookups are scattered, and every hot page in place."""
+        """After the load: the last release, the advice that lookups are scattered, and every hot
+        page in place.
+        """
         self._release(self._cold, cache_too=True)
         self._release(self._copied, cache_too=True)
         lookups = [(t.offset, t.nbytes) for t in self._lookups]
@@ -109,7 +133,9 @@ class Weights:
             _madvise(start, length, _MADV_DONTNEED)
 
     def prefetch(self, ids: Iterable[int]) -> None:
-        """Ask the kernel for the rows of these tokens at once: on an SD card that saves a fault, and a wait, per token."""
+        """Ask the kernel for the rows of these tokens at once: on an SD card that saves a fault,
+        and a wait, per token.
+        """
         if not self._addresses:
             return
         for tensor in self._lookups:
@@ -124,16 +150,34 @@ class Weights:
         """The address of a lookup tensor's first byte; 0 when it is not mapped in one piece."""
         if tensor.name not in self._page_starts:
             last = tensor.offset + tensor.nbytes
-            # MADV_RANDOM split the mapping at page borders, so the pieces are put together again by their offsets
+            # MADV_RANDOM split the mapping at page borders, so the pieces are put together again by
+            # their offsets
             pieces = mapping_of(self.path)
-            start = next((m.start + tensor.offset - m.offset for m in pieces if m.offset <= tensor.offset < m.offset + m.end - m.start), 0)
-            end = next((m.start + last - m.offset for m in pieces if m.offset < last <= m.offset + m.end - m.start), 0)
+            start = next(
+                (
+                    m.start + tensor.offset - m.offset
+                    for m in pieces
+                    if m.offset <= tensor.offset < m.offset + m.end - m.start
+                ),
+                0,
+            )
+            end = next(
+                (
+                    m.start + last - m.offset
+                    for m in pieces
+                    if m.offset < last <= m.offset + m.end - m.start
+                ),
+                0,
+            )
             self._page_starts[tensor.name] = start if end - start == tensor.nbytes else 0
         return self._page_starts[tensor.name]
 
     def _mapped(self, ranges: Iterable[tuple[int, int]]) -> Iterable[tuple[int, int]]:
-        """Byte ranges of the file → page-aligned (address, length), rounded inwards. Read from the kernel each time: llama.cpp
-        unmaps the ends of the file when it is done, and another mapping may live there then."""
+        """Byte ranges of the file → page-aligned (address, length), rounded inwards.
+
+        Read from the kernel each time: llama.cpp unmaps the ends of the file when it is done, and
+        another mapping may live there then.
+        """
         pieces = mapping_of(self.path)
         for offset, nbytes in ranges:
             for piece in pieces:
@@ -152,7 +196,9 @@ class Weights:
                     for offset, nbytes in ranges:
                         os.posix_fadvise(file.fileno(), offset, nbytes, os.POSIX_FADV_DONTNEED)
             except OSError as error:
-                raise BundleError(f"{self.path} went away while it was loaded: {error.strerror}") from error
+                raise BundleError(
+                    f"{self.path} went away while it was loaded: {error.strerror}"
+                ) from error
 
     def close(self) -> None:
         self._addresses = []  # the addresses mean nothing once the mapping is gone
@@ -166,7 +212,9 @@ class Weights:
 
 
 def _merge(ranges: Iterable[tuple[int, int]], gap: int = 64) -> list[tuple[int, int]]:
-    """Neighbouring (offset, nbytes) as one; alignment padding between tensors belongs to nobody and goes with them."""
+    """Neighbouring (offset, nbytes) as one; alignment padding between tensors belongs to nobody and
+    goes with them.
+    """
     merged: list[list[int]] = []
     for offset, nbytes in sorted(ranges):
         if merged and offset - (merged[-1][0] + merged[-1][1]) < gap:
@@ -178,17 +226,21 @@ def _merge(ranges: Iterable[tuple[int, int]], gap: int = 64) -> list[tuple[int, 
 
 @contextmanager
 def _lazy_mapping(nbytes: int) -> Iterator[None]:
-    """Make MAP_POPULATE populate nothing: a mapping that is locked on fault is left empty (mm/gup.c, populate_vma_page_range).
+    """Make MAP_POPULATE populate nothing: a mapping that is locked on fault is left empty
+    (mm/gup.c, populate_vma_page_range).
 
-    Needs CAP_IPC_LOCK or a memlock limit above the file's size (`LimitMEMLOCK=infinity` in a systemd unit). Where that is
-    missing nothing changes. The lock is taken back at once; it never holds a page in memory.
+    Needs CAP_IPC_LOCK or a memlock limit above the file's size (`LimitMEMLOCK=infinity` in a
+    systemd unit). Where that is missing nothing changes. The lock is taken back at once; it never
+    holds a page in memory.
     """
     if _libc.mlockall(_MCL_FUTURE | _MCL_ONFAULT) != 0:
         yield
         return
     try:
         try:
-            mmap.mmap(-1, nbytes, prot=mmap.PROT_READ).close()  # would the loader's mmap be refused now? ask first
+            mmap.mmap(
+                -1, nbytes, prot=mmap.PROT_READ
+            ).close()  # would the loader's mmap be refused now? ask first
         except OSError:
             _libc.munlockall()
         yield
@@ -202,11 +254,15 @@ if _libc is not None:
 
 
 def _madvise(start: int, length: int, advice: int) -> None:
-    """Advice only: a kernel that will not take it leaves the pages where they are, and the measured figures show it."""
+    """Advice only: a kernel that will not take it leaves the pages where they are, and the measured
+    figures show it.
+    """
     _libc.madvise(start, length, advice)
 
 
 def _malloc_trim() -> None:
-    """glibc keeps what the loader freed (the GGUF's second copy of the vocabulary); hand it back. Other C libraries do by themselves."""
+    """glibc keeps what the loader freed (the GGUF's second copy of the vocabulary); hand it back.
+    Other C libraries do by themselves.
+    """
     if hasattr(_libc, "malloc_trim"):
         _libc.malloc_trim(0)
