@@ -123,7 +123,7 @@ class Calm:
     before: dict = field(default_factory=dict)
     after: dict = field(default_factory=dict)
 
-    def __enter__(self) -> "Calm":
+    def __enter__(self) -> Calm:
         # a load average would still count a benchmark that has just ended
         self.before = self._state() | {"busy": psutil.cpu_percent(0.5) / 100}
         return self

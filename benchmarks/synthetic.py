@@ -327,7 +327,7 @@ class Vocabulary:
     types: list[int]
     real: bool
 
-    def padded(self, n: int) -> "Vocabulary":
+    def padded(self, n: int) -> Vocabulary:
         """``n`` entries: cut, or filled with unused ones as Gemma 3n's 262144 … 262399 are."""
         more = range(len(self.tokens), n)
         return Vocabulary(

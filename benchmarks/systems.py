@@ -37,7 +37,7 @@ class Task:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> "Task":
+    def from_json(cls, text: str) -> Task:
         fields = json.loads(text)
         fields["settings"] = tuple((name, value) for name, value in fields["settings"])
         return cls(**fields)

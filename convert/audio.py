@@ -58,7 +58,7 @@ class AudioConfig:
     clip: float
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> "AudioConfig":
+    def of(cls, checkpoint: Checkpoint) -> AudioConfig:
         """Read and check; raises CheckpointError without an audio tower, UnsupportedModel for one
         of another architecture.
         """

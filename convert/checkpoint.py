@@ -233,7 +233,7 @@ class Checkpoint:
             self.entries[entry.name] = entry
 
     @classmethod
-    def open(cls, folder: str | os.PathLike) -> "Checkpoint":
+    def open(cls, folder: str | os.PathLike) -> Checkpoint:
         """Read the config and every header; no tensor yet. Raises CheckpointError."""
         folder = Path(folder)
         if not folder.is_dir():

@@ -80,7 +80,7 @@ class OnnxWriter:
         self._scalars: dict[tuple, str] = {}
         self._count = 0
 
-    def __enter__(self) -> "OnnxWriter":
+    def __enter__(self) -> OnnxWriter:
         self._data = open(self.data_path, "wb")
         return self
 
@@ -243,7 +243,7 @@ class OnnxWriter:
         block: int = 32,
         accuracy_level: int = 4,
         name: str = "linear",
-    ) -> "Matrix":
+    ) -> Matrix:
         """Store ``weight [n, k]`` once, for any number of :meth:`multiply`. ``accuracy_level`` of
         the block types: 4 integer, 1 float32 activations.
         """
@@ -280,7 +280,7 @@ class OnnxWriter:
 
     def widened_blocks(
         self, weight: np.ndarray, *, block: int = 32, name: str = "linear"
-    ) -> "Matrix":
+    ) -> Matrix:
         """Store ``weight [n, k]`` as ``int8-block`` does, for an ordinary product: it is widened to
         float32 as a whole just before it is used.
 
@@ -299,7 +299,7 @@ class OnnxWriter:
             "MatMul", (self.node("DequantizeLinear", list(stored), axis=0, block_size=block),), {}
         )
 
-    def multiply(self, x: str, matrix: "Matrix") -> str:
+    def multiply(self, x: str, matrix: Matrix) -> str:
         """``x @ weight.T`` with a stored matrix."""
         return self.node(matrix.op, [x, *matrix.constants], **matrix.attributes)
 

@@ -174,7 +174,7 @@ def _write_siglip(
 
 
 def _siglip_layer(
-    graph: "_Rows", x: str, layer: str, n_head: int, epsilon: float, n_strips: int, step: list[int]
+    graph: _Rows, x: str, layer: str, n_head: int, epsilon: float, n_strips: int, step: list[int]
 ) -> str:
     """One transformer layer on ``x [n_strips, *step]``. All but attention runs strip by strip: what
     is widest is never there whole, and a strip stays near the cores.
@@ -292,7 +292,7 @@ def _write_mobilenet(
     )
 
 
-def _mobilenet_block(graph: "_Rows", x: str, name: str, stride: int, early: bool) -> str:
+def _mobilenet_block(graph: _Rows, x: str, name: str, stride: int, early: bool) -> str:
     """One block on ``x [1, h, w, C]``.
 
     What kind it is shows in the tensors it has; the first block of a stage halves h and w.
@@ -345,7 +345,7 @@ def _mobilenet_block(graph: "_Rows", x: str, name: str, stride: int, early: bool
     return y if stride > 1 else writer.node("Add", [y, x])
 
 
-def _multi_query_attention(graph: "_Rows", x: str, name: str) -> str:
+def _multi_query_attention(graph: _Rows, x: str, name: str) -> str:
     """All heads share one K and V, so the queries of every head are simply more rows against one
     head.
     """
@@ -379,7 +379,7 @@ def _multi_query_attention(graph: "_Rows", x: str, name: str) -> str:
     return graph.linear(writer.node("Reshape", [y, shape]), name + "output.proj")
 
 
-def _fuse(graph: "_Rows", fine: str, coarse: str) -> str:
+def _fuse(graph: _Rows, fine: str, coarse: str) -> str:
     """Multi-scale fusion:
 
     ``fine [1, h, w, 640]`` with ``coarse [1, h/2, w/2, 1280]`` doubled to it, one inverted

@@ -48,7 +48,7 @@ def load(
     request: PlanRequest = PlanRequest(),
     lora: Sequence[tuple[str | Path, float]] = (),
     on_progress: Callable[[float], bool | None] | None = None,
-) -> "Model":
+) -> Model:
     """Plan, then load.
 
     ``budget`` in bytes or as text ("2GiB"); ``device`` a profile's name or "auto"; ``request`` the
@@ -361,7 +361,7 @@ class Model:
         self.release_encoders()
         self.weights.close()
 
-    def __enter__(self) -> "Model":
+    def __enter__(self) -> Model:
         return self
 
     def __exit__(self, *_) -> None:

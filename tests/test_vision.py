@@ -94,7 +94,7 @@ def test_palette_grey_and_bilevel():
     ).all()
     grey = np.arange(36, dtype=np.uint8).reshape(6, 6)
     assert np.array_equal(rgb(grey)[..., 1], grey)
-    bilevel = Pillow.fromarray((grey > 17)).convert("1")
+    bilevel = Pillow.fromarray(grey > 17).convert("1")
     assert set(np.unique(rgb(file_bytes(bilevel, "PNG")))) == {0, 255}
 
 

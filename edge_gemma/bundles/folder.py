@@ -45,7 +45,7 @@ class Bundle:
         self.folder, self.manifest = folder, manifest
 
     @classmethod
-    def open(cls, folder: str | os.PathLike) -> "Bundle":
+    def open(cls, folder: str | os.PathLike) -> Bundle:
         """Read and validate the manifest, and check that each file is there with its size. Raises
         BundleError.
         """
@@ -176,7 +176,7 @@ class BundleWriter:
             )
         self.folder = self.out.parent / f".{self.out.name}.partial-{uuid.uuid4().hex[:8]}"
 
-    def __enter__(self) -> "BundleWriter":
+    def __enter__(self) -> BundleWriter:
         for stale in self._stale():
             shutil.rmtree(stale, ignore_errors=True)
         try:

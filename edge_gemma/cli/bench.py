@@ -8,7 +8,7 @@ import json as jsonlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -27,12 +27,12 @@ Json = Annotated[
     bool, typer.Option("--json", help="one JSON object on standard output instead of tables")
 ]
 Report = Annotated[
-    Optional[Path],
+    Path | None,
     typer.Option("--report", help="also write this HTML page, with PNG and JSON beside it"),
 ]
-Save = Annotated[Optional[Path], typer.Option("--save", help="keep the figures in this file")]
+Save = Annotated[Path | None, typer.Option("--save", help="keep the figures in this file")]
 Against = Annotated[
-    Optional[Path],
+    Path | None,
     typer.Option(
         "--against",
         help="compare with a file kept earlier; exit code 1 when something got worse by more than "
@@ -67,10 +67,10 @@ def wer(
         ),
     ],
     language: Annotated[
-        Optional[str], typer.Option("--language", help="the language spoken, in English words")
+        str | None, typer.Option("--language", help="the language spoken, in English words")
     ] = None,
     limit: Annotated[
-        Optional[int], typer.Option("--limit", min=1, help="so many recordings only")
+        int | None, typer.Option("--limit", min=1, help="so many recordings only")
     ] = None,
     short: Annotated[
         bool,
@@ -104,7 +104,7 @@ def wer(
 def memory(
     bundles: Bundles,
     device: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option(
             "--device",
             "-d",
@@ -112,7 +112,7 @@ def memory(
         ),
     ] = None,
     ctx: Annotated[
-        Optional[int],
+        int | None,
         typer.Option("--ctx", help="context in tokens; default: what the plan chooses"),
     ] = None,
     plan_only: Annotated[
@@ -142,11 +142,11 @@ def memory(
 def speed(
     bundles: Bundles,
     depth: Annotated[
-        Optional[list[int]],
+        list[int] | None,
         typer.Option("--depth", min=1, help="prompt length in tokens, repeatable"),
     ] = None,
     threads: Annotated[
-        Optional[list[int]], typer.Option("--threads", "-t", min=1, help="thread count, repeatable")
+        list[int] | None, typer.Option("--threads", "-t", min=1, help="thread count, repeatable")
     ] = None,
     repeats: Repeats = 3,
     json: Json = False,
@@ -180,7 +180,7 @@ def speed(
 def latency(
     bundles: Bundles,
     seconds: Annotated[
-        Optional[list[float]],
+        list[float] | None,
         typer.Option("--seconds", min=0.2, max=30, help="length of the speech, repeatable"),
     ] = None,
     repeats: Repeats = 3,
@@ -249,7 +249,7 @@ def compare(
         str, typer.Argument(help="a bundle; llama_cpp.Llama on the same file is always compared")
     ],
     other: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option(
             "--also",
             help="SYSTEM=MODEL, repeatable; systems: edge-gemma, llama_cpp.Llama, llama-server, "

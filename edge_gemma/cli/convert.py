@@ -454,7 +454,7 @@ def _group(name: str) -> str:
 class _Progress:
     """rich's bar on stderr with bytes, rate and time left; plain lines where stderr is no terminal."""
 
-    def __enter__(self) -> "_Progress":
+    def __enter__(self) -> _Progress:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -33,7 +33,7 @@ def pull(
         ),
     ],
     name: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(help="Name in the store; default: that of the file or repository."),
     ] = None,
     force: Annotated[bool, typer.Option(help="Fetch again and replace what is installed.")] = False,
@@ -200,7 +200,7 @@ def list_(as_json: JSON = False) -> None:
 
 def rm(
     names: Annotated[
-        Optional[list[str]], typer.Argument(help="Installed bundles.", autocompletion=bundle_names)
+        list[str] | None, typer.Argument(help="Installed bundles.", autocompletion=bundle_names)
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     unfinished: Annotated[

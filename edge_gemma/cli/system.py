@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -133,7 +133,7 @@ def _ids(cpus: tuple[int, ...]) -> str:
 
 def profiles(
     name: Annotated[
-        Optional[str],
+        str | None,
         typer.Argument(
             help="One profile (or FILE.toml, or auto) in detail.", autocompletion=profile_names
         ),

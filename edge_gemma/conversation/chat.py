@@ -54,7 +54,7 @@ class Chat:
 
     def __init__(
         self,
-        model: "Model",
+        model: Model,
         *,
         system: str | None = None,
         tools: Sequence[Mapping] = (),
@@ -212,7 +212,7 @@ class Chat:
     def close(self) -> None:
         self.session.close()
 
-    def __enter__(self) -> "Chat":
+    def __enter__(self) -> Chat:
         return self
 
     def __exit__(self, *_) -> None:

@@ -291,7 +291,7 @@ class Session:
             self._cache.return_sequence(self._sequence)
             self._sequence, self._cached = None, 0
 
-    def __enter__(self) -> "Session":
+    def __enter__(self) -> Session:
         return self
 
     def __exit__(self, *_) -> None:

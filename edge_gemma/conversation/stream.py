@@ -45,7 +45,7 @@ class Chunk:
 
     text: str
     token_ids: tuple[int, ...] = ()
-    logprobs: tuple["Logprob", ...] = ()
+    logprobs: tuple[Logprob, ...] = ()
     finish_reason: str | None = None
     usage: Usage | None = None
     timings: Timings | None = None

@@ -150,7 +150,7 @@ class Microphone:
         self._stream = None
         self._rest = np.zeros(0, np.float32)
 
-    def __enter__(self) -> "Microphone":
+    def __enter__(self) -> Microphone:
         self._open()
         return self
 

@@ -54,7 +54,7 @@ class AudioEncoder:
             for name in _STATE
         }
 
-    def stream(self) -> "AudioStream":
+    def stream(self) -> AudioStream:
         """Start one clip. Raises RuntimeFailure when the encoder was closed."""
         if self._session is None:
             raise RuntimeFailure("the audio encoder was closed; open it again")
@@ -72,7 +72,7 @@ class AudioEncoder:
         self._session = None
         trim_heap()
 
-    def __enter__(self) -> "AudioEncoder":
+    def __enter__(self) -> AudioEncoder:
         return self
 
     def __exit__(self, *exception) -> None:

@@ -100,7 +100,7 @@ class AudioFile:
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self) -> "AudioFile":
+    def __enter__(self) -> AudioFile:
         return self
 
     def __exit__(self, *exception) -> None:

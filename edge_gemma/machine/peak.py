@@ -59,7 +59,7 @@ class PeakSampler:
         self._shared_bytes, self._next_walk, self._walked_rss = 0, 0.0, 0
         self._thread = threading.Thread(target=self._run, name="peak-sampler", daemon=True)
 
-    def __enter__(self) -> "PeakSampler":
+    def __enter__(self) -> PeakSampler:
         self._t0 = time.perf_counter()
         self._resettable = reset_peak(self.pid)
         self.mark("start")

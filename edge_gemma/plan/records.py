@@ -81,7 +81,7 @@ class Plan:
     def phase_bytes(self, phase: str) -> int:
         return sum(item.bytes for item in self.items if phase in item.phases)
 
-    def require(self) -> "Plan":
+    def require(self) -> Plan:
         """This plan, or PlanRefused with the arithmetic and the nearest request that fits."""
         if not self.fits:
             raise PlanRefused(self.refusal, self)

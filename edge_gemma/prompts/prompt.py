@@ -209,7 +209,7 @@ class Prompt:
             pieces.insert(0, self._bos)
         return pieces
 
-    def _render(self, turns: list[Message], generate: bool) -> tuple[str, "_Marks"]:
+    def _render(self, turns: list[Message], generate: bool) -> tuple[str, _Marks]:
         """Try the messages as they are; then with the system text folded into the first user turn;
         then each as one string.
         """

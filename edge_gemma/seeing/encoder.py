@@ -69,7 +69,7 @@ class ImageEncoder:
         self._session = None
         trim_heap()
 
-    def __enter__(self) -> "ImageEncoder":
+    def __enter__(self) -> ImageEncoder:
         return self
 
     def __exit__(self, *exception) -> None:

@@ -146,7 +146,7 @@ class Picture:
         min_crop: int = PAN_AND_SCAN_MIN_CROP,
         max_crops: int = PAN_AND_SCAN_MAX_CROPS,
         min_ratio: float = PAN_AND_SCAN_MIN_RATIO,
-    ) -> "list[Picture]":
+    ) -> list[Picture]:
         """Gemma 3's pan and scan: cuts of a wide or tall picture along its longer side, or none
         when it is near square.
         """

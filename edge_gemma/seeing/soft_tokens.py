@@ -193,7 +193,7 @@ class Look:
 
     close = release
 
-    def __enter__(self) -> "Look":
+    def __enter__(self) -> Look:
         return self
 
     def __exit__(self, *_) -> None:

@@ -134,7 +134,7 @@ class Decoder:
     def is_end(self, token: int) -> bool:
         return bool(self._low.llama_vocab_is_eog(self.vocab, token))
 
-    def context(self, settings: Settings | None = None, **changes) -> "Context":
+    def context(self, settings: Settings | None = None, **changes) -> Context:
         """A KV cache with compute buffers. ``changes`` as of :class:`Context`. Raises
         RuntimeFailure when llama.cpp cannot.
         """

@@ -204,7 +204,7 @@ class Weights:
         self._addresses = []  # the addresses mean nothing once the mapping is gone
         self.decoder.close()
 
-    def __enter__(self) -> "Weights":
+    def __enter__(self) -> Weights:
         return self
 
     def __exit__(self, *_) -> None:
