@@ -32,7 +32,7 @@ import numpy as np
 
 from edge_gemma.bundles.folder import Bundle, BundleWriter, file_entry
 from edge_gemma.bundles.manifest import AudioPart, DecoderPart, Manifest, Source
-from edge_gemma.hearing.samples import RATE_HZ
+from edge_gemma.hearing.samples import BLOCK_SAMPLES, RATE_HZ
 from edge_gemma.machine.footprint import Footprint, rollup
 from edge_gemma.machine.peak import PeakSampler
 from edge_gemma.units import MiB
@@ -40,7 +40,6 @@ from edge_gemma.units import MiB
 INSTRUCTION = "Write down what is said in the following piece of speech."  # 12 tokens
 QUEUE_S = 30.0  # audio.Microphone's
 STEP = RATE_HZ * 480 // 1000  # samples of one encoder step
-PACKET = 512
 
 
 def note(text: str) -> None:
@@ -209,10 +208,10 @@ def latency(work: Path, decoder: Path, precision: str, rounds: int, n_threads: i
                 with model.chat(pad_audio=False) as chat:
                     turn = LiveTurn(chat, INSTRUCTION, max_tokens=8)
                     began = time.perf_counter()
-                    last = (len(samples) - 1) // PACKET * PACKET
+                    last = (len(samples) - 1) // BLOCK_SAMPLES * BLOCK_SAMPLES
                     if mode == "live":
-                        for start in range(0, last, PACKET):
-                            turn.push(samples[start : start + PACKET])
+                        for start in range(0, last, BLOCK_SAMPLES):
+                            turn.push(samples[start : start + BLOCK_SAMPLES])
                     ended = time.perf_counter()
                     busy += [(ended - began) / len(samples) * RATE_HZ] if mode == "live" else []
                     turn.push(samples[last:] if mode == "live" else samples)
@@ -274,10 +273,10 @@ def hangover_ms() -> int:
 
     detector = SpeechDetector(probability=lambda chunk: float(np.abs(chunk).max() > 0.1))
     n = 0
-    detector.push(np.full(RATE_HZ // PACKET * PACKET, 0.5, np.float32))
+    detector.push(np.full(RATE_HZ // BLOCK_SAMPLES * BLOCK_SAMPLES, 0.5, np.float32))
     while detector.speaking:
-        detector.push(np.zeros(PACKET, np.float32))
-        n += PACKET
+        detector.push(np.zeros(BLOCK_SAMPLES, np.float32))
+        n += BLOCK_SAMPLES
     return round(1000 * n / RATE_HZ)
 
 
@@ -348,7 +347,7 @@ def _session_memory(
     ):
         options = ListenOptions(INSTRUCTION, sampling=Sampling(temperature=0, max_tokens=48))
         for record in Listener(
-            chat, (x[k : k + PACKET] for k in range(0, len(x), PACKET)), options
+            chat, (x[k : k + BLOCK_SAMPLES] for k in range(0, len(x), BLOCK_SAMPLES)), options
         ).records():
             phase = {
                 "speech": "listen",
@@ -387,8 +386,8 @@ def soak(work: Path, precision: str, minutes: float, clips: list[Path]) -> dict:
         while position < minutes * 60 * RATE_HZ:
             sound = sounds[played % len(sounds)]
             played += 1
-            for start in range(0, len(sound), PACKET):
-                packet, arrived = sound[start : start + PACKET], time.perf_counter()
+            for start in range(0, len(sound), BLOCK_SAMPLES):
+                packet, arrived = sound[start : start + BLOCK_SAMPLES], time.perf_counter()
                 position += len(packet)
                 for event in detector.push(packet):
                     stream = stream or loaded.stream()

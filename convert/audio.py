@@ -33,10 +33,10 @@ from edge_gemma.convert.onnx_writer import OnnxWriter, Precision
 
 from edge_gemma.bundles.manifest import AudioPart
 from edge_gemma.errors import CheckpointError, UnsupportedModel
+from edge_gemma.hearing.encoder import STEP_FRAMES
 
 FILE = "audio_encoder.onnx"
 TOWER, EMBEDDER = "model.audio_tower.", "model.embed_audio."
-STEP_FRAMES = 12  # what the runtime runs at a time: 480 ms
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from edge_gemma.conversation.listener import Listener, ListenOptions, ask, trans
 from edge_gemma.conversation.live_turn import LiveTurn
 from edge_gemma.conversation.voice import Voice
 from edge_gemma.errors import DeviceLost, UsageError
-from edge_gemma.hearing.utterances import CHUNK, SpeechDetector, VadSettings
+from edge_gemma.hearing.samples import BLOCK_SAMPLES
+from edge_gemma.hearing.utterances import SpeechDetector, VadSettings
 from edge_gemma.messages import Audio, Message
 from edge_gemma.options import Sampling
 from edge_gemma.prompts.prompt import read_special_rows
@@ -237,7 +238,7 @@ def test_ask_answers_a_question_about_a_sound(hearing_model):
 
 def test_records_of_a_session(hearing_model):
     x = np.concatenate([silence(1), speech(3), silence(1.5)])
-    blocks = [x[k : k + CHUNK] for k in range(0, len(x), CHUNK)]
+    blocks = [x[k : k + BLOCK_SAMPLES] for k in range(0, len(x), BLOCK_SAMPLES)]
     with hearing_model.chat() as chat:
         listener = Listener(
             chat,
@@ -317,7 +318,7 @@ def run(listener):
 
 
 def blocks(x):
-    return [x[k : k + CHUNK] for k in range(0, len(x), CHUNK)]
+    return [x[k : k + BLOCK_SAMPLES] for k in range(0, len(x), BLOCK_SAMPLES)]
 
 
 def test_speech_stops_an_answer(hearing_model, monkeypatch):

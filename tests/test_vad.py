@@ -9,9 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edge_gemma.errors import UsageError
-from edge_gemma.hearing.samples import RATE_HZ
+from edge_gemma.hearing.samples import BLOCK_SAMPLES, RATE_HZ
 from edge_gemma.hearing.sound import read_audio
-from edge_gemma.hearing.utterances import CHUNK, SpeechDetector, VadSettings
+from edge_gemma.hearing.utterances import SpeechDetector, VadSettings
 
 
 def loud(chunk):
@@ -36,11 +36,13 @@ def script(*parts):
 def test_pre_and_post_roll_surround_the_speech():
     x = script((2, 0), (1, 0.9), (2, 0))
     start, end = [e for e in detect(x) if e.kind in ("start", "end")]
-    assert abs(start.at - 2 * RATE_HZ) <= CHUNK and abs(end.at - 3 * RATE_HZ) <= CHUNK
+    assert (
+        abs(start.at - 2 * RATE_HZ) <= BLOCK_SAMPLES and abs(end.at - 3 * RATE_HZ) <= BLOCK_SAMPLES
+    )
     clip = np.concatenate([e.samples for e in detect(x)])
     first = int(np.searchsorted(x, clip[0])) if clip[0] in x[: 2 * RATE_HZ] else None
-    assert first is not None and abs(2 * RATE_HZ - first - 0.3 * RATE_HZ) <= 2 * CHUNK
-    assert abs(len(clip) - 1.5 * RATE_HZ) <= 3 * CHUNK
+    assert first is not None and abs(2 * RATE_HZ - first - 0.3 * RATE_HZ) <= 2 * BLOCK_SAMPLES
+    assert abs(len(clip) - 1.5 * RATE_HZ) <= 3 * BLOCK_SAMPLES
 
 
 def test_a_pause_shorter_than_the_hangover_is_part_of_the_utterance():
@@ -78,7 +80,9 @@ def test_every_sample_at_most_once_in_order_and_no_speech_lost(parts, packet):
         piece = 0 if e.kind in ("cut", "end") else piece
     if events:  # what was clearly speech, from the first start on, is in some piece
         first = events[0].at
-        assert (taken > 0.8).sum() >= (x[first : len(x) // CHUNK * CHUNK] > 0.8).sum() - _clicks(x)
+        assert (taken > 0.8).sum() >= (
+            x[first : len(x) // BLOCK_SAMPLES * BLOCK_SAMPLES] > 0.8
+        ).sum() - _clicks(x)
 
 
 def _positions(x, events):
@@ -102,7 +106,7 @@ def _clicks(x):
     """Samples in runs of speech too short to start an utterance, and the chunks at the runs' edges."""
     voiced = x > 0.8
     edges = np.flatnonzero(np.diff(np.concatenate([[0], voiced, [0]])))
-    return sum(min(b - a, 5 * CHUNK) for a, b in zip(edges[::2], edges[1::2], strict=True))
+    return sum(min(b - a, 5 * BLOCK_SAMPLES) for a, b in zip(edges[::2], edges[1::2], strict=True))
 
 
 def test_a_long_utterance_is_cut_in_a_pause():
@@ -116,7 +120,7 @@ def test_without_a_pause_the_softest_place_is_cut():
     x = script((28.5, 0.9), (0.2, 0.6), (20, 0.9), (1, 0))
     events = [e for e in detect(x) if e.kind != "more"]
     assert [e.kind for e in events] == ["start", "cut", "end"]
-    assert 28.5 * RATE_HZ - CHUNK <= events[1].at <= 28.7 * RATE_HZ + CHUNK
+    assert 28.5 * RATE_HZ - BLOCK_SAMPLES <= events[1].at <= 28.7 * RATE_HZ + BLOCK_SAMPLES
     assert sum(len(e.samples) for e in detect(x)) >= 48.7 * RATE_HZ
 
 

@@ -30,7 +30,7 @@ from edge_gemma.errors import DeviceLost, EdgeGemmaError, UsageError
 from edge_gemma.hearing.devices import Microphone
 from edge_gemma.hearing.samples import RATE_HZ
 from edge_gemma.hearing.sound import AudioFile
-from edge_gemma.hearing.utterances import Speech, SpeechDetector, VadSettings
+from edge_gemma.hearing.utterances import SpeechDetector, UtteranceEvent, VadSettings
 from edge_gemma.options import Sampling
 
 RETRY_S = 0.5  # between attempts to get a lost microphone back
@@ -119,7 +119,7 @@ def transcribe(
     turn: LiveTurn | None = None
     start = position = n = 0  # samples
 
-    def events() -> Iterator[Speech]:
+    def events() -> Iterator[UtteranceEvent]:
         nonlocal position
         for block in blocks:
             position += len(block)
@@ -273,7 +273,7 @@ class Listener:
             yield from self._event(event, arrived)
         yield from self._drain()
 
-    def _event(self, event: Speech, arrived: float | None = None) -> Iterator[Heard]:
+    def _event(self, event: UtteranceEvent, arrived: float | None = None) -> Iterator[Heard]:
         if event.kind == "start":
             if self._answer:
                 text = self._answer.stop()

