@@ -7,7 +7,7 @@
     python -m edge_gemma.benchmarks.hear soak [--minutes 60]             LibriVox speech in a loop through detection and encoder
 
 In: full-size weights that are made where they are missing (``--work``, 1.4 GB + the encoder;
-random, see audio_checkpoint.py) and a decoder GGUF from benchmarks/synthetic.py. Out: a table for
+random, see audio_checkpoint.py) and a decoder GGUF from benchmarks/dev/synthetic.py. Out: a table for
 people on stderr, one JSON line on stdout. What is said by random weights is noise; time and memory
 are those of real ones.
 """
@@ -53,7 +53,7 @@ def encoder_bundle(work: Path, precision: str, decoder: Path | None = None) -> B
     out = work / f"hear-{precision}{'-' + decoder.stem if decoder else ''}"
     if (out / "manifest.json").is_file():
         return Bundle.open(out)
-    from edge_gemma.benchmarks import audio_checkpoint
+    from edge_gemma.benchmarks.dev import audio_checkpoint
     from edge_gemma.convert.audio import write_audio_encoder
     from edge_gemma.convert.checkpoint import Checkpoint
 
@@ -164,7 +164,7 @@ def exact(work: Path, seconds: list[float]) -> dict:
     """The full-size encoder in float32 against numpy (audio_reference.py) on the same checkpoint:
     the largest difference of a soft token's values, which have an rms of 1.
     """
-    from edge_gemma.benchmarks import audio_reference
+    from edge_gemma.benchmarks.dev import audio_reference
     from edge_gemma.convert.checkpoint import Checkpoint
 
     from edge_gemma.hearing.encoder import AudioEncoder
@@ -446,7 +446,7 @@ def main() -> None:
         "decoder",
         type=Path,
         nargs="?",
-        help="latency and memory: a Gemma 3n GGUF, `python -m edge_gemma.benchmarks.synthetic e2b "
+        help="latency and memory: a Gemma 3n GGUF, `python -m edge_gemma.benchmarks.dev.synthetic e2b "
         "OUT.gguf --head q4_0 --embed q8_0`",
     )
     parser.add_argument(

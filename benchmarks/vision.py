@@ -36,10 +36,10 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+from edge_gemma.benchmarks.dev.vision_checkpoint import SIZES, write_checkpoint
+from edge_gemma.benchmarks.dev.vision_mtmd import TYPES as MTMD_TYPES
+from edge_gemma.benchmarks.dev.vision_mtmd import of_width, soft_tokens, write_mmproj
 from edge_gemma.benchmarks.machine import describe_machine
-from edge_gemma.benchmarks.vision_checkpoint import SIZES, write_checkpoint
-from edge_gemma.benchmarks.vision_mtmd import TYPES as MTMD_TYPES
-from edge_gemma.benchmarks.vision_mtmd import of_width, soft_tokens, write_mmproj
 
 from edge_gemma.errors import EdgeGemmaError, RuntimeFailure, UsageError
 from edge_gemma.machine.peak import PeakSampler
@@ -207,7 +207,7 @@ def prepare(choice: Choice, work: Path) -> list[tuple[str, list[str]]]:
         folder = made(f"{kind}-{precision}", partial(convert, precision))
         commands.append((f"edge-gemma {precision}", [*module, "ours", str(folder), kind, threads]))
     if choice.torch_python:
-        script = str(Path(__file__).with_name("vision_torch.py"))
+        script = str(Path(__file__).with_name("dev") / "vision_torch.py")
         export = made(
             f"{kind}-torch.onnx",
             lambda out: subprocess.run(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from edge_gemma.benchmarks import armvm
+from edge_gemma.benchmarks.dev import armvm
 
 from edge_gemma.errors import RuntimeFailure, UsageError
 from edge_gemma.units import MiB
@@ -41,7 +41,7 @@ def test_core_tests_exist():
 def test_refusals(tmp_path, monkeypatch):
     with pytest.raises(
         UsageError,
-        match="no machine in .*; make one with: python -m edge_gemma.benchmarks.armvm build",
+        match="no machine in .*; make one with: python -m edge_gemma.benchmarks.dev.armvm build",
     ):
         next(armvm.boot(tmp_path, "true"))
     monkeypatch.setattr(
@@ -65,7 +65,7 @@ def test_a_terminated_command_takes_the_machine_along(tmp_path):
     machine.chmod(0o755)
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     with subprocess.Popen(
-        [sys.executable, "-m", "edge_gemma.benchmarks.armvm", "run", str(tmp_path), "true"],
+        [sys.executable, "-m", "edge_gemma.benchmarks.dev.armvm", "run", str(tmp_path), "true"],
         env=env,
         stdout=subprocess.PIPE,
         text=True,

@@ -8,7 +8,7 @@ import hearing
 import numpy as np
 import pytest
 from checkpoints import recipe, write_checkpoint
-from edge_gemma.benchmarks import audio_reference
+from edge_gemma.benchmarks.dev import audio_reference
 from edge_gemma.convert.audio import hard_rows, write_audio_encoder
 from edge_gemma.convert.checkpoint import Checkpoint
 from hypothesis import given, settings

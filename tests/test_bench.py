@@ -18,8 +18,8 @@ from edge_gemma.benchmarks import (
 )
 from edge_gemma.benchmarks.bench import Section
 from edge_gemma.benchmarks.caps import Limits
+from edge_gemma.benchmarks.dev.synthetic import Types, tiny_gguf
 from edge_gemma.benchmarks.report import write_report
-from edge_gemma.benchmarks.synthetic import Types, tiny_gguf
 from edge_gemma.benchmarks.systems import Task
 
 from edge_gemma.errors import UsageError

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 from checkpoints import REFERENCE, write_checkpoint
-from edge_gemma.benchmarks.synthetic import Types, tiny_gguf
+from edge_gemma.benchmarks.dev.synthetic import Types, tiny_gguf
 from edge_gemma.convert.pipeline import Conversion, convert
 
 from edge_gemma.bundles.folder import Bundle

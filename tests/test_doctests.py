@@ -14,7 +14,12 @@ def modules() -> list[str]:
     """Every module, wherever the folders of the subpackages lie."""
     folders = {
         package: importlib.import_module(package).__path__
-        for package in ("edge_gemma", "edge_gemma.convert", "edge_gemma.benchmarks")
+        for package in (
+            "edge_gemma",
+            "edge_gemma.convert",
+            "edge_gemma.benchmarks",
+            "edge_gemma.benchmarks.dev",
+        )
     }
     return sorted(
         {

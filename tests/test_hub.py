@@ -29,7 +29,7 @@ runner = CliRunner()
 
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory):
-    from edge_gemma.benchmarks.synthetic import tiny_gguf
+    from edge_gemma.benchmarks.dev.synthetic import tiny_gguf
 
     return tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny-Q8_0.gguf")
 

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 import pytest
-from edge_gemma.benchmarks.synthetic import Types, tiny_gguf
+from edge_gemma.benchmarks.dev.synthetic import Types, tiny_gguf
 
 from edge_gemma.bundles.description import describe
 from edge_gemma.bundles.folder import Bundle

@@ -8,7 +8,7 @@ import dataclasses
 import json
 
 import pytest
-from edge_gemma.benchmarks.synthetic import tiny_gguf
+from edge_gemma.benchmarks.dev.synthetic import tiny_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

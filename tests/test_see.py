@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import seeing
 from checkpoints import recipe, write_checkpoint
-from edge_gemma.benchmarks.vision_mtmd import write_mmproj
+from edge_gemma.benchmarks.dev.vision_mtmd import write_mmproj
 from edge_gemma.convert.checkpoint import Checkpoint
 from edge_gemma.convert.mmproj import vision_writer
 

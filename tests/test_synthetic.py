@@ -3,8 +3,8 @@
 import gguf
 import numpy as np
 import pytest
-from edge_gemma.benchmarks import synthetic
-from edge_gemma.benchmarks.synthetic import SHAPES, Types, tensors, tiny_gguf
+from edge_gemma.benchmarks.dev import synthetic
+from edge_gemma.benchmarks.dev.synthetic import SHAPES, Types, tensors, tiny_gguf
 
 from edge_gemma.engines.llama.library import library
 from edge_gemma.errors import UsageError

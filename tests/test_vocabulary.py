@@ -200,10 +200,10 @@ def test_any_bytes_are_a_model_or_refused(tmp_path_factory, data):
 
 
 def test_a_real_vocabulary_comes_back_from_its_gguf(sample_gguf):
-    """benchmarks/real_checkpoint.py writes the tokenizer.model that converters, ours and others',
+    """real_checkpoint.py writes the tokenizer.model that converters, ours and others',
     begin with.
     """
-    from edge_gemma.benchmarks.real_checkpoint import _tokenizer_model
+    from edge_gemma.benchmarks.dev.real_checkpoint import _tokenizer_model
 
     from edge_gemma.bundles.gguf import read_header
 

@@ -1,6 +1,6 @@
 """Full-size GGUF files with random weights, and tiny ones for tests.
 
-    python -m edge_gemma.benchmarks.synthetic e2b OUT.gguf --type q4_0 --ple q8_0 --head q4_0
+    python -m edge_gemma.benchmarks.dev.synthetic e2b OUT.gguf --type q4_0 --ple q8_0 --head q4_0
     --embed q8_0
 
 In: the name of a size and the types of its tensor groups. Out: a GGUF that llama.cpp loads and

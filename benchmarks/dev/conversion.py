@@ -1,7 +1,7 @@
 """Conversion measured: one pass against the two-step route, in one run, on the same checkpoint.
 
-    python -m edge_gemma.benchmarks.conversion CHECKPOINT --recipes q4_0,q4_k_m [--work FOLDER] [--json FILE]
-    python -m edge_gemma.benchmarks.conversion CHECKPOINT --recipes "" --speed q4_0,edge,edge+tied     # what an output head of its own brings
+    python -m edge_gemma.benchmarks.dev.conversion CHECKPOINT --recipes q4_0,q4_k_m [--work FOLDER] [--json FILE]
+    python -m edge_gemma.benchmarks.dev.conversion CHECKPOINT --recipes "" --speed q4_0,edge,edge+tied     # what an output head of its own brings
 
 In: a checkpoint folder (`synthetic_checkpoint` writes a full-size one). Out: per recipe the wall
 time, peak PSS and bytes written of `edge-gemma convert`, and of the other way: an F16 GGUF first,
@@ -136,7 +136,7 @@ def run(
                 [
                     sys.executable,
                     "-m",
-                    "edge_gemma.benchmarks.conversion",
+                    "edge_gemma.benchmarks.dev.conversion",
                     "--quantize",
                     str(f16 / "decoder.gguf"),
                     str(target),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from edge_gemma.benchmarks.vision_checkpoint import MOBILENET_WIDTH, SIZES
+from edge_gemma.benchmarks.dev.vision_checkpoint import MOBILENET_WIDTH, SIZES
 
 from edge_gemma.bundles.gguf import read_header
 from edge_gemma.errors import UsageError

@@ -1,7 +1,7 @@
 """A checkpoint with Gemma 3n's audio tower at its real size and random weights: what conversion,
 memory and speed are measured on.
 
-    python -m edge_gemma.benchmarks.audio_checkpoint OUT
+    python -m edge_gemma.benchmarks.dev.audio_checkpoint OUT
 
 In: nothing. Out: a Hugging Face style folder (config.json, model.safetensors in bf16, 1.4 GB)
 holding the audio tower and its embedder only. What it hears is noise; memory and speed are those of

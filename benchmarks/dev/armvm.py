@@ -1,9 +1,9 @@
 """A 64-bit Arm board in a virtual machine: real memory figures, emulated speed.
 
-    python -m edge_gemma.benchmarks.armvm build DIR             a Debian arm64 machine with everything edge-gemma needs (once, some minutes)
-    python -m edge_gemma.benchmarks.armvm memory DIR            270M, E2B (with and without ears) and E4B under hard limits: planned against measured
-    python -m edge_gemma.benchmarks.armvm test DIR [PYTEST…]    the core of the test suite on arm64
-    python -m edge_gemma.benchmarks.armvm run DIR -- COMMAND…   anything else, as root, with this checkout on its Python path
+    python -m edge_gemma.benchmarks.dev.armvm build DIR             a Debian arm64 machine with everything edge-gemma needs (once, some minutes)
+    python -m edge_gemma.benchmarks.dev.armvm memory DIR            270M, E2B (with and without ears) and E4B under hard limits: planned against measured
+    python -m edge_gemma.benchmarks.dev.armvm test DIR [PYTEST…]    the core of the test suite on arm64
+    python -m edge_gemma.benchmarks.dev.armvm run DIR -- COMMAND…   anything else, as root, with this checkout on its Python path
 
 In: this checkout and Debian's packages. Out: lines from the machine's console. A Cortex-A76 (the
 Raspberry Pi 5's core) under QEMU with a real Linux, real cgroup v2 limits and a real OOM killer.
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import tomllib
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -267,16 +268,12 @@ def _script(path: Path, text: str) -> None:
 
 
 def _project() -> dict:
-    try:
-        import tomllib
-    except ImportError:
-        import tomli as tomllib
     return tomllib.loads((_checkout() / "pyproject.toml").read_text())
 
 
 def _checkout() -> Path:
     """The source tree this file belongs to; the machine gets a copy of it with every run."""
-    folder = Path(__file__).resolve().parent.parent
+    folder = Path(__file__).resolve().parents[2]
     if not (folder / "pyproject.toml").is_file():
         raise UsageError(
             "the Arm machine is built from a source checkout; clone the repository and "
@@ -339,7 +336,7 @@ def boot(
     """
     if not (folder / "root.ext4").is_file():
         raise UsageError(
-            f"no machine in {folder}; make one with: python -m edge_gemma.benchmarks.armvm "
+            f"no machine in {folder}; make one with: python -m edge_gemma.benchmarks.dev.armvm "
             f"build {folder}"
         )
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".tar") as job:
@@ -484,7 +481,7 @@ def memory(
         try:
             for line in boot(
                 folder,
-                f"python3 -W ignore -m edge_gemma.benchmarks.armvm guest {name}\n",
+                f"python3 -W ignore -m edge_gemma.benchmarks.dev.armvm guest {name}\n",
                 memory_bytes=6 * GiB,
                 models=image,
                 timeout_s=4 * 3600,

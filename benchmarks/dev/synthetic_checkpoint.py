@@ -1,8 +1,8 @@
 """A full-size Gemma 3n checkpoint with random weights: sharded bf16 safetensors, as large as the
 real one.
 
-    python -m edge_gemma.benchmarks.synthetic_checkpoint e2b OUT          # 10.3 GB
-    python -m edge_gemma.benchmarks.synthetic_checkpoint e4b OUT          # 15.2 GB
+    python -m edge_gemma.benchmarks.dev.synthetic_checkpoint e2b OUT          # 10.3 GB
+    python -m edge_gemma.benchmarks.dev.synthetic_checkpoint e4b OUT          # 15.2 GB
 
 In: the name of a size. Out: a Hugging Face folder with decoder and audio tower (no vision). Values
 repeat a pool of 16 million normal deviates from another start in each tensor, scaled by a power of
@@ -20,8 +20,8 @@ from math import log2, prod
 from pathlib import Path
 
 import numpy as np
-from edge_gemma.benchmarks.real_checkpoint import _bf16, _tokenizer_model, sample_gguf
-from edge_gemma.benchmarks.synthetic import SHAPES
+from edge_gemma.benchmarks.dev.real_checkpoint import _bf16, _tokenizer_model, sample_gguf
+from edge_gemma.benchmarks.dev.synthetic import SHAPES
 
 from edge_gemma.bundles.gguf import read_header
 

@@ -2,7 +2,7 @@
 
 Gemma 3 270M, dequantized from the GGUF of the ``sample`` extra into a bf16 Hugging Face folder.
 
-    python -m edge_gemma.benchmarks.real_checkpoint OUT
+    python -m edge_gemma.benchmarks.dev.real_checkpoint OUT
 
 In: the sample package (or any Gemma 3 GGUF). Out: config.json, model.safetensors (bf16) and
 tokenizer.model, as Google's own checkpoint has them. The weights had been quantized once already,
