@@ -96,7 +96,7 @@ def siglip_checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def seeing_bundle(siglip_checkpoint, tmp_path_factory):
-    """The folder of a bundle whose vision encoder is real (f32) and whose decoder is only a name."""
+    """The folder of a bundle with a real vision encoder (f32); its decoder is only a name."""
     import seeing
 
     return seeing.encoder_bundle(
@@ -131,6 +131,31 @@ def sine_wav(tmp_path):
 
 
 @pytest.fixture(scope="session")
+def cat_png(tmp_path_factory):
+    """A picture of 64 × 48: a gradient."""
+    import seeing
+    from PIL import Image
+
+    path = tmp_path_factory.mktemp("cat") / "cat.png"
+    Image.fromarray(seeing.picture(1, height=48, width=64)).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def clip_gif(tmp_path_factory):
+    """An animation of 64 × 48: three frames, half a second each."""
+    import seeing
+    from PIL import Image
+
+    path = tmp_path_factory.mktemp("clip") / "clip.gif"
+    first, *others = [
+        Image.fromarray(seeing.picture(seed, height=48, width=64)) for seed in range(3)
+    ]
+    first.save(path, save_all=True, append_images=others, duration=500)
+    return path
+
+
+@pytest.fixture(scope="session")
 def looking_bundle(tmp_path_factory):
     """The reference Gemma 3 with its vision encoder, all f32: small and whole, from pixels to
     logits.
@@ -146,19 +171,25 @@ def looking_bundle(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def hearing_model(tmp_path_factory):
-    """The reference Gemma 3n with its ears, 1024 tokens of context, as transformers' answers in
-    reference/g3n-audio.npz expect it.
-    """
+def hearing_bundle(tmp_path_factory):
+    """The reference Gemma 3n with its audio encoder, all f32: from samples to logits."""
     import hearing
 
+    return hearing.hearing_bundle(tmp_path_factory.mktemp("hearing"))
+
+
+@pytest.fixture(scope="session")
+def hearing_model(hearing_bundle):
+    """The reference Gemma 3n that hears, 1024 tokens of context, as transformers' answers in
+    reference/g3n-audio.npz expect it.
+    """
     import edge_gemma
     from edge_gemma.plan.records import PlanRequest
 
     # one thread: this decoder is so small that threads would wait for each other, on a busy machine
     # for seconds
     with edge_gemma.load(
-        hearing.hearing_bundle(tmp_path_factory.mktemp("hearing")),
+        hearing_bundle,
         n_ctx=1024,
         request=PlanRequest(n_threads=1),
     ) as model:

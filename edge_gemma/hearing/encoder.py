@@ -27,7 +27,7 @@ class AudioEncoder:
 
     ``n_threads`` is the encoder's own; beside a running decoder one is often faster than two.
 
-    >>> with AudioEncoder(Bundle.open(getfixture("encoder_bundle")), n_threads=1) as encoder:
+    >>> with AudioEncoder(Bundle.open("my-gemma-3n"), n_threads=1) as encoder:
     ...     encoder.encode(np.zeros(16000, np.float32)).shape
     (7, 256)
     """

@@ -29,7 +29,7 @@ class AudioFile:
 
     Raises MediaError: missing, empty, not audio.
 
-    >>> with AudioFile(getfixture("sine_wav")) as file:
+    >>> with AudioFile("clip.wav") as file:
     ...     round(file.duration_s, 2), sum(len(block) for block in file.blocks())
     (0.5, 8000)
     """
@@ -112,7 +112,7 @@ def read_audio(path: str | os.PathLike, *, max_s: float = 30.0) -> np.ndarray:
 
     Raises MediaError: not audio, or longer than ``max_s`` seconds.
 
-    >>> read_audio(getfixture("sine_wav")).shape
+    >>> read_audio("clip.wav").shape
     (8000,)
     """
     blocks, n = [], 0

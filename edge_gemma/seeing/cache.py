@@ -36,7 +36,7 @@ def default_folder() -> Path:
 class SoftTokenCache:
     """Rows by key, at most ``cap_bytes`` of them (0: nothing is kept).
 
-    >>> cache = SoftTokenCache(getfixture("tmp_path"))
+    >>> cache = SoftTokenCache(Path("soft-tokens"))
     >>> cache.put("a picture", np.ones((2, 3), np.float32))
     >>> cache.get("a picture", (2, 3)).sum(), cache.get("another", (2, 3)) is None
     (np.float32(6.0), True)

@@ -14,7 +14,7 @@ class ImageEncoder:
     """The vision tower of a bundle, loaded for square inputs of ``size`` pixels (default: the
     bundle's first). One picture at a time.
 
-    >>> with ImageEncoder(Bundle.open(getfixture("seeing_bundle")), n_threads=1) as encoder:
+    >>> with ImageEncoder(Bundle.open("my-gemma-3"), n_threads=1) as encoder:
     ...     encoder.encode(np.zeros((1, 3, 224, 224), np.float32)).shape
     (16, 256)
     """
