@@ -1,10 +1,12 @@
 """A Hugging Face folder → tensors by canonical name, read lazily, a few rows at a time.
 
 In: a folder with ``config.json`` and ``*.safetensors`` (one file, or shards with an index). Out: a
-:class:`Checkpoint` whose tensors are float32 slices. This room does not know which tensors a model
-needs, nor what becomes of them. Pickle files are never opened.
+:class:`Checkpoint` whose tensors are float32 slices. This module does not know which tensors a
+model needs, nor what becomes of them. Pickle files are never opened.
 
-The header reader follows https://github.com/huggingface/safetensors#format: 8 bytes little-endian
+Headers are read here, not by the safetensors library, which maps whole files: pages of a mapped
+file count as this process's memory, while slices that are read and dropped keep the peak at a few
+megabytes. The format is https://github.com/huggingface/safetensors#format: 8 bytes little-endian
 length, JSON, then the tensors without holes. Everything is checked against the file's size before
 anything is allocated.
 """
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 from edge_gemma.errors import CheckpointError
@@ -28,8 +31,14 @@ from edge_gemma.units import MiB, format_bytes
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 MAX_JSON_BYTES = 256 * MiB  # tokenizer.json of Gemma has 33 MB, an index less than 1 MB
 INDEX = "model.safetensors.index.json"
-DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_SIZES = DTYPES | {
+# Element types that weights may have, and what numpy calls them
+DTYPES: dict[str, type] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+}
+_OTHER_SIZES = {
     "I64": 8,
     "U64": 8,
     "I32": 4,
@@ -42,8 +51,19 @@ _SIZES = DTYPES | {
     "F8_E4M3": 1,
     "F8_E5M2": 1,
 }
+_SIZES = {name: np.dtype(kind).itemsize for name, kind in DTYPES.items()} | _OTHER_SIZES
 _IGNORED = ("position_ids",)  # integer buffers that old checkpoints carry and no model reads
 
+_DECODER_PARTS = (
+    "embed_tokens",
+    "embed_tokens_per_layer",
+    "layers",
+    "norm",
+    "per_layer_model_projection",
+    "per_layer_projection_norm",
+    "altup_projections",
+    "altup_unembed_projections",
+)
 # Old and text-only spellings → the names transformers 5 writes; the first match wins and is applied
 # until none does.
 _RENAMES = (
@@ -56,13 +76,7 @@ _RENAMES = (
         re.compile(r"^(audio_tower|vision_tower|embed_audio|embed_vision|multi_modal_projector)\."),
         r"model.\1.",
     ),
-    (
-        re.compile(
-            r"^model\.(?=(?:embed_tokens|embed_tokens_per_layer|layers|norm|per_layer_model_projection|per_layer_projection_norm"
-            r"|altup_projections|altup_unembed_projections)\.)"
-        ),
-        "model.language_model.",
-    ),
+    (re.compile(rf"^model\.(?=(?:{'|'.join(_DECODER_PARTS)})\.)"), "model.language_model."),
 )
 
 
@@ -104,6 +118,18 @@ def read_header(path: Path) -> list[Entry]:
     """The tensor table of one safetensors file, in file order. Raises CheckpointError for anything
     that is not exactly right.
     """
+    raw, size = _header_bytes(path)
+    header = _json_object(raw, path)
+    header.pop("__metadata__", None)
+    data_start = 8 + len(raw)
+    entries = [_entry(path, stored, value, data_start) for stored, value in header.items()]
+    entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
+    _check_no_holes(path, entries, data_start, size)
+    return entries
+
+
+def _header_bytes(path: Path) -> tuple[bytes, int]:
+    """The JSON at the start of a safetensors file, and the size of the whole file."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -112,38 +138,41 @@ def read_header(path: Path) -> list[Entry]:
             if not 2 <= n <= min(size - 8, MAX_HEADER_BYTES):
                 raise CheckpointError(
                     f"{path} is not a usable safetensors file: its header claims {n} bytes, "
-                    f"the file has {size} "
-                    f"(limit {MAX_HEADER_BYTES}); truncated, or an LFS pointer: download it again"
+                    f"the file has {size} (limit {MAX_HEADER_BYTES}); truncated, or an LFS "
+                    "pointer: download it again"
                 )
-            raw = file.read(n)
+            return file.read(n), size
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    header = _json_object(raw, path)
-    header.pop("__metadata__", None)
-    entries, data_start = [], 8 + n
-    for stored, value in header.items():
-        dtype, shape, begin, end = _tensor_fields(path, stored, value)
-        if end - begin != prod(shape) * _SIZES[dtype]:
-            raise CheckpointError(
-                f"{path}: tensor {stored!r} of shape {list(shape)} and type {dtype} needs "
-                f"{prod(shape) * _SIZES[dtype]} bytes, its offsets give {end - begin}"
-            )
-        entries.append(
-            Entry(
-                canonical_name(stored), stored, path, dtype, shape, data_start + begin, end - begin
-            )
+
+
+def _entry(path: Path, stored: str, value: object, data_start: int) -> Entry:
+    dtype, shape, begin, end = _tensor_fields(path, stored, value)
+    needed = prod(shape) * _SIZES[dtype]
+    if end - begin != needed:
+        raise CheckpointError(
+            f"{path}: tensor {stored!r} of shape {list(shape)} and type {dtype} needs "
+            f"{needed} bytes, its offsets give {end - begin}"
         )
-    entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
+    return Entry(
+        name=canonical_name(stored),
+        stored=stored,
+        file=path,
+        dtype=dtype,
+        shape=shape,
+        offset=data_start + begin,
+        nbytes=needed,
+    )
+
+
+def _check_no_holes(path: Path, entries: list[Entry], data_start: int, size: int) -> None:
     position = data_start
     for entry in entries:
         if entry.offset != position:
-            kind = (
-                "overlaps the tensor before it"
-                if entry.offset < position
-                else "leaves a gap before it"
-            )
+            overlaps = entry.offset < position
+            fault = "overlaps the tensor before it" if overlaps else "leaves a gap before it"
             raise CheckpointError(
-                f"{path}: tensor {entry.stored!r} {kind} (starts at byte {entry.offset}, "
+                f"{path}: tensor {entry.stored!r} {fault} (starts at byte {entry.offset}, "
                 f"expected {position}); the file is damaged"
             )
         position += entry.nbytes
@@ -152,36 +181,29 @@ def read_header(path: Path) -> list[Entry]:
             f"{path} has {size} bytes, its header describes {position}: truncated or "
             "damaged; download it again"
         )
-    return entries
 
 
-def _tensor_fields(path: Path, stored: str, value) -> tuple[str, tuple[int, ...], int, int]:
-    def is_int(x) -> bool:
-        return type(x) is int and 0 <= x < 1 << 48
-
-    ok = (
-        isinstance(value, dict)
-        and isinstance(value.get("dtype"), str)
-        and value["dtype"] in _SIZES
-        and isinstance(value.get("shape"), list)
+def _tensor_fields(path: Path, stored: str, value: object) -> tuple[str, tuple[int, ...], int, int]:
+    """(dtype, shape, begin, end) of one entry of the header, checked."""
+    match value:
+        case {
+            "dtype": str(dtype),
+            "shape": [*shape],
+            "data_offsets": [begin, end],
+        } if dtype in _SIZES and len(shape) <= 8 and all(map(_is_size, [*shape, begin, end])):
+            return dtype, tuple(shape), begin, end
+    raise CheckpointError(
+        f"{path}: the entry of tensor {stored!r} is malformed: {str(value)[:120]}; "
+        "expected dtype, shape and two data_offsets"
     )
-    ok = ok and len(value["shape"]) <= 8 and all(map(is_int, value["shape"]))
-    ok = (
-        ok
-        and isinstance(value.get("data_offsets"), list)
-        and len(value["data_offsets"]) == 2
-        and all(map(is_int, value["data_offsets"]))
-    )
-    if not ok:
-        raise CheckpointError(
-            f"{path}: the entry of tensor {stored!r} is malformed: {str(value)[:120]}; "
-            "expected dtype, shape and two data_offsets"
-        )
-    return value["dtype"], tuple(value["shape"]), *value["data_offsets"]
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 48
 
 
 def _json_object(raw: bytes, path: Path) -> dict:
-    def no_duplicates(pairs):
+    def no_duplicates(pairs: list[tuple[str, object]]) -> dict:
         result = dict(pairs)
         if len(result) != len(pairs):
             raise ValueError("a name occurs twice")
@@ -246,36 +268,22 @@ class Checkpoint:
                 f"{folder} is not a folder; expected one with config.json and *.safetensors{hint}"
             )
         files = _weight_files(folder)
-        config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
-        if config is None:
+        if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder} has no config.json; download the whole checkpoint")
-        entries, ignored = [], []
+        config = read_json(folder / "config.json")
+        entries: list[Entry] = []
+        ignored: list[str] = []
         for path, expected in files.items():
             found = read_header(path)
             if expected is not None:
-                stored = {entry.stored for entry in found}
-                for name in sorted(expected - stored):
-                    raise CheckpointError(
-                        f"{folder / INDEX} places tensor {name!r} in {path.name}, which does "
-                        "not hold it; download the shards again"
-                    )
-                for name in sorted(stored - expected):
-                    raise CheckpointError(
-                        f"{path} holds tensor {name!r}, which {INDEX} does not place there; "
-                        "the shards are of different checkpoints"
-                    )
+                _check_against_index(folder, path, found, expected)
             for entry in found:
                 if entry.dtype in DTYPES:
                     entries.append(entry)
                 elif entry.stored.endswith(_IGNORED):
                     ignored.append(entry.stored)
                 else:
-                    raise CheckpointError(
-                        f"{path}: tensor {entry.stored!r} has type {entry.dtype}; expected "
-                        f"one of {', '.join(DTYPES)}. "
-                        "Quantized checkpoints (bitsandbytes, GPTQ, FP8 …) cannot be "
-                        "converted: take the original bf16 one"
-                    )
+                    raise _not_a_weight(entry)
         return cls(folder, config, entries, ignored)
 
     def names(self) -> list[str]:
@@ -307,35 +315,47 @@ class Checkpoint:
             if step != 1:
                 raise ValueError(f"rows must be contiguous, got {rows}")
             shape = (max(0, stop - first), *shape[1:])
-        n, width = prod(shape), _SIZES[entry.dtype]
-        raw = np.empty(
-            n,
-            {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}[
-                entry.dtype
-            ],
-        )
-        if n:
-            _read_exactly(
-                entry.file,
-                entry.offset + first * prod(entry.shape[1:]) * width,
-                memoryview(raw).cast("B"),
-            )
-        if entry.dtype == "BF16":  # the upper half of a float32
-            wide = raw.astype(np.uint32)
-            wide <<= 16
-            raw = wide.view(np.float32)
+        raw = np.empty(prod(shape), DTYPES[entry.dtype])
+        skipped_bytes = first * prod(entry.shape[1:]) * raw.itemsize
+        _read_exactly(entry.file, entry.offset + skipped_bytes, raw.view(np.uint8).data)
         values = raw.astype(np.float32, copy=False)
-        # A finite sum proves that every term is; only a suspicious one is looked at value by value.
-        with np.errstate(over="ignore", invalid="ignore"):
-            finite = (
-                n == 0 or np.isfinite(values.sum(dtype=np.float32)) or np.isfinite(values).all()
-            )
-        if not finite:
+        if not _all_finite(values):
             raise CheckpointError(
                 f"{entry.file}: tensor {entry.stored!r} holds NaN or infinity; the "
                 "checkpoint is damaged or diverged in training"
             )
         return values.reshape(shape)
+
+
+def _check_against_index(folder: Path, path: Path, found: list[Entry], expected: set[str]) -> None:
+    stored = {entry.stored for entry in found}
+    for name in sorted(expected - stored):
+        raise CheckpointError(
+            f"{folder / INDEX} places tensor {name!r} in {path.name}, which does "
+            "not hold it; download the shards again"
+        )
+    for name in sorted(stored - expected):
+        raise CheckpointError(
+            f"{path} holds tensor {name!r}, which {INDEX} does not place there; "
+            "the shards are of different checkpoints"
+        )
+
+
+def _not_a_weight(entry: Entry) -> CheckpointError:
+    return CheckpointError(
+        f"{entry.file}: tensor {entry.stored!r} has type {entry.dtype}; expected "
+        f"one of {', '.join(DTYPES)}. "
+        "Quantized checkpoints (bitsandbytes, GPTQ, FP8 …) cannot be "
+        "converted: take the original bf16 one"
+    )
+
+
+def _all_finite(values: np.ndarray) -> bool:
+    """A finite sum proves that every term is; only a suspicious one is looked at value by value."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(values.sum(dtype=np.float32)):
+            return True
+    return bool(np.isfinite(values).all())
 
 
 def _read_exactly(path: Path, offset: int, out: memoryview) -> None:
@@ -363,28 +383,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     an index).
     """
     if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{folder / INDEX} has no weight_map; download it again")
-        files: dict[Path, set[str]] = {}
-        for name, file in weight_map.items():
-            if (
-                not isinstance(file, str)
-                or Path(file).name != file
-                or not file.endswith(".safetensors")
-            ):
-                raise CheckpointError(
-                    f"{folder / INDEX} places {name!r} in {file!r}; expected the plain name "
-                    "of a .safetensors file in the same folder"
-                )
-            files.setdefault(folder / file, set()).add(name)
-        for path in sorted(files):
-            if not path.is_file():
-                raise CheckpointError(
-                    f"the shard {path.name} is missing in {folder} ({INDEX} lists "
-                    f"{len(files)} shards); download it"
-                )
-        return dict(sorted(files.items()))
+        return {**_indexed_files(folder)}
     found = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if (folder / "model.safetensors") in found:
         return {folder / "model.safetensors": None}
@@ -393,30 +392,61 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
             f"{folder} is a LoRA adapter, not a model; use `edge-gemma convert-lora {folder} "
             "BASE OUT`, or --merge while converting its base"
         )
-    shards = [
-        (path, match)
-        for path in found
-        if (match := re.fullmatch(r".*-(\d{5})-of-(\d{5})\.safetensors", path.name))
-    ]
-    if shards:
-        total = int(shards[0][1][2])
-        for k in range(1, total + 1):
-            if not any(int(match[1]) == k and int(match[2]) == total for _, match in shards):
-                raise CheckpointError(f"shard {k} of {total} is missing in {folder}; download it")
-        return {path: None for path, _ in shards}
+    if shards := _numbered_shards(folder, found):
+        return dict.fromkeys(shards)
     if len(found) == 1:
         return {found[0]: None}
-    pickles = sorted(
-        path.name
-        for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-        for path in folder.glob(pattern)
-    )
-    if pickles and not found:
-        raise CheckpointError(
+    raise _no_weights(folder, len(found))
+
+
+def _indexed_files(folder: Path) -> dict[Path, set[str]]:
+    """The files that the index lists, sorted, each with the stored names expected in it."""
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{folder / INDEX} has no weight_map; download it again")
+    files: dict[Path, set[str]] = {}
+    for name, file in weight_map.items():
+        plain = isinstance(file, str) and Path(file).name == file
+        if not plain or not file.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{folder / INDEX} places {name!r} in {file!r}; expected the plain name "
+                "of a .safetensors file in the same folder"
+            )
+        files.setdefault(folder / file, set()).add(name)
+    for path in sorted(files):
+        if not path.is_file():
+            raise CheckpointError(
+                f"the shard {path.name} is missing in {folder} ({INDEX} lists "
+                f"{len(files)} shards); download it"
+            )
+    return dict(sorted(files.items()))
+
+
+def _numbered_shards(folder: Path, found: list[Path]) -> list[Path]:
+    """The files called ``…-00001-of-00002.safetensors``; raises when one of the series lacks."""
+    shards: dict[Path, tuple[int, int]] = {}  # file → (number, total)
+    for path in found:
+        if match := re.fullmatch(r".*-(\d{5})-of-(\d{5})\.safetensors", path.name):
+            shards[path] = int(match[1]), int(match[2])
+    if shards:
+        _, total = next(iter(shards.values()))
+        for number in range(1, total + 1):
+            if (number, total) not in shards.values():
+                raise CheckpointError(
+                    f"shard {number} of {total} is missing in {folder}; download it"
+                )
+    return list(shards)
+
+
+def _no_weights(folder: Path, n_found: int) -> CheckpointError:
+    patterns = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+    pickles = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
+    if pickles and not n_found:
+        return CheckpointError(
             f"{folder} holds its weights as pickle ({pickles[0]}), which can run code when "
             "opened and is never read here; take the safetensors version"
         )
-    what = f"{len(found)} safetensors files without {INDEX}" if found else "no *.safetensors"
-    raise CheckpointError(
+    what = f"{n_found} safetensors files without {INDEX}" if n_found else "no *.safetensors"
+    return CheckpointError(
         f"{folder} has {what}; expected model.safetensors, or shards with {INDEX}"
     )

@@ -15,6 +15,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 from edge_gemma.bundles.gguf import GGML_TYPES, TYPE_SIZES
@@ -51,6 +52,16 @@ _FALLBACK = {
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
 }
+
+
+def to_bf16(values: np.ndarray) -> np.ndarray:
+    """``values`` float32 → bfloat16 of the same shape, rounded to nearest, ties to even, as ggml
+    and PyTorch round.
+
+    >>> to_bf16(np.array([1 + 2**-8, 1 + 3 * 2**-8], np.float32)).tolist()  # both are ties
+    [1.0, 1.015625]
+    """
+    return values.astype(ml_dtypes.bfloat16)
 
 
 def fitting_type(name: str, n_per_row: int) -> str:

@@ -38,7 +38,7 @@ EXTRAS = {
     "voice": ("wake words", ("pymicro_wakeword",), {}),
     "convert": (
         "converting checkpoints",
-        ("gguf", "safetensors", "ml_dtypes", "onnx", "sentencepiece"),
+        ("gguf", "ml_dtypes", "onnx", "sentencepiece"),
         {},
     ),
     "plots": ("benchmark pictures", ("matplotlib",), {}),

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+from edge_gemma.convert.quantize import to_bf16
+from safetensors.numpy import save_file
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -46,37 +47,22 @@ def values(name: str, shape: tuple[int, ...], seed: int, family: str) -> np.ndar
     return (x * (1.0 / np.sqrt(fan_in))).astype(np.float32)
 
 
-def bf16_bits(x: np.ndarray) -> np.ndarray:
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
 def bf16(x: np.ndarray) -> np.ndarray:
     """``x`` rounded to bf16, as float32."""
-    return (bf16_bits(x).astype(np.uint32) << 16).view(np.float32)
+    return to_bf16(x).astype(np.float32)
 
 
 def write_safetensors(
     path: Path, tensors: Iterable[tuple[str, np.ndarray]], dtype: str = "BF16"
 ) -> None:
+    """Write float32 ``tensors`` as ``dtype`` (BF16, F16 or F32)."""
     encode = {
-        "BF16": bf16_bits,
+        "BF16": to_bf16,
         "F16": lambda x: x.astype(np.float16),
-        "F32": lambda x: np.ascontiguousarray(x, np.float32),
+        "F32": lambda x: x.astype(np.float32),
     }[dtype]
-    header, blobs, offset = {"__metadata__": {"format": "pt"}}, [], 0
-    for name, value in tensors:
-        blob = encode(value).tobytes()
-        header[name] = {
-            "dtype": dtype,
-            "shape": list(value.shape),
-            "data_offsets": [offset, offset + len(blob)],
-        }
-        blobs.append(blob)
-        offset += len(blob)
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    path.write_bytes(struct.pack("<Q", len(head)) + head + b"".join(blobs))
+    stored = {name: np.ascontiguousarray(encode(value)) for name, value in tensors}
+    save_file(stored, path, metadata={"format": "pt"})
 
 
 def write_checkpoint(

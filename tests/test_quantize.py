@@ -217,6 +217,29 @@ def test_any_cut_into_chunks_gives_the_same_bytes():
         )
 
 
+@pytest.mark.parametrize(
+    "float32_bits, bf16_bits",
+    [
+        (0x3F807FFF, 0x3F80),  # below a tie: down
+        (0x3F808000, 0x3F80),  # a tie goes to the even neighbour, here down: half-up fails
+        (0x3F818000, 0x3F82),  # and here up: truncation fails
+        (0x3F808001, 0x3F81),  # above a tie: up
+        (0xBF818000, 0xBF82),  # the sign changes nothing
+        (0x7F7FFFFF, 0x7F80),  # the largest float32 becomes infinity
+    ],
+)
+def test_bf16_is_rounded_to_nearest_even(float32_bits, bf16_bits):
+    value = np.array([float32_bits], np.uint32).view(np.float32)
+    assert quantize.to_bf16(value).view(np.uint16).tolist() == [bf16_bits]
+
+
+def test_ggml_rounds_to_bf16_as_we_do():
+    rows = np.random.default_rng(3).standard_normal((16, 256), dtype=np.float32)
+    rows.view(np.uint32)[::2] &= 0xFFFF8000  # half of the rows hold many ties
+    theirs = quantize.quantize_rows("BF16", rows).view(np.uint16)
+    np.testing.assert_array_equal(quantize.to_bf16(rows).view(np.uint16).reshape(-1), theirs)
+
+
 def test_quantization_aware_weights_survive_the_round_trip():
     """Q4_0 → bf16 → Q4_0 keeps every code and the value each stands for, so a
     …-qat-q4_0-unquantized checkpoint becomes what it was trained as.
@@ -228,12 +251,14 @@ def test_quantization_aware_weights_survive_the_round_trip():
     trained = quantize.quantize_rows("Q4_0", rows).reshape(64, -1)
     values = dequantize(trained, GGMLQuantizationType.Q4_0)
     again = quantize.quantize_rows("Q4_0", bf16(values)).reshape(64, -1)
-    codes = lambda blocks: blocks.reshape(64, 8, 18)[:, :, 2:]  # noqa: E731
-    scales = lambda blocks: (
-        np.ascontiguousarray(blocks.reshape(64, 8, 18)[:, :, :2])
-        .view(np.float16)
-        .astype(np.float32)
-    )  # noqa: E731
+
+    def codes(blocks: np.ndarray) -> np.ndarray:
+        return blocks.reshape(64, 8, 18)[:, :, 2:]
+
+    def scales(blocks: np.ndarray) -> np.ndarray:
+        halves = np.ascontiguousarray(blocks.reshape(64, 8, 18)[:, :, :2])
+        return halves.view(np.float16).astype(np.float32)
+
     np.testing.assert_array_equal(codes(again), codes(trained))
     np.testing.assert_allclose(scales(again), scales(trained), rtol=2**-8)
 
