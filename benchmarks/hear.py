@@ -33,7 +33,7 @@ import numpy as np
 from edge_gemma.bundles.folder import Bundle, BundleWriter, file_entry
 from edge_gemma.bundles.manifest import AudioPart, DecoderPart, Manifest, Source
 from edge_gemma.hearing.samples import BLOCK_SAMPLES, RATE_HZ
-from edge_gemma.machine.footprint import Footprint, rollup
+from edge_gemma.machine.footprint import Footprint, footprint
 from edge_gemma.machine.peak import PeakSampler
 from edge_gemma.units import MiB
 
@@ -143,7 +143,7 @@ def encoder(work: Path, precision: str, n_threads: int, seconds: float) -> dict:
                 times.append(time.perf_counter() - began)
             began = time.perf_counter()
             stream.finish()
-            tail_s, now = time.perf_counter() - began, rollup()
+            tail_s, now = time.perf_counter() - began, footprint()
     step_s = statistics.median(times[1:])
     return {
         "precision": precision,
@@ -224,8 +224,8 @@ def latency(work: Path, decoder: Path, precision: str, rounds: int, n_threads: i
                             (turn.first_token_s - ended, encoded - ended)
                         )
                     chat.cancel()
-        footprint, n_instruction, n_threads = (
-            rollup(),
+        memory, n_instruction, n_threads = (
+            footprint(),
             len(model.tokenize(INSTRUCTION)),
             model.plan.settings.n_threads,
         )
@@ -259,7 +259,7 @@ def latency(work: Path, decoder: Path, precision: str, rounds: int, n_threads: i
         "vad_hangover_ms": hangover_ms(),
         "rounds": rounds,
         "precision": precision,
-        "pss_mib": round(footprint.pss_bytes / MiB),
+        "pss_mib": round(memory.pss_bytes / MiB),
         "instruction_tokens": n_instruction,
         "n_threads": n_threads,
     }
@@ -319,14 +319,18 @@ def _session_memory(
     from edge_gemma.conversation.listener import Listener, ListenOptions
     from edge_gemma.engines.llama.weights import repacked_here
     from edge_gemma.hearing.sound import read_audio
-    from edge_gemma.model import Model, here
+    from edge_gemma.machine.probe import machine_for
+    from edge_gemma.model import Model
     from edge_gemma.options import Sampling
     from edge_gemma.plan.ladder import make_plan
     from edge_gemma.plan.records import PlanRequest
 
     bundle = Bundle.open(folder)
     plan = make_plan(
-        bundle.manifest, here("auto"), PlanRequest(n_ctx=2048, n_threads=n_threads), repacked_here
+        bundle.manifest,
+        machine_for("auto"),
+        PlanRequest(n_ctx=2048, n_threads=n_threads),
+        repacked_here,
     ).require()
     if (
         encoders == "one at a time"
@@ -408,7 +412,7 @@ def soak(work: Path, precision: str, minutes: float, clips: list[Path]) -> dict:
                 most_behind_s = max(most_behind_s, behind_s)
                 dropped += behind_s > QUEUE_S
             if position >= next_look:
-                memory.append(rollup())
+                memory.append(footprint())
                 next_look += RATE_HZ * 60
     took_s = time.perf_counter() - began
     tenth = max(1, len(times) // 10)

@@ -178,7 +178,7 @@ class _Watcher:
         cold, checked = 0, -9.0
         while not self._stop.wait(0.1):
             try:
-                now = memory.quick(self.pid)
+                now = memory.footprint(self.pid, exact=False)
             except ProcessLookupError:
                 return
             seconds = time.perf_counter() - self.begin
@@ -220,7 +220,7 @@ class _Watcher:
         one.
         """
         self.sampler.__exit__()
-        self.load_peak = (memory.high_water_bytes(pid), memory.rollup(pid).pss_bytes)
+        self.load_peak = (memory.high_water_bytes(pid), memory.footprint(pid).pss_bytes)
         self.pid = pid
         self.sampler = PeakSampler(pid=pid, interval_s=self.interval_s, duty=WALK_DUTY)
         self.sampler.__enter__()

@@ -78,17 +78,17 @@ class Models:
 
 _BASE = """
 import json, sys
-from edge_gemma.machine.footprint import rollup
-steps = [("Python", rollup())]
+from edge_gemma.machine.footprint import footprint
+steps = [("Python", footprint())]
 import numpy
-steps.append(("numpy", rollup()))
+steps.append(("numpy", footprint()))
 import edge_gemma.cli, edge_gemma.engines.llama.library, edge_gemma.engines.llama.weights
 low = edge_gemma.engines.llama.library.library()
-steps.append(("edge-gemma and llama.cpp", rollup()))
+steps.append(("edge-gemma and llama.cpp", footprint()))
 params = low.llama_model_default_params(); params.vocab_only = True
 model = low.llama_model_load_from_file(sys.argv[1].encode(), params)
 edge_gemma.engines.llama.weights._malloc_trim()
-steps.append(("a vocabulary of %d tokens" % low.llama_vocab_n_tokens(low.llama_model_get_vocab(model)), rollup()))
+steps.append(("a vocabulary of %d tokens" % low.llama_vocab_n_tokens(low.llama_model_get_vocab(model)), footprint()))
 print(json.dumps([(name, f.anon_bytes, f.file_bytes) for name, f in steps]))
 """
 

@@ -301,7 +301,7 @@ def activations(folder: Path, precisions: list[str]) -> None:
 
 def _activation(folder: str, size: int) -> None:
     from edge_gemma.engines.onnx.runtime import open_onnx
-    from edge_gemma.machine.footprint import quick, trim_heap
+    from edge_gemma.machine.footprint import footprint, trim_heap
 
     session = open_onnx(
         Path(folder) / "vision_encoder.onnx",
@@ -310,7 +310,7 @@ def _activation(folder: str, size: int) -> None:
         in_place=True,
         sides={"side": size},
     )
-    pixels, before = np.zeros((1, 3, size, size), np.float32), quick().anon_bytes
+    pixels, before = np.zeros((1, 3, size, size), np.float32), footprint(exact=False).anon_bytes
     with PeakSampler(interval_s=0.003) as sampler:
         for _ in range(
             8

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from edge_gemma.convert.quantize import TYPE_IDS
 
+from edge_gemma.bundles.gguf import TYPE_IDS
 from edge_gemma.errors import RuntimeFailure, UsageError
 
 ALIGNMENT = 32  # GGUF's default

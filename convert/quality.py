@@ -238,7 +238,7 @@ def _child(bundle: Bundle, request: dict) -> dict:
 def _in_child(folder: str, request: str) -> None:
     from edge_gemma.engines.llama import decoder as decode
     from edge_gemma.engines.llama.weights import Weights
-    from edge_gemma.machine.footprint import rollup
+    from edge_gemma.machine.footprint import footprint
     from edge_gemma.plan.records import Plan, Settings
 
     bundle, wanted = Bundle.open(folder), json.loads(request)
@@ -274,7 +274,7 @@ def _in_child(folder: str, request: str) -> None:
             context.decode_step([(0, len(ids) + k, said[-1])])
         seconds = time.perf_counter() - started
         weights.trim()
-        memory = rollup()
+        memory = footprint()
         if not np.isfinite(context.logits()).all():
             sys.exit("the logits are not finite")
         text = b"".join(decoder.piece(i, special=True) for i in said).decode("utf-8", "replace")

@@ -18,10 +18,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from edge_gemma.bundles.gguf import GGML_TYPES, TYPE_SIZES
+from edge_gemma.bundles.gguf import TYPE_IDS, TYPE_SIZES
 from edge_gemma.errors import MissingExtra, RuntimeFailure, UsageError
 
-TYPE_IDS = {name: number for number, (name, _, _) in GGML_TYPES.items()}
 # What llama.cpp's quantizer can write without an importance matrix; those that insist on one are
 # not offered
 TYPES = (

@@ -18,10 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_gemma.bundles.gguf import GGML_TYPES
+from edge_gemma.bundles.gguf import TYPE_IDS
 from edge_gemma.errors import EdgeGemmaError
 from edge_gemma.machine.device import Device
-from edge_gemma.machine.probe import probe, read_text
+from edge_gemma.machine.probe import probe, read_text, this_machine
 from edge_gemma.machine.repack import repack_rules, repacked
 from edge_gemma.store.installed import home
 from edge_gemma.units import GiB, MiB, format_bytes
@@ -106,7 +106,8 @@ def examine(
     'auto'
     """
     root = Path(root)
-    device = device or probe(root)
+    if device is None:
+        device = this_machine() if root == Path("/") else probe(root)
     problem, found = "", None
     try:
         found = (llama or ask_llama)()
@@ -138,14 +139,13 @@ def ask_llama() -> Llama:
     from edge_gemma.engines.llama import library as llama
 
     gpu = llama.supports_gpu()
-    kinds = {name: id for id, (name, _, _) in GGML_TYPES.items()}
     return Llama(
         importlib.metadata.version("llama-cpp-python"),
         gpu,
         tuple(
             name
             for name in repack_rules()
-            if name in kinds and llama.repacks(kinds[name], *_PROBE_SHAPE)
+            if name in TYPE_IDS and llama.repacks(TYPE_IDS[name], *_PROBE_SHAPE)
         ),
     )
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_gemma.bundles.folder import Bundle
+from edge_gemma.bundles.manifest import Sense, require
 from edge_gemma.conversation.batch import _Lane
 from edge_gemma.conversation.chat import Chat
 from edge_gemma.conversation.sequences import Cache
@@ -25,11 +26,9 @@ from edge_gemma.engines.llama.decoder import EVALUATE_ROWS
 from edge_gemma.engines.llama.weights import Weights, repacked_here
 from edge_gemma.errors import UsageError
 from edge_gemma.machine.device import Device
-from edge_gemma.machine.footprint import quick
-from edge_gemma.machine.probe import find_device, probe
+from edge_gemma.machine.probe import machine_for
 from edge_gemma.messages import Audio, Image
 from edge_gemma.options import Sampling
-from edge_gemma.plan.costs import RUNTIME_ANON_BYTES
 from edge_gemma.plan.ladder import make_plan
 from edge_gemma.plan.records import Plan, PlanRequest
 from edge_gemma.prompts.prompt import Prompt, read_special_rows
@@ -73,34 +72,8 @@ def load(
             request,
             lora_bytes=sum(Path(file).stat().st_size for file, _ in lora if Path(file).is_file()),
         )
-    plan = make_plan(bundle.manifest, here(device), request, repacked_here).require()
+    plan = make_plan(bundle.manifest, machine_for(device), request, repacked_here).require()
     return Model(bundle, plan, lora=lora, on_progress=on_progress)
-
-
-def here(device: str | Device) -> Device:
-    """The device to plan for when the run is on this machine: a profile's memory, bounded by what
-    this machine has.
-    """
-    host = probe()
-    # Python and the libraries are loaded by now: the plan counts them, and what the machine calls
-    # free no longer holds them
-    spent = min(quick().anon_bytes, RUNTIME_ANON_BYTES)
-    headroom = None if host.headroom_bytes is None else host.headroom_bytes + spent
-    host = dataclasses.replace(
-        host,
-        available_bytes=min(host.available_bytes + spent, host.total_bytes),
-        headroom_bytes=headroom,
-    )
-    if device == "auto":
-        return host
-    found = find_device(device) if isinstance(device, str) else device
-    return dataclasses.replace(
-        found,
-        available_bytes=min(found.available_bytes, host.usable_bytes + found.reserve_bytes),
-        can_release=host.can_release,
-        page_bytes=host.page_bytes,
-        n_threads=min(found.n_threads, host.n_threads),
-    )
 
 
 class Model:
@@ -324,17 +297,12 @@ class Model:
             return self.encode_audio(read_audio(part.source))
         return self.encode_audio(part.source)
 
-    def encoder(self, name: str):
+    def encoder(self, name: Sense):
         """The open encoder "audio" or "vision", opened now if need be; where the plan holds one at
         a time, the other is closed.
         """
         if name not in self._encoders:
-            if getattr(self.bundle.manifest, name) is None:
-                verb = {"audio": "hear", "vision": "see"}[name]
-                raise UsageError(
-                    f"{self.bundle.manifest.name} has no {name} encoder, so it cannot "
-                    f"{verb}; convert the checkpoint with --{name}"
-                )
+            require(self.bundle.manifest, name)
             if self.plan.settings.encoders == "one at a time":
                 self.release_encoders()
             n_threads = self.plan.settings.n_threads

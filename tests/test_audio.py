@@ -11,7 +11,7 @@ import soundfile
 from edge_gemma.errors import DeviceLost, MediaError, UsageError
 from edge_gemma.hearing import devices as audio
 from edge_gemma.hearing.sound import AudioFile, Resampler, level_dbfs, read_audio
-from edge_gemma.machine.footprint import rollup
+from edge_gemma.machine.footprint import footprint
 from edge_gemma.units import MiB
 
 
@@ -126,10 +126,10 @@ def test_a_three_hour_file_is_read_in_bounded_memory(tmp_path):
     with AudioFile(tmp_path / "hours.flac") as file:
         blocks = file.blocks()
         n = len(next(blocks))
-        before = rollup().anon_bytes
+        before = footprint().anon_bytes
         n += sum(len(block) for block in blocks)
         assert n == 3 * 3600 * 16000
-        assert rollup().anon_bytes - before < 8 * MiB
+        assert footprint().anon_bytes - before < 8 * MiB
 
 
 def test_levels():

@@ -631,27 +631,3 @@ def test_the_machine_describes_itself():
         and "'powersave'" in text
     )
     assert machine.Calm({"busy": 0.05}, {}).warnings() == []
-
-
-def test_a_tight_cgroup_is_not_charged_twice_for_python(monkeypatch):
-    """The plan counts Python and the libraries; what they already hold must not also be missing
-    from what is free.
-    """
-    import dataclasses
-
-    from edge_gemma import model
-    from edge_gemma.machine.device import load_profile
-    from edge_gemma.machine.footprint import Footprint
-    from edge_gemma.machine.probe import probe
-
-    tight = dataclasses.replace(probe(), limit_bytes=284 * MiB, headroom_bytes=260 * MiB)
-    monkeypatch.setattr(model, "probe", lambda: tight)
-    monkeypatch.setattr(model, "quick", lambda: Footprint(40 * MiB, 40 * MiB, 24 * MiB, 16 * MiB))
-    assert model.here("auto").usable_bytes == 284 * MiB
-    assert (
-        abs(
-            model.here("pi-zero-2w-512mb").usable_bytes
-            - load_profile("pi-zero-2w-512mb").usable_bytes
-        )
-        <= MiB
-    )

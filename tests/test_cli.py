@@ -78,7 +78,7 @@ def test_plan_json(tiny_bundle):
         (["run", "{bundle}", "hi", "--schema", "{"], 2, "not JSON"),
         (["run", "{bundle}", "hi", "--schema", '{"minimum":1}'], 2, "minimum"),
         (["run", "{bundle}", "hi", "--temp", "-3"], 2, "temperature"),
-        (["run", "{bundle}", "hi", "--image", "cat.png"], 2, "cannot see"),
+        (["run", "{bundle}", "hi", "--image", "cat.png"], 3, "cannot see"),
         (["run", "{bundle}", "hi", "--no-such-option"], 2, "no-such-option"),
         (["run", "{bundle}", "hi", "--device", "pi-9"], 2, "pi-9"),
         (["run", "{bundle}", "hi", "--lora", "absent.gguf"], 2, "absent.gguf"),

@@ -99,7 +99,7 @@ def test_mistakes_are_answered_in_one_line(run, bundle, tmp_path, tiny_bundle, c
             2,
             "choose one of --srt, --vtt and --json",
         ),
-        (("transcribe", tiny_bundle, clip), 2, "has no audio encoder, so it cannot hear"),
+        (("transcribe", tiny_bundle, clip), 3, "has no audio encoder, so it cannot hear"),
         (("ask", bundle, clip), 2, "write it like: edge-gemma ask BUNDLE clip.wav"),
         (("transcribe", bundle, clip, "--pause", "9"), 2, "end_s is 9.0; expected 0 … 5"),
     ):

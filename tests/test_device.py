@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -14,8 +15,10 @@ from hypothesis import strategies as st
 from edge_gemma.bundles.gguf import GGML_TYPES
 from edge_gemma.engines.llama import library as llama
 from edge_gemma.errors import UsageError
+from edge_gemma.machine import probe as probing
 from edge_gemma.machine.device import describe, load_profile, profile_names, profile_notes
-from edge_gemma.machine.probe import find_device, probe
+from edge_gemma.machine.footprint import Footprint
+from edge_gemma.machine.probe import find_device, machine_for, probe
 from edge_gemma.machine.repack import repack_rules, repacked
 from edge_gemma.units import GiB, MiB
 
@@ -247,6 +250,20 @@ def test_this_machine_can_be_probed():
         "SC_PAGE_SIZE"
     )
     assert 1 <= device.n_threads <= len(device.cpus) and set(device.big_cpus) <= set(device.cpus)
+
+
+def test_a_tight_cgroup_is_not_charged_twice_for_python(monkeypatch):
+    """The plan counts Python and the libraries; what they already hold must not also be missing
+    from what is free.
+    """
+    tight = replace(probe(), limit_bytes=284 * MiB, headroom_bytes=260 * MiB)
+    held = Footprint(40 * MiB, 40 * MiB, 24 * MiB, 16 * MiB)
+    monkeypatch.setattr(probing, "probe", lambda: tight)
+    monkeypatch.setattr(probing, "footprint", lambda exact: held)
+    assert machine_for("auto").usable_bytes == 284 * MiB
+    zero = load_profile("pi-zero-2w-512mb")
+    assert abs(machine_for("pi-zero-2w-512mb").usable_bytes - zero.usable_bytes) <= MiB
+    assert machine_for(zero) == machine_for("pi-zero-2w-512mb")
 
 
 def test_memory_is_what_the_kernel_calls_available(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from edge_gemma.conversation.listener import Listener, ListenOptions, ask, transcribe
 from edge_gemma.conversation.live_turn import LiveTurn
 from edge_gemma.conversation.voice import Voice
-from edge_gemma.errors import DeviceLost, UsageError
+from edge_gemma.errors import DeviceLost, UnsupportedModel
 from edge_gemma.hearing.samples import BLOCK_SAMPLES
 from edge_gemma.hearing.utterances import SpeechDetector, VadSettings
 from edge_gemma.messages import Audio, Message
@@ -463,6 +463,6 @@ def test_a_wake_word_gates_each_utterance(hearing_model):
 def test_a_text_only_bundle_is_refused(tiny_model):
     with (
         tiny_model.chat() as chat,
-        pytest.raises(UsageError, match="no audio encoder, so it cannot hear"),
+        pytest.raises(UnsupportedModel, match="no audio encoder, so it cannot hear"),
     ):
         LiveTurn(chat)

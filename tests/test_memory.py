@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -9,12 +10,12 @@ import time
 import pytest
 
 from edge_gemma.machine import footprint as memory
+from edge_gemma.machine import peak
 from edge_gemma.machine.footprint import (
     PAGE_BYTES,
+    footprint,
     mapping_of,
-    quick,
     resident_bytes,
-    rollup,
 )
 from edge_gemma.machine.peak import PeakSampler
 from edge_gemma.units import MiB
@@ -34,11 +35,11 @@ def touched(n_bytes: int) -> mmap.mmap:
 
 @linux
 def test_a_block_shows_as_anonymous_memory():
-    before = rollup()
+    before = footprint()
     block = touched(64 * MiB)
-    after = rollup()
+    after = footprint()
     assert 63 * MiB < after.anon_bytes - before.anon_bytes < 66 * MiB
-    assert after.exact and abs(quick().rss_bytes - after.rss_bytes) < 4 * MiB
+    assert after.exact and abs(footprint(exact=False).rss_bytes - after.rss_bytes) < 4 * MiB
     block.close()
 
 
@@ -102,22 +103,37 @@ def test_another_process_is_watched_until_it_ends():
         child.wait()
     assert sampler.peak_rss_bytes > 50 * MiB
     with pytest.raises(ProcessLookupError):
-        rollup(child.pid)
+        footprint(child.pid)
 
 
 def test_sampling_is_cheap():
     """Counted, not timed: at most ``duty`` of the time goes into page-table walks."""
-    walks = []
-    real = memory.rollup
+    calls = []
+
+    def counted(pid=None, *, exact=True):
+        calls.append(exact)
+        return footprint(pid, exact=exact)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "rollup", lambda pid=None: walks.append(1) or real(pid))
+        patch.setattr(peak, "footprint", counted)
         with PeakSampler(interval_s=0.001):
             time.sleep(0.3)
-    assert len(walks) < 30
+    walks, looks = calls.count(True), calls.count(False)
+    assert looks > 30  # it did sample
+    assert 2 <= walks < 30  # at the mark and at the end, and few between
+
+
+def test_major_faults_are_the_twelfth_field_whatever_the_process_is_called(monkeypatch):
+    """proc(5): pid, (name), and from the third field on the fields here hold their own number."""
+    line = b"7 (a) b) " + b" ".join(b"%d" % number for number in range(3, 53))
+    monkeypatch.setattr(memory.Path, "read_bytes", lambda path: line)
+    assert memory.major_faults() == 12
 
 
 @linux
 def test_counters_of_this_process():
-    assert memory.major_faults() >= 0
-    assert memory.high_water_bytes() >= quick().rss_bytes - 4 * MiB
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+    found = memory.major_faults()
+    assert before <= found <= resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+    assert memory.high_water_bytes() >= footprint(exact=False).rss_bytes - 4 * MiB
     assert memory.high_water_bytes(os.getpid()) > MiB

@@ -6,23 +6,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 from edge_gemma.benchmarks.dev.synthetic import tiny_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import edge_gemma
+from edge_gemma import cli
 from edge_gemma.bundles.folder import Bundle
 from edge_gemma.bundles.manifest import AudioPart, Manifest, VisionPart
 from edge_gemma.engines.llama.decoder import Decoder
 from edge_gemma.engines.llama.weights import repacked_here
 from edge_gemma.errors import PlanRefused, UsageError
+from edge_gemma.machine import probe as probing
 from edge_gemma.machine.device import load_profile
+from edge_gemma.machine.footprint import Footprint
 from edge_gemma.machine.probe import probe
 from edge_gemma.plan.ladder import arithmetic, make_plan
 from edge_gemma.plan.records import AFTER_LOAD, Plan, PlanRequest
 from edge_gemma.store.importer import import_gguf
-from edge_gemma.units import MiB
+from edge_gemma.units import MiB, format_bytes
 
 PI = load_profile("pi-5-4gb")
 
@@ -121,7 +126,10 @@ def test_a_plan_that_fits_stays_inside_and_one_that_does_not_says_what_would(man
         and made.total_bytes <= made.needed_bytes
     )
     if not made.fits:
-        assert "nearest that fits: --budget" in made.refusal and str(made.settings.n_ctx)
+        assert f"{format_bytes(made.budget_bytes)} to spend on pi-5-4gb" in made.refusal
+        suggested = re.search(r"nearest that fits: --budget (\d+)MiB --ctx (\d+)", made.refusal)
+        nearest = PlanRequest(budget_bytes=int(suggested[1]) * MiB, n_ctx=int(suggested[2]))
+        assert plan(manifest, nearest).fits
 
 
 @pytest.mark.parametrize("n_ctx", [256, 1000])
@@ -207,9 +215,7 @@ def test_refusal_prints_the_arithmetic_and_the_nearest_that_fits(manifest):
         (PlanRequest(n_ubatch=0), "n_ubatch"),
         (PlanRequest(n_seq_max=0), "parallel sequences"),
         (PlanRequest(n_threads=0), "threads"),
-        (PlanRequest(encoders=("audio",)), "cannot hear"),
-        (PlanRequest(encoders=("vision",)), "cannot see"),
-        (PlanRequest(encoders=("smell",)), "'smell' is unknown"),
+        (PlanRequest(senses=("smell",)), "'smell' is unknown"),
     ],
 )
 def test_requests_that_mean_nothing_are_usage_errors(manifest, request_, message):
@@ -219,7 +225,7 @@ def test_requests_that_mean_nothing_are_usage_errors(manifest, request_, message
 
 def test_encoders_count_and_go_one_at_a_time_when_that_is_what_fits(manifest):
     both = with_encoders(manifest)
-    everything, text = plan(both), plan(both, PlanRequest(encoders=()))
+    everything, text = plan(both), plan(both, PlanRequest(senses=()))
     assert (
         everything.total_bytes - text.total_bytes >= (300 + 400 + 200 - 10) * MiB
     )  # looking is the worst phase
@@ -254,3 +260,23 @@ def test_headroom_is_kept_beside_repacked_weights_only(manifest):
 def test_a_budget_beyond_the_device_is_lowered_and_said(manifest):
     made = plan(manifest, PlanRequest(budget_bytes=1 << 50))
     assert made.budget_bytes == PI.usable_bytes and "lowered" in made.notes[0]
+
+
+def test_plan_load_and_doctor_see_the_same_machine(bundle, monkeypatch, capsys):
+    """In a cgroup that leaves 260 MiB beside the 24 MiB that Python holds, all plan with 284 MiB."""
+    tight = dataclasses.replace(probe(), limit_bytes=300 * MiB, headroom_bytes=260 * MiB)
+    held = Footprint(40 * MiB, 40 * MiB, 24 * MiB, 16 * MiB)
+    monkeypatch.setattr(probing, "probe", lambda: tight)
+    monkeypatch.setattr(probing, "footprint", lambda exact: held)
+
+    def said(*arguments: str) -> dict:
+        with pytest.raises(SystemExit) as end:
+            cli.main([*arguments, "--json"])
+        assert not end.value.code
+        return json.loads(capsys.readouterr().out)
+
+    with edge_gemma.load(bundle, n_ctx=256) as model:
+        assert model.plan.budget_bytes == 284 * MiB
+    assert said("plan", str(bundle.folder), "--ctx", "256")["budget_bytes"] == 284 * MiB
+    assert said("doctor")["device"]["usable_bytes"] == 284 * MiB
+    assert said("profiles", "auto")["usable_bytes"] == 284 * MiB

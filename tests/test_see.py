@@ -24,7 +24,6 @@ from edge_gemma.errors import (
     MediaError,
     PlanRefused,
     UnsupportedModel,
-    UsageError,
 )
 from edge_gemma.seeing.soft_tokens import Look
 from edge_gemma.store.importer import import_gguf
@@ -84,7 +83,7 @@ def test_encode_image_and_a_message_with_pictures(looking_bundle, no_cache, phot
 
 def test_a_text_bundle_refuses_pictures(tiny_bundle, photo):
     with edge_gemma.load(tiny_bundle, n_ctx=256) as model:
-        with pytest.raises(UsageError, match="has no vision encoder, so it cannot see"):
+        with pytest.raises(UnsupportedModel, match="has no vision encoder, so it cannot see"):
             model.encode_image(photo)
         with (
             pytest.raises(UnsupportedModel, match="has no vision encoder, so it cannot see"),
@@ -204,7 +203,7 @@ def test_describe_refusals(capsys, looking_bundle, tiny_bundle, photo, tmp_path)
     )
     assert code == 2 and "pictures of 512 px were asked for; this encoder takes 224" in err
     code, _, err = run(capsys, "describe", tiny_bundle, photo)
-    assert code == 2 and "cannot see" in err
+    assert code == 3 and "cannot see" in err
     code, _, err = run(
         capsys, "describe", looking_bundle.folder, *[photo] * 40, "?", "--ctx", "256"
     )

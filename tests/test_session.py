@@ -13,7 +13,7 @@ import pytest
 import edge_gemma
 from edge_gemma import PlanRequest, Rows, Sampling, Tokens
 from edge_gemma.errors import BundleError, ContextFull, RuntimeFailure, UsageError
-from edge_gemma.machine.footprint import rollup
+from edge_gemma.machine.footprint import footprint
 from edge_gemma.units import MiB
 
 SHORT = Sampling(seed=11, max_tokens=8)  # greedy would repeat one token: the weights are random
@@ -327,7 +327,7 @@ def test_a_thousand_turns_do_not_grow(tiny_model):
     with tiny_model.chat() as chat:
         for i in range(100):
             list(chat.send(WORDS[i % 200], Sampling(max_tokens=4, seed=i)))
-        before = rollup().anon_bytes
+        before = footprint().anon_bytes
         for i in range(1000):
             list(chat.send(WORDS[i % 200], Sampling(max_tokens=4, seed=i)))
-        assert rollup().anon_bytes - before < 4 * MiB
+        assert footprint().anon_bytes - before < 4 * MiB

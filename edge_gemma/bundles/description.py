@@ -9,14 +9,12 @@ describes what it wrote by the same function, so there is one derivation of the 
 from __future__ import annotations
 
 import hashlib
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 from edge_gemma.bundles.gguf import (
     Header,
     Skipped,
-    TensorInfo,
     find_strings,
     read_header,
 )
@@ -306,19 +304,3 @@ def _kv_layers(
         sliding = [period == 0 or i % period < period - 1 for i in range(n_layer)]
     owners = GEMMA3N_KV_LAYERS if family == "gemma3n" else n_layer
     return window, tuple("sliding" if s and window else "global" for s in sliding[:owners])
-
-
-def _tensor_table(order: list[TensorInfo], type_ids: dict[str, int], alignment: int) -> bytes:
-    table, offset = [], 0
-    for tensor in order:
-        name = tensor.name.encode()
-        dims = struct.pack(f"<{len(tensor.shape)}Q", *tensor.shape)
-        table.append(
-            struct.pack("<Q", len(name))
-            + name
-            + struct.pack("<I", len(tensor.shape))
-            + dims
-            + struct.pack("<IQ", type_ids[tensor.type], offset)
-        )
-        offset += -(-tensor.nbytes // alignment) * alignment
-    return b"".join(table)

@@ -52,6 +52,7 @@ GGML_TYPES: dict[int, tuple[str, int, int]] = {
     39: ("MXFP4", 32, 17),
 }
 TYPE_SIZES = {name: (block, nbytes) for name, block, nbytes in GGML_TYPES.values()}
+TYPE_IDS = {name: number for number, (name, _, _) in GGML_TYPES.items()}
 
 _SCALARS = {
     0: "B",

@@ -7,11 +7,11 @@ from a file or model name.
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Literal, overload
 
 import msgspec
 
-from edge_gemma.errors import BundleError
+from edge_gemma.errors import BundleError, UnsupportedModel
 from edge_gemma.units import MiB
 
 FORMAT = "edge-gemma-bundle"
@@ -20,6 +20,8 @@ MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 * MiB  # a 35-layer table is 0.3 MiB; anything near this is not a manifest
 Use = Literal["lookup", "matmul", "unused"]
 Family = Literal["gemma3", "gemma3n"]
+Sense = Literal["audio", "vision"]
+SENSES: tuple[Sense, ...] = ("audio", "vision")
 
 
 class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -115,6 +117,34 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     vision: VisionPart | None = None
     recipe: dict[str, str] = {}  # name, and the type of each group of tensors
     quality: dict[str, float | int | str] | None = None  # the receipt of `convert --check`
+
+
+@overload
+def require(manifest: Manifest, sense: Literal["audio"]) -> AudioPart: ...
+@overload
+def require(manifest: Manifest, sense: Literal["vision"]) -> VisionPart: ...
+@overload
+def require(manifest: Manifest, sense: Sense) -> AudioPart | VisionPart: ...
+def require(manifest: Manifest, sense: Sense) -> AudioPart | VisionPart:
+    """The encoder of that name. Raises UnsupportedModel when the bundle has none; every entry point
+    that needs an encoder asks here, so the error and its exit code are the same everywhere.
+    """
+    part = manifest.audio if sense == "audio" else manifest.vision
+    if part is None:
+        raise no_encoder(manifest.name, sense)
+    return part
+
+
+def no_encoder(name: str, sense: Sense) -> UnsupportedModel:
+    """The error for a bundle called ``name`` that lacks an encoder."""
+    verb, models = {
+        "audio": ("hear", "Gemma 3n E2B and E4B can"),
+        "vision": ("see", "Gemma 3 4B and Gemma 3n can"),
+    }[sense]
+    return UnsupportedModel(
+        f"{name} has no {sense} encoder, so it cannot {verb}; {models} "
+        f"(convert them without --{sense} none)"
+    )
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

@@ -8,6 +8,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from edge_gemma.cli.common import (
     ProgressLine,
@@ -19,8 +20,11 @@ from edge_gemma.cli.common import (
 )
 from edge_gemma.cli.options import Loading
 
+if TYPE_CHECKING:
+    from edge_gemma.bundles.manifest import Sense
 
-def load_model(bundle: str, loading: Loading, encoders: tuple[str, ...] | None = None):
+
+def load_model(bundle: str, loading: Loading, senses: tuple[Sense, ...] | None = None):
     """Plan and load; returns (model, seconds)."""
     from edge_gemma import load
     from edge_gemma.engines.llama import library as llama
@@ -31,7 +35,7 @@ def load_model(bundle: str, loading: Loading, encoders: tuple[str, ...] | None =
         model = load(
             open_bundle(bundle),
             device=loading.device,
-            request=loading.request(encoders),
+            request=loading.request(senses),
             lora=parse_lora(loading.lora),
             on_progress=line.fraction,
         )

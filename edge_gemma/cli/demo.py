@@ -40,7 +40,7 @@ def demo(
     note(NOTICE)
     bundle = _sample_bundle()
     with PeakSampler() as sampler:
-        model, load_s = load_model(str(bundle.folder), loading, encoders=())
+        model, load_s = load_model(str(bundle.folder), loading, senses=())
         sampler.rebase()
         with model:
             plan = model.plan

@@ -64,17 +64,12 @@ def register(app: typer.Typer) -> None:
 
 
 def _open_chat(bundle: str, loading: Loading, *, system: str | None = None, pad_audio: bool = True):
-    """(model, chat) for a bundle that hears. Raises UsageError for one that does not, before
+    """(model, chat) for a bundle that hears. Raises UnsupportedModel for one that does not, before
     anything is loaded.
     """
-    from edge_gemma.errors import UsageError
+    from edge_gemma.bundles.manifest import require
 
-    found = open_bundle(bundle)
-    if found.manifest.audio is None:
-        raise UsageError(
-            f"{found.manifest.name} has no audio encoder, so it cannot hear; Gemma 3n E2B "
-            "and E4B can, converted without --audio none"
-        )
+    require(open_bundle(bundle).manifest, "audio")
     model, _ = load_model(bundle, loading, ("audio",))
     return model, model.chat(system=system, pad_audio=pad_audio)
 

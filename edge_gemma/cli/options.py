@@ -11,11 +11,15 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, get_type_hints
+from typing import TYPE_CHECKING, Annotated, get_type_hints
 
 import typer
 
 from edge_gemma.cli.common import DeviceOption, VerboseOption
+
+if TYPE_CHECKING:
+    from edge_gemma.bundles.manifest import Sense
+    from edge_gemma.plan.records import PlanRequest
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,8 @@ class Planning:
         ),
     ] = None
 
-    def request(self, encoders: tuple[str, ...] | None = None):
-        """``encoders``: those the command will use; None: all the bundle has."""
+    def request(self, senses: tuple[Sense, ...] | None = None) -> PlanRequest:
+        """``senses``: those the command will use; None: all the bundle has."""
         from edge_gemma.plan.records import PlanRequest
         from edge_gemma.units import parse_bytes
 
@@ -78,7 +82,7 @@ class Planning:
             n_threads=self.threads,
             repack=self.repack,
             n_gpu_layers=self.gpu_layers,
-            encoders=encoders,
+            senses=senses,
         )
 
 

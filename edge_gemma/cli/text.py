@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +19,9 @@ from edge_gemma.cli.common import (
     print_json,
 )
 from edge_gemma.cli.options import Loading, Planning, Sampling, grouped
+
+if TYPE_CHECKING:
+    from edge_gemma.bundles.manifest import Sense
 
 System = Annotated[str | None, typer.Option("--system", help="System text.")]
 
@@ -174,11 +177,11 @@ def run(
         schema=_schema(schema),
         logprobs=logprobs,
     )
-    encoders = (("audio",) if audio else ()) + (("vision",) if image else ())
+    senses: tuple[Sense, ...] = (("audio",) if audio else ()) + (("vision",) if image else ())
     media = [*map(Image, image or ()), *map(Audio, audio or ())]
 
     with PeakSampler() as sampler:
-        model, load_s = load_model(bundle, loading, encoders)
+        model, load_s = load_model(bundle, loading, senses)
         sampler.rebase()  # a plan's peak counts from the end of load
         with model:
             session = model.session()

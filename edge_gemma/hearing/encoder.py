@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from edge_gemma.bundles.folder import Bundle
+from edge_gemma.bundles.manifest import require
 from edge_gemma.engines.onnx.runtime import open_onnx, run_onnx
-from edge_gemma.errors import BundleError, RuntimeFailure, UnsupportedModel
+from edge_gemma.errors import BundleError, RuntimeFailure
 from edge_gemma.hearing.log_mel import N_MELS, LogMel
 from edge_gemma.machine.footprint import trim_heap
 
@@ -33,12 +34,7 @@ class AudioEncoder:
     """
 
     def __init__(self, bundle: Bundle, *, n_threads: int = 2, spin: bool = False):
-        if bundle.manifest.audio is None:
-            raise UnsupportedModel(
-                f"{bundle.manifest.name} has no audio encoder, so it cannot hear; Gemma 3n "
-                "E2B and E4B can (convert them without --audio none)"
-            )
-        self.part = bundle.manifest.audio
+        self.part = require(bundle.manifest, "audio")
         self._session = open_onnx(bundle.path(self.part.file), n_threads=n_threads, spin=spin)
         shapes = {value.name: value.shape for value in self._session.get_inputs()}
         if (

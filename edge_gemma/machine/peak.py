@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 
 from edge_gemma.machine.footprint import (
     Footprint,
+    footprint,
     high_water_bytes,
-    quick,
     reset_peak,
-    rollup,
 )
 
 
@@ -104,12 +103,12 @@ class PeakSampler:
     def _sample(self, walk: bool, known: Footprint | None = None) -> Footprint | None:
         """One look. Between two walks PSS is RSS less what was last seen to be shared."""
         try:
-            now = known or quick(self.pid)
+            now = known or footprint(self.pid, exact=False)
             clock = time.perf_counter()
             if known is None and (
                 walk or (now.rss_bytes > self._walked_rss and clock >= self._next_walk)
             ):
-                now = rollup(self.pid)
+                now = footprint(self.pid)
                 self._shared_bytes = now.rss_bytes - now.pss_bytes
                 self._walked_rss = max(self._walked_rss, now.rss_bytes)
                 took = time.perf_counter() - clock

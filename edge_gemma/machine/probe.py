@@ -11,9 +11,11 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from edge_gemma.machine.device import Device, load_profile
+from edge_gemma.machine.footprint import RUNTIME_ANON_BYTES, footprint
 
 # /proc/cpuinfo's words → the words of repack.toml (ggml_cpu_has_*)
 _FEATURES = {
@@ -53,18 +55,55 @@ _ARM_PARTS = {
 
 
 def find_device(name: str = "auto") -> Device:
-    """``auto`` probes this machine; any other name is a profile. Raises UsageError.
+    """The machine to plan for: ``auto`` is :func:`this_machine`, any other name a profile. Raises
+    UsageError.
 
     >>> find_device("laptop-8gb").board
     'x86-64 laptop'
     """
-    return probe() if name == "auto" else load_profile(name)
+    return this_machine() if name == "auto" else load_profile(name)
+
+
+def machine_for(device: str | Device) -> Device:
+    """The machine to plan for when the run is on this one: a profile's memory, bounded by what this
+    machine has. Raises UsageError.
+
+    >>> machine_for("pi-5-4gb").usable_bytes <= this_machine().usable_bytes + (1 << 20)
+    True
+    """
+    host = this_machine()
+    if device == "auto":
+        return host
+    found = load_profile(device) if isinstance(device, str) else device
+    return replace(
+        found,
+        available_bytes=min(found.available_bytes, host.usable_bytes + found.reserve_bytes),
+        can_release=host.can_release,
+        page_bytes=host.page_bytes,
+        n_threads=min(found.n_threads, host.n_threads),
+    )
+
+
+def this_machine() -> Device:
+    """This machine as a plan sees it, the one view of it for ``plan``, ``load`` and ``doctor``.
+
+    Python and the libraries are loaded already and hold memory. A plan counts them, so what they
+    hold is added to what the kernel calls free; else it would be charged twice.
+    """
+    host = probe()
+    spent = min(footprint(exact=False).anon_bytes, RUNTIME_ANON_BYTES)
+    headroom = None if host.headroom_bytes is None else host.headroom_bytes + spent
+    return replace(
+        host,
+        available_bytes=min(host.available_bytes + spent, host.total_bytes),
+        headroom_bytes=headroom,
+    )
 
 
 def probe(
     root: str | Path = "/", affinity: Iterable[int] | None = None, page_bytes: int | None = None
 ) -> Device:
-    """Read this machine.
+    """Read this machine as it is at this moment; :func:`this_machine` is what to plan with.
 
     ``root`` stands in for ``/`` of ``/proc`` and ``/sys``; ``affinity`` for the CPUs we may run on.
 

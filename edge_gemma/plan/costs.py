@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from edge_gemma.bundles.gguf import TYPE_SIZES
 from edge_gemma.bundles.manifest import Manifest, Tensor
 from edge_gemma.machine.device import Device
-from edge_gemma.plan.records import AFTER_LOAD, PHASES, Item, PlanRequest, Settings, wanted_encoders
+from edge_gemma.machine.footprint import RUNTIME_ANON_BYTES, RUNTIME_FILE_BYTES
+from edge_gemma.plan.records import AFTER_LOAD, PHASES, Item, PlanRequest, Settings, wanted_senses
 from edge_gemma.units import MiB
 
-KV_BYTES = {"f16": (2, 1), "q8_0": (34, 32), "q4_0": (18, 32)}  # bytes per values
-# Measured on x86-64 Linux, CPython 3.11, by `python -m edge_gemma.benchmarks.spine base`: PSS of
-# the process with this package and llama.cpp loaded, no model; and what loading a vocabulary adds.
-RUNTIME_ANON_BYTES = 36 * MiB
-RUNTIME_FILE_BYTES = 15 * MiB
+KV_TYPES = ("f16", "q8_0", "q4_0")  # of the KV cache, by their ggml names in lower case
+# What loading a vocabulary adds, measured as RUNTIME_ANON_BYTES is.
 VOCABULARY_BYTES_PER_TOKEN = 120
 GRAPH_BYTES_PER_LAYER = 128 << 10  # ggml's graph and scheduler nodes
 ONNXRUNTIME_BYTES = (
@@ -50,7 +49,6 @@ class _Costs:
         self.matmul_bytes = sum(t.nbytes for t in matmul)
         self.repacked_bytes = sum(t.nbytes for t in tensors if t.use != "lookup" and repacks(t))
         self.mapped_beside_copies_bytes = sum(t.nbytes for t in matmul if not repacks(t))
-        self.cold_bytes = sum(t.nbytes for t in tensors if t.use != "matmul")
         self.file_bytes = manifest.files[manifest.decoder.file].size
         self.lookups = [t for t in tensors if t.use == "lookup"]
         self.embedding = next((t for t in tensors if t.name == "token_embd.weight"), None)
@@ -59,7 +57,7 @@ class _Costs:
             and self.embedding.use == "matmul"
             and repacks(self.embedding)
         )
-        self.encoders = wanted_encoders(manifest, request)
+        self.senses = wanted_senses(manifest, request)
 
     def items(self, s: Settings) -> tuple[Item, ...]:
         decoder, device = self.manifest.decoder, self.device
@@ -162,8 +160,8 @@ class _Costs:
 
     def _kv(self, s: Settings) -> list[Item]:
         decoder = self.manifest.decoder
-        values, per = KV_BYTES[s.kv_type]
-        cell = 2 * decoder.n_head_kv * decoder.head_dim * values // per  # K and V of one layer
+        values, nbytes = TYPE_SIZES[s.kv_type.upper()]
+        cell = 2 * decoder.n_head_kv * decoder.head_dim * nbytes // values  # K and V of one layer
         n_global = sum(kind == "global" for kind in decoder.kv_layers)
         n_sliding = len(decoder.kv_layers) - n_global
         rows = []
@@ -209,9 +207,9 @@ class _Costs:
     def _encoders(self, s: Settings) -> list[Item]:
         rows = []
         always = s.encoders == "resident"
-        if self.encoders:
+        if self.senses:
             rows.append(Item("onnxruntime", ONNXRUNTIME_BYTES, "anon", AFTER_LOAD))
-        if "audio" in self.encoders:
+        if "audio" in self.senses:
             audio = self.manifest.audio
             rows.append(
                 Item(
@@ -224,7 +222,7 @@ class _Costs:
             rows.append(
                 Item("audio encoder activations", audio.activation_bytes, "anon", ("listen",))
             )
-        if "vision" in self.encoders:
+        if "vision" in self.senses:
             vision = self.manifest.vision
             # used as they lie in the mapped file (encode.py, in_place)
             rows.append(

@@ -25,11 +25,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from edge_gemma.bundles.manifest import Manifest, Tensor
+from edge_gemma.bundles.manifest import SENSES, Manifest, Tensor, require
 from edge_gemma.errors import UsageError
 from edge_gemma.machine.device import Device
-from edge_gemma.plan.costs import HEADROOM, KV_BYTES, _Costs
-from edge_gemma.plan.records import AFTER_LOAD, Item, Plan, PlanRequest, Settings, wanted_encoders
+from edge_gemma.plan.costs import HEADROOM, KV_TYPES, _Costs
+from edge_gemma.plan.records import AFTER_LOAD, Item, Plan, PlanRequest, Settings, wanted_senses
 from edge_gemma.units import MiB, format_bytes
 
 DEFAULT_N_CTX = 4096
@@ -46,8 +46,8 @@ def make_plan(
     Never raises for what merely does not fit: see :meth:`Plan.require`.
 
     ``repacks`` tells whether the device's llama.cpp copies a matmul weight into a repacked buffer.
-    Raises UsageError for a request that no memory could satisfy (a context beyond the model, an
-    encoder the bundle lacks).
+    Raises UsageError for a request that no memory could satisfy (a context beyond the model),
+    UnsupportedModel for an encoder that the bundle lacks.
     """
     _check(manifest, request)
     budget = (
@@ -82,27 +82,21 @@ def _check(manifest: Manifest, request: PlanRequest) -> None:
         raise UsageError(f"{request.n_seq_max} parallel sequences were asked for; expected 1 … 64")
     if request.n_threads is not None and not 1 <= request.n_threads <= 512:
         raise UsageError(f"{request.n_threads} threads were asked for; expected 1 … 512")
-    if request.kv_type is not None and request.kv_type not in KV_BYTES:
+    if request.kv_type is not None and request.kv_type not in KV_TYPES:
         raise UsageError(
-            f"KV type {request.kv_type!r} is unknown; expected one of {', '.join(KV_BYTES)}"
+            f"KV type {request.kv_type!r} is unknown; expected one of {', '.join(KV_TYPES)}"
         )
-    for encoder in request.encoders or ():
-        if encoder not in ("audio", "vision"):
-            raise UsageError(f"encoder {encoder!r} is unknown; expected audio or vision")
-        if getattr(manifest, encoder) is None:
-            verb = {"audio": "hear", "vision": "see"}[encoder]
-            raise UsageError(
-                f"{manifest.name} is a bundle without {'an' if encoder == 'audio' else 'a'} "
-                f"{encoder} encoder, so it cannot {verb}; convert the checkpoint with "
-                f"--{encoder}"
-            )
+    for sense in request.senses or ():
+        if sense not in SENSES:
+            raise UsageError(f"sense {sense!r} is unknown; expected {' or '.join(SENSES)}")
+        require(manifest, sense)
 
 
 def _ladder(
     manifest: Manifest, device: Device, request: PlanRequest
 ) -> Iterator[tuple[Settings, tuple[str, ...]]]:
     """Settings from the most comfortable to the most frugal, with what was conceded on the way."""
-    encoders = wanted_encoders(manifest, request)
+    senses = wanted_senses(manifest, request)
     train = manifest.decoder.n_ctx_train
     settings = Settings(
         n_ctx=request.n_ctx or min(DEFAULT_N_CTX, train),
@@ -117,7 +111,7 @@ def _ladder(
     yield settings, done
 
     image_in_one = (
-        manifest.vision is not None and manifest.family == "gemma3" and "vision" in encoders
+        manifest.vision is not None and manifest.family == "gemma3" and "vision" in senses
     )
     if request.n_ubatch is None and not image_in_one:
         for n_ubatch in N_UBATCH_LADDER[1:]:
@@ -139,7 +133,7 @@ def _ladder(
                     (*before, f"context of {n_ctx} tokens"),
                 )
                 yield settings, done
-    if len(encoders) > 1:
+    if len(senses) > 1:
         settings, done = (
             replace(settings, encoders="one at a time"),
             (*done, "encoders one at a time: each loads when it is needed"),
@@ -243,8 +237,8 @@ def _nearest(
         if low:
             return f"--ctx {low * 256}"
     smallest = replace(plan.settings, n_ctx=min(512, manifest.decoder.n_ctx_train))
-    if costs.encoders:
-        without = _Costs(manifest, device, replace(request, encoders=()), lambda t: False)
+    if costs.senses:
+        without = _Costs(manifest, device, replace(request, senses=()), lambda t: False)
         without.repacked_bytes, without.mapped_beside_copies_bytes = (
             costs.repacked_bytes,
             costs.mapped_beside_copies_bytes,
@@ -252,8 +246,7 @@ def _nearest(
         without.embedding_repacked = costs.embedding_repacked
         if fits(smallest, without).fits:
             return (
-                f"the same without its {' and '.join(costs.encoders)} encoder, --ctx "
-                f"{smallest.n_ctx}"
+                f"the same without its {' and '.join(costs.senses)} encoder, --ctx {smallest.n_ctx}"
             )
     floor = fits(replace(smallest, repack=False) if request.repack is None else smallest)
     if request.budget_bytes is not None and floor.needed_bytes <= device.usable_bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from edge_gemma.bundles.manifest import Manifest
+from edge_gemma.bundles.manifest import SENSES, Manifest, Sense
 from edge_gemma.errors import PlanRefused
 
 PHASES = ("load", "listen", "look", "prefill", "decode")
@@ -25,6 +25,7 @@ class Settings:
     repack: bool = True
     n_gpu_layers: int = 0
     flash_attention: bool = True
+    # both stay open, or each is opened when it is needed and closed before the other
     encoders: Literal["resident", "one at a time"] = "resident"
 
 
@@ -40,7 +41,7 @@ class PlanRequest:
     kv_type: str | None = None
     repack: bool | None = None
     n_gpu_layers: int | None = None
-    encoders: tuple[str, ...] | None = None  # of "audio", "vision"; None: all the bundle has
+    senses: tuple[Sense, ...] | None = None  # whose encoders to count; None: all the bundle has
     lora_bytes: int = 0
 
 
@@ -88,6 +89,9 @@ class Plan:
         return self
 
 
-def wanted_encoders(manifest: Manifest, request: PlanRequest) -> tuple[str, ...]:
-    present = tuple(name for name in ("audio", "vision") if getattr(manifest, name) is not None)
-    return present if request.encoders is None else request.encoders
+def wanted_senses(manifest: Manifest, request: PlanRequest) -> tuple[Sense, ...]:
+    """The senses whose encoders a plan counts."""
+    present = {"audio": manifest.audio, "vision": manifest.vision}
+    if request.senses is None:
+        return tuple(sense for sense in SENSES if present[sense] is not None)
+    return request.senses

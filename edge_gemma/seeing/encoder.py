@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from edge_gemma.bundles.folder import Bundle
+from edge_gemma.bundles.manifest import require
 from edge_gemma.engines.onnx.runtime import open_onnx, run_onnx
-from edge_gemma.errors import BundleError, RuntimeFailure, UnsupportedModel, UsageError
+from edge_gemma.errors import BundleError, RuntimeFailure, UsageError
 from edge_gemma.machine.footprint import trim_heap
 
 
@@ -20,12 +21,7 @@ class ImageEncoder:
     """
 
     def __init__(self, bundle: Bundle, *, size: int | None = None, n_threads: int = 2):
-        if bundle.manifest.vision is None:
-            raise UnsupportedModel(
-                f"{bundle.manifest.name} has no vision encoder, so it cannot see; Gemma 3 4B "
-                "and Gemma 3n can (convert them without --vision none)"
-            )
-        self.part = bundle.manifest.vision
+        self.part = require(bundle.manifest, "vision")
         self.size = size or self.part.image_sizes[0]
         if self.size not in self.part.image_sizes:
             raise UsageError(

@@ -14,8 +14,8 @@ from __future__ import annotations
 import numpy as np
 
 from edge_gemma.bundles.folder import Bundle
-from edge_gemma.bundles.manifest import VisionPart
-from edge_gemma.errors import PlanRefused, UnsupportedModel, UsageError
+from edge_gemma.bundles.manifest import VisionPart, no_encoder, require
+from edge_gemma.errors import PlanRefused, UsageError
 from edge_gemma.messages import Audio, Image
 from edge_gemma.seeing.cache import SoftTokenCache
 from edge_gemma.seeing.encoder import ImageEncoder
@@ -54,10 +54,7 @@ def prepare(
     if not seen:
         return parts
     if vision is None:
-        raise UnsupportedModel(
-            f"{name} has no vision encoder, so it cannot see; Gemma 3 4B and Gemma 3n can "
-            "(convert them without --vision none)"
-        )
+        raise no_encoder(name, "vision")
     size, cost = _size(vision, None), soft_token_cost(vision)
     pictures = [part if not _is_picture(part) else _open(part) for part in parts]
     if pan_and_scan:
@@ -128,14 +125,9 @@ class Look:
         keep: bool = True,
         cache: SoftTokenCache | None = None,
     ):
-        if bundle.manifest.vision is None:
-            raise UnsupportedModel(
-                f"{bundle.manifest.name} has no vision encoder, so it cannot see; Gemma 3 4B "
-                "and Gemma 3n can (convert them without --vision none)"
-            )
         self.bundle, self.vision, self.n_threads, self.keep, self.cache = (
             bundle,
-            bundle.manifest.vision,
+            require(bundle.manifest, "vision"),
             n_threads,
             keep,
             cache,

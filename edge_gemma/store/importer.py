@@ -17,12 +17,12 @@ from pathlib import Path
 
 from edge_gemma.bundles.description import (
     Description,
-    _tensor_table,
     describe,
 )
 from edge_gemma.bundles.folder import Bundle, BundleWriter, file_entry
 from edge_gemma.bundles.gguf import (
-    GGML_TYPES,
+    TYPE_IDS,
+    TensorInfo,
     layout_rank,
     read_header,
 )
@@ -124,7 +124,6 @@ def relayout_gguf(path: Path, target: Path, progress: Progress = lambda n_bytes:
     """
     header, uses = read_header(path), {t.name: t.use for t in describe(path).decoder.tensors}
     order = sorted(header.tensors, key=lambda t: layout_rank(uses[t.name], t.type, len(t.shape)))
-    type_ids = {name: kind for kind, (name, _, _) in GGML_TYPES.items()}
     digest, size = hashlib.sha256(), 0
     with open(path, "rb") as source, open(target, "wb") as sink:
 
@@ -145,7 +144,7 @@ def relayout_gguf(path: Path, target: Path, progress: Progress = lambda n_bytes:
             + struct.pack("<IQQ", header.version, len(order), n_keys)
             + source.read(header.kv_range[1] - header.kv_range[0])
         )
-        put(_tensor_table(order, type_ids, header.alignment))
+        put(_tensor_table(order, header.alignment))
         pad()
         for tensor in order:
             source.seek(tensor.offset)
@@ -160,3 +159,19 @@ def relayout_gguf(path: Path, target: Path, progress: Progress = lambda n_bytes:
                 left -= len(chunk)
             pad()
     return File(size=size, sha256=digest.hexdigest())
+
+
+def _tensor_table(order: list[TensorInfo], alignment: int) -> bytes:
+    table, offset = [], 0
+    for tensor in order:
+        name = tensor.name.encode()
+        dims = struct.pack(f"<{len(tensor.shape)}Q", *tensor.shape)
+        table.append(
+            struct.pack("<Q", len(name))
+            + name
+            + struct.pack("<I", len(tensor.shape))
+            + dims
+            + struct.pack("<IQ", TYPE_IDS[tensor.type], offset)
+        )
+        offset += -(-tensor.nbytes // alignment) * alignment
+    return b"".join(table)

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
+from edge_gemma.bundles.gguf import TYPE_IDS
 from edge_gemma.engines.llama import library as llama
 from edge_gemma.errors import BundleError, RuntimeFailure, UsageError
 from edge_gemma.plan.records import Settings
 from edge_gemma.spans import Rows, Span, Tokens
 
-KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}  # ggml type ids of the cache types a plan may choose
 EVALUATE_ROWS = 64  # logits rows per block in Context.evaluate: 64 × 262,144 × 4 bytes = 64 MiB
 
 # -- the model: weights and vocabulary, shared and immutable -----------------------------------------------------------
@@ -192,7 +192,7 @@ class Context:
         params.n_seq_max = settings.n_seq_max
         params.n_outputs_max = self.n_outputs
         params.n_threads = params.n_threads_batch = settings.n_threads
-        params.type_k = params.type_v = KV_TYPES[settings.kv_type]
+        params.type_k = params.type_v = TYPE_IDS[settings.kv_type.upper()]
         params.flash_attn_type = (
             1 if settings.flash_attention or settings.kv_type != "f16" else 0
         )  # a quantized V needs it

@@ -26,7 +26,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from edge_gemma.bundles.folder import Bundle
-from edge_gemma.bundles.gguf import GGML_TYPES
+from edge_gemma.bundles.gguf import TYPE_IDS
 from edge_gemma.bundles.manifest import Tensor
 from edge_gemma.engines.llama.decoder import Decoder
 from edge_gemma.engines.llama.library import repacks
@@ -34,7 +34,6 @@ from edge_gemma.errors import BundleError
 from edge_gemma.machine.footprint import PAGE_BYTES, mapping_of
 from edge_gemma.plan.records import Plan
 
-_TYPE_IDS = {name: kind for kind, (name, _, _) in GGML_TYPES.items()}
 _MADV_RANDOM, _MADV_WILLNEED, _MADV_DONTNEED, _MADV_POPULATE_READ = (
     1,
     3,
@@ -54,7 +53,7 @@ def repacked_here(tensor: Tensor) -> bool:
     return (
         len(tensor.shape) == 2
         and tensor.use != "lookup"
-        and repacks(_TYPE_IDS[tensor.type], *tensor.shape)
+        and repacks(TYPE_IDS[tensor.type], *tensor.shape)
     )
 
 

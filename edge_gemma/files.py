@@ -1,0 +1,45 @@
+"""Files that appear whole or not at all.
+
+In: a path. Out: an open file whose bytes take the path's place in one step, once they are on the
+disk.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from edge_gemma.errors import RuntimeFailure
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a binary file that replaces ``path`` when the block ends without an error.
+
+    The bytes go into a temporary file beside ``path``, reach the disk (fsync), and then take its
+    name in one step. After an error in the block ``path`` is what it was before, and the temporary
+    file is gone. Raises RuntimeFailure (path and reason) for what the disk refuses.
+
+    >>> target = getfixture("tmp_path") / "figures.json"
+    >>> with written_whole(target) as file:
+    ...     _ = file.write(b"{}")
+    >>> target.read_bytes()
+    b'{}'
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise RuntimeFailure(f"cannot write {path}: {reason}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
