@@ -88,3 +88,9 @@ class RuntimeFailure(EdgeGemmaError):
 
 class ContextFull(RuntimeFailure):
     pass
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a foreign error's text, or its type where there is no text."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

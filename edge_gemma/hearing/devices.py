@@ -1,4 +1,8 @@
-"""Microphones and loudspeakers. The only module that imports sounddevice."""
+"""Microphones and loudspeakers. The only module that imports sounddevice; its errors become ours.
+
+In: a device's number or name. Out: blocks ``[n]`` float32 at 16 kHz mono (:class:`Microphone`), or
+sound (:class:`Speaker`). It does not know speech, features or models.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,22 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal
 
 import numpy as np
 
-from edge_gemma.errors import DeviceLost, MediaError, MissingExtra, UsageError
+from edge_gemma.errors import DeviceLost, MediaError, MissingExtra, UsageError, first_line
 from edge_gemma.hearing.samples import BLOCK_SAMPLES, RATE_HZ
-from edge_gemma.hearing.sound import Resampler, _first_line
+from edge_gemma.hearing.sound import Resampler
 
 # without a block for so long the device is gone: PortAudio says nothing when a sound server dies
 LOST_AFTER_S = 0.8
+_POLL_S = 0.1  # how often a waiting reader looks whether the device is still there
+_PLAY_STEPS_PER_S = 20  # how often a running playback looks whether it was stopped
+
+Kind = Literal["input", "output"]
+_THING: dict[Kind, str] = {"input": "microphone", "output": "loudspeaker"}
 
 
 @dataclass(frozen=True)
@@ -30,13 +41,20 @@ class SoundDevice:
     is_default_input: bool
     is_default_output: bool
 
+    def channels(self, kind: Kind) -> int:
+        return self.inputs if kind == "input" else self.outputs
+
+    def is_default(self, kind: Kind) -> bool:
+        return self.is_default_input if kind == "input" else self.is_default_output
+
 
 _portaudio_lock = threading.RLock()
 _open_streams = 0  # PortAudio's device list is read anew only while none is open
+_kept_callbacks: list[object] = []  # ctypes frees a callback that nothing refers to
 
 
 @functools.cache
-def _sounddevice():
+def _sounddevice() -> ModuleType:
     _quiet_alsa()
     try:
         import sounddevice
@@ -51,18 +69,18 @@ def _sounddevice():
 
 
 def _quiet_alsa() -> None:
-    """ALSA prints to stderr whatever it tries while PortAudio looks around; what matters comes back
-    as an error of ours.
+    """ALSA prints to stderr whatever it tries while PortAudio looks for devices; what matters comes
+    back as an error of ours.
     """
-    global _alsa_handler
+    text, number = ctypes.c_char_p, ctypes.c_int
+    signature = ctypes.CFUNCTYPE(None, text, number, text, number, text)
+    ignore = signature(lambda *_: None)
     try:
         asound = ctypes.CDLL("libasound.so.2")
-        _alsa_handler = ctypes.CFUNCTYPE(
-            None, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p
-        )(lambda *_: None)
-        asound.snd_lib_error_set_handler(_alsa_handler)
-    except (OSError, AttributeError):
-        pass
+        asound.snd_lib_error_set_handler(ignore)
+    except (OSError, AttributeError):  # no ALSA here
+        return
+    _kept_callbacks.append(ignore)
 
 
 def _refresh() -> None:
@@ -70,7 +88,7 @@ def _refresh() -> None:
     sd = _sounddevice()
     with _portaudio_lock:
         if _open_streams == 0:
-            sd._terminate()
+            sd._terminate()  # sounddevice's documented way to read the device list anew
             sd._initialize()
 
 
@@ -79,60 +97,66 @@ def devices() -> list[SoundDevice]:
     sd = _sounddevice()
     with _portaudio_lock:
         _refresh()
-        default_in, default_out = sd.default.device
+        chosen_input, chosen_output = sd.default.device
+        default_input = _default_index("input", chosen_input)
+        default_output = _default_index("output", chosen_output)
         return [
             SoundDevice(
-                d["index"],
-                d["name"],
-                d["max_input_channels"],
-                d["max_output_channels"],
-                int(d["default_samplerate"]),
-                d["index"] == _default_index("input", default_in),
-                d["index"] == _default_index("output", default_out),
+                index=found["index"],
+                name=found["name"],
+                inputs=found["max_input_channels"],
+                outputs=found["max_output_channels"],
+                rate_hz=int(found["default_samplerate"]),
+                is_default_input=found["index"] == default_input,
+                is_default_output=found["index"] == default_output,
             )
-            for d in sd.query_devices()
+            for found in sd.query_devices()
         ]
 
 
-def _default_index(kind: str, chosen) -> int | None:
+def _default_index(kind: Kind, chosen: int | None) -> int | None:
     sd = _sounddevice()
+    device = None if chosen in (-1, None) else chosen
     try:
-        return sd.query_devices(None if chosen in (-1, None) else chosen, kind)["index"]
+        return sd.query_devices(device, kind)["index"]
     except (sd.PortAudioError, ValueError):
         return None
 
 
-def find_sound_device(wanted: str | int | None, kind: str) -> SoundDevice:
+def find_sound_device(wanted: str | int | None, kind: Kind) -> SoundDevice:
     """The default, or the one of that number or (part of a) name. Raises DeviceLost when there is
     none, UsageError when unclear.
     """
-    channels = "inputs" if kind == "input" else "outputs"
-    thing = "microphone" if kind == "input" else "loudspeaker"
-    present = [d for d in devices() if getattr(d, channels) > 0]
+    thing = _THING[kind]
+    present = [device for device in devices() if device.channels(kind) > 0]
     if not present:
         raise DeviceLost(
             f"no {thing} found; plug one in, or start the sound server (`edge-gemma devices` "
             "shows what is there)"
         )
     if wanted is None:
-        chosen = [d for d in present if getattr(d, f"is_default_{kind}")] or present[:1]
-        return chosen[0]
-    if str(wanted).isdigit():
-        chosen = [d for d in present if d.index == int(wanted)]
-    else:
-        chosen = [d for d in present if d.name.lower() == str(wanted).lower()] or [
-            d for d in present if str(wanted).lower() in d.name.lower()
-        ]
+        defaults = [device for device in present if device.is_default(kind)]
+        return (defaults or present)[0]
+    chosen = _matching(present, str(wanted))
     if len(chosen) != 1:
-        found = ", ".join(f"{d.index}: {d.name}" for d in (chosen or present))
+        found = ", ".join(f"{device.index}: {device.name}" for device in (chosen or present))
         raise UsageError(f"{wanted!r} names {len(chosen)} {thing}s; choose one of: {found}")
     return chosen[0]
 
 
-class Microphone:
-    """Blocks of 32 ms at 16 kHz mono from a device; a context manager.
+def _matching(present: list[SoundDevice], wanted: str) -> list[SoundDevice]:
+    if wanted.isdigit():
+        return [device for device in present if device.index == int(wanted)]
+    lower = wanted.lower()
+    whole = [device for device in present if device.name.lower() == lower]
+    return whole or [device for device in present if lower in device.name.lower()]
 
-    No thread of its own: PortAudio calls back, ``read`` takes.
+
+class Microphone:
+    """Blocks of 32 ms at 16 kHz mono from a device; a context manager (the ``LiveSource``
+    protocol). ``name`` is the device's, once it is open.
+
+    It starts no thread: PortAudio calls back, ``read`` takes.
 
     The callback copies into a queue of ``queue_s`` seconds and returns; blocks that find it full,
     or that PortAudio itself reports as overflowed, are counted in ``dropped_blocks``. Raises
@@ -140,59 +164,66 @@ class Microphone:
     """
 
     def __init__(self, device: str | int | None = None, *, queue_s: float = 30.0):
-        self.device, self.dropped_blocks = device, 0
-        self._queue: queue.Queue[np.ndarray] = queue.Queue(
-            maxsize=max(1, int(queue_s * RATE_HZ / BLOCK_SAMPLES))
-        )
+        self.device, self.name, self.dropped_blocks = device, "", 0
+        n_blocks = max(1, int(queue_s * RATE_HZ / BLOCK_SAMPLES))
+        self._queue: queue.Queue[np.ndarray] = queue.Queue(maxsize=n_blocks)
         self._finished = threading.Event()
-        self._stream = None
-        self._rest = np.zeros(0, np.float32)
+        self._heard_s = 0.0  # when PortAudio last called, on the monotonic clock
+        self._stream: Any = None  # sounddevice.InputStream, which has no types
+        self._resample = Resampler(RATE_HZ)
 
     def __enter__(self) -> Microphone:
         self._open()
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _open(self) -> None:
         global _open_streams
-        sd = _sounddevice()
         with _portaudio_lock:
             found = find_sound_device(self.device, "input")
             self._finished.clear()
             self._heard_s = time.monotonic()
-            attempts = [(RATE_HZ, 1), (found.rate_hz, 1), (found.rate_hz, min(found.inputs, 2))]
-            for rate_hz, channels in attempts:
-                try:
-                    stream = sd.InputStream(
-                        samplerate=rate_hz,
-                        channels=channels,
-                        device=found.index,
-                        dtype="float32",
-                        blocksize=BLOCK_SAMPLES * rate_hz // RATE_HZ,
-                        callback=self._on_block,
-                        finished_callback=self._finished.set,
-                    )
-                    stream.start()
-                    break
-                except (sd.PortAudioError, ValueError) as error:
-                    reason = error
-            else:
-                raise DeviceLost(
-                    f"the microphone {found.name!r} cannot be opened "
-                    f"({_first_line(reason)}); is another program holding it?"
-                )
+            stream, rate_hz = self._start_stream(found)
             self._stream, self.name = stream, found.name
             self._resample = Resampler(rate_hz)
             _open_streams += 1
 
-    def _on_block(self, data: np.ndarray, frames: int, when, status) -> None:
+    def _start_stream(self, device: SoundDevice) -> tuple[Any, int]:
+        """The running stream and its rate: ours if the device can, else the device's own."""
+        sd = _sounddevice()
+        stereo = min(device.inputs, 2)
+        reason: Exception | None = None
+        for rate_hz, channels in ((RATE_HZ, 1), (device.rate_hz, 1), (device.rate_hz, stereo)):
+            try:
+                stream = sd.InputStream(
+                    samplerate=rate_hz,
+                    channels=channels,
+                    device=device.index,
+                    dtype="float32",
+                    blocksize=BLOCK_SAMPLES * rate_hz // RATE_HZ,
+                    callback=self._on_block,
+                    finished_callback=self._finished.set,
+                )
+                stream.start()
+                return stream, rate_hz
+            except (sd.PortAudioError, ValueError) as error:
+                reason = error
+        assert reason is not None
+        raise DeviceLost(
+            f"the microphone {device.name!r} cannot be opened "
+            f"({first_line(reason)}); is another program holding it?"
+        )
+
+    def _on_block(self, data: np.ndarray, frames: int, when: object, status: Any) -> None:
+        """PortAudio's thread calls this. ``data [n, channels]`` float32 is valid only within."""
         self._heard_s = time.monotonic()
         if status.input_overflow:
             self.dropped_blocks += 1
+        mono = data[:, 0].copy() if data.shape[1] == 1 else data.mean(axis=1)
         try:
-            self._queue.put_nowait(data[:, 0].copy() if data.shape[1] == 1 else data.mean(axis=1))
+            self._queue.put_nowait(mono)
         except queue.Full:
             self.dropped_blocks += 1
 
@@ -204,19 +235,23 @@ class Microphone:
             raise DeviceLost("the microphone is not open")
         until = time.monotonic() + timeout_s
         while True:
+            left_s = until - time.monotonic()
             try:
-                return self._resample.push(
-                    self._queue.get(timeout=min(0.1, max(0.001, until - time.monotonic())))
-                )
+                block = self._queue.get(timeout=min(_POLL_S, max(0.001, left_s)))
+                return self._resample.push(block)
             except queue.Empty:
                 pass
-            if self._finished.is_set() or time.monotonic() - self._heard_s > LOST_AFTER_S:
+            if self._is_gone():
                 self.close()
                 raise DeviceLost(
                     f"the microphone {self.name!r} is gone (unplugged, or the sound server stopped)"
                 )
             if time.monotonic() >= until:
                 return np.zeros(0, np.float32)
+
+    def _is_gone(self) -> bool:
+        silent_s = time.monotonic() - self._heard_s
+        return self._finished.is_set() or silent_s > LOST_AFTER_S
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Samples until the device is lost or the microphone is closed from elsewhere."""
@@ -260,33 +295,36 @@ class Speaker:
         global _open_streams
         sd = _sounddevice()
         self._stopped.clear()
-        samples = np.ascontiguousarray(samples, np.float32).reshape(-1, 1)
+        column = np.ascontiguousarray(samples, np.float32).reshape(-1, 1)  # [n, 1]
         with _portaudio_lock:
-            found = find_sound_device(self.device, "output") if _open_streams == 0 else None
-            index = found.index if found else None if self.device is None else self.device
-            try:
-                stream = sd.OutputStream(
-                    samplerate=rate_hz, channels=1, device=index, dtype="float32"
-                )
-            except (sd.PortAudioError, ValueError) as error:
-                raise DeviceLost(
-                    f"the loudspeaker cannot be opened ({_first_line(error)})"
-                ) from None
+            stream = self._open_stream(rate_hz)
             _open_streams += 1
         try:
             with stream:
-                step = max(1, rate_hz // 20)
-                for start in range(0, len(samples), step):
-                    if self._stopped.is_set():
-                        stream.abort()
-                        return False
-                    stream.write(samples[start : start + step])
-            return True
+                return self._write(stream, column, max(1, rate_hz // _PLAY_STEPS_PER_S))
         except sd.PortAudioError as error:
-            raise DeviceLost(f"the loudspeaker is gone ({_first_line(error)})") from None
+            raise DeviceLost(f"the loudspeaker is gone ({first_line(error)})") from None
         finally:
             with _portaudio_lock:
                 _open_streams -= 1
+
+    def _open_stream(self, rate_hz: int) -> Any:
+        sd = _sounddevice()
+        device = self.device
+        if _open_streams == 0:  # else the device list is not read anew: PortAudio finds it itself
+            device = find_sound_device(self.device, "output").index
+        try:
+            return sd.OutputStream(samplerate=rate_hz, channels=1, device=device, dtype="float32")
+        except (sd.PortAudioError, ValueError) as error:
+            raise DeviceLost(f"the loudspeaker cannot be opened ({first_line(error)})") from None
+
+    def _write(self, stream: Any, column: np.ndarray, step: int) -> bool:
+        for start in range(0, len(column), step):
+            if self._stopped.is_set():
+                stream.abort()
+                return False
+            stream.write(column[start : start + step])
+        return True
 
     def stop(self) -> None:
         self._stopped.set()

@@ -22,34 +22,48 @@ from edge_gemma.hearing.samples import (
 )
 
 N_MELS = 128
-FRAME = 512  # samples, 32 ms
-HOP = 160  # samples, 10 ms
+FRAME_SAMPLES = 512  # what one row is computed from: 32 ms
+HOP_SAMPLES = 160  # from one row to the next: 10 ms
 _N_FFT = 1024
+_N_BINS = _N_FFT // 2 + 1  # 513
+_LOWEST_HZ, _HIGHEST_HZ = 125.0, 7600.0
 _PRE_EMPHASIS = 0.97
 _FLOOR = 1e-5
-_PAD = 128  # the clip's end is zero-padded to a multiple of this
-# rows computed at a time: one fixed shape, because a matrix product's rounding may depend on its
-# shape
+_PAD_SAMPLES = 128  # the clip's end is zero-padded to a multiple of this
+# rows computed at a time: one fixed shape, because the rounding of a matrix product may depend on
+# its shape
 _GROUP = 4
+
+
+def _mel(hz: float) -> float:
+    return 2595.0 * math.log10(1.0 + hz / 700.0)  # HTK's formula
 
 
 def _mel_filters() -> np.ndarray:
     """[513, 128] float64: HTK-mel triangles over 125 … 7600 Hz, without area normalisation."""
-    frequency_hz = np.arange(_N_FFT // 2 + 1, dtype=np.float32) * (RATE_HZ / _N_FFT)
-    low, high = (2595.0 * math.log10(1.0 + hz / 700.0) for hz in (125.0, 7600.0))
-    points_hz = 700.0 * (10.0 ** (np.linspace(low, high, N_MELS + 2) / 2595.0) - 1.0)
-    width, distance = np.diff(points_hz), points_hz[None, :] - frequency_hz[:, None]
-    return np.maximum(0.0, np.minimum(-distance[:, :-2] / width[:-1], distance[:, 2:] / width[1:]))
+    bins_hz = np.arange(_N_BINS, dtype=np.float32) * (RATE_HZ / _N_FFT)
+    points = np.linspace(_mel(_LOWEST_HZ), _mel(_HIGHEST_HZ), N_MELS + 2)
+    points_hz = 700.0 * (10.0 ** (points / 2595.0) - 1.0)
+    width = np.diff(points_hz)
+    distance = points_hz[None, :] - bins_hz[:, None]  # [513, 130]
+    rising = -distance[:, :-2] / width[:-1]
+    falling = distance[:, 2:] / width[1:]
+    return np.maximum(0.0, np.minimum(rising, falling))
 
 
-_WINDOW = (0.5 * (1 - np.cos(2 * np.pi * np.arange(FRAME, dtype=np.float32) / FRAME))).astype(
-    np.float32
-)  # periodic Hann
+def _periodic_hann() -> np.ndarray:
+    """[512] float32."""
+    n = np.arange(FRAME_SAMPLES, dtype=np.float32)
+    window = 0.5 * (1 - np.cos(2 * np.pi * n / FRAME_SAMPLES))
+    return window.astype(np.float32)
+
+
+_WINDOW = _periodic_hann()
 _FILTERS = _mel_filters()
 
 
 def _log_mel(frames: np.ndarray) -> np.ndarray:
-    """frames [4, 512] float32 raw samples → [4, 128] float32."""
+    """``frames [4, 512]`` float32 raw samples → ``[4, 128]`` float32."""
     x = np.empty_like(frames)
     x[:, 0] = frames[:, 0] * np.float32(1.0 - _PRE_EMPHASIS)
     x[:, 1:] = frames[:, 1:] - np.float32(_PRE_EMPHASIS) * frames[:, :-1]
@@ -60,14 +74,16 @@ def _log_mel(frames: np.ndarray) -> np.ndarray:
 class LogMel:
     """One clip's features.
 
-    Frame k is made of samples 160k … 160k+511, once sample 160k+512 is there.
+    Row k is made of samples 160k … 160k+511, once sample 160k+512 is there.
 
     >>> mel = LogMel()
-    >>> mel.push(np.zeros(800, np.float32)).shape, mel.finish().shape   # 800 samples, padded to 896: 3 frames
-    ((0, 128), (3, 128))
+    >>> mel.push(np.zeros(800, np.float32)).shape
+    (0, 128)
+    >>> mel.finish().shape  # 800 samples, padded to 896
+    (3, 128)
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.n_samples = 0  # received
         self.n_rows = 0  # given out
         self._pending = np.zeros(0, np.float32)  # samples from 160·n_rows on
@@ -79,15 +95,17 @@ class LogMel:
         """
         assert not self._finished, "push after finish"
         samples = check_samples(samples)
-        if self.n_samples + len(samples) > MAX_CLIP_SAMPLES:
+        n_samples = self.n_samples + len(samples)
+        if n_samples > MAX_CLIP_SAMPLES:
             raise MediaError(
                 f"the clip has more than {MAX_CLIP_S} s "
-                f"({(self.n_samples + len(samples)) / RATE_HZ:.1f} s), the model's limit; "
+                f"({n_samples / RATE_HZ:.1f} s), the model's limit; "
                 "cut it at pauses (`edge-gemma transcribe` and listening sessions do)"
             )
-        self.n_samples += len(samples)
-        self._pending = np.concatenate([self._pending, samples])
-        return self._rows(self._n_ready() // _GROUP * _GROUP)
+        self.n_samples = n_samples
+        self._append(samples)
+        whole_groups = self._n_ready() // _GROUP
+        return self._rows(whole_groups * _GROUP)
 
     def finish(self) -> np.ndarray:
         """The rows ``[k, 128]`` that remain at the clip's end, zero-padded to a multiple of 128
@@ -95,26 +113,33 @@ class LogMel:
         """
         assert not self._finished, "finish twice"
         self._finished = True
-        self._pending = np.concatenate(
-            [self._pending, np.zeros(-self.n_samples % _PAD, np.float32)]
-        )
+        self._append(np.zeros(-self.n_samples % _PAD_SAMPLES, np.float32))
         n = self._n_ready()
-        self._pending = np.concatenate(
-            [self._pending, np.zeros(_GROUP * HOP + FRAME, np.float32)]
-        )  # fills the last group, whose extra rows are dropped
+        # fills the last group, whose extra rows are dropped
+        self._append(np.zeros(_GROUP * HOP_SAMPLES + FRAME_SAMPLES, np.float32))
         return self._rows(n)
 
+    def _append(self, samples: np.ndarray) -> None:
+        self._pending = np.concatenate([self._pending, samples])
+
     def _n_ready(self) -> int:
-        return max(0, (len(self._pending) - (FRAME + 1)) // HOP + 1)
+        """Rows whose samples are there, the one behind the frame included."""
+        beyond_first = len(self._pending) - (FRAME_SAMPLES + 1)
+        return max(0, beyond_first // HOP_SAMPLES + 1)
 
     def _rows(self, n: int) -> np.ndarray:
-        out = np.empty((-(-n // _GROUP) * _GROUP, N_MELS), np.float32)
-        for k in range(0, len(out), _GROUP):
-            frames = np.lib.stride_tricks.sliding_window_view(
-                self._pending[k * HOP : (k + _GROUP - 1) * HOP + FRAME], FRAME
-            )[::HOP]
-            out[k : k + _GROUP] = _log_mel(frames)
-        self._pending = self._pending[n * HOP :].copy() if n else self._pending
+        """The next ``n`` rows ``[n, 128]``, computed in whole groups."""
+        n_groups = -(-n // _GROUP)
+        out = np.empty((n_groups * _GROUP, N_MELS), np.float32)
+        for first in range(0, len(out), _GROUP):
+            start = first * HOP_SAMPLES
+            stop = start + (_GROUP - 1) * HOP_SAMPLES + FRAME_SAMPLES
+            windows = np.lib.stride_tricks.sliding_window_view(
+                self._pending[start:stop], FRAME_SAMPLES
+            )
+            out[first : first + _GROUP] = _log_mel(windows[::HOP_SAMPLES])
+        if n:
+            self._pending = self._pending[n * HOP_SAMPLES :].copy()
         self.n_rows += n
         return out[:n]
 

@@ -1,10 +1,8 @@
-"""Sound in and out: files, microphone, loudspeaker.
+"""Sound files → blocks; any sampling rate → 16 kHz.
 
-The only room that imports sounddevice; its errors become ours here.
-
-In: a path or a device. Out: blocks ``[n]`` float32 at 16 kHz mono, in order; a file is a microphone
-that never waits. Any rate and number of channels is taken (mean of the channels, soxr for the
-rate). It does not know speech, features or models.
+In: a path. Out: blocks ``[n]`` float32 at 16 kHz mono, in order. Any rate and number of channels is
+taken (mean of the channels, soxr for the rate). It does not know devices, speech, features or
+models.
 """
 
 from __future__ import annotations
@@ -16,25 +14,33 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_gemma.errors import MediaError, MissingExtra
-from edge_gemma.hearing.samples import RATE_HZ, check_samples
+from edge_gemma.errors import MediaError, MissingExtra, first_line
+from edge_gemma.hearing.samples import MAX_CLIP_S, RATE_HZ, check_samples
 
+_MIN_RATE_HZ, _MAX_RATE_HZ = 1000, 768_000
 _MAX_CHANNELS = 256
 _FILE_BLOCK = 1 << 16  # frames of a file read at a time
+_MISSING_S = 0.1  # a file may end so much before its header says
+# beyond it (115 days) the header's length is a placeholder of a program that streamed the file
+_ABSURD_S = 1e7
+_SILENCE_DBFS = -120.0
 
 
 class AudioFile:
     """A sound file (wav, flac, ogg, mp3 … whatever libsndfile reads), decoded as it is asked for:
     memory does not grow with its length.
 
-    Raises MediaError: missing, empty, not audio.
+    ``duration_s`` is what the header says; a truncated file has less, and ``truncated_at_s`` is set
+    once its end was read.
+
+    Raises MediaError: missing, empty, not audio; MissingExtra.
 
     >>> with AudioFile("clip.wav") as file:
     ...     round(file.duration_s, 2), sum(len(block) for block in file.blocks())
     (0.5, 8000)
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         try:
             import soundfile
@@ -53,49 +59,52 @@ class AudioFile:
             self._file = soundfile.SoundFile(self.path)
         except soundfile.SoundFileError as error:
             raise MediaError(
-                f"{self.path} is not a sound file that can be read ({_first_line(error)}); "
+                f"{self.path} is not a sound file that can be read ({first_line(error)}); "
                 "wav, flac, ogg and mp3 can. "
                 f"Others convert with: ffmpeg -i {self.path.name} -ar 16000 -ac 1 out.wav"
             ) from None
-        self.rate_hz, self.channels = self._file.samplerate, self._file.channels
-        if not 1000 <= self.rate_hz <= 768_000 or not 1 <= self.channels <= _MAX_CHANNELS:
-            self._file.close()
-            raise MediaError(
-                f"{self.path} claims {self.rate_hz} Hz and {self.channels} channels; "
-                f"expected 1000 … 768000 Hz and 1 … {_MAX_CHANNELS}"
-            )
-        self.duration_s = (
-            max(0, self._file.frames) / self.rate_hz
-        )  # as the header says; a truncated file has less
-        self.truncated_at_s: float | None = (
-            None  # set when the data ends before the header's length
+        self.rate_hz: int = self._file.samplerate
+        self.channels: int = self._file.channels
+        self._check_format()
+        self.duration_s: float = max(0, self._file.frames) / self.rate_hz
+        self.truncated_at_s: float | None = None
+
+    def _check_format(self) -> None:
+        rate_fits = _MIN_RATE_HZ <= self.rate_hz <= _MAX_RATE_HZ
+        if rate_fits and 1 <= self.channels <= _MAX_CHANNELS:
+            return
+        self._file.close()
+        raise MediaError(
+            f"{self.path} claims {self.rate_hz} Hz and {self.channels} channels; "
+            f"expected {_MIN_RATE_HZ} … {_MAX_RATE_HZ} Hz and 1 … {_MAX_CHANNELS}"
         )
 
     def blocks(self) -> Iterator[np.ndarray]:
         """``[n]`` float32 at 16 kHz mono, n up to a few seconds. Raises MediaError where the data
         is damaged.
         """
-        import soundfile
-
-        resample, read = Resampler(self.rate_hz), 0
-        while True:
-            try:
-                frames = self._file.read(
-                    _FILE_BLOCK, dtype="float32", always_2d=True
-                )  # [n, channels]
-            except soundfile.SoundFileError as error:
-                raise MediaError(
-                    f"{self.path} is damaged after {read / self.rate_hz:.1f} s "
-                    f"({_first_line(error)})"
-                ) from None
-            read += len(frames)
-            block = resample.push(frames.mean(axis=1), last=len(frames) < _FILE_BLOCK)
+        resample, n_read, last = Resampler(self.rate_hz), 0, False
+        while not last:
+            frames = self._read(at_s=n_read / self.rate_hz)
+            n_read += len(frames)
+            last = len(frames) < _FILE_BLOCK
+            block = resample.push(frames.mean(axis=1), last=last)
             if len(block):
                 yield check_samples(block)
-            if len(frames) < _FILE_BLOCK:
-                break
-        if read / self.rate_hz < self.duration_s - 0.1 and self.duration_s < 1e7:
-            self.truncated_at_s = read / self.rate_hz
+        read_s = n_read / self.rate_hz
+        if read_s < self.duration_s - _MISSING_S and self.duration_s < _ABSURD_S:
+            self.truncated_at_s = read_s
+
+    def _read(self, at_s: float) -> np.ndarray:
+        """The next frames ``[n, channels]`` float32."""
+        import soundfile
+
+        try:
+            return self._file.read(_FILE_BLOCK, dtype="float32", always_2d=True)
+        except soundfile.SoundFileError as error:
+            raise MediaError(
+                f"{self.path} is damaged after {at_s:.1f} s ({first_line(error)})"
+            ) from None
 
     def close(self) -> None:
         self._file.close()
@@ -103,11 +112,11 @@ class AudioFile:
     def __enter__(self) -> AudioFile:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 
-def read_audio(path: str | os.PathLike, *, max_s: float = 30.0) -> np.ndarray:
+def read_audio(path: str | os.PathLike[str], *, max_s: float = MAX_CLIP_S) -> np.ndarray:
     """A whole short file as ``[n]`` float32 at 16 kHz mono.
 
     Raises MediaError: not audio, or longer than ``max_s`` seconds.
@@ -129,7 +138,7 @@ def read_audio(path: str | os.PathLike, *, max_s: float = 30.0) -> np.ndarray:
 
 
 class Resampler:
-    """Any rate → 16 kHz, as a stream (soxr, HQ).
+    """Any rate → 16 kHz, as a stream (soxr, HQ). Raises MissingExtra.
 
     >>> Resampler(48000).push(np.zeros(4800, np.float32), last=True).shape
     (1600,)
@@ -145,24 +154,27 @@ class Resampler:
             self._stream = soxr.ResampleStream(rate_hz, RATE_HZ, 1, dtype="float32")
 
     def push(self, samples: np.ndarray, last: bool = False) -> np.ndarray:
+        """``samples [n]`` at the given rate → those ``[m]`` at 16 kHz that are ready; with ``last``
+        the rest too.
+        """
         samples = np.ascontiguousarray(samples, np.float32)
-        return samples if self._stream is None else self._stream.resample_chunk(samples, last=last)
+        if self._stream is None:
+            return samples
+        return self._stream.resample_chunk(samples, last=last)
 
 
 def level_dbfs(samples: np.ndarray) -> tuple[float, float]:
-    """(rms, peak) in dB below full scale, −120 for silence.
+    """(RMS, peak) in dB below full scale, −120 for silence.
 
     >>> level_dbfs(np.full(100, 0.5, np.float32))
     (-6.0, -6.0)
     """
     if not len(samples):
-        return -120.0, -120.0
-    rms, peak = (
-        float(np.sqrt(np.mean(np.square(samples, dtype=np.float64)))),
-        float(np.abs(samples).max()),
-    )
-    return tuple(round(20 * math.log10(max(value, 1e-6)), 1) for value in (rms, peak))
+        return _SILENCE_DBFS, _SILENCE_DBFS
+    power = np.mean(np.square(samples, dtype=np.float64))
+    return _dbfs(math.sqrt(power)), _dbfs(float(np.abs(samples).max()))
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _dbfs(amplitude: float) -> float:
+    floor = 10 ** (_SILENCE_DBFS / 20)
+    return round(20 * math.log10(max(amplitude, floor)), 1)

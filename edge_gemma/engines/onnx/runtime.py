@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
-from edge_gemma.errors import BundleError, MissingExtra, RuntimeFailure
+from edge_gemma.errors import BundleError, MissingExtra, RuntimeFailure, first_line
+
+_LOG_ERRORS_ONLY = 3
+
+
+class GraphValue(Protocol):
+    """An input or output of a graph. A free dimension of its shape is a name, or None."""
+
+    name: str
+    shape: list[int | str | None]
+
+
+class Graph(Protocol):
+    """What this package asks of an ``onnxruntime.InferenceSession``."""
+
+    def get_inputs(self) -> Sequence[GraphValue]: ...
+
+    def get_outputs(self) -> Sequence[GraphValue]: ...
+
+    def run(self, outputs: list[str] | None, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """The named outputs (None: all of them). Use :func:`run_onnx`, which turns errors."""
+        ...
 
 
 def open_onnx(
@@ -15,16 +38,17 @@ def open_onnx(
     n_threads: int,
     spin: bool = False,
     in_place: bool = False,
-    sides: dict[str, int] | None = None,
-):
-    """An ``onnxruntime.InferenceSession`` on ``path`` for one graph of a bundle.
+    sides: Mapping[str, int] | None = None,
+) -> Graph:
+    """Load the graph at ``path`` on the CPU.
 
     Raises BundleError, MissingExtra.
 
-    ``in_place`` uses the weights as they lie in the mapped file, clean pages the kernel may take
-    back: no packed copies, no half-precision weights widened ahead of time, and every activation
-    freed at once instead of kept in an arena. It pays where a product has many rows. ``sides``
-    fixes free dimensions by name.
+    ``spin`` lets threads wait actively within a run: faster for many short products, and a core
+    kept busy. ``in_place`` uses the weights as they lie in the mapped file, clean pages the kernel
+    may take back: no packed copies, no half-precision weights widened ahead of time, and every
+    activation freed at once instead of kept in an arena. It pays where a product has many rows.
+    ``sides`` fixes free dimensions by name.
     """
     try:
         import onnxruntime
@@ -33,26 +57,14 @@ def open_onnx(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = n_threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = _LOG_ERRORS_ONLY
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
-    options.add_session_config_entry(
-        "session.force_spinning_stop", "1"
-    )  # threads that wait by spinning stop when a run ends
+    # threads that wait by spinning stop when a run ends
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     for name, side in (sides or {}).items():
         options.add_free_dimension_override_by_name(name, side)
     if in_place:
-        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        options.add_session_config_entry(
-            "session.disable_quant_qdq", "1"
-        )  # it would make other operators of weights that are stored in 8 bits
-        # the level above widens half-precision constants at load (onnxruntime's
-        # FuseFp16InitializerToFp32Node)
-        options.graph_optimization_level = getattr(
-            onnxruntime.GraphOptimizationLevel,
-            "ORT_ENABLE_LAYOUT",
-            onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
-        )
+        _use_weights_in_place(options, onnxruntime.GraphOptimizationLevel)
     try:
         return onnxruntime.InferenceSession(
             str(path),
@@ -61,16 +73,29 @@ def open_onnx(
             disabled_optimizers=["ConstantFolding"] if in_place else None,
         )
     except Exception as error:  # onnxruntime raises a class per status code, with no common base
-        raise BundleError(
-            f"onnxruntime cannot open {path}: {str(error).splitlines()[0]}"
-        ) from error
+        raise BundleError(f"onnxruntime cannot open {path}: {first_line(error)}") from error
 
 
-def run_onnx(session, outputs: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """One run of a graph. Raises RuntimeFailure."""
+def _use_weights_in_place(options: Any, levels: Any) -> None:
+    """``options`` and ``levels`` are onnxruntime's SessionOptions and GraphOptimizationLevel."""
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    # it would make other operators of weights that are stored in 8 bits
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    # the level above (all) widens half-precision constants at load (onnxruntime's
+    # FuseFp16InitializerToFp32Node); older releases have no level of layouts alone
+    if hasattr(levels, "ORT_ENABLE_LAYOUT"):
+        options.graph_optimization_level = levels.ORT_ENABLE_LAYOUT
+    else:
+        options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED
+
+
+def run_onnx(graph: Graph, outputs: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """One run of a graph: the arrays of ``outputs``, in their order. Raises RuntimeFailure."""
     try:
-        return session.run(outputs, feeds)
+        return graph.run(outputs, feeds)
     except Exception as error:  # see open_onnx
         raise RuntimeFailure(
-            f"onnxruntime failed while running an encoder: {str(error).splitlines()[0]}"
+            f"onnxruntime failed while running an encoder: {first_line(error)}"
         ) from error
