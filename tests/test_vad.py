@@ -54,6 +54,14 @@ def test_a_pause_shorter_than_the_hangover_is_part_of_the_utterance():
     assert np.array_equal(clip, x[at : at + len(clip)])  # nothing lost, nothing twice
 
 
+def test_an_utterance_that_the_stream_s_end_cuts_off_ends_with_its_last_sample():
+    x = script((1, 0), (1.01, 0.9))
+    assert len(x) % BLOCK_SAMPLES
+    events = detect(x)
+    assert events[-1].kind == "end" and events[-1].at == len(x)
+    assert np.concatenate([e.samples for e in events])[-1] == x[-1]
+
+
 def test_a_click_is_no_speech():
     assert detect(script((1, 0), (0.03, 0.9), (1, 0))) == []  # at most two chunks
 

@@ -1,43 +1,54 @@
-"""A wake word as a gate in front of the detector of utterances."""
+"""A wake word, which opens the way to the detector of utterances."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from edge_gemma.errors import MissingExtra, UsageError
 
+# samples ``[n]`` float32 at 16 kHz → whether the word was completed by them
+WakeWord = Callable[[np.ndarray], bool]
 
-def wake_word(name: str) -> Callable[[np.ndarray], bool]:
-    """A fresh wake word detector: samples float32 → whether the word was just completed.
+
+def wake_word(name: str) -> WakeWord:
+    """A fresh detector of a wake word; it keeps state from call to call.
 
     ``name`` is one that pymicro-wakeword ships (okay_nabu, hey_jarvis, hey_mycroft, alexa) or the
     path of a microWakeWord ``.json``. Raises UsageError, MissingExtra.
     """
     try:
-        from pymicro_wakeword import MicroWakeWord, MicroWakeWordFeatures, Model
+        from pymicro_wakeword import MicroWakeWordFeatures
     except ImportError:
         raise MissingExtra("A wake word", "voice") from None
+    model = _open(name)
+    features = MicroWakeWordFeatures()
+
+    def heard(samples: np.ndarray) -> bool:
+        pcm = (np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes()
+        rows = features.process_streaming(pcm)
+        # every row is processed, also behind one that completes the word: the model counts them
+        found = any([bool(model.process_streaming(row)) for row in rows])
+        if found:
+            model.reset()
+        return found
+
+    return heard
+
+
+def _open(name: str) -> Any:
+    """The ``pymicro_wakeword.MicroWakeWord``, which has no types."""
+    from pymicro_wakeword import MicroWakeWord, Model
+
     known = [model.value for model in Model]
     try:
-        model = (
-            MicroWakeWord.from_builtin(Model(name))
-            if name in known
-            else MicroWakeWord.from_config(name)
-        )
+        if name in known:
+            return MicroWakeWord.from_builtin(Model(name))
+        return MicroWakeWord.from_config(name)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(
             f"{name!r} is no wake word ({type(error).__name__}); choose one of "
             f"{', '.join(known)}, or a microWakeWord .json"
         ) from None
-    features = MicroWakeWordFeatures()
-
-    def heard(samples: np.ndarray) -> bool:
-        pcm = (np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes()
-        found = [bool(model.process_streaming(row)) for row in features.process_streaming(pcm)]
-        if any(found):
-            model.reset()
-        return any(found)
-
-    return heard
