@@ -13,23 +13,25 @@ import sys
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and exit: errors of ours become one message and their exit code, never a
-    stack trace.
+    stack trace unless ``--debug`` or EDGE_GEMMA_DEBUG=1 asks for it.
     """
+    from edge_gemma.cli.flags import Flags
     from edge_gemma.errors import EdgeGemmaError
 
-    debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
+    flags = Flags()
     try:
-        from edge_gemma.cli.app import (
-            app,  # in here: a board takes seconds for it, and Ctrl-C must be quiet then too
-        )
+        # imported here: a small board takes seconds for it, and Ctrl-C must be quiet then too
+        from edge_gemma.cli.app import app
 
-        app(args=arguments)
+        app(args=arguments, prog_name="edge-gemma", obj=flags)
     except EdgeGemmaError as error:
-        if debug:
+        if flags.debug:
             raise
         print(f"edge-gemma: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
+        if flags.debug:
+            raise
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edge_gemma.cli.common import (
     BundleArg,
-    DebugOption,
+    ForceOption,
     JsonOption,
-    ProgressLine,
-    note,
+    NameOption,
+    Progress,
+    RelayoutOption,
     open_bundle,
     print_json,
+    table,
 )
+from edge_gemma.units import format_bytes
+
+if TYPE_CHECKING:
+    from edge_gemma.bundles.folder import Bundle
+    from edge_gemma.bundles.manifest import DecoderPart, Manifest
 
 
 def register(app: typer.Typer) -> None:
@@ -27,14 +34,7 @@ def register(app: typer.Typer) -> None:
 def import_(
     gguf: Annotated[Path, typer.Argument(metavar="FILE.gguf", help="A Gemma 3 or Gemma 3n GGUF.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The bundle's folder, to be made.")],
-    relayout: Annotated[
-        bool,
-        typer.Option(
-            "--relayout",
-            help="Rewrite the file with cold tensors first: hot pages then survive a tight limit "
-            "best.",
-        ),
-    ] = False,
+    relayout: RelayoutOption = False,
     mmproj: Annotated[
         Path | None,
         typer.Option(
@@ -47,17 +47,13 @@ def import_(
             "--vision", help="With --mmproj, the vision encoder's precision: f32, f16 or int8."
         ),
     ] = "f16",
-    name: Annotated[
-        str | None, typer.Option("--name", help="The bundle's name. Default: what the file says.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    name: NameOption = None,
+    force: ForceOption = False,
     as_json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Make a bundle of an existing GGUF: hard-linked where possible, else copied."""
     from edge_gemma.errors import BundleError
     from edge_gemma.store.importer import import_gguf
-    from edge_gemma.units import format_bytes
 
     if not gguf.is_file():
         raise BundleError(f"no GGUF file at {gguf}")
@@ -66,7 +62,7 @@ def import_(
         from edge_gemma.convert.mmproj import vision_writer
 
         write_vision = vision_writer(mmproj, vision)
-    with ProgressLine(f"importing {gguf.name}", gguf.stat().st_size) as line:
+    with Progress(f"importing {gguf.name}", gguf.stat().st_size) as progress:
         bundle = import_gguf(
             gguf,
             out,
@@ -74,106 +70,125 @@ def import_(
             overwrite=force,
             name=name,
             write_vision=write_vision,
-            progress=line.add,
+            progress=progress.add_bytes,
         )
+    total_bytes = bundle.total_bytes()
     if as_json:
-        print_json(
-            {
-                "bundle": str(bundle.folder),
-                "name": bundle.manifest.name,
-                "bytes": bundle.total_bytes(),
-            }
-        )
+        print_json({"bundle": bundle.folder, "name": bundle.manifest.name, "bytes": total_bytes})
     else:
-        print(f"{bundle.folder}: {bundle.manifest.name}, {format_bytes(bundle.total_bytes())}")
+        print(f"{bundle.folder}: {bundle.manifest.name}, {format_bytes(total_bytes)}")
 
 
 def inspect(
     bundle: BundleArg,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Show what a bundle holds."""
     from edge_gemma.bundles.manifest import encode_manifest
-    from edge_gemma.units import format_bytes
 
     found = open_bundle(bundle)
-    manifest = found.manifest
     if as_json:
-        print(encode_manifest(manifest).decode(), end="")
+        print(encode_manifest(found.manifest).decode(), end="")
         return
-    d = manifest.decoder
-    n_global = sum(kind == "global" for kind in d.kv_layers)
-    uses: dict[tuple[str, str], list[int]] = {}
-    for tensor in d.tensors:
-        entry = uses.setdefault((tensor.use, tensor.type), [0, 0])
-        entry[0] += 1
-        entry[1] += tensor.nbytes
+    decoder = found.manifest.decoder
+    print(table(_facts(found)))
+    print("weights")
+    for line in table(_weights(decoder), right=(0, 3)).splitlines():
+        print(f"  {line}")
+    files = [
+        (name, format_bytes(file.size), f"sha256 {file.sha256[:16]}…")
+        for name, file in found.manifest.files.items()
+    ]
+    print("files")
+    for line in table(files, right=(1,)).splitlines():
+        print(f"  {line}")
+    if tensors:
+        print("tensors")
+        print(table(_tensors(decoder), right=(0, 1)))
+
+
+def _facts(bundle: Bundle) -> list[tuple[str, str]]:
+    manifest = bundle.manifest
+    decoder = manifest.decoder
+    n_global = sum(kind == "global" for kind in decoder.kv_layers)
+    n_sliding = len(decoder.kv_layers) - n_global
     rows = [
         ("name", manifest.name),
         ("family", f"{manifest.family}, {'instruct' if manifest.instruct else 'base'}"),
-        ("size", format_bytes(found.total_bytes())),
+        ("size", format_bytes(bundle.total_bytes())),
         (
             "decoder",
-            f"{d.n_layer} layers, hidden {d.n_embd}, FFN {d.n_ff}, {d.n_head} heads "
-            f"({d.n_head_kv} KV) of {d.head_dim}, {d.n_vocab} tokens",
+            f"{decoder.n_layer} layers, hidden {decoder.n_embd}, FFN {decoder.n_ff}, "
+            f"{decoder.n_head} heads ({decoder.n_head_kv} KV) of {decoder.head_dim}, "
+            f"{decoder.n_vocab} tokens",
         ),
         (
             "context",
-            f"{d.n_ctx_train} tokens; {n_global} global and {len(d.kv_layers) - n_global} "
-            f"sliding layers (window {d.sliding_window}) own KV",
+            f"{decoder.n_ctx_train} tokens; {n_global} global and {n_sliding} sliding layers "
+            f"(window {decoder.sliding_window}) have a KV cache",
         ),
-        ("head", "tied to the token embedding" if d.tied_head else "separate"),
-        (
-            "audio",
-            f"{manifest.audio.precision}, {format_bytes(manifest.audio.weights_bytes)}"
-            if manifest.audio
-            else "none",
-        ),
-        (
-            "vision",
-            f"{manifest.vision.kind} {manifest.vision.precision}, "
-            f"{format_bytes(manifest.vision.weights_bytes)}"
-            if manifest.vision
-            else "none",
-        ),
-        ("recipe", ", ".join(f"{k} {v}" for k, v in manifest.recipe.items()) or "–"),
+        ("head", "tied to the token embedding" if decoder.tied_head else "separate"),
+        ("audio", _encoder(manifest, "audio")),
+        ("vision", _encoder(manifest, "vision")),
+        ("recipe", ", ".join(f"{key} {value}" for key, value in manifest.recipe.items()) or "–"),
         ("source", f"{manifest.source.origin} ({manifest.source.tool})"),
         ("licence", manifest.source.licence),
     ]
     if manifest.quality:
-        rows.append(
-            (
-                "quality",
-                ", ".join(
-                    f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
-                    for k, v in manifest.quality.items()
-                ),
-            )
+        rows.append(("quality", ", ".join(map(_figure, manifest.quality.items()))))
+    return rows
+
+
+def _encoder(manifest: Manifest, name: str) -> str:
+    if name == "audio" and manifest.audio:
+        return f"{manifest.audio.precision}, {format_bytes(manifest.audio.weights_bytes)}"
+    if name == "vision" and manifest.vision:
+        vision = manifest.vision
+        return f"{vision.kind} {vision.precision}, {format_bytes(vision.weights_bytes)}"
+    return "none"
+
+
+def _figure(item: tuple[str, object]) -> str:
+    name, value = item
+    return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+
+
+def _weights(decoder: DecoderPart) -> list[tuple[str, str, str, str]]:
+    """Bytes by use and type, the largest first."""
+    sums: dict[tuple[str, str], tuple[int, int]] = {}
+    for tensor in decoder.tensors:
+        count, n_bytes = sums.get((tensor.use, tensor.type), (0, 0))
+        sums[tensor.use, tensor.type] = (count + 1, n_bytes + tensor.nbytes)
+    largest_first = sorted(sums.items(), key=lambda item: -item[1][1])
+    return [
+        (format_bytes(n_bytes), kind, use, f"{count} tensors")
+        for (use, kind), (count, n_bytes) in largest_first
+    ]
+
+
+def _tensors(decoder: DecoderPart) -> list[tuple[str, ...]]:
+    return [
+        (
+            str(tensor.offset),
+            format_bytes(tensor.nbytes),
+            tensor.type,
+            tensor.use,
+            tensor.name,
+            str(list(tensor.shape)),
         )
-    for label, value in rows:
-        print(f"{label:<10}{value}")
-    print("weights")
-    for (use, kind), (n, nbytes) in sorted(uses.items(), key=lambda item: -item[1][1]):
-        print(f"  {format_bytes(nbytes):>10}  {kind:<7}{use:<8}{n} tensors")
-    for name, file in manifest.files.items():
-        print(f"file      {name}  {format_bytes(file.size)}  sha256 {file.sha256[:16]}…")
-    if tensors:
-        for t in d.tensors:
-            print(
-                f"  {t.offset:>12}  {format_bytes(t.nbytes):>10}  "
-                f"{t.type:<7}{t.use:<8}{t.name}  {list(t.shape)}"
-            )
+        for tensor in decoder.tensors
+    ]
 
 
-def verify(bundle: BundleArg, as_json: JsonOption = False, debug: DebugOption = False) -> None:
+def verify(bundle: BundleArg, as_json: JsonOption = False) -> None:
     """Check every hash of a bundle. Exit code 3 when one differs."""
     found = open_bundle(bundle)
-    with ProgressLine("verifying", found.total_bytes()) as line:
-        found.verify(line.add)
+    with Progress("verifying", found.total_bytes()) as progress:
+        found.verify(progress.add_bytes)
         found.check_header()
+    n_files = len(found.manifest.files)
     if as_json:
-        print_json({"bundle": str(found.folder), "ok": True, "files": len(found.manifest.files)})
+        print_json({"bundle": found.folder, "ok": True, "files": n_files})
     else:
-        note(f"{found.folder}: {len(found.manifest.files)} files match their hashes")
+        print(f"{found.folder}: {n_files} files match their hashes")

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+import time
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edge_gemma.cli.answering import finish, load_model, stream
-from edge_gemma.cli.common import DebugOption, JsonOption, note
-from edge_gemma.cli.options import Loading, Sampling, grouped
+from edge_gemma.cli.answering import Cost, finish, load_model, stream
+from edge_gemma.cli.common import JsonOption, note, table
+from edge_gemma.cli.options import LoadingOptions, SamplingOptions, grouped
+from edge_gemma.units import format_bytes
+
+if TYPE_CHECKING:
+    from edge_gemma.bundles.folder import Bundle
+    from edge_gemma.conversation.stream import Chunk
 
 SAMPLE = "gemma-3-270m-sample"
 NOTICE = (
     "Gemma is provided under and subject to the Gemma Terms of Use found at "
     "ai.google.dev/gemma/terms"
 )
+
+DEMO_SAMPLING = SamplingOptions(max_tokens=64, seed=1)
+DEMO_LOADING = LoadingOptions(budget="420MiB", ctx=1024)
 
 
 def register(app: typer.Typer) -> None:
@@ -26,10 +35,9 @@ def demo(
     prompt: Annotated[
         str, typer.Argument(help="Text to continue.")
     ] = "The three most useful things a small offline language model can do are",
-    sampling: Sampling = Sampling(max_tokens=64, seed=1),
-    loading: Loading = Loading(budget="420MiB", ctx=1024),
+    sampling: SamplingOptions = DEMO_SAMPLING,
+    loading: LoadingOptions = DEMO_LOADING,
     as_json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Real Gemma 3 270M weights, offline, inside a planned budget; then planned against measured
     memory, and speeds.
@@ -39,51 +47,56 @@ def demo(
 
     note(NOTICE)
     bundle = _sample_bundle()
-    with PeakSampler() as sampler:
+    with PeakSampler() as peak:
         model, load_s = load_model(str(bundle.folder), loading, senses=())
-        sampler.rebase()
+        peak.rebase()
         with model:
             plan = model.plan
-            note(
-                f"plan for {bundle.manifest.name}, {plan.settings.n_ctx} tokens of "
-                f"context:\n{arithmetic(plan)}"
-            )
+            n_ctx = plan.settings.n_ctx
+            note(f"plan for {bundle.manifest.name}, {n_ctx} tokens of context:\n{arithmetic(plan)}")
             session = model.session()
             session.replace(model.spans(prompt))
             if not as_json:
                 sys.stdout.write(prompt)
-            answer = stream(session.generate(sampling.options()), session.cancel, quiet=as_json)
-    if as_json:
-        return finish(
-            answer, load_s, 0.0, plan.total_bytes, sampler.peak_pss_bytes, as_json=True, stats=False
-        )
-    _print_figures(answer.end, load_s, plan, sampler.peak_pss_bytes)
+            started = time.perf_counter()
+            chunks = session.generate(sampling.sampling())
+            answer = stream(chunks, session.cancel, quiet=as_json)
+            wall_s = time.perf_counter() - started
+    cost = Cost(load_s, wall_s, plan.total_bytes, peak.peak_pss_bytes)
+    if not as_json and answer.end is not None:
+        _print_figures(answer.end, cost, plan.budget_bytes)
+    finish(answer, cost, as_json=as_json, stats=False)
 
 
-def _print_figures(end, load_s: float, plan, measured_bytes: int) -> None:
-    from edge_gemma.units import format_bytes
-
-    t, tok_s = end.timings, "{:.1f} tok/s ({} tokens)".format
+def _print_figures(end: Chunk, cost: Cost, budget_bytes: int) -> None:
+    difference = 100 * (cost.measured_bytes / cost.planned_bytes - 1)
     rows = [
-        ("memory planned", format_bytes(plan.total_bytes)),
+        ("memory planned", format_bytes(cost.planned_bytes)),
         (
             "memory measured (peak PSS)",
-            f"{format_bytes(measured_bytes)}  "
-            f"({100 * (measured_bytes / plan.total_bytes - 1):+.1f} %)",
+            f"{format_bytes(cost.measured_bytes)}  ({difference:+.1f} %)",
         ),
-        ("budget", format_bytes(plan.budget_bytes)),
-        ("load", f"{load_s:.2f} s"),
-        ("time to first token", "–" if t.ttft_s is None else f"{1000 * t.ttft_s:.0f} ms"),
-        ("prefill", tok_s(t.prefill_tok_s, end.usage.prompt_tokens) if t.prefill_tok_s else "–"),
-        ("decode", tok_s(t.decode_tok_s, end.usage.completion_tokens) if t.decode_tok_s else "–"),
+        ("budget", format_bytes(budget_bytes)),
+        ("load", f"{cost.load_s:.2f} s"),
     ]
+    if end.timings and end.usage:
+        timings, usage = end.timings, end.usage
+        ttft = "–" if timings.ttft_s is None else f"{1000 * timings.ttft_s:.0f} ms"
+        rows += [
+            ("time to first token", ttft),
+            ("prefill", _speed(timings.prefill_tok_s, usage.prompt_tokens)),
+            ("decode", _speed(timings.decode_tok_s, usage.completion_tokens)),
+        ]
     print("\n")
-    for label, value in rows:
-        print(f"{label:<28}{value}")
+    print(table(rows))
     print(f'\nThe bundle stays installed: edge-gemma run {SAMPLE} "Once upon a time"')
 
 
-def _sample_bundle():
+def _speed(tokens_per_s: float | None, n_tokens: int) -> str:
+    return f"{tokens_per_s:.1f} tok/s ({n_tokens} tokens)" if tokens_per_s else "–"
+
+
+def _sample_bundle() -> Bundle:
     """The sample package's weights as an installed bundle, assembled and imported on first use."""
     from edge_gemma.bundles.folder import Bundle
     from edge_gemma.bundles.manifest import MANIFEST

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from edge_gemma.cli.answering import load_model
+from edge_gemma.cli.answering import Cost, collect, finish, load_model, stream
 from edge_gemma.cli.common import (
     BundleArg,
-    DebugOption,
     JsonOption,
+    LanguageOption,
+    PadAudioOption,
+    StatsOption,
+    SystemOption,
     note,
-    open_bundle,
     print_json,
+    table,
 )
-from edge_gemma.cli.options import Loading, Sampling, grouped
-from edge_gemma.cli.text import System
+from edge_gemma.cli.options import LOADING, LoadingOptions, SamplingOptions, grouped
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from edge_gemma.conversation.chat import Chat
+    from edge_gemma.conversation.listener import Heard, ListenOptions, Segment
+    from edge_gemma.conversation.voice import Voice
+    from edge_gemma.hearing.devices import Microphone, SoundDevice
+    from edge_gemma.hearing.sound import AudioFile
+    from edge_gemma.model import Model
 
 FileArg = Annotated[
     Path | None,
@@ -27,31 +41,23 @@ FileArg = Annotated[
         metavar="FILE", help="A sound file (wav, flac, ogg, mp3) of any length, rate and channels."
     ),
 ]
-Mic = Annotated[bool, typer.Option("--mic", help="Hear the microphone instead, until Ctrl-C.")]
-MicName = Annotated[
+MicOption = Annotated[
+    bool, typer.Option("--mic", help="Hear the microphone instead, until Ctrl-C.")
+]
+InputOption = Annotated[
     str | None,
     typer.Option(
         "--input", help="Which microphone: a number or part of a name (`edge-gemma devices`)."
     ),
 ]
-Language = Annotated[
-    str | None,
-    typer.Option(
-        "--language",
-        help="The language spoken, in English words, like German. Default: the model finds out.",
-    ),
+SrtOption = Annotated[bool, typer.Option("--srt", help="Subtitles (SubRip) on stdout.")]
+VttOption = Annotated[bool, typer.Option("--vtt", help="Subtitles (WebVTT) on stdout.")]
+PauseOption = Annotated[
+    float, typer.Option("--pause", help="Seconds of silence that end an utterance.")
 ]
-Srt = Annotated[bool, typer.Option("--srt", help="Subtitles (SubRip) on stdout.")]
-Vtt = Annotated[bool, typer.Option("--vtt", help="Subtitles (WebVTT) on stdout.")]
-PadAudio = Annotated[
-    bool,
-    typer.Option(
-        "--pad-audio/--short",
-        help="Fill each clip to 188 rows as transformers does; --short answers sooner and may "
-        "differ.",
-    ),
-]
-EndS = Annotated[float, typer.Option("--pause", help="Seconds of silence that end an utterance.")]
+ANSWERING = SamplingOptions(max_tokens=512)
+# a clip of 30 s holds fewer than 448 tokens of speech
+TRANSCRIBING = SamplingOptions(max_tokens=448, temperature=0.0)
 _SILENCE_S = 6  # longer than any --pause (VadSettings), so that it ends an utterance
 
 
@@ -63,35 +69,40 @@ def register(app: typer.Typer) -> None:
     app.command("devices")(devices)
 
 
-def _open_chat(bundle: str, loading: Loading, *, system: str | None = None, pad_audio: bool = True):
-    """(model, chat) for a bundle that hears. Raises UnsupportedModel for one that does not, before
-    anything is loaded.
+def _open_chat(
+    bundle: str, loading: LoadingOptions, options: ListenOptions, system: str | None = None
+) -> tuple[Model, Chat]:
+    """A bundle that hears, loaded, and a chat. Raises UnsupportedModel for one that does not
+    hear, before anything is loaded.
     """
-    from edge_gemma.bundles.manifest import require
-
-    require(open_bundle(bundle).manifest, "audio")
     model, _ = load_model(bundle, loading, ("audio",))
-    return model, model.chat(system=system, pad_audio=pad_audio)
+    return model, model.chat(system=system, pad_audio=options.pad_audio)
 
 
-def _blocks(file: Path | None, mic: bool, name: str | None) -> Iterable:
-    """The file's blocks, or the microphone's. Checked before a model is loaded."""
+def _check_source(file: Path | None, mic: bool) -> None:
     from edge_gemma.errors import UsageError
-    from edge_gemma.hearing.sound import AudioFile
 
-    if (file is None) == (not mic):
-        raise UsageError(
-            "give a sound file or --mic" if file is None else "give a sound file or --mic, not both"
-        )
-    if mic:
-        from edge_gemma.hearing.devices import Microphone, find_sound_device
-
-        find_sound_device(name, "input")
-        return _microphone_blocks(Microphone(name))
-    return _file_blocks(AudioFile(file))
+    if file is None and not mic:
+        raise UsageError("give a sound file or --mic")
+    if file is not None and mic:
+        raise UsageError("give a sound file or --mic, not both")
 
 
-def _file_blocks(file) -> Iterator:
+def _blocks(file: Path | None, microphone_name: str | None) -> Iterator[np.ndarray]:
+    """The file's blocks, or the microphone's: opened (a file) or found (a microphone) now, before a
+    model is loaded.
+    """
+    if file is not None:
+        from edge_gemma.hearing.sound import AudioFile
+
+        return _file_blocks(AudioFile(file))
+    from edge_gemma.hearing.devices import Microphone, find_sound_device
+
+    find_sound_device(microphone_name, "input")
+    return _microphone_blocks(Microphone(microphone_name))
+
+
+def _file_blocks(file: AudioFile) -> Iterator[np.ndarray]:
     with file:
         yield from file.blocks()
         if file.truncated_at_s is not None:
@@ -101,15 +112,12 @@ def _file_blocks(file) -> Iterator:
             )
 
 
-def _microphone_blocks(microphone) -> Iterator:
+def _microphone_blocks(microphone: Microphone) -> Iterator[np.ndarray]:
     """Until Ctrl-C. A lost microphone counts as silence, so that what was being said is written
     down; then it is waited for.
     """
-    import time
-
     import numpy as np
 
-    from edge_gemma.conversation.listener import RETRY_S
     from edge_gemma.errors import DeviceLost
     from edge_gemma.hearing.samples import RATE_HZ
 
@@ -119,18 +127,10 @@ def _microphone_blocks(microphone) -> Iterator:
             while True:
                 try:
                     yield microphone.read()
-                    continue
                 except DeviceLost as error:
                     note(str(error))
-                yield np.zeros(_SILENCE_S * RATE_HZ, np.float32)
-                while True:
-                    time.sleep(RETRY_S)
-                    try:
-                        microphone.reopen()
-                        note(f"the microphone is back: {microphone.name}")
-                        break
-                    except DeviceLost:
-                        pass
+                    yield np.zeros(_SILENCE_S * RATE_HZ, np.float32)
+                    _wait_for(microphone)
         except KeyboardInterrupt:
             pass
         finally:
@@ -141,33 +141,43 @@ def _microphone_blocks(microphone) -> Iterator:
                 )
 
 
-TRANSCRIBING = Sampling(
-    max_tokens=448, temperature=0.0
-)  # a clip of 30 s holds fewer than 448 tokens of speech
+def _wait_for(microphone: Microphone) -> None:
+    """Try to open a lost microphone again until that works."""
+    from edge_gemma.conversation.listener import RETRY_S
+    from edge_gemma.errors import DeviceLost
+
+    while True:
+        time.sleep(RETRY_S)
+        try:
+            microphone.reopen()
+        except DeviceLost:
+            continue
+        note(f"the microphone is back: {microphone.name}")
+        return
 
 
 def transcribe(
     bundle: BundleArg,
     file: FileArg = None,
-    mic: Mic = False,
-    name: MicName = None,
-    language: Language = None,
-    srt: Srt = False,
-    vtt: Vtt = False,
-    pad_audio: PadAudio = True,
-    pause: EndS = 0.6,
-    sampling: Sampling = TRANSCRIBING,
-    loading: Loading = Loading(),
+    mic: MicOption = False,
+    name: InputOption = None,
+    language: LanguageOption = None,
+    srt: SrtOption = False,
+    vtt: VttOption = False,
+    pad_audio: PadAudioOption = True,
+    pause: PauseOption = 0.6,
+    sampling: SamplingOptions = TRANSCRIBING,
+    loading: LoadingOptions = LOADING,
     as_json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Write down what is said in a file or into the microphone."""
     from edge_gemma.conversation.listener import TRANSCRIBE, TRANSCRIBE_ANY
 
     instruction = TRANSCRIBE.format(language=language) if language else TRANSCRIBE_ANY
-    _segments(
-        bundle, file, mic, name, instruction, srt, vtt, as_json, pad_audio, pause, sampling, loading
-    )
+    layout = _layout(srt, vtt, as_json)
+    _check_source(file, mic)
+    options = _listen_options(pad_audio, pause, sampling)
+    _segments(bundle, loading, _blocks(file, name), instruction, options, layout)
 
 
 def translate(
@@ -176,64 +186,84 @@ def translate(
     to: Annotated[
         str, typer.Option("--to", help="The language to translate into, like English.")
     ] = "English",
-    mic: Mic = False,
-    name: MicName = None,
-    language: Language = None,
-    srt: Srt = False,
-    vtt: Vtt = False,
-    pad_audio: PadAudio = True,
-    pause: EndS = 0.6,
-    sampling: Sampling = TRANSCRIBING,
-    loading: Loading = Loading(),
+    mic: MicOption = False,
+    name: InputOption = None,
+    language: LanguageOption = None,
+    srt: SrtOption = False,
+    vtt: VttOption = False,
+    pad_audio: PadAudioOption = True,
+    pause: PauseOption = 0.6,
+    sampling: SamplingOptions = TRANSCRIBING,
+    loading: LoadingOptions = LOADING,
     as_json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Translate what is said in a file or into the microphone. With --language, the model writes it
     down in that language first.
     """
     from edge_gemma.conversation.listener import TRANSLATE, TRANSLATE_ONLY
 
-    instruction = (
-        TRANSLATE.format(language=language, to=to) if language else TRANSLATE_ONLY.format(to=to)
-    )
-    _segments(
-        bundle, file, mic, name, instruction, srt, vtt, as_json, pad_audio, pause, sampling, loading
+    instruction = TRANSLATE_ONLY.format(to=to)
+    if language:
+        instruction = TRANSLATE.format(language=language, to=to)
+    layout = _layout(srt, vtt, as_json)
+    _check_source(file, mic)
+    options = _listen_options(pad_audio, pause, sampling)
+    _segments(bundle, loading, _blocks(file, name), instruction, options, layout)
+
+
+Layout = Literal["text", "srt", "vtt", "json"]
+
+
+def _layout(srt: bool, vtt: bool, as_json: bool) -> Layout:
+    from edge_gemma.errors import UsageError
+
+    layouts: dict[Layout, bool] = {"srt": srt, "vtt": vtt, "json": as_json}
+    chosen = [layout for layout, on in layouts.items() if on]
+    if len(chosen) > 1:
+        raise UsageError("choose one of --srt, --vtt and --json")
+    return chosen[0] if chosen else "text"
+
+
+def _listen_options(pad_audio: bool, pause: float, sampling: SamplingOptions) -> ListenOptions:
+    from edge_gemma.conversation.listener import ListenOptions
+    from edge_gemma.hearing.utterances import VadSettings
+
+    return ListenOptions(
+        pad_audio=pad_audio, vad=VadSettings(end_s=pause), sampling=sampling.sampling()
     )
 
 
 def _segments(
-    bundle, file, mic, name, instruction, srt, vtt, as_json, pad_audio, pause, sampling, loading
+    bundle: str,
+    loading: LoadingOptions,
+    blocks: Iterable[np.ndarray],
+    instruction: str,
+    options: ListenOptions,
+    layout: Layout,
 ) -> None:
-    from edge_gemma.conversation.listener import ListenOptions, transcribe
-    from edge_gemma.errors import UsageError
-    from edge_gemma.hearing.utterances import VadSettings
+    """Each utterance in ``blocks`` and what the model makes of it, printed as it is found."""
+    from edge_gemma.conversation.listener import transcribe
 
-    if srt + vtt + as_json > 1:
-        raise UsageError("choose one of --srt, --vtt and --json")
-    blocks = _blocks(file, mic, name)
-    options = ListenOptions(
-        pad_audio=pad_audio, vad=VadSettings(end_s=pause), sampling=sampling.options()
-    )
-    model, chat = _open_chat(bundle, loading, pad_audio=pad_audio)
-    n = 0
+    model, chat = _open_chat(bundle, loading, options)
+    number = 0
     with model, chat:
-        if vtt:
+        if layout == "vtt":
             print("WEBVTT\n", flush=True)
-        for n, segment in enumerate(transcribe(chat, blocks, instruction, options), 1):
-            if as_json:
-                print_json(
-                    {
-                        "start_s": round(segment.start_s, 3),
-                        "end_s": round(segment.end_s, 3),
-                        "text": segment.text,
-                    }
-                )
-            elif srt or vtt:
-                print(cue(segment, n if srt else None), flush=True)
-            else:
-                print(segment.text, flush=True)
-    if n == 0:
+        for segment in transcribe(chat, blocks, instruction, options):
+            number += 1
+            _print_segment(segment, number, layout)
+    if number == 0:
         note("no speech found")
+
+
+def _print_segment(segment: Segment, number: int, layout: Layout) -> None:
+    if layout == "json":
+        start_s, end_s = round(segment.start_s, 3), round(segment.end_s, 3)
+        print_json({"start_s": start_s, "end_s": end_s, "text": segment.text})
+    elif layout == "text":
+        print(segment.text, flush=True)
+    else:
+        print(cue(segment, number if layout == "srt" else None), flush=True)
 
 
 def cue(segment, number: int | None) -> str:
@@ -247,22 +277,20 @@ def cue(segment, number: int | None) -> str:
     <BLANKLINE>
     """
 
-    def clock(seconds: float) -> str:
-        ms = round(seconds * 1000)
-        return f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms // 1000 % 60:02}{'.' if number is None else ','}{ms % 1000:03}"
+    mark = "." if number is None else ","
+    # a blank line or an arrow would end the cue
+    lines = segment.text.replace("-->", "->").splitlines()
+    text = "\n".join(line for line in lines if line.strip())
+    times = f"{_clock(segment.start_s, mark)} --> {_clock(segment.end_s, mark)}"
+    numbered = [] if number is None else [str(number)]
+    return "\n".join([*numbered, times, text or "…", ""])
 
-    text = (
-        "\n".join(line for line in segment.text.replace("-->", "->").splitlines() if line.strip())
-        or "…"
-    )  # a blank line or an arrow would end the cue
-    return "\n".join(
-        [
-            *([str(number)] if number is not None else []),
-            f"{clock(segment.start_s)} --> {clock(segment.end_s)}",
-            text,
-            "",
-        ]
-    )
+
+def _clock(seconds: float, mark: str) -> str:
+    total_ms = round(seconds * 1000)
+    whole_s, ms = divmod(total_ms, 1000)
+    hours, minutes, seconds_left = whole_s // 3600, whole_s // 60 % 60, whole_s % 60
+    return f"{hours:02}:{minutes:02}:{seconds_left:02}{mark}{ms:03}"
 
 
 def ask(
@@ -274,52 +302,53 @@ def ask(
             help="A sound file of at most 30 s, and the question about it.",
         ),
     ],
-    mic: Mic = False,
-    name: MicName = None,
-    pad_audio: PadAudio = True,
-    sampling: Sampling = Sampling(max_tokens=512),
-    loading: Loading = Loading(),
+    mic: MicOption = False,
+    name: InputOption = None,
+    pad_audio: PadAudioOption = True,
+    sampling: SamplingOptions = ANSWERING,
+    loading: LoadingOptions = LOADING,
+    stats: StatsOption = False,
     as_json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Answer a question about a sound. With --mic, about the next utterance."""
-    from edge_gemma.conversation.listener import ListenOptions, ask
-    from edge_gemma.errors import MediaError, UsageError
+    from edge_gemma.conversation.listener import ListenOptions
+    from edge_gemma.conversation.listener import ask as answer_about
+    from edge_gemma.errors import UsageError
+    from edge_gemma.machine.peak import PeakSampler
 
     if len(words) != (1 if mic else 2):
-        raise UsageError(
-            'write it like: edge-gemma ask BUNDLE clip.wav "What is this?"'
-            + "   or, with --mic, the question alone" * mic
-        )
-    blocks = _blocks(None if mic else Path(words[0]), mic, name)
-    if not mic:
-        from edge_gemma.hearing.sound import read_audio
-
-        blocks = [read_audio(words[0])]
-        if not len(blocks[0]):
-            raise MediaError(f"{words[0]} holds no samples")
-    options = ListenOptions(pad_audio=pad_audio, sampling=sampling.options())
-    model, chat = _open_chat(bundle, loading, pad_audio=pad_audio)
-    with model, chat:
-        text = []
-        for chunk in ask(chat, _one_utterance(blocks) if mic else blocks, words[-1], options):
-            text.append(chunk.text)
-            if not as_json:
-                print(chunk.text, end="", flush=True)
-        if as_json:
-            print_json(
-                {
-                    "text": "".join(text),
-                    "finish_reason": chunk.finish_reason,
-                    "usage": chunk.usage,
-                    "timings": chunk.timings,
-                }
-            )
-        else:
-            print()
+        alone = "   or, with --mic, the question alone" if mic else ""
+        raise UsageError(f'write it like: edge-gemma ask BUNDLE clip.wav "What is this?"{alone}')
+    question = words[-1]
+    blocks = _one_utterance(_blocks(None, name)) if mic else [_clip(words[0])]
+    options = ListenOptions(pad_audio=pad_audio, sampling=sampling.sampling())
+    with PeakSampler() as peak:
+        model, load_s = load_model(bundle, loading, ("audio",))
+        peak.rebase()
+        with model, model.chat(pad_audio=options.pad_audio) as chat:
+            started = time.perf_counter()
+            chunks = answer_about(chat, blocks, question, options)
+            if mic:  # Ctrl-C ends the microphone's blocks: they are read in this thread
+                answer = collect(chunks, quiet=as_json)
+            else:
+                answer = stream(chunks, chat.cancel, quiet=as_json)
+            wall_s = time.perf_counter() - started
+    cost = Cost(load_s, wall_s, model.plan.total_bytes, peak.peak_pss_bytes)
+    finish(answer, cost, as_json=as_json, stats=stats)
 
 
-def _one_utterance(blocks: Iterable) -> Iterator:
+def _clip(path: str) -> np.ndarray:
+    """A file's samples. Raises MediaError for none."""
+    from edge_gemma.errors import MediaError
+    from edge_gemma.hearing.sound import read_audio
+
+    samples = read_audio(path)
+    if not len(samples):
+        raise MediaError(f"{path} holds no samples")
+    return samples
+
+
+def _one_utterance(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     from edge_gemma.hearing.utterances import SpeechDetector
 
     detector = SpeechDetector()
@@ -332,8 +361,8 @@ def _one_utterance(blocks: Iterable) -> Iterator:
 
 def listen(
     bundle: BundleArg,
-    name: MicName = None,
-    system: System = None,
+    name: InputOption = None,
+    system: SystemOption = None,
     instruction: Annotated[
         str, typer.Option("--instruction", help="Said to the model before each utterance.")
     ] = "",
@@ -359,19 +388,17 @@ def listen(
             help="Hear nothing until this is said: a name of pymicro-wakeword, like okay_nabu.",
         ),
     ] = None,
-    pad_audio: PadAudio = False,
-    pause: EndS = 0.6,
-    sampling: Sampling = Sampling(max_tokens=512),
-    loading: Loading = Loading(),
+    pad_audio: PadAudioOption = False,
+    pause: PauseOption = 0.6,
+    sampling: SamplingOptions = ANSWERING,
+    loading: LoadingOptions = LOADING,
     as_json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Talk with the model: hear, answer, speak, until Ctrl-C. Answers begin when you stop speaking;
     speaking again stops them.
     """
-    from edge_gemma.conversation.listener import Listener, ListenOptions
+    from edge_gemma.conversation.listener import Listener
     from edge_gemma.hearing.devices import Microphone, find_sound_device
-    from edge_gemma.hearing.utterances import VadSettings
 
     make_voice = _voice_maker(voice)
     find_sound_device(name, "input")  # before the model is loaded
@@ -380,48 +407,53 @@ def listen(
         from edge_gemma.hearing.wake_word import wake_word as make_gate
 
         gate = make_gate(wake_word)
-    options = ListenOptions(
-        instruction, pad_audio, barge_in, VadSettings(end_s=pause), sampling.options()
+    options = dataclasses.replace(
+        _listen_options(pad_audio, pause, sampling), instruction=instruction, barge_in=barge_in
     )
-    model, chat = _open_chat(bundle, loading, system=system, pad_audio=pad_audio)
+    model, chat = _open_chat(bundle, loading, options, system)
     with model, chat:
         listener = Listener(chat, Microphone(name), options, make_voice=make_voice, gate=gate)
         try:
             for record in listener.records():
-                print_json(record) if as_json else _show(record)
+                if as_json:
+                    print_json(record)
+                else:
+                    _show(record)
         except KeyboardInterrupt:
             listener.stop()
             note("")
 
 
-def _show(record) -> None:
+def _show(record: Heard) -> None:
     if record.kind == "text":
         print(record.text, end="", flush=True)
+    elif record.kind == "interrupted":
+        print(" …", flush=True)
     elif record.kind == "turn":
         print(flush=True)
         if record.wait_s is not None:
             note(f"({record.wait_s:.2f} s to the first word)")
-    elif record.kind == "interrupted":
-        print(" …", flush=True)
-    elif record.kind in ("ready", "speech", "lost", "back", "failed", "dropped"):
-        words = {
-            "ready": f"listening to {record.text}; Ctrl-C ends",
-            "speech": "…",
-            "back": f"the microphone is back: {record.text}",
-        }
-        note(
-            words.get(record.kind)
-            or (
-                f"{record.n} blocks of 32 ms were lost so far"
-                if record.kind == "dropped"
-                else record.text
-            )
-        )
+    else:
+        _show_state(record)
 
 
-def _voice_maker(voice: str):
-    """``() -> Voice | None`` for --voice. The synthesizer is found at once, so that a missing one
-    is said before a model is loaded.
+def _show_state(record: Heard) -> None:
+    """What happened besides the answer; nothing for the kinds that only programs want."""
+    if record.kind == "ready":
+        note(f"listening to {record.text}; Ctrl-C ends")
+    elif record.kind == "speech":
+        note("…")
+    elif record.kind == "back":
+        note(f"the microphone is back: {record.text}")
+    elif record.kind == "dropped":
+        note(f"{record.n} blocks of 32 ms were lost so far")
+    elif record.kind in ("lost", "failed"):
+        note(record.text)
+
+
+def _voice_maker(voice: str) -> Callable[[], Voice | None]:
+    """What makes a Voice for each answer with --voice. The synthesizer is found at once, so that a
+    missing one is reported before a model is loaded.
     """
     if voice == "none":
         return lambda: None
@@ -437,44 +469,49 @@ def devices(
     meter: Annotated[
         bool, typer.Option("--meter", help="Show the microphone's level until Ctrl-C.")
     ] = False,
-    name: MicName = None,
+    name: InputOption = None,
     as_json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """List microphones and loudspeakers; --meter shows what a microphone hears."""
-    from edge_gemma.hearing.devices import Microphone
     from edge_gemma.hearing.devices import devices as find
-    from edge_gemma.hearing.sound import level_dbfs
 
     found = find()
     if as_json:
         print_json(found)
+    elif found:
+        print(table([_device_row(device) for device in found], right=(0,)))
     else:
-        for d in found:
-            marks = ", ".join(
-                word
-                for word, yes in (
-                    ("default microphone", d.is_default_input),
-                    ("default loudspeaker", d.is_default_output),
-                )
-                if yes
-            )
-            print(
-                f"{d.index:>3}  {d.name}  {d.inputs} in, {d.outputs} out, {d.rate_hz} "
-                f"Hz{'  ← ' + marks if marks else ''}"
-            )
-        if not found:
-            note("no sound device found; on a server or in a container there may be none")
+        note("no sound device found; on a server or in a container there may be none")
     if meter:
-        with Microphone(name) as microphone:
-            note(f"{microphone.name}; Ctrl-C ends")
-            try:
-                for block in microphone.blocks():
-                    rms, peak = level_dbfs(block)
-                    bar = "#" * max(0, min(40, round((rms + 60) * 40 / 60)))
-                    sys.stderr.write(
-                        f"\r{rms:6.1f} dBFS  {bar:<40} {'CLIPPING' if peak >= -0.1 else '        '}"
-                    )
-                    sys.stderr.flush()
-            except KeyboardInterrupt:
-                note("")
+        _meter(name)
+
+
+def _device_row(device: SoundDevice) -> tuple[str, str, str]:
+    marks = []
+    if device.is_default_input:
+        marks.append("default microphone")
+    if device.is_default_output:
+        marks.append("default loudspeaker")
+    facts = f"{device.inputs} in, {device.outputs} out, {device.rate_hz} Hz"
+    if marks:
+        facts += f"  ← {', '.join(marks)}"
+    return str(device.index), device.name, facts
+
+
+def _meter(name: str | None) -> None:
+    """The level of a microphone as one line that overwrites itself, until Ctrl-C."""
+    from edge_gemma.hearing.devices import Microphone
+    from edge_gemma.hearing.sound import level_dbfs
+
+    with Microphone(name) as microphone:
+        note(f"{microphone.name}; Ctrl-C ends")
+        try:
+            for block in microphone.blocks():
+                rms_dbfs, peak_dbfs = level_dbfs(block)
+                # 40 characters for −60 … 0 dBFS
+                bar = "#" * max(0, min(40, round((rms_dbfs + 60) * 40 / 60)))
+                clipping = "CLIPPING" if peak_dbfs >= -0.1 else " " * 8
+                sys.stderr.write(f"\r{rms_dbfs:6.1f} dBFS  {bar:<40} {clipping}")
+                sys.stderr.flush()
+        except KeyboardInterrupt:
+            note("")

@@ -1,8 +1,10 @@
-"""Groups of options that several commands take: how a bundle is loaded, how an answer is sampled.
+"""Groups of options that several commands take: how a bundle is planned and loaded, how an answer
+is sampled.
 
-A command names a group as one parameter, ``loading: Loading = Loading()``; :func:`grouped` shows
-typer its fields as options of their own and hands the command the group again. The default instance
-gives the options' defaults, so a command may have its own: ``Sampling(max_tokens=1024)``.
+A command names a group as one parameter, ``loading: LoadingOptions = LOADING``;
+:func:`grouped` shows typer its fields as options of their own and hands the command the group
+again. The default instance
+gives the options' defaults, so a command may have its own: ``SamplingOptions(max_tokens=1024)``.
 """
 
 from __future__ import annotations
@@ -11,36 +13,31 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Annotated, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from edge_gemma.cli.common import DeviceOption, VerboseOption
+from edge_gemma.cli.common import (
+    BudgetOption,
+    ContextOption,
+    DeviceOption,
+    ThreadsOption,
+    VerboseOption,
+)
 
 if TYPE_CHECKING:
     from edge_gemma.bundles.manifest import Sense
+    from edge_gemma.options import Sampling
     from edge_gemma.plan.records import PlanRequest
 
 
 @dataclass(frozen=True)
-class Planning:
+class PlanningOptions:
     """What a plan is asked for."""
 
     device: DeviceOption = "auto"
-    budget: Annotated[
-        str | None,
-        typer.Option(
-            "--budget",
-            help="Memory to stay inside, like 2GiB or 420MiB. Default: what the device has to "
-            "give.",
-        ),
-    ] = None
-    ctx: Annotated[
-        int | None,
-        typer.Option(
-            "--ctx", help="Context in tokens. Default: up to 4096, less if that is what fits."
-        ),
-    ] = None
+    budget: BudgetOption = None
+    ctx: ContextOption = None
     ubatch: Annotated[
         int | None,
         typer.Option(
@@ -50,10 +47,7 @@ class Planning:
     kv: Annotated[
         str | None, typer.Option("--kv", help="Type of the KV cache: f16, q8_0 or q4_0.")
     ] = None
-    threads: Annotated[
-        int | None,
-        typer.Option("--threads", "-t", help="Threads. Default: the fast cores we may use."),
-    ] = None
+    threads: ThreadsOption = None
     repack: Annotated[
         bool | None,
         typer.Option(
@@ -87,7 +81,7 @@ class Planning:
 
 
 @dataclass(frozen=True)
-class Loading(Planning):
+class LoadingOptions(PlanningOptions):
     """A plan, and what is loaded by it."""
 
     lora: Annotated[
@@ -98,7 +92,9 @@ class Loading(Planning):
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingOptions:
+    """How an answer is sampled."""
+
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-n", help="Stop after this many tokens.")
     ] = 256
@@ -115,41 +111,75 @@ class Sampling:
         ),
     ] = None
 
-    def options(self, **more):
+    def sampling(self) -> Sampling:
         from edge_gemma.options import Sampling
 
-        return Sampling(**vars(self), **more)
+        return Sampling(**vars(self))
 
 
-GROUPS = (Planning, Loading, Sampling)
+PLANNING = PlanningOptions()
+LOADING = LoadingOptions()
+SAMPLING = SamplingOptions()
+GROUPS = (PlanningOptions, LoadingOptions, SamplingOptions)
 
 
-def grouped(command: Callable) -> Callable:
+def shown_as(call: Callable[..., None], parameters: list[inspect.Parameter]) -> Callable[..., None]:
+    """``call`` with the signature that typer is to see."""
+    setattr(call, "__signature__", inspect.Signature(parameters))  # noqa: B010  (no such attribute in Callable)
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return call
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """``command`` for typer: each parameter whose type is a group stands for the group's fields."""
     hints = get_type_hints(command, include_extras=True)
-    shown, groups = [], {}
+    shown: list[inspect.Parameter] = []
+    groups: dict[str, PlanningOptions | SamplingOptions] = {}
     for name, parameter in inspect.signature(command).parameters.items():
-        if hints[name] not in GROUPS:
+        if hints[name] in GROUPS:
+            groups[name] = parameter.default
+            shown += _field_parameters(parameter.default)
+        else:
             shown.append(parameter.replace(annotation=hints[name], kind=parameter.KEYWORD_ONLY))
-            continue
-        groups[name] = parameter.default
-        field_hints = get_type_hints(hints[name], include_extras=True)
-        shown += [
-            inspect.Parameter(
-                f.name,
-                parameter.KEYWORD_ONLY,
-                default=getattr(parameter.default, f.name),
-                annotation=field_hints[f.name],
-            )
-            for f in fields(hints[name])
-        ]
 
     @functools.wraps(command)
-    def call(**given):
+    def call(**given: Any) -> None:
         for name, default in groups.items():
-            given[name] = replace(default, **{f.name: given.pop(f.name) for f in fields(default)})
-        return command(**given)
+            values = {field.name: given.pop(field.name) for field in fields(default)}
+            given[name] = replace(default, **values)
+        command(**given)
 
-    call.__signature__ = inspect.Signature(shown)
-    call.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
-    return call
+    return shown_as(call, shown)
+
+
+def _field_parameters(group: PlanningOptions | SamplingOptions) -> list[inspect.Parameter]:
+    hints = get_type_hints(type(group), include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=getattr(group, field.name),
+            annotation=hints[field.name],
+        )
+        for field in fields(group)
+    ]
+
+
+def with_debug(command: Callable[..., None], debug_option: object) -> Callable[..., None]:
+    """``command`` with one more option, ``--debug``, whose callback has used it by the time the
+    command runs.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    parameters = [
+        parameter.replace(annotation=hints[name], kind=parameter.KEYWORD_ONLY)
+        for name, parameter in inspect.signature(command).parameters.items()
+    ]
+    debug = inspect.Parameter(
+        "debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=debug_option
+    )
+
+    @functools.wraps(command)
+    def call(debug: bool, **given: Any) -> None:
+        command(**given)
+
+    return shown_as(call, [*parameters, debug])

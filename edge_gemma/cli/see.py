@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edge_gemma.cli.answering import finish, load_model, stream
-from edge_gemma.cli.common import BundleArg, DebugOption, JsonOption, note
-from edge_gemma.cli.options import Loading, Sampling, grouped
+from edge_gemma.cli.answering import Cost, finish, load_model, stream
+from edge_gemma.cli.common import BundleArg, JsonOption, StatsOption, note
+from edge_gemma.cli.options import LOADING, SAMPLING, LoadingOptions, SamplingOptions, grouped
+
+if TYPE_CHECKING:
+    from edge_gemma.seeing.picture import Picture
 
 QUESTION = "Describe what you see."
 # A last word with such an ending is a picture that is missing, not a question.
-_PICTURES = (
+_PICTURE_ENDINGS = (
     ".jpg",
     ".jpeg",
     ".png",
@@ -45,7 +48,7 @@ def split(words: list[str]) -> tuple[list[str], str]:
     >>> split(["photo.jpg", "What is this?"])
     (['photo.jpg'], 'What is this?')
     """
-    if words and not Path(words[-1]).exists() and not words[-1].lower().endswith(_PICTURES):
+    if words and not Path(words[-1]).exists() and not words[-1].lower().endswith(_PICTURE_ENDINGS):
         return words[:-1], words[-1]
     return words, QUESTION
 
@@ -88,20 +91,15 @@ def describe(
             "512 or 256.",
         ),
     ] = None,
-    sampling: Sampling = Sampling(),
-    loading: Loading = Loading(),
-    stats: Annotated[
-        bool, typer.Option("--stats", help="Show time and memory at the end.")
-    ] = False,
+    sampling: SamplingOptions = SAMPLING,
+    loading: LoadingOptions = LOADING,
+    stats: StatsOption = False,
     as_json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Say what pictures show, or answer a question about them. Several pictures can be compared."""
     from edge_gemma.errors import UsageError
     from edge_gemma.machine.peak import PeakSampler
     from edge_gemma.messages import Image
-    from edge_gemma.seeing.camera import capture
-    from edge_gemma.seeing.picture import Picture
     from edge_gemma.seeing.video import Video
 
     images, question = split(words or [])
@@ -110,9 +108,32 @@ def describe(
             "no picture: name one or more files, then the question in quotes: edge-gemma "
             'describe BUNDLE photo.jpg "What is this?"'
         )
-    pictures = [
-        Picture(path) for path in images
-    ]  # before the model is loaded: a wrong name costs no waiting
+    pictures = _pictures(images, camera)  # before the model is loaded: a wrong name costs no time
+    media = [
+        *(Image(source=picture, size=size) for picture in pictures),
+        *(Video(path, rate_hz=rate) for path in video or ()),
+        question,
+    ]
+    used_tokens = sampling.max_tokens // 2
+    with PeakSampler() as peak:
+        model, load_s = load_model(bundle, loading, ("vision",))
+        peak.rebase()
+        with model, model.chat() as talk:
+            started = time.perf_counter()
+            parts = model.media(media, pan_and_scan=pan_and_scan, used_tokens=used_tokens)
+            chunks = talk.send(parts, sampling.sampling())
+            answer = stream(chunks, talk.cancel, quiet=as_json)
+            wall_s = time.perf_counter() - started
+    cost = Cost(load_s, wall_s, model.plan.total_bytes, peak.peak_pss_bytes)
+    finish(answer, cost, as_json=as_json, stats=stats)
+
+
+def _pictures(images: list[str], camera: str | None) -> list[Picture]:
+    """The files' pictures and, behind them, the camera's. Raises MediaError."""
+    from edge_gemma.seeing.camera import capture
+    from edge_gemma.seeing.picture import Picture
+
+    pictures = [Picture(path) for path in images]
     if camera is not None:
         pictures.append(capture(int(camera) if camera.isdigit() else camera))
     for picture in pictures:
@@ -121,20 +142,4 @@ def describe(
                 f"{picture.name} is animated; its first frame is shown. --video "
                 f"{picture.name} shows more of it"
             )
-    parts = [
-        *(Image(source=picture, size=size) for picture in pictures),
-        *(Video(path, rate_hz=rate) for path in video or ()),
-        question,
-    ]
-    with PeakSampler() as sampler:
-        model, load_s = load_model(bundle, loading, ("vision",))
-        sampler.rebase()
-        with model, model.chat() as talk:
-            started = time.perf_counter()
-            parts = model.media(
-                parts, pan_and_scan=pan_and_scan, used_tokens=sampling.max_tokens // 2
-            )
-            answer = stream(talk.send(parts, sampling.options()), talk.cancel, quiet=as_json)
-            wall_s = time.perf_counter() - started
-        planned = model.plan.total_bytes
-    finish(answer, load_s, wall_s, planned, sampler.peak_pss_bytes, as_json=as_json, stats=stats)
+    return pictures

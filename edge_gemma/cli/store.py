@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-JSON = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+from edge_gemma.cli.answering import INTERRUPTED
+from edge_gemma.cli.common import (
+    ForceOption,
+    JsonOption,
+    NameOption,
+    Progress,
+    RelayoutOption,
+    note,
+    print_json,
+    table,
+)
+from edge_gemma.units import format_bytes
+
+if TYPE_CHECKING:
+    from edge_gemma.store.installed import Entry
+
+GEMMA_TERMS = "Gemma Terms of Use (ai.google.dev/gemma/terms)"
 
 
 def bundle_names(incomplete: str) -> list[str]:
@@ -19,9 +35,9 @@ def bundle_names(incomplete: str) -> list[str]:
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(pull)
+    app.command("pull")(pull)
     app.command("ls")(list_)
-    app.command()(rm)
+    app.command("rm")(rm)
 
 
 def pull(
@@ -32,15 +48,10 @@ def pull(
             "address."
         ),
     ],
-    name: Annotated[
-        str | None,
-        typer.Option(help="Name in the store; default: that of the file or repository."),
-    ] = None,
-    force: Annotated[bool, typer.Option(help="Fetch again and replace what is installed.")] = False,
-    relayout: Annotated[
-        bool, typer.Option(help="Rewrite a GGUF cold-first (see `import --relayout`).")
-    ] = False,
-    as_json: JSON = False,
+    name: NameOption = None,
+    force: ForceOption = False,
+    relayout: RelayoutOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Install a bundle, or a GGUF as a bundle, from the Hugging Face hub.
 
@@ -48,154 +59,89 @@ def pull(
     model is installed already.
     """
     from edge_gemma.store.hub import pull as fetch
-    from edge_gemma.units import format_bytes
 
-    bar = _Bar()
     try:
-        bundle = fetch(reference, name=name, force=force, relayout=relayout, on_progress=bar)
-    except KeyboardInterrupt:
-        bar.close()
-        print(
-            f"\nstopped; what arrived is kept. Go on with: edge-gemma pull {reference}",
-            file=sys.stderr,
-        )
-        raise typer.Exit(130) from None
-    finally:
-        bar.close()
-    manifest = bundle.manifest
-    if as_json:
-        print(
-            json.dumps(
-                {
-                    "name": bundle.folder.name,
-                    "path": str(bundle.folder),
-                    "size_bytes": bundle.total_bytes(),
-                    "family": manifest.family,
-                    "fetched": bar.used,
-                    "licence": manifest.source.licence,
-                }
+        with Progress() as progress:
+            bundle = fetch(
+                reference, name=name, force=force, relayout=relayout, on_progress=progress.bytes
             )
+    except KeyboardInterrupt:
+        note(f"\nstopped; what arrived is kept. Go on with: edge-gemma pull {reference}")
+        raise typer.Exit(INTERRUPTED) from None
+    manifest, installed_as, size_bytes = bundle.manifest, bundle.folder.name, bundle.total_bytes()
+    licence = manifest.source.licence
+    if as_json:
+        print_json(
+            {
+                "name": installed_as,
+                "path": bundle.folder,
+                "size_bytes": size_bytes,
+                "family": manifest.family,
+                "fetched": progress.started,
+                "licence": licence,
+            }
         )
         return
-    licence = (
-        "Gemma Terms of Use (ai.google.dev/gemma/terms)"
-        if manifest.source.licence.lower() == "gemma"
-        else manifest.source.licence
-    )
-    print(f"licence: {licence}", file=sys.stderr)
+    note(f"licence: {GEMMA_TERMS if licence.lower() == 'gemma' else licence}")
+    state = "installed" if progress.started else "already there"
     print(
-        f"{bundle.folder.name}: {manifest.family}, {format_bytes(bundle.total_bytes())}, "
-        f"{'installed' if bar.used else 'already there'}. Try: edge-gemma run "
-        f'{bundle.folder.name} "Hello"'
+        f"{installed_as}: {manifest.family}, {format_bytes(size_bytes)}, {state}. "
+        f'Try: edge-gemma run {installed_as} "Hello"'
     )
 
 
-class _Bar:
-    """A progress bar on stderr, drawn only once there is something to wait for."""
-
-    def __init__(self):
-        self.used, self._progress, self._task, self._what = False, None, None, ""
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if self._progress is None:
-            from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                DownloadColumn,
-                Progress,
-                TextColumn,
-                TimeRemainingColumn,
-                TransferSpeedColumn,
-            )
-
-            self.used = True
-            self._progress = Progress(
-                TextColumn("{task.description:<11}"),
-                BarColumn(),
-                DownloadColumn(binary_units=True),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
-            self._progress.start()
-        if what != self._what:
-            self._task, self._what = self._progress.add_task(what, total=total), what
-        self._progress.update(self._task, completed=done, total=total)
-
-    def close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-
-
-def list_(as_json: JSON = False) -> None:
+def list_(as_json: JsonOption = False) -> None:
     """List the installed bundles."""
     from edge_gemma.store.installed import bundles, ls, unfinished
-    from edge_gemma.units import format_bytes
 
     entries, begun = ls(), unfinished()
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "folder": str(bundles()),
-                    "bundles": [
-                        {
-                            "name": e.name,
-                            "path": str(e.folder),
-                            "family": e.family,
-                            "size_bytes": e.size_bytes,
-                            "instruct": e.instruct,
-                            "hears": e.hears,
-                            "sees": e.sees,
-                            "origin": e.origin,
-                            "problem": e.problem,
-                        }
-                        for e in entries
-                    ],
-                    "unfinished": [{"name": name, "size_bytes": size} for name, size in begun],
-                }
-            )
+        print_json(
+            {
+                "folder": bundles(),
+                "bundles": [_record(entry) for entry in entries],
+                "unfinished": [{"name": name, "size_bytes": size} for name, size in begun],
+            }
         )
         return
-    if not entries:
-        print(
-            f"no bundles in {bundles()}. Install one: edge-gemma pull ORG/NAME, or try "
-            "`edge-gemma demo`",
-            file=sys.stderr,
-        )
+    if entries:
+        print(table([("name", "family", "size", "does", "from"), *map(_row, entries)], right=(2,)))
     else:
-        from edge_gemma.cli.columns import columns
-
-        rows = [("name", "family", "size", "does", "from")]
-        for e in entries:
-            does = (
-                " ".join(
-                    word
-                    for word, yes in (("chat", e.instruct), ("hear", e.hears), ("see", e.sees))
-                    if yes
-                )
-                or "complete"
-            )
-            rows.append(
-                (
-                    e.name,
-                    e.family,
-                    format_bytes(e.size_bytes),
-                    "broken" if e.problem else does,
-                    e.origin,
-                )
-            )
-        print(columns(rows))
-    for e in entries:
-        if e.problem:
-            print(f"{e.name}: {e.problem}", file=sys.stderr)
+        note(
+            f"no bundles in {bundles()}. Install one: edge-gemma pull ORG/NAME, or try "
+            "`edge-gemma demo`"
+        )
+    for entry in entries:
+        if entry.problem:
+            note(f"{entry.name}: {entry.problem}")
     if begun:
         size = format_bytes(sum(size for _, size in begun))
-        print(
+        note(
             f"{len(begun)} unfinished download{'s' * (len(begun) > 1)} ({size}): the same "
-            "`pull` goes on; `edge-gemma rm --unfinished` deletes",
-            file=sys.stderr,
+            "`pull` goes on; `edge-gemma rm --unfinished` deletes"
         )
+
+
+def _record(entry: Entry) -> dict[str, object]:
+    return {
+        "name": entry.name,
+        "path": entry.folder,
+        "family": entry.family,
+        "size_bytes": entry.size_bytes,
+        "instruct": entry.instruct,
+        "hears": entry.hears,
+        "sees": entry.sees,
+        "origin": entry.origin,
+        "problem": entry.problem,
+    }
+
+
+def _row(entry: Entry) -> Sequence[str]:
+    abilities = [("chat", entry.instruct), ("hear", entry.hears), ("see", entry.sees)]
+    does = " ".join(word for word, able in abilities if able) or "complete"
+    if entry.problem:
+        does = "broken"
+    return entry.name, entry.family, format_bytes(entry.size_bytes), does, entry.origin
 
 
 def rm(
@@ -206,17 +152,16 @@ def rm(
     unfinished: Annotated[
         bool, typer.Option("--unfinished", help="Delete what unfinished downloads left.")
     ] = False,
-    as_json: JSON = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Delete installed bundles."""
     from edge_gemma.errors import UsageError
     from edge_gemma.store import installed as store
-    from edge_gemma.units import format_bytes
 
     if not names and not unfinished:
         raise UsageError("name the bundles to delete (`edge-gemma ls`), or pass --unfinished")
     known = {entry.name: entry.size_bytes for entry in store.ls()}
-    for name in names or []:
+    for name in names or ():
         store.find(name)
     if names and not yes:
         listed = ", ".join(f"{name} ({format_bytes(known[name])})" for name in names)
@@ -224,11 +169,11 @@ def rm(
             raise UsageError(f"this would delete {listed}; pass --yes to do so without being asked")
         if not typer.confirm(f"delete {listed}?", err=True):
             raise typer.Exit(0)
-    freed = {name: store.rm(name) for name in names or []}
+    freed = {name: store.rm(name) for name in names or ()}
     if unfinished:
         freed["unfinished downloads"] = store.rm_unfinished()
     if as_json:
-        print(json.dumps({"deleted": freed, "freed_bytes": sum(freed.values())}))
+        print_json({"deleted": freed, "freed_bytes": sum(freed.values())})
     else:
         for name, size in freed.items():
-            print(f"deleted {name}, {format_bytes(size)}", file=sys.stderr)
+            note(f"deleted {name}, {format_bytes(size)}")

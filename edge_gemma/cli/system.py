@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-JSON = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+from edge_gemma.cli.common import JsonOption, print_json, table
+from edge_gemma.units import format_bytes
+
+if TYPE_CHECKING:
+    from edge_gemma.doctor import Report
+    from edge_gemma.machine.device import Device
+
+NO_GEMMA_TYPES = ("MXFP4", "Q1_0")  # weight types that no Gemma comes in
 
 
 def profile_names(incomplete: str) -> list[str]:
@@ -23,101 +29,96 @@ def register(app: typer.Typer) -> None:
     app.command()(profiles)
 
 
-def doctor(as_json: JSON = False) -> None:
+def doctor(as_json: JsonOption = False) -> None:
     """What this machine has, what is installed, and what would make it serve better. Changes
     nothing.
     """
-    from edge_gemma.cli.columns import columns
-    from edge_gemma.doctor import examine, expected_repacks
-    from edge_gemma.units import format_bytes
+    from edge_gemma.doctor import examine
 
     report = examine()
-    device = report.device
     if as_json:
-        data = dataclasses.asdict(report) | {"store": str(report.store)}
-        data["device"] |= {
-            "usable_bytes": device.usable_bytes,
-            "reserve_bytes": device.reserve_bytes,
-            "expected_repacks": expected_repacks(device),
-        }
-        print(json.dumps(data))
+        print_json(dataclasses.asdict(report) | {"device": _record(report.device)})
         return
-    limit = (
-        "none"
-        if device.limit_bytes is None
-        else f"{format_bytes(device.limit_bytes)}, {format_bytes(device.headroom_bytes or 0)} of "
-        "it left"
-    )
-    cpus = f"{device.cpu or 'unknown'}; {len(device.cpus)} to run on ({_ids(device.cpus)})"
-    if device.big_cpus != device.cpus:
-        cpus += f", the fast ones {_ids(device.big_cpus)}"
-    swap = ", ".join(
-        text
-        for text in (
-            f"{format_bytes(device.zram_bytes)} zram" * bool(device.zram_bytes),
-            f"{format_bytes(device.swap_bytes)} on disk" * bool(device.swap_bytes),
-        )
-        if text
-    )
-    llama = report.llama
-    rows = [
-        ("machine", device.board),
-        (
-            "system",
-            f"{report.system}, Python {report.python}, pages of {format_bytes(device.page_bytes)}",
-        ),
-        ("CPU", cpus),
-        ("", f"features that matter: {' '.join(device.cpu_features) or 'none'}"),
-        ("threads", str(device.n_threads)),
-        (
-            "memory",
-            f"{format_bytes(device.total_bytes)}, available "
-            f"{format_bytes(device.available_bytes)}, kept for the system "
-            f"{format_bytes(device.reserve_bytes)}",
-        ),
-        ("cgroup limit", limit + ("" if device.memory_cgroup else " (memory cgroup off)")),
-        ("swap", f"{swap} (not counted as memory)" if swap else "none"),
-        (
-            "for a model",
-            f"{format_bytes(device.usable_bytes)}"
-            + ("" if device.can_release else "; cold pages cannot be given back here"),
-        ),
-        (
-            "llama.cpp",
-            f"llama-cpp-python {llama.version}, {'with' if llama.gpu else 'without'} GPU"
-            if llama
-            else report.llama_problem,
-        ),
-    ]
-    if llama:
-        rows.append(
-            ("", f"copied into repacked buffers: {' '.join(llama.repacks) or 'no weight type'}")
-        )
-    rows.append(("GPU", device.gpu or "no NVIDIA GPU"))
-    for extra in report.extras:
-        missing = (*extra.missing_packages, *extra.missing_libraries)
-        rows.append(
-            (
-                extra.purpose,
-                f"not installed: pip install 'edge-gemma[{extra.name}]' "
-                f"({', '.join(missing)} missing)"
-                if missing
-                else "ready",
-            )
-        )
-    rows.append(("microphones", ", ".join(report.microphones) or "none"))
-    rows.append(
-        (
-            "store",
-            f"{report.store}, {format_bytes(report.store_free_bytes)} "
-            f"free{', on an SD card' * report.store_on_sd}",
-        )
-    )
-    print(columns(rows))
+    print(table([*_machine_rows(report), *_memory_rows(report.device), *_software_rows(report)]))
     if report.advice:
         print("\nadvice")
         for line in report.advice:
             print(f"- {line}")
+
+
+def _record(device: Device) -> dict[str, object]:
+    from edge_gemma.doctor import expected_repacks
+
+    return dataclasses.asdict(device) | {
+        "usable_bytes": device.usable_bytes,
+        "reserve_bytes": device.reserve_bytes,
+        "expected_repacks": expected_repacks(device),
+    }
+
+
+def _machine_rows(report: Report) -> list[tuple[str, str]]:
+    device = report.device
+    cpus = f"{device.cpu or 'unknown'}; {len(device.cpus)} to run on ({_ids(device.cpus)})"
+    if device.big_cpus != device.cpus:
+        cpus += f", the fast ones {_ids(device.big_cpus)}"
+    pages = f"pages of {format_bytes(device.page_bytes)}"
+    return [
+        ("machine", device.board),
+        ("system", f"{report.system}, Python {report.python}, {pages}"),
+        ("CPU", cpus),
+        ("", f"features that matter: {' '.join(device.cpu_features) or 'none'}"),
+        ("threads", str(device.n_threads)),
+    ]
+
+
+def _memory_rows(device: Device) -> list[tuple[str, str]]:
+    limit = "none"
+    if device.limit_bytes is not None:
+        left = format_bytes(device.headroom_bytes or 0)
+        limit = f"{format_bytes(device.limit_bytes)}, {left} of it left"
+    if not device.memory_cgroup:
+        limit += " (memory cgroup off)"
+    swaps = [(device.zram_bytes, "zram"), (device.swap_bytes, "on disk")]
+    swap = ", ".join(f"{format_bytes(size)} {kind}" for size, kind in swaps if size)
+    usable = format_bytes(device.usable_bytes)
+    if not device.can_release:
+        usable += "; pages of the file cannot be given back here"
+    return [
+        (
+            "memory",
+            f"{format_bytes(device.total_bytes)}, "
+            f"available {format_bytes(device.available_bytes)}, "
+            f"kept for the system {format_bytes(device.reserve_bytes)}",
+        ),
+        ("cgroup limit", limit),
+        ("swap", f"{swap} (not counted as memory)" if swap else "none"),
+        ("for a model", usable),
+    ]
+
+
+def _software_rows(report: Report) -> list[tuple[str, str]]:
+    llama = report.llama
+    rows = [("llama.cpp", report.llama_problem)]
+    if llama:
+        gpu = "with" if llama.gpu else "without"
+        repacks = " ".join(llama.repacks) or "no weight type"
+        rows = [
+            ("llama.cpp", f"llama-cpp-python {llama.version}, {gpu} GPU"),
+            ("", f"copied into repacked buffers: {repacks}"),
+        ]
+    rows.append(("GPU", report.device.gpu or "no NVIDIA GPU"))
+    for extra in report.extras:
+        missing = ", ".join((*extra.missing_packages, *extra.missing_libraries))
+        state = "ready"
+        if missing:
+            line = f"pip install 'edge-gemma[{extra.name}]'"
+            state = f"not installed: {line} ({missing} missing)"
+        rows.append((extra.purpose, state))
+    card = ", on an SD card" if report.store_on_sd else ""
+    free = format_bytes(report.store_free_bytes)
+    rows.append(("microphones", ", ".join(report.microphones) or "none"))
+    rows.append(("store", f"{report.store}, {free} free{card}"))
+    return rows
 
 
 def _ids(cpus: tuple[int, ...]) -> str:
@@ -138,65 +139,70 @@ def profiles(
             help="One profile (or FILE.toml, or auto) in detail.", autocompletion=profile_names
         ),
     ] = None,
-    as_json: JSON = False,
+    as_json: JsonOption = False,
 ) -> None:
     """List the boards that `plan --device` knows, or show one."""
-    from edge_gemma.doctor import expected_repacks
-    from edge_gemma.machine.device import load_profile, profile_notes
-    from edge_gemma.machine.device import profile_names as shipped
-    from edge_gemma.machine.probe import find_device
-    from edge_gemma.units import format_bytes
-
-    def data(device):
-        return dataclasses.asdict(device) | {
-            "usable_bytes": device.usable_bytes,
-            "reserve_bytes": device.reserve_bytes,
-            "repacks": expected_repacks(device),
-        }
-
     if name is not None:
-        device = find_device(name)
-        notes, sources = ((), ()) if name == "auto" else profile_notes(name)
-        if as_json:
-            print(json.dumps(data(device) | {"notes": notes, "sources": sources}))
-            return
-        print(f"{device.name}: {device.board}, {device.cpu}")
-        print(
-            f"memory    {format_bytes(device.usable_bytes)} for a model: "
-            f"{format_bytes(device.available_bytes)} available of "
-            f"{format_bytes(device.total_bytes)}, "
-            f"{format_bytes(device.reserve_bytes)} kept for the system"
-        )
-        print(
-            f"threads   {device.n_threads}; pages of {format_bytes(device.page_bytes)}; "
-            f"{' '.join(device.cpu_features) or 'no CPU features that matter'}"
-        )
-        print(f"repacked  {' '.join(expected_repacks(device)) or 'nothing'}")
-        if device.gpu:
-            print(f"GPU       {device.gpu}")
-        for label, lines in (("note", notes), ("source", sources)):
-            for line in lines:
-                print(f"{label:<9} {line}")
+        _show_profile(name, as_json)
         return
+    from edge_gemma.machine.device import load_profile
+    from edge_gemma.machine.device import profile_names as shipped
+
     devices = [load_profile(name) for name in shipped()]
     if as_json:
-        print(json.dumps({"profiles": [data(device) for device in devices]}))
+        print_json({"profiles": [_profile_record(device) for device in devices]})
         return
-    from edge_gemma.cli.columns import columns
+    head = ("profile", "memory", "for a model", "threads", "pages", "llama.cpp repacks")
+    print(table([head, *map(_profile_row, devices)], right=(1, 2, 3, 4)))
 
-    rows = [("profile", "memory", "for a model", "threads", "pages", "llama.cpp repacks")]
-    for device in devices:
-        packs = " ".join(
-            kind for kind in expected_repacks(device) if kind not in ("MXFP4", "Q1_0")
-        )  # types no Gemma comes in
-        rows.append(
-            (
-                device.name,
-                format_bytes(device.total_bytes),
-                format_bytes(device.usable_bytes),
-                str(device.n_threads),
-                format_bytes(device.page_bytes),
-                packs or "nothing",
-            )
-        )
-    print(columns(rows))
+
+def _profile_record(device: Device) -> dict[str, object]:
+    record = _record(device)
+    return record | {"repacks": record["expected_repacks"]}
+
+
+def _profile_row(device: Device) -> tuple[str, ...]:
+    from edge_gemma.doctor import expected_repacks
+
+    repacks = [kind for kind in expected_repacks(device) if kind not in NO_GEMMA_TYPES]
+    return (
+        device.name,
+        format_bytes(device.total_bytes),
+        format_bytes(device.usable_bytes),
+        str(device.n_threads),
+        format_bytes(device.page_bytes),
+        " ".join(repacks) or "nothing",
+    )
+
+
+def _show_profile(name: str, as_json: bool) -> None:
+    from edge_gemma.doctor import expected_repacks
+    from edge_gemma.machine.device import profile_notes
+    from edge_gemma.machine.probe import find_device
+
+    device = find_device(name)
+    notes, sources = ((), ()) if name == "auto" else profile_notes(name)
+    if as_json:
+        print_json(_profile_record(device) | {"notes": notes, "sources": sources})
+        return
+    usable, available, total, reserve = map(
+        format_bytes,
+        (device.usable_bytes, device.available_bytes, device.total_bytes, device.reserve_bytes),
+    )
+    features = " ".join(device.cpu_features) or "no CPU features that matter"
+    pages = format_bytes(device.page_bytes)
+    rows = [
+        (
+            "memory",
+            f"{usable} for a model: {available} available of {total}, "
+            f"{reserve} kept for the system",
+        ),
+        ("threads", f"{device.n_threads}; pages of {pages}; {features}"),
+        ("repacked", " ".join(expected_repacks(device)) or "nothing"),
+    ]
+    if device.gpu:
+        rows.append(("GPU", device.gpu))
+    rows += [("note", line) for line in notes]
+    rows += [("source", line) for line in sources]
+    print(f"{device.name}: {device.board}, {device.cpu}")
+    print(table(rows))

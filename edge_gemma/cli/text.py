@@ -4,26 +4,43 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edge_gemma.cli.answering import finish, load_model, stats_line, stream
+from edge_gemma.cli.answering import Answer, Cost, finish, load_model, stats_line, stream
 from edge_gemma.cli.common import (
     BundleArg,
-    DebugOption,
     JsonOption,
+    StatsOption,
+    SystemOption,
     note,
     open_bundle,
     print_json,
 )
-from edge_gemma.cli.options import Loading, Planning, Sampling, grouped
+from edge_gemma.cli.options import (
+    LOADING,
+    PLANNING,
+    SAMPLING,
+    LoadingOptions,
+    PlanningOptions,
+    SamplingOptions,
+    grouped,
+)
+from edge_gemma.units import format_bytes
 
 if TYPE_CHECKING:
-    from edge_gemma.bundles.manifest import Sense
+    from edge_gemma.bundles.manifest import Sense, Tensor
+    from edge_gemma.conversation.chat import Chat
+    from edge_gemma.conversation.stream import Chunk
+    from edge_gemma.messages import Part
+    from edge_gemma.model import Model
+    from edge_gemma.options import Sampling
+    from edge_gemma.plan.records import Plan
 
-System = Annotated[str | None, typer.Option("--system", help="System text.")]
+CHATTING = SamplingOptions(max_tokens=1024)
 
 
 def register(app: typer.Typer) -> None:
@@ -34,61 +51,65 @@ def register(app: typer.Typer) -> None:
 
 def plan(
     bundle: BundleArg,
-    planning: Planning = Planning(),
+    planning: PlanningOptions = PLANNING,
     text_only: Annotated[
         bool,
         typer.Option("--text-only", help="Plan without the bundle's audio and vision encoders."),
     ] = False,
     as_json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Say what a bundle will take on a device, byte by byte, without loading it. Exit code 4 when
     it does not fit.
     """
+    from edge_gemma.engines.llama.weights import repacked_here
     from edge_gemma.machine.probe import find_device
     from edge_gemma.machine.repack import repacked
     from edge_gemma.plan.ladder import make_plan
 
-    found, target = open_bundle(bundle), find_device(planning.device)
-    if planning.device == "auto":
-        from edge_gemma.engines.llama.weights import repacked_here as repacks
-    else:
+    found = open_bundle(bundle)
+    is_here = planning.device == "auto"
+    device = find_device(planning.device)
 
-        def repacks(tensor) -> bool:
-            return repacked(tensor.type, tensor.shape, target.cpu_features)
+    def repacked_there(tensor: Tensor) -> bool:
+        return repacked(tensor.type, tensor.shape, device.cpu_features)
 
-    made = make_plan(found.manifest, target, planning.request(() if text_only else None), repacks)
+    made = make_plan(
+        found.manifest,
+        device,
+        planning.request(() if text_only else None),
+        repacked_here if is_here else repacked_there,
+    )
     if as_json:
         print_json(made)
     else:
-        _print_plan(found.manifest.name, target.name, made)
+        _print_plan(found.manifest.name, device.name, made)
     if not made.fits:
         raise typer.Exit(4)
 
 
-def _print_plan(name: str, device: str, made) -> None:
+def _print_plan(name: str, device: str, made: Plan) -> None:
     from edge_gemma.plan.ladder import arithmetic
-    from edge_gemma.units import format_bytes
 
-    s = made.settings
-    print(
-        f"{name} on {device}: {'fits' if made.fits else 'does not fit'} in "
-        f"{format_bytes(made.budget_bytes)}"
-    )
+    verdict = "fits" if made.fits else "does not fit"
+    print(f"{name} on {device}: {verdict} in {format_bytes(made.budget_bytes)}")
     if not made.fits:
         print(made.refusal)
         return
+    free = format_bytes(made.budget_bytes - made.needed_bytes)
+    load_peak = format_bytes(made.load_peak_bytes)
+    reclaimable_bytes = sum(item.bytes for item in made.items if item.kind == "reclaimable")
     print(arithmetic(made))
-    print(f"  {format_bytes(made.budget_bytes - made.needed_bytes):>10}  free of the budget")
+    print(f"  {free:>10}  free of the budget")
     print(
-        f"  {format_bytes(made.load_peak_bytes):>10}  for a moment while loading, of which "
-        "reclaimable: "
-        f"{format_bytes(sum(i.bytes for i in made.items if i.kind == 'reclaimable'))}"
+        f"  {load_peak:>10}  for a moment while loading, of which reclaimable: "
+        f"{format_bytes(reclaimable_bytes)}"
     )
+    settings = made.settings
+    is_repacked = any(item.name == "weights, repacked" for item in made.items)
     print(
-        f"settings: n_ctx {s.n_ctx}, n_ubatch {s.n_ubatch}, KV {s.kv_type}, "
-        f"{'repacked' if any(i.name == 'weights, repacked' for i in made.items) else 'not repacked'}, "
-        f"{s.n_threads} threads, {s.n_gpu_layers} GPU layers"
+        f"settings: n_ctx {settings.n_ctx}, n_ubatch {settings.n_ubatch}, "
+        f"KV {settings.kv_type}, {'repacked' if is_repacked else 'not repacked'}, "
+        f"{settings.n_threads} threads, {settings.n_gpu_layers} GPU layers"
     )
     for line in made.concessions:
         print(f"conceded: {line}")
@@ -127,8 +148,8 @@ def run(
     prompt: Annotated[
         str | None, typer.Argument(help="The prompt; - or nothing reads it from stdin.")
     ] = None,
-    sampling: Sampling = Sampling(),
-    system: System = None,
+    sampling: SamplingOptions = SAMPLING,
+    system: SystemOption = None,
     image: Annotated[
         list[str] | None, typer.Option("--image", help="A picture to show first. Repeatable.")
     ] = None,
@@ -151,54 +172,65 @@ def run(
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="End at this text. Repeatable.")
     ] = None,
-    loading: Loading = Loading(),
-    stats: Annotated[
-        bool, typer.Option("--stats", help="Show time and memory at the end.")
-    ] = False,
+    loading: LoadingOptions = LOADING,
+    stats: StatsOption = False,
     as_json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Answer one prompt and leave. Instruct bundles get it as a user turn, base bundles (or --raw)
     continue it.
     """
+    from dataclasses import replace
+
     from edge_gemma.errors import UsageError
     from edge_gemma.machine.peak import PeakSampler
-    from edge_gemma.messages import Audio, Image, Message
+    from edge_gemma.messages import Audio, Image
 
-    if prompt in (None, "-"):
-        if prompt is None and sys.stdin.isatty():
-            raise UsageError("no prompt: give one, or pipe text in")
-        prompt = sys.stdin.buffer.read().decode("utf-8", "replace").strip()
-    if not prompt.strip():
-        raise UsageError("the prompt is empty")
-    options = sampling.options(
+    if raw and system:
+        raise UsageError("give --system or --raw, not both: raw text has no system turn")
+    text = _prompt(prompt)
+    media: list[Part] = [*map(Image, image or ()), *map(Audio, audio or ())]
+    content = [*media, text] if media else text
+    options = replace(
+        sampling.sampling(),
         stop=tuple(stop or ()),
         grammar=_read_option(grammar, "--grammar"),
         schema=_schema(schema),
         logprobs=logprobs,
     )
     senses: tuple[Sense, ...] = (("audio",) if audio else ()) + (("vision",) if image else ())
-    media = [*map(Image, image or ()), *map(Audio, audio or ())]
-
-    with PeakSampler() as sampler:
+    with PeakSampler() as peak:
         model, load_s = load_model(bundle, loading, senses)
-        sampler.rebase()  # a plan's peak counts from the end of load
+        peak.rebase()  # a plan's peak counts from the end of load
         with model:
-            session = model.session()
-            templated = not raw and (model.bundle.manifest.instruct or system)
             started = time.perf_counter()
-            if templated:
-                messages = ([Message("system", system)] if system else []) + [
-                    Message("user", model.media([*media, prompt]) if media else prompt)
-                ]
-                spans = model.prompt.spans(messages, encode=model.encode)
+            if not raw and (model.bundle.manifest.instruct or system):
+                talk = model.chat(system=system)
+                answer = stream(talk.send(content, options), talk.cancel, quiet=as_json)
             else:
-                spans = model.prompt.raw(model.media([*media, prompt]), encode=model.encode)
-            session.replace(spans)
-            answer = stream(session.generate(options), session.cancel, quiet=as_json)
+                answer = _continue(model, [*media, text], options, quiet=as_json)
             wall_s = time.perf_counter() - started
-        planned = model.plan.total_bytes
-    finish(answer, load_s, wall_s, planned, sampler.peak_pss_bytes, as_json=as_json, stats=stats)
+    cost = Cost(load_s, wall_s, model.plan.total_bytes, peak.peak_pss_bytes)
+    finish(answer, cost, as_json=as_json, stats=stats)
+
+
+def _prompt(given: str | None) -> str:
+    """The prompt as given, or from stdin. Raises UsageError where there is none."""
+    from edge_gemma.errors import UsageError
+
+    if given is None and sys.stdin.isatty():
+        raise UsageError("no prompt: give one, or pipe text in")
+    if given in (None, "-"):
+        given = sys.stdin.buffer.read().decode("utf-8", "replace").strip()
+    if not given or not given.strip():
+        raise UsageError("the prompt is empty")
+    return given
+
+
+def _continue(model: Model, parts: Sequence[Part], options: Sampling, *, quiet: bool) -> Answer:
+    """The parts as they are, without the chat template, and what the model makes of them."""
+    session = model.session()
+    session.replace(model.prompt.raw(model.media(parts), encode=model.encode))
+    return stream(session.generate(options), session.cancel, quiet=quiet)
 
 
 HELP = """/image PATH [question]   show a picture      /audio PATH [question]   play a sound
@@ -209,18 +241,13 @@ Ctrl-C stops an answer, not the chat. A line that ends in \\ goes on."""
 
 def chat(
     bundle: BundleArg,
-    system: System = None,
-    sampling: Sampling = Sampling(max_tokens=1024),
-    loading: Loading = Loading(),
-    stats: Annotated[
-        bool, typer.Option("--stats", help="Show time and memory after each answer.")
-    ] = False,
-    debug: DebugOption = False,
+    system: SystemOption = None,
+    sampling: SamplingOptions = CHATTING,
+    loading: LoadingOptions = LOADING,
+    stats: StatsOption = False,
 ) -> None:
     """Talk with a bundle. /help lists what can be typed besides words."""
-    from edge_gemma.errors import EdgeGemmaError
-
-    options = sampling.options()
+    options = sampling.sampling()
     model, _ = load_model(bundle, loading)
     with model, model.chat(system=system) as talk:
         manifest = model.bundle.manifest
@@ -232,19 +259,26 @@ def chat(
         if sys.stdin.isatty():
             note(f"{manifest.name}, {talk.session.n_ctx} tokens of context. /help for commands.")
             import readline  # noqa: F401  (line editing and history for input())
-        last = None
-        while (line := _read_line()) is not None:
-            try:
-                content = _command(line, talk, last)
-                if content is None:
-                    continue
-                last = _answer(talk, content, options) or last
-                if stats and last:
-                    note(stats_line(last))
-            except _Leave:
-                return
-            except EdgeGemmaError as error:
-                note(f"edge-gemma: {error}")
+        _converse(talk, options, stats)
+
+
+def _converse(talk: Chat, options: Sampling, stats: bool) -> None:
+    """Read a line, answer it, until /exit or the end of the input."""
+    from edge_gemma.errors import EdgeGemmaError
+
+    last: Chunk | None = None
+    while (line := _read_line()) is not None:
+        try:
+            content = _command(line, talk, last)
+            if content is None:
+                continue
+            last = _answer(talk, content, options) or last
+            if stats and last:
+                note(stats_line(last))
+        except _Leave:
+            return
+        except EdgeGemmaError as error:
+            note(f"edge-gemma: {error}")
 
 
 class _Leave(Exception):
@@ -272,47 +306,60 @@ def _read_line() -> str | None:
         return "\n".join(lines)
 
 
-def _command(line: str, talk, last):
+def _command(line: str, talk: Chat, last: Chunk | None) -> str | list[Part] | None:
     """A line → what to send, or None when it was a command or empty."""
     from edge_gemma.errors import UsageError
-    from edge_gemma.messages import Audio, Image
 
     word, _, rest = line.strip().partition(" ")
-    if not word:
-        return None
     if not word.startswith("/"):
-        return line
+        return line if word else None
     if word in ("/exit", "/quit"):
         raise _Leave
-    if word == "/help":
+    if word in ("/image", "/audio"):
+        return _media_turn(word, rest)
+    if word in ("/save", "/load"):
+        _keep(talk, word, rest)
+    elif word == "/help":
         note(HELP)
     elif word == "/reset":
         talk.reset()
         note("forgotten")
-    elif word in ("/save", "/load"):
-        if not rest:
-            raise UsageError(f"{word} needs a file")
-        (talk.save if word == "/save" else talk.restore)(rest)
-        note(
-            f"{'saved to' if word == '/save' else 'taken up from'} {rest}: "
-            f"{len(talk.messages)} messages"
-        )
     elif word == "/stats":
         note(stats_line(last) if last else "no answer yet")
-    elif word in ("/image", "/audio"):
-        path, _, question = rest.partition(" ")
-        if not path:
-            raise UsageError(f"{word} needs a file")
-        return [
-            (Image if word == "/image" else Audio)(path),
-            *([question] if question.strip() else []),
-        ]
     else:
         raise UsageError(f"{word} is no command; /help lists them")
     return None
 
 
-def _answer(talk, content, options):
+def _media_turn(word: str, rest: str) -> list[Part]:
+    """``/image`` or ``/audio``: a file and, behind it, the question."""
+    from edge_gemma.messages import Audio, Image
+
+    path, _, question = rest.strip().partition(" ")
+    _require_file(word, path)
+    parts: list[Part] = [Image(path) if word == "/image" else Audio(path)]
+    return [*parts, question] if question.strip() else parts
+
+
+def _keep(talk: Chat, word: str, path: str) -> None:
+    """``/save`` or ``/load``."""
+    _require_file(word, path)
+    if word == "/save":
+        talk.save(path)
+        note(f"saved to {path}: {len(talk.messages)} messages")
+    else:
+        talk.restore(path)
+        note(f"taken up from {path}: {len(talk.messages)} messages")
+
+
+def _require_file(word: str, path: str) -> None:
+    from edge_gemma.errors import UsageError
+
+    if not path:
+        raise UsageError(f"{word} needs a file")
+
+
+def _answer(talk: Chat, content: str | list[Part], options: Sampling) -> Chunk | None:
     end = stream(talk.send(content, options), talk.cancel).end
     print()
     if end is None or end.usage is None:
@@ -320,9 +367,8 @@ def _answer(talk, content, options):
         return None
     if end.usage.dropped_turns:
         note(f"the context was full: the {end.usage.dropped_turns} oldest turns were forgotten")
-    if end.finish_reason in ("length", "context"):
-        note(
-            "(cut at "
-            f"{'--max-tokens' if end.finish_reason == 'length' else 'the end of the context'})"
-        )
+    if end.finish_reason == "length":
+        note("(cut at --max-tokens)")
+    elif end.finish_reason == "context":
+        note("(cut at the end of the context)")
     return end
