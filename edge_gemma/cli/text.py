@@ -197,9 +197,13 @@ def run(
         schema=_schema(schema),
         logprobs=logprobs,
     )
-    senses: tuple[Sense, ...] = (("audio",) if audio else ()) + (("vision",) if image else ())
+    senses: list[Sense] = []
+    if audio:
+        senses.append("audio")
+    if image:
+        senses.append("vision")
     with PeakSampler() as peak:
-        model, load_s = load_model(bundle, loading, senses)
+        model, load_s = load_model(bundle, loading, tuple(senses))
         peak.rebase()  # a plan's peak counts from the end of load
         with model:
             started = time.perf_counter()
