@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from edge_gemma.errors import DeviceLost, MissingExtra
@@ -11,10 +13,8 @@ from edge_gemma.seeing.picture import Picture
 def capture(camera: int | str = 0, *, warm_up_frames: int = 8) -> Picture:
     """One picture from a camera: picamera2 on a Raspberry Pi where it is installed, else OpenCV.
 
-    Raises DeviceLost, MissingExtra.
-
     ``camera`` is a number, or for OpenCV a device path or stream. The first frames are thrown away:
-    exposure is still settling.
+    exposure is still settling. Raises DeviceLost, MissingExtra.
     """
     if isinstance(camera, int):
         try:
@@ -23,6 +23,10 @@ def capture(camera: int | str = 0, *, warm_up_frames: int = 8) -> Picture:
             pass
         else:
             return _capture_picamera2(Picamera2, camera)
+    return _capture_opencv(camera, warm_up_frames)
+
+
+def _capture_opencv(camera: int | str, warm_up_frames: int) -> Picture:
     try:
         import cv2
     except ImportError:
@@ -31,7 +35,7 @@ def capture(camera: int | str = 0, *, warm_up_frames: int = 8) -> Picture:
             "install python3-picamera2)",
             "camera",
         ) from None
-    if hasattr(cv2, "setLogLevel"):  # OpenCV 4 talks to stderr about every camera it does not find
+    if hasattr(cv2, "setLogLevel"):  # OpenCV 4 prints to stderr for every camera it does not find
         cv2.setLogLevel(0)
     lens = cv2.VideoCapture(camera)
     try:
@@ -39,29 +43,30 @@ def capture(camera: int | str = 0, *, warm_up_frames: int = 8) -> Picture:
             raise DeviceLost(
                 f"there is no camera {camera}; `ls /dev/video*` shows the ones there are"
             )
-        frame = None
+        frame = None  # [h, w, 3] uint8, the last that came
         for _ in range(warm_up_frames + 1):
-            ok, latest = lens.read()
-            frame = latest if ok else frame
-        if frame is None:
-            raise DeviceLost(
-                f"camera {camera} opened but gave no picture; is another program using it?"
-            )
-        return Picture(
-            np.ascontiguousarray(frame[:, :, ::-1]), name=f"camera {camera}"
-        )  # OpenCV's order is BGR
+            came, latest = lens.read()
+            frame = latest if came else frame
     finally:
         lens.release()
+    if frame is None:
+        raise DeviceLost(
+            f"camera {camera} opened but gave no picture; is another program using it?"
+        )
+    rgb = frame[:, :, ::-1]  # OpenCV's order is BGR
+    return Picture(np.ascontiguousarray(rgb), name=f"camera {camera}")
 
 
-def _capture_picamera2(picamera2, number: int) -> Picture:
+def _capture_picamera2(picamera2: Any, number: int) -> Picture:
+    """``picamera2`` is the class ``Picamera2``, which has no types."""
     if number >= len(picamera2.global_camera_info()):
         raise DeviceLost(
             f"there is no camera {number}; `rpicam-hello --list-cameras` shows the ones there are"
         )
     with picamera2(number) as lens:
-        lens.configure(
-            lens.create_still_configuration(main={"format": "BGR888"})
-        )  # picamera2 names the order of bytes backwards: this is RGB
+        # picamera2 names the order of bytes backwards: this is RGB
+        configuration = lens.create_still_configuration(main={"format": "BGR888"})
+        lens.configure(configuration)
         lens.start()
-        return Picture(np.ascontiguousarray(lens.capture_array("main")), name=f"camera {number}")
+        frame = lens.capture_array("main")
+        return Picture(np.ascontiguousarray(frame), name=f"camera {number}")

@@ -1,4 +1,8 @@
-"""Pictures → soft tokens, with the vision encoder of a bundle."""
+"""Pictures → soft tokens, with the vision encoder of a bundle.
+
+In: pixels ``[1, 3, size, size]`` float32. Out: rows ``[n_soft_tokens, n_embd]`` float32 for the
+decoder. It does not know files, prompts or the decoder.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,15 @@ import numpy as np
 
 from edge_gemma.bundles.folder import Bundle
 from edge_gemma.bundles.manifest import require
-from edge_gemma.engines.onnx.runtime import open_onnx, run_onnx
+from edge_gemma.engines.onnx.runtime import Graph, open_onnx, run_onnx
 from edge_gemma.errors import BundleError, RuntimeFailure, UsageError
 from edge_gemma.machine.footprint import trim_heap
 
 
 class ImageEncoder:
     """The vision tower of a bundle, loaded for square inputs of ``size`` pixels (default: the
-    bundle's first). One picture at a time.
+    bundle's first). One picture at a time. Raises UnsupportedModel (the bundle has none),
+    UsageError (no such size), BundleError, MissingExtra.
 
     >>> with ImageEncoder(Bundle.open("my-gemma-3"), n_threads=1) as encoder:
     ...     encoder.encode(np.zeros((1, 3, 224, 224), np.float32)).shape
@@ -29,22 +34,23 @@ class ImageEncoder:
                 f"{', '.join(map(str, self.part.image_sizes))}"
             )
         path = bundle.path(self.part.file)
-        # thousands of short products a picture: waking a thread for each would take a tenth of the
-        # time
-        self._session = open_onnx(
+        # spin: a picture takes thousands of short products, and waking a thread for each would take
+        # a tenth of the time
+        graph = open_onnx(
             path, n_threads=n_threads, spin=True, in_place=True, sides={"side": self.size}
         )
-        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        expected = (
+        expected = [
             ("pixels", [1, 3, self.size, self.size]),
             ("soft_tokens", [self.part.n_soft_tokens, self.part.n_embd]),
-        )
-        found = [(value.name, list(value.shape)) for value in (*inputs, *outputs)]
-        if found != list(expected):
+        ]
+        values = (*graph.get_inputs(), *graph.get_outputs())
+        found = [(value.name, list(value.shape)) for value in values]
+        if found != expected:
             raise BundleError(
                 f"{path} is not the vision encoder its manifest describes: it has {found}, "
-                f"expected {list(expected)}; convert the model again"
+                f"expected {expected}; convert the model again"
             )
+        self._graph: Graph | None = graph
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """``pixels [1, 3, size, size]`` float32, normalised
@@ -53,20 +59,20 @@ class ImageEncoder:
 
         Raises RuntimeFailure.
         """
-        if self._session is None:
+        if self._graph is None:
             raise RuntimeFailure("the vision encoder was closed; open it again")
         try:
-            return run_onnx(self._session, ["soft_tokens"], {"pixels": pixels})[0]
+            return run_onnx(self._graph, ["soft_tokens"], {"pixels": pixels})[0]
         finally:
             trim_heap()  # activations are needed again only with the next picture
 
     def close(self) -> None:
         """Let go of the weights."""
-        self._session = None
+        self._graph = None
         trim_heap()
 
     def __enter__(self) -> ImageEncoder:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
