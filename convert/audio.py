@@ -66,7 +66,7 @@ class AudioConfig:
         if not isinstance(raw, dict) or f"{TOWER}conformer.0.norm.weight" not in checkpoint.names():
             raise CheckpointError(
                 f"{checkpoint.folder} has no audio tower (only Gemma 3n E2B and E4B have "
-                "one); convert it with --audio none"
+                "one); convert it with --audio-encoder none"
             )
         fixed = {
             "conf_attention_context_right": 0,

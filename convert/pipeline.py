@@ -218,9 +218,11 @@ def _towers(checkpoint: Checkpoint, options: Conversion) -> dict[str, str]:
             "vision": ("f32", "f16", "int8"),
         }[tower]
         if wanted not in (None, "none", *allowed):
-            raise UsageError(f"--{tower} {wanted}: expected one of none, {', '.join(allowed)}")
+            expected = ", ".join(("none", *allowed))
+            raise UsageError(f"--{tower}-encoder {wanted}: expected one of {expected}")
         if wanted not in (None, "none") and tower not in there:
-            raise UsageError(f"--{tower} {wanted}: {checkpoint.folder} has no {tower} tower")
+            what = f"{checkpoint.folder} has no {tower} tower"
+            raise UsageError(f"--{tower}-encoder {wanted}: {what}")
         if tower in there and wanted != "none":
             chosen[tower] = wanted or "int8"
     return chosen
@@ -366,7 +368,7 @@ def _write_tower(tower: str, prepared: Prepared, folder: Path, report: Report):
     except ImportError as error:
         raise RuntimeFailure(
             f"cannot write the {tower} encoder: {error}. pip install 'edge-gemma[convert]', "
-            f"or --{tower} none"
+            f"or --{tower}-encoder none"
         ) from None
     return getattr(module, f"write_{tower}_encoder")(
         prepared.checkpoint, folder, prepared.towers[tower]

@@ -156,7 +156,7 @@ def test_hard_rows_are_the_padding_and_end_rows(audio_checkpoint):
 
 
 def test_a_checkpoint_without_audio(tmp_path, tiny_checkpoint):
-    with pytest.raises(CheckpointError, match="has no audio tower.*--audio none"):
+    with pytest.raises(CheckpointError, match="has no audio tower.*--audio-encoder none"):
         write_audio_encoder(Checkpoint.open(tiny_checkpoint), tmp_path, "f32")
 
 

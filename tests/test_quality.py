@@ -333,7 +333,7 @@ def test_commands(world, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["convert", str(tmp_path / "nowhere"), str(tmp_path / "out2")])
     assert stop.value.code == 3 and "is not a folder" in capsys.readouterr().err
-    main_ok("convert", "--recipes")
+    main_ok("convert", "--list-recipes")
     assert "q4_k_m" in capsys.readouterr().out
 
 

@@ -143,7 +143,7 @@ def no_encoder(name: str, sense: Sense) -> UnsupportedModel:
     }[sense]
     return UnsupportedModel(
         f"{name} has no {sense} encoder, so it cannot {verb}; {models} "
-        f"(convert them without --{sense} none)"
+        f"(convert them without --{sense}-encoder none)"
     )
 
 

@@ -4,13 +4,27 @@ report page.
 
 from __future__ import annotations
 
-import json as jsonlib
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from edge_gemma.cli.common import (
+    BundleArg,
+    BundlesArg,
+    ContextOption,
+    DevicesOption,
+    JsonOption,
+    LanguageOption,
+    PadAudioOption,
+    ThreadCountsOption,
+    ThreadsOption,
+    TokensOption,
+    check_parents,
+    note,
+    print_json,
+)
 
 REGRESSED = 1  # exit code when --against found something worse
 
@@ -20,12 +34,6 @@ bench = typer.Typer(
     no_args_is_help=True,
 )
 
-Bundles = Annotated[
-    list[str], typer.Argument(help="bundles: folders or installed names", show_default=False)
-]
-Json = Annotated[
-    bool, typer.Option("--json", help="one JSON object on standard output instead of tables")
-]
 Report = Annotated[
     Path | None,
     typer.Option("--report", help="also write this HTML page, with PNG and JSON beside it"),
@@ -56,9 +64,7 @@ def register(app: typer.Typer) -> None:
 
 @bench.command()
 def wer(
-    bundle: Annotated[
-        str, typer.Argument(help="a bundle that hears: its folder or installed name")
-    ],
+    bundle: BundleArg,
     dataset: Annotated[
         Path,
         typer.Argument(
@@ -66,17 +72,12 @@ def wer(
             "LibriSpeech's *.trans.txt)"
         ),
     ],
-    language: Annotated[
-        str | None, typer.Option("--language", help="the language spoken, in English words")
-    ] = None,
+    language: LanguageOption = None,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="so many recordings only")
     ] = None,
-    short: Annotated[
-        bool,
-        typer.Option("--short", help="without padding rows; the reference mode is the default"),
-    ] = False,
-    json: Json = False,
+    pad_audio: PadAudioOption = True,
+    as_json: JsonOption = False,
 ) -> None:
     """Word error rate on recordings with transcripts, greedily decoded."""
     from edge_gemma.benchmarks import wer as run
@@ -87,11 +88,11 @@ def wer(
         dataset,
         language=language,
         limit=limit,
-        pad_audio=not short,
-        progress=_say,
+        pad_audio=pad_audio,
+        progress=note,
     )
-    if json:
-        print(jsonlib.dumps(found))
+    if as_json:
+        print_json(found)
     else:
         rate = "no words" if found["wer"] is None else f"{100 * found['wer']:.2f} %"
         print(
@@ -102,36 +103,26 @@ def wer(
 
 @bench.command()
 def memory(
-    bundles: Bundles,
-    device: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--device",
-            "-d",
-            help="device profile, repeatable; all (the default), auto for this machine",
-        ),
-    ] = None,
-    ctx: Annotated[
-        int | None,
-        typer.Option("--ctx", help="context in tokens; default: what the plan chooses"),
-    ] = None,
+    bundles: BundlesArg,
+    device: DevicesOption = None,
+    ctx: ContextOption = None,
     plan_only: Annotated[
         bool, typer.Option("--plan-only", help="no runs, only what would be needed")
     ] = False,
-    json: Json = False,
+    as_json: JsonOption = False,
     report: Report = None,
     save: Save = None,
     against: Against = None,
 ) -> None:
     """What each bundle takes on each board: planned, and measured under that board's limits where
-    this machine can.
+    this machine can. --device may be repeated; all, the default, stands for every profile.
     """
     from edge_gemma.benchmarks import bench as run
 
     names = run.device_names(device or ["all"])
     _finish(
-        [lambda: run.memory(_folders(bundles), names, n_ctx=ctx, run=not plan_only, progress=_say)],
-        json,
+        [lambda: run.memory(_folders(bundles), names, n_ctx=ctx, run=not plan_only, progress=note)],
+        as_json,
         report,
         save,
         against,
@@ -140,22 +131,20 @@ def memory(
 
 @bench.command()
 def speed(
-    bundles: Bundles,
+    bundles: BundlesArg,
     depth: Annotated[
         list[int] | None,
         typer.Option("--depth", min=1, help="prompt length in tokens, repeatable"),
     ] = None,
-    threads: Annotated[
-        list[int] | None, typer.Option("--threads", "-t", min=1, help="thread count, repeatable")
-    ] = None,
+    threads: ThreadCountsOption = None,
     repeats: Repeats = 3,
-    json: Json = False,
+    as_json: JsonOption = False,
     report: Report = None,
     save: Save = None,
     against: Against = None,
 ) -> None:
     """Prefill and decode speed over context length and threads, load time cold and warm, share of
-    the memory's bandwidth.
+    the memory's bandwidth. --threads may be repeated.
     """
     from edge_gemma.benchmarks import bench as run
 
@@ -166,10 +155,10 @@ def speed(
                 depths=depth or (128, 512, 2048),
                 threads=threads or (),
                 repeats=repeats,
-                progress=_say,
+                progress=note,
             )
         ],
-        json,
+        as_json,
         report,
         save,
         against,
@@ -178,13 +167,13 @@ def speed(
 
 @bench.command()
 def latency(
-    bundles: Bundles,
+    bundles: BundlesArg,
     seconds: Annotated[
         list[float] | None,
         typer.Option("--seconds", min=0.2, max=30, help="length of the speech, repeatable"),
     ] = None,
     repeats: Repeats = 3,
-    json: Json = False,
+    as_json: JsonOption = False,
     report: Report = None,
     save: Save = None,
     against: Against = None,
@@ -198,10 +187,10 @@ def latency(
                 _folders(bundles),
                 lengths_s=seconds or (1, 2, 5, 10, 20, 30),
                 repeats=repeats,
-                progress=_say,
+                progress=note,
             )
         ],
-        json,
+        as_json,
         report,
         save,
         against,
@@ -211,14 +200,12 @@ def latency(
 @bench.command()
 def quality(
     reference: Annotated[str, typer.Argument(help="the bundle or GGUF to measure against")],
-    bundles: Bundles,
+    bundles: BundlesArg,
     text: Annotated[
         Path, typer.Option("--text", help="a UTF-8 text to predict", show_default=False)
     ],
-    tokens: Annotated[
-        int, typer.Option("--tokens", min=512, help="at most so many tokens of it")
-    ] = 4096,
-    json: Json = False,
+    tokens: TokensOption = 4096,
+    as_json: JsonOption = False,
     report: Report = None,
     save: Save = None,
     against: Against = None,
@@ -233,10 +220,10 @@ def quality(
                 [_file_or_bundle(b) for b in bundles],
                 text,
                 max_tokens=tokens,
-                progress=_say,
+                progress=note,
             )
         ],
-        json,
+        as_json,
         report,
         save,
         against,
@@ -256,11 +243,11 @@ def compare(
             "onnxruntime-genai, litert-lm, transformers",
         ),
     ] = None,
-    ctx: Annotated[int, typer.Option("--ctx", min=64)] = 2048,
+    ctx: ContextOption = 2048,
     prompt: Annotated[int, typer.Option("--prompt", min=1, help="prompt length in tokens")] = 512,
-    threads: Annotated[int, typer.Option("--threads", "-t", min=0, help="0: all usable cores")] = 0,
+    threads: ThreadsOption = None,
     repeats: Repeats = 3,
-    json: Json = False,
+    as_json: JsonOption = False,
     report: Report = None,
     save: Save = None,
     against: Against = None,
@@ -282,13 +269,13 @@ def compare(
                 folder,
                 others,
                 n_prompt=prompt,
-                n_ctx=ctx,
-                n_threads=threads,
+                n_ctx=ctx or 2048,
+                n_threads=threads or 0,
                 repeats=repeats,
-                progress=_say,
+                progress=note,
             )
         ],
-        json,
+        as_json,
         report,
         save,
         against,
@@ -304,7 +291,7 @@ def report(
     from edge_gemma.benchmarks import regress
     from edge_gemma.benchmarks.report import write_report
 
-    _check_folders(out)
+    check_parents(out)
     sections, machine, notes = [], None, []
     for file in files:
         found = regress.read(file)
@@ -312,7 +299,7 @@ def report(
         if found["machine"].get("text") != machine.get("text"):
             notes.append(f"{file.name} was measured elsewhere: {found['machine'].get('text', '')}")
         sections += regress.sections(found)
-    _say(f"wrote {', '.join(str(path) for path in write_report(out, sections, machine, notes))}")
+    _note_written(write_report(out, sections, machine or {}, notes))
 
 
 @bench.command()
@@ -324,7 +311,7 @@ def diff(
         ),
     ],
     now: Annotated[Path, typer.Argument(help="another one", show_default=False)],
-    json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """What changed between two files by more than the noise both state; exit code 1 when something
     got worse.
@@ -333,19 +320,15 @@ def diff(
 
     old, new = regress.read(before), regress.read(now)
     changes, notes = regress.compare(old, regress.sections(new), new["machine"])
-    if json:
-        print(jsonlib.dumps({"changes": [vars(change) for change in changes], "notes": notes}))
+    if as_json:
+        print_json({"changes": changes, "notes": notes})
     else:
         _print_changes(changes, notes, every=True)
     if any(change.verdict == "worse" for change in changes):
         raise typer.Exit(REGRESSED)
 
 
-# --- shared --------------------------------------------------------------------------------------------------------
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+# --- shared ---
 
 
 def _folders(names: list[str]) -> list[Path]:
@@ -358,12 +341,8 @@ def _file_or_bundle(name: str) -> Path:
     return Path(name) if name.endswith(".gguf") else _folders([name])[0]
 
 
-def _check_folders(*files: Path | None) -> None:
-    from edge_gemma.errors import UsageError
-
-    for file in files:
-        if file and not file.parent.is_dir():
-            raise UsageError(f"no folder {file.parent} to write {file.name} into")
+def _note_written(files: Iterable[Path]) -> None:
+    note(f"wrote {', '.join(map(str, files))}")
 
 
 def _print_changes(changes: list, notes: list[str], every: bool = False) -> None:
@@ -374,7 +353,11 @@ def _print_changes(changes: list, notes: list[str], every: bool = False) -> None
 
 
 def _finish(
-    jobs: list[Callable], json: bool, report: Path | None, save: Path | None, against: Path | None
+    jobs: list[Callable],
+    as_json: bool,
+    report: Path | None,
+    save: Path | None,
+    against: Path | None,
 ) -> None:
     """Run, print, keep, compare. What was measured before a Ctrl-C is printed and kept as well."""
     from edge_gemma.benchmarks import regress
@@ -384,7 +367,7 @@ def _finish(
     before = (
         regress.read(against) if against else None
     )  # a wrong file is told before an hour of measuring
-    _check_folders(save, report)
+    check_parents(save, report)
     with Calm() as calm:
         sections = [job() for job in jobs]
     machine["warnings"] = calm.warnings()
@@ -394,17 +377,10 @@ def _finish(
     if report:
         from edge_gemma.benchmarks.report import write_report
 
-        _say(
-            "wrote "
-            f"{', '.join(str(path) for path in write_report(report, sections, machine, machine['warnings']))}"
-        )
-    if json:
-        print(
-            jsonlib.dumps(
-                regress.to_json(sections, machine)
-                | {"changes": [vars(change) for change in changes], "notes": notes}
-            )
-        )
+        _note_written(write_report(report, sections, machine, machine["warnings"]))
+    if as_json:
+        record = regress.to_json(sections, machine)
+        print_json(record | {"changes": changes, "notes": notes})
     else:
         print(machine["text"])
         for section in sections:

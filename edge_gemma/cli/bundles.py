@@ -14,6 +14,7 @@ from edge_gemma.cli.common import (
     NameOption,
     Progress,
     RelayoutOption,
+    VisionEncoderOption,
     open_bundle,
     print_json,
     table,
@@ -41,27 +42,24 @@ def import_(
             "--mmproj", help="llama.cpp's vision file of the same Gemma 3: the bundle can then see."
         ),
     ] = None,
-    vision: Annotated[
-        str,
-        typer.Option(
-            "--vision", help="With --mmproj, the vision encoder's precision: f32, f16 or int8."
-        ),
-    ] = "f16",
+    vision: VisionEncoderOption = None,
     name: NameOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make a bundle of an existing GGUF: hard-linked where possible, else copied."""
-    from edge_gemma.errors import BundleError
+    from edge_gemma.errors import BundleError, UsageError
     from edge_gemma.store.importer import import_gguf
 
     if not gguf.is_file():
         raise BundleError(f"no GGUF file at {gguf}")
+    if vision is not None and mmproj is None:
+        raise UsageError("--vision-encoder needs --mmproj: a GGUF of the decoder holds no encoder")
     write_vision = None
     if mmproj is not None:
         from edge_gemma.convert.mmproj import vision_writer
 
-        write_vision = vision_writer(mmproj, vision)
+        write_vision = vision_writer(mmproj, vision or "f16")
     with Progress(f"importing {gguf.name}", gguf.stat().st_size) as progress:
         bundle = import_gguf(
             gguf,

@@ -40,7 +40,10 @@ _CTX = typer.Option(
     "--ctx", help="Context in tokens. Default: up to 4096, less if that is what fits."
 )
 _THREADS = typer.Option(
-    "--threads", "-t", help="Threads. Default: all usable cores; for decoding, the fast ones."
+    "--threads",
+    "-t",
+    min=1,
+    help="Threads. Default: all usable cores; for decoding, the fast ones.",
 )
 
 BundleArg = Annotated[
@@ -71,7 +74,16 @@ ContextOption = Annotated[int | None, _CTX]
 ThreadsOption = Annotated[int | None, _THREADS]
 ThreadCountsOption = Annotated[list[int] | None, _THREADS]  # repeatable
 TokensOption = Annotated[
-    int, typer.Option("--tokens", help="Use at most so many of the text's tokens; 0: all of it.")
+    int,
+    typer.Option("--tokens", min=0, help="Use at most so many of the text's tokens; 0: all of it."),
+]
+VisionEncoderOption = Annotated[
+    str | None,
+    typer.Option(
+        "--vision-encoder",
+        help="The vision encoder's precision: f32, f16, int8 or none. Default: int8 from a "
+        "checkpoint that has one, f16 from --mmproj.",
+    ),
 ]
 NameOption = Annotated[
     str | None,

@@ -17,6 +17,7 @@ from edge_gemma.cli.common import (
     Progress,
     ThreadsOption,
     TokensOption,
+    VisionEncoderOption,
     note,
     open_bundle,
     parse_scaled,
@@ -57,7 +58,9 @@ def convert(
     quant: Annotated[
         str,
         typer.Option(
-            "--quant", "-q", help="A recipe by name (see --recipes) or a .toml file of your own."
+            "--quant",
+            "-q",
+            help="A recipe by name (--list-recipes) or a .toml file of your own.",
         ),
     ] = "q4_k_m",
     imatrix: ImatrixOption = None,
@@ -77,18 +80,12 @@ def convert(
     audio: Annotated[
         str | None,
         typer.Option(
-            "--audio",
-            help="Audio encoder: f32, f16, int8, int8-block, int4-block or none. Default int8 "
-            "where there is one.",
+            "--audio-encoder",
+            help="The audio encoder's precision: f32, f16, int8, int8-block, int4-block or none. "
+            "Default: int8 from a checkpoint that has one.",
         ),
     ] = None,
-    vision: Annotated[
-        str | None,
-        typer.Option(
-            "--vision",
-            help="Vision encoder: f32, f16, int8 or none. Default int8 where there is one.",
-        ),
-    ] = None,
+    vision: VisionEncoderOption = None,
     name: NameOption = None,
     check: Annotated[
         Path | None,
@@ -120,7 +117,7 @@ def convert(
     recipes: Annotated[
         bool,
         typer.Option(
-            "--recipes",
+            "--list-recipes",
             is_eager=True,
             callback=_list_recipes,
             help="List the recipes and stop.",

@@ -102,8 +102,18 @@ class SamplingOptions:
         1.0
     )
     top_k: Annotated[int, typer.Option("--top-k", help="0 turns it off.")] = 64
-    top_p: Annotated[float, typer.Option("--top-p")] = 0.95
-    min_p: Annotated[float, typer.Option("--min-p")] = 0.0
+    top_p: Annotated[
+        float,
+        typer.Option(
+            "--top-p", help="Sample from the likeliest tokens that hold this share; 1: all."
+        ),
+    ] = 0.95
+    min_p: Annotated[
+        float,
+        typer.Option(
+            "--min-p", help="Leave out tokens less likely than this share of the best; 0: none."
+        ),
+    ] = 0.0
     seed: Annotated[
         int | None,
         typer.Option(
