@@ -31,7 +31,7 @@ def audio_checkpoint(folder: Path, **options) -> Checkpoint:
 
 
 def encoder_bundle(checkpoint: Checkpoint, out: Path, precision: str = "f32") -> Bundle:
-    """A bundle with a real audio encoder and a decoder that is only a name: for what never decodes."""
+    """A bundle with a real audio encoder; its decoder is only a name, for what never decodes."""
     with BundleWriter(out) as writer:
         stand_in = b"not read by these tests"
         part = write_audio_encoder(checkpoint, writer.folder, precision)

@@ -1,6 +1,6 @@
 """Files of every kind, and the microphone without one."""
 
-import io
+import re
 import subprocess
 import sys
 
@@ -94,29 +94,30 @@ def test_more_than_thirty_seconds_are_refused_whole(tmp_path):
         read_audio(tmp_path / "long.wav")
 
 
-def test_a_truncated_mp3_gives_what_is_there(tmp_path):
-    buffer = io.BytesIO()
-    soundfile.write(buffer, tone(4.0, 44100), 44100, format="MP3")
-    (tmp_path / "cut.mp3").write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
-    try:
-        samples = read_audio(tmp_path / "cut.mp3")
-    except MediaError as error:
-        assert "damaged after" in str(error)
-    else:
-        assert 16000 < len(samples) < 40000
+def cut_in_half(folder, name, rate_hz):
+    """A file of 4 s, and then its first half."""
+    soundfile.write(folder / name, tone(4.0, rate_hz), rate_hz)
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[: len(data) // 2])
+    return folder / name
 
 
-def test_a_truncated_wav_says_where_it_ends(tmp_path):
-    soundfile.write(tmp_path / "whole.flac", tone(4.0), 16000)
-    data = (tmp_path / "whole.flac").read_bytes()
-    (tmp_path / "cut.flac").write_bytes(data[: len(data) // 2])
-    with AudioFile(tmp_path / "cut.flac") as file:
+@pytest.mark.parametrize(
+    "name, rate_hz, n_least", [("cut.mp3", 44100, 16_000), ("cut.flac", 16000, 0)]
+)
+def test_a_truncated_file_is_never_taken_for_a_whole_one(tmp_path, name, rate_hz, n_least):
+    """libsndfile's decoders differ: one gives what is there, another fails; both are told."""
+    n = 0
+    with AudioFile(cut_in_half(tmp_path, name, rate_hz)) as file:
         try:
-            n = sum(len(block) for block in file.blocks())
+            for block in file.blocks():
+                n += len(block)
+            told = f"ends after {file.truncated_at_s} s"
         except MediaError as error:
-            assert "damaged after" in str(error)
-        else:
-            assert file.truncated_at_s == pytest.approx(n / 16000) and n < 64000
+            told = str(error)
+    assert n_least <= n < 40_000
+    at_s = float(re.search(r"(?:ends|damaged) after ([0-9.]+) s", told)[1])
+    assert at_s == pytest.approx(n / 16000, abs=0.05)
 
 
 def test_a_three_hour_file_is_read_in_bounded_memory(tmp_path):

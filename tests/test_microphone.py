@@ -16,7 +16,6 @@ import pulse
 import pytest
 
 from edge_gemma.hearing.sound import read_audio
-from edge_gemma.hearing.utterances import SpeechDetector
 
 pytestmark = pytest.mark.skipif(pulse.missing() is not None, reason=str(pulse.missing()))
 
@@ -58,7 +57,8 @@ with Microphone(device) as mic:
         for event in detector.push(block):
             say(kind=event.kind, at=event.at)
     dropped = mic.dropped_blocks
-say(kind="end", dropped=dropped, threads=[t.name for t in threading.enumerate() if t is not threading.main_thread()])
+others = [t.name for t in threading.enumerate() if t is not threading.main_thread()]
+say(kind="end", dropped=dropped, threads=others)
 np.save(out, np.concatenate(blocks))
 """
 
@@ -135,15 +135,6 @@ def spoken(tmp_path):
         file.setnchannels(1), file.setsampwidth(2), file.setframerate(16000)
         file.writeframes((padded * 32767).astype("<i2").tobytes())
     return path
-
-
-def boundaries(samples):
-    detector = SpeechDetector()
-    return {
-        e.kind: e.at / 16000
-        for e in detector.push(samples) + detector.finish()
-        if e.kind in ("start", "end")
-    }
 
 
 def test_what_is_captured_is_what_was_played(microphone, spoken, tmp_path):

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from edge_gemma.conversation import voice as speech
+from edge_gemma.conversation import voice as voices
 from edge_gemma.conversation.voice import Sentences, Voice, espeak, piper, read_wav
 from edge_gemma.errors import RuntimeFailure, UsageError
 
@@ -71,9 +71,12 @@ def test_a_failing_synthesizer_is_kept_not_thrown():
     assert str(voice.error) == "no sound came out"
 
 
-@pytest.mark.skipif(
+needs_espeak = pytest.mark.skipif(
     shutil.which("espeak-ng") is None, reason="espeak-ng is not installed (make system)"
 )
+
+
+@needs_espeak
 def test_espeak_speaks():
     samples, rate_hz = espeak("en")("Hello there, how are you?")
     assert (
@@ -84,7 +87,7 @@ def test_espeak_speaks():
 
 
 def test_missing_programs_are_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(speech.shutil, "which", lambda name: None)
+    monkeypatch.setattr(voices.shutil, "which", lambda name: None)
     with pytest.raises(UsageError, match="espeak-ng is not installed.*apt-get install espeak-ng"):
         espeak()
     with pytest.raises(UsageError, match="piper is not installed"):
@@ -113,13 +116,11 @@ def test_what_is_no_wav_is_refused():
         read_wav(b"no wav")
 
 
+@needs_espeak
 def test_a_wake_word_is_heard():
-    pytest.importorskip("pymicro_wakeword")
     from edge_gemma.hearing.sound import Resampler
     from edge_gemma.hearing.wake_word import wake_word
 
-    if shutil.which("espeak-ng") is None:
-        pytest.skip("espeak-ng is not installed (make system)")
     for text, expected in (("Alexa", True), ("Good morning", False)):
         samples, rate_hz = espeak("en")(text)
         samples = Resampler(rate_hz).push(samples, last=True)
@@ -128,5 +129,10 @@ def test_a_wake_word_is_heard():
         )
         gate = wake_word("alexa")
         assert any([gate(samples[k : k + 512]) for k in range(0, len(samples), 512)]) is expected
+
+
+def test_an_unknown_wake_word_is_refused_with_the_known_ones():
+    from edge_gemma.hearing.wake_word import wake_word
+
     with pytest.raises(UsageError, match="'banana' is no wake word.*okay_nabu"):
         wake_word("banana")

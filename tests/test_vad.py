@@ -1,6 +1,7 @@
-"""Speech detection: settings, cuts at pauses, and real human speech."""
+"""Speech detection: settings, cuts at pauses, and speech itself."""
 
 import json
+import shutil
 
 import librivox
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from edge_gemma.conversation.voice import espeak
 from edge_gemma.errors import UsageError
 from edge_gemma.hearing.samples import BLOCK_SAMPLES, RATE_HZ
-from edge_gemma.hearing.sound import read_audio
+from edge_gemma.hearing.sound import Resampler, read_audio
 from edge_gemma.hearing.utterances import SpeechDetector, VadSettings
 
 
@@ -40,8 +42,8 @@ def test_pre_and_post_roll_surround_the_speech():
         abs(start.at - 2 * RATE_HZ) <= BLOCK_SAMPLES and abs(end.at - 3 * RATE_HZ) <= BLOCK_SAMPLES
     )
     clip = np.concatenate([e.samples for e in detect(x)])
-    first = int(np.searchsorted(x, clip[0])) if clip[0] in x[: 2 * RATE_HZ] else None
-    assert first is not None and abs(2 * RATE_HZ - first - 0.3 * RATE_HZ) <= 2 * BLOCK_SAMPLES
+    (first,) = np.flatnonzero(x == clip[0])
+    assert abs(2 * RATE_HZ - first - 0.3 * RATE_HZ) <= 2 * BLOCK_SAMPLES
     assert abs(len(clip) - 1.5 * RATE_HZ) <= 3 * BLOCK_SAMPLES
 
 
@@ -81,16 +83,23 @@ def test_every_sample_at_most_once_in_order_and_no_speech_lost(parts, packet):
     events = detect(x, packet, max_s=6.0)
     taken = np.concatenate([e.samples for e in events]) if events else np.zeros(0, np.float32)
     assert (np.diff(_positions(x, events)) > 0).all()
-    piece = 0
-    for e in events:
-        piece = len(e.samples) + (0 if e.kind == "start" else piece)
-        assert piece <= 6.0 * RATE_HZ
-        piece = 0 if e.kind in ("cut", "end") else piece
-    if events:  # what was clearly speech, from the first start on, is in some piece
-        first = events[0].at
-        assert (taken > 0.8).sum() >= (
-            x[first : len(x) // BLOCK_SAMPLES * BLOCK_SAMPLES] > 0.8
-        ).sum() - _clicks(x)
+    assert all(n <= 6.0 * RATE_HZ for n in _piece_lengths(events))
+    # what was clearly speech, from the first start on, is in some piece; where nothing started
+    # there were only clicks
+    first = events[0].at if events else 0
+    assert (taken > 0.8).sum() >= (
+        x[first : len(x) // BLOCK_SAMPLES * BLOCK_SAMPLES] > 0.8
+    ).sum() - _clicks(x)
+
+
+def _piece_lengths(events):
+    """Samples of each piece: from a start, or from behind a cut, to the next cut or end."""
+    lengths = [0]
+    for event in events:
+        lengths[-1] += len(event.samples)
+        if event.kind in ("cut", "end"):
+            lengths.append(0)
+    return lengths
 
 
 def _positions(x, events):
@@ -111,7 +120,7 @@ def _positions(x, events):
 
 
 def _clicks(x):
-    """Samples in runs of speech too short to start an utterance, and the chunks at the runs' edges."""
+    """Samples in runs of speech too short to start an utterance, and the blocks at their edges."""
     voiced = x > 0.8
     edges = np.flatnonzero(np.diff(np.concatenate([[0], voiced, [0]])))
     return sum(min(b - a, 5 * BLOCK_SAMPLES) for a, b in zip(edges[::2], edges[1::2], strict=True))
@@ -122,6 +131,17 @@ def test_a_long_utterance_is_cut_in_a_pause():
     events = [e for e in detect(x) if e.kind != "more"]
     assert [e.kind for e in events] == ["start", "cut", "end"]
     assert 28 * RATE_HZ <= events[1].at <= 28.15 * RATE_HZ
+
+
+def test_silence_behind_a_cut_is_the_next_utterance_s_pre_roll():
+    """Also without a post-roll: the cut lies within a pause, whose other blocks are held."""
+    x = script((4, 0.9), (0.3, 0.0), (1, 0.9), (1, 0))
+    detector = SpeechDetector(VadSettings(max_s=6.0, end_s=0.1, post_roll_s=0.0), loud)
+    events = [e for e in detector.push(x) + detector.finish() if e.kind != "more"]
+    assert [e.kind for e in events] == ["start", "cut", "end", "start", "end"]
+    assert not len(events[2].samples)
+    begin = int(np.flatnonzero(x == events[3].samples[0])[0])
+    assert begin == events[1].at  # no block of the pause is lost between the two
 
 
 def test_without_a_pause_the_softest_place_is_cut():
@@ -153,32 +173,60 @@ def test_silero_hears_nothing_in_noise_and_silence():
         assert detector.push(x) + detector.finish() == []
 
 
-@pytest.fixture(scope="module")
-def human_speech():
-    try:
-        return librivox.clips()
-    except Exception as error:  # no index to fetch from
-        pytest.skip(f"LibriVox clips cannot be fetched here: {error}")
+def synthesized(text, voice):
+    """A sentence of espeak-ng at 16 kHz with noise of a quiet room around it, and where its sound
+    begins and ends.
+    """
+    samples, rate_hz = espeak(voice)(text)
+    spoken = Resampler(rate_hz).push(samples, last=True)
+    audible = np.flatnonzero(np.abs(spoken) > 0.02)
+    lead = RATE_HZ
+    x = np.concatenate([np.zeros(lead), spoken, np.zeros(RATE_HZ)])
+    x += 0.0005 * np.random.default_rng(1).standard_normal(len(x))
+    return x.astype(np.float32), lead + int(audible[0]), lead + int(audible[-1])
 
 
-def test_every_spoken_word_of_real_speech_is_covered(human_speech):
-    assert len(human_speech) == 5
-    for clip in human_speech:
+@pytest.mark.skipif(
+    shutil.which("espeak-ng") is None, reason="espeak-ng is not installed (make system)"
+)
+@pytest.mark.parametrize("voice", ["en", "en+f3", "de"])
+@pytest.mark.parametrize(
+    "text", ["The quick brown fox jumps over the lazy dog.", "Seven, eight, nine and ten."]
+)
+def test_the_whole_of_a_spoken_sentence_is_covered(voice, text):
+    x, first, last = synthesized(text, voice)
+    events = detected(x)
+    start, end = (e for e in events if e.kind in ("start", "end"))
+    assert abs(start.at - first) < 0.2 * RATE_HZ and abs(end.at - last) < 0.2 * RATE_HZ
+    taken_from, taken_to = span(x, events)
+    assert taken_from <= first and taken_to >= last
+
+
+def detected(x):
+    """What silero finds in packets of 50 ms."""
+    detector = SpeechDetector()
+    events = [e for k in range(0, len(x), 800) for e in detector.push(x[k : k + 800])]
+    return events + detector.finish()
+
+
+def span(x, events):
+    """From where to where the events' samples lie in x."""
+    taken = np.concatenate([e.samples for e in events])
+    starts = np.flatnonzero(x == taken[0])
+    (first,) = [k for k in starts if np.array_equal(x[k : k + len(taken)], taken)]
+    return first, first + len(taken)
+
+
+@pytest.mark.slow  # the clips are fetched from a package index the first time
+def test_every_spoken_word_of_human_speech_is_covered():
+    clips = librivox.clips()
+    assert len(clips) == 5
+    for clip in clips:
         x = read_audio(clip.path)
-        detector = SpeechDetector()
-        events = [
-            e for k in range(0, len(x), 800) for e in detector.push(x[k : k + 800])
-        ] + detector.finish()
+        events = detected(x)
         assert [e.kind for e in events if e.kind != "more"] == ["start", "end"]
-        first = int(np.flatnonzero(x == events[0].samples[0])[0])
-        taken = np.concatenate([e.samples for e in events])
-        offset = next(
-            k for k in range(first, len(x)) if np.array_equal(x[k : k + 2000], taken[:2000])
-        )
-        words = [
-            w
-            for w in json.loads(clip.path.with_suffix(".json").read_text())["w"]
-            if w["t"][0] not in "<[("
-        ]
-        assert offset / RATE_HZ <= words[0]["b"] + 0.01
-        assert (offset + len(taken)) / RATE_HZ >= words[-1]["b"] + words[-1]["d"] - 0.06
+        taken_from, taken_to = span(x, events)
+        timings = json.loads(clip.path.with_suffix(".json").read_text())["w"]
+        words = [word for word in timings if word["t"][0] not in "<[("]
+        assert taken_from / RATE_HZ <= words[0]["b"] + 0.01
+        assert taken_to / RATE_HZ >= words[-1]["b"] + words[-1]["d"] - 0.06

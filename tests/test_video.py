@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import types
 import wave
 
+import av
 import numpy as np
 import pytest
 from PIL import Image as Pillow
@@ -18,7 +21,6 @@ RATE_HZ = 10
 
 def write_clip(path, seconds: float, *, codec: str = "mpeg4", gop: int = 12) -> None:
     """A clip whose grey level is 2 × the frame's number."""
-    av = pytest.importorskip("av")
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=RATE_HZ)
         stream.width, stream.height, stream.pix_fmt, stream.gop_size = (
@@ -64,7 +66,7 @@ def test_one_frame_a_second(clip):
 
 def test_start_end_and_jumping_ahead(clip):
     frames = list(Video(clip, rate_hz=0.2, start_s=1).frames(32))
-    assert [round(time_s, 2) for time_s, _ in frames] == [1.0, 6.5] or len(frames) == 2
+    assert [round(time_s, 2) for time_s, _ in frames] == [1.0, 6.5]
     np.testing.assert_allclose(
         levels(frames), [2 * RATE_HZ * time_s for time_s, _ in frames], atol=4
     )
@@ -115,7 +117,6 @@ def test_animations_without_pyav(tmp_path):
 
 
 def test_bad_videos(tmp_path, clip):
-    pytest.importorskip("av")
     with pytest.raises(UsageError, match="0 < rate_hz ≤ 120"):
         Video(clip, rate_hz=0)
     with pytest.raises(UsageError, match="to a later end_s; got 5 to 2"):
@@ -154,7 +155,6 @@ def test_a_video_without_frames(tmp_path):
 
 
 def test_a_playlist_cannot_name_other_files(tmp_path):
-    pytest.importorskip("av")
     secret = tmp_path / "secret.mp4"
     write_clip(secret, 1)
     (tmp_path / "list.m3u8").write_text(
@@ -172,6 +172,78 @@ def test_camera(tmp_path):
     np.testing.assert_allclose(np.asarray(seen.rgb()).mean(), 16, atol=4)  # the ninth frame
     with pytest.raises(DeviceLost, match="there is no camera"):
         capture(str(tmp_path / "none.avi"))
+
+
+class Lens:
+    """Stands for ``cv2.VideoCapture``: camera 0 gives frames 0, 1, 2 …, camera 1 none, no other
+    is there.
+    """
+
+    def __init__(self, camera):
+        self.camera, self.n, self.released = camera, 0, False
+        Lens.last = self
+
+    def isOpened(self):
+        return self.camera in (0, 1)
+
+    def read(self):
+        self.n += 1
+        frame = np.zeros((4, 6, 3), np.uint8)
+        frame[..., 0] = 10 * self.n  # blue: OpenCV's order is BGR
+        return (True, frame) if self.camera == 0 else (False, None)
+
+    def release(self):
+        self.released = True
+
+
+def test_a_camera_through_a_stand_in_for_opencv(monkeypatch):
+    stand_in = types.SimpleNamespace(VideoCapture=Lens, setLogLevel=lambda level: None)
+    monkeypatch.setitem(sys.modules, "cv2", stand_in)
+    monkeypatch.setitem(sys.modules, "picamera2", None)  # not installed
+    seen = capture(0, warm_up_frames=2)
+    assert (seen.width, seen.height, seen.name) == (6, 4, "camera 0")
+    assert np.asarray(seen.rgb())[0, 0].tolist() == [0, 0, 30]  # the third frame, as RGB
+    assert Lens.last.released
+    with pytest.raises(DeviceLost, match="camera 1 opened but gave no picture"):
+        capture(1)
+    assert Lens.last.released
+    with pytest.raises(DeviceLost, match="there is no camera 2"):
+        capture(2)
+    assert Lens.last.released
+
+
+def test_a_camera_through_a_stand_in_for_picamera2(monkeypatch):
+    class Camera:
+        def __init__(self, number):
+            self.number = number
+
+        @staticmethod
+        def global_camera_info():
+            return [{}]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            pass
+
+        def create_still_configuration(self, main):
+            return main["format"]
+
+        def configure(self, configuration):
+            self.configuration = configuration
+
+        def start(self):
+            assert self.configuration == "BGR888"
+
+        def capture_array(self, stream):
+            assert stream == "main"
+            return np.full((4, 6, 3), (1, 2, 3), np.uint8)
+
+    monkeypatch.setitem(sys.modules, "picamera2", types.SimpleNamespace(Picamera2=Camera))
+    assert np.asarray(capture(0).rgb())[0, 0].tolist() == [1, 2, 3]
+    with pytest.raises(DeviceLost, match="there is no camera 1; `rpicam-hello"):
+        capture(1)
 
 
 def test_timestamps():

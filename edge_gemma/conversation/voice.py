@@ -1,8 +1,9 @@
 """Answers spoken aloud, sentence by sentence while the rest is still being decoded.
 
-In: text in pieces. Out: sound on a loudspeaker (or wherever ``play`` puts it). A synthesizer is any
-callable ``text -> (samples [n] float32, rate_hz)``; espeak-ng and piper are run as programs, so
-nothing of theirs is linked. This module does not know models or microphones.
+In: text in pieces. Out: sound on a loudspeaker (or wherever ``play`` puts it). A
+synthesizer is any callable ``text -> (samples [n] float32, rate_hz)``; espeak-ng
+and piper are run as programs, so nothing of theirs is linked. This module does not
+know models or microphones.
 """
 
 from __future__ import annotations
@@ -84,8 +85,8 @@ def espeak(voice: str = "en", words_per_minute: int = 175) -> Synthesizer:
 
 
 def piper(model: str | os.PathLike[str]) -> Synthesizer:
-    """A piper voice (``VOICE.onnx`` with ``VOICE.onnx.json`` beside it) through the ``piper``
-    program. Raises UsageError.
+    """A piper voice (``VOICE.onnx`` with ``VOICE.onnx.json`` beside it) through the
+    ``piper`` program. Raises UsageError.
     """
     program = shutil.which("piper")
     if program is None:
@@ -130,8 +131,9 @@ def _run(command: list[str], text: str, name: str) -> bytes:
 
 
 def read_wav(data: bytes) -> tuple[np.ndarray, int]:
-    """A 16-bit mono WAV in memory → (``[n]`` float32, rate in Hz). The header's length is not
-    believed: a program that streams cannot know it. Raises RuntimeFailure.
+    """A 16-bit mono WAV in memory → (``[n]`` float32, rate in Hz). The header's
+    length is not believed: a program that streams cannot know it. Raises
+    RuntimeFailure.
     """
     try:
         with wave.open(io.BytesIO(data)) as file:
@@ -147,7 +149,9 @@ def read_wav(data: bytes) -> tuple[np.ndarray, int]:
 
 
 def _from_16_bit(data: bytes) -> np.ndarray:
-    """Little-endian 16-bit samples → ``[n]`` float32; half a sample at the end is left out."""
+    """Little-endian 16-bit samples → ``[n]`` float32; half a sample at the end is
+    left out.
+    """
     whole = data[: len(data) // 2 * 2]
     return np.frombuffer(whole, "<i2").astype(np.float32) / 32768
 
@@ -157,12 +161,13 @@ def _nothing() -> None:
 
 
 class Voice:
-    """Speaks in a thread: ``push`` text while it is decoded, ``finish`` to speak the rest, ``stop``
-    to fall silent at once.
+    """Speaks in a thread: ``push`` text while it is decoded, ``finish`` to speak
+    the rest, ``stop`` to fall silent at once.
 
-    ``play(samples, rate_hz) -> bool`` is usually :meth:`edge_gemma.hearing.devices.Speaker.play`,
-    ``silence()`` its ``stop``. A failure of either is kept in ``error`` and ends the speaking, not
-    the answer. ``spoken`` lists the sentences that were begun.
+    ``play(samples, rate_hz) -> bool`` is usually
+    :meth:`edge_gemma.hearing.devices.Speaker.play`, ``silence()`` its ``stop``. A
+    failure of either is kept in ``error`` and ends the speaking, not the answer.
+    ``spoken`` lists the sentences that were begun.
 
     >>> said = []
     >>> def synthesize(text):

@@ -1,7 +1,9 @@
-"""Microphones and loudspeakers. The only module that imports sounddevice; its errors become ours.
+"""Microphones and loudspeakers. The only module that imports sounddevice; its
+errors become ours.
 
-In: a device's number or name. Out: blocks ``[n]`` float32 at 16 kHz mono (:class:`Microphone`), or
-sound (:class:`Speaker`). It does not know speech, features or models.
+In: a device's number or name. Out: blocks ``[n]`` float32 at 16 kHz mono
+(:class:`Microphone`), or sound (:class:`Speaker`). It does not know speech,
+features or models.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from edge_gemma.errors import DeviceLost, MediaError, MissingExtra, UsageError, 
 from edge_gemma.hearing.samples import BLOCK_SAMPLES, RATE_HZ
 from edge_gemma.hearing.sound import Resampler
 
-# without a block for so long the device is gone: PortAudio says nothing when a sound server dies
+# without a block for so long the device is gone: PortAudio says nothing when a
+# sound server dies
 LOST_AFTER_S = 0.8
 _POLL_S = 0.1  # how often a waiting reader looks whether the device is still there
 _PLAY_STEPS_PER_S = 20  # how often a running playback looks whether it was stopped
@@ -69,8 +72,8 @@ def _sounddevice() -> ModuleType:
 
 
 def _quiet_alsa() -> None:
-    """ALSA prints to stderr whatever it tries while PortAudio looks for devices; what matters comes
-    back as an error of ours.
+    """ALSA prints to stderr whatever it tries while PortAudio looks for devices;
+    what matters comes back as an error of ours.
     """
     text, number = ctypes.c_char_p, ctypes.c_int
     signature = ctypes.CFUNCTYPE(None, text, number, text, number, text)
@@ -124,8 +127,8 @@ def _default_index(kind: Kind, chosen: int | None) -> int | None:
 
 
 def find_sound_device(wanted: str | int | None, kind: Kind) -> SoundDevice:
-    """The default, or the one of that number or (part of a) name. Raises DeviceLost when there is
-    none, UsageError when unclear.
+    """The default, or the one of that number or (part of a) name. Raises DeviceLost
+    when there is none, UsageError when unclear.
     """
     thing = _THING[kind]
     present = [device for device in devices() if device.channels(kind) > 0]
@@ -153,14 +156,15 @@ def _matching(present: list[SoundDevice], wanted: str) -> list[SoundDevice]:
 
 
 class Microphone:
-    """Blocks of 32 ms at 16 kHz mono from a device; a context manager (the ``LiveSource``
-    protocol). ``name`` is the device's, once it is open.
+    """Blocks of 32 ms at 16 kHz mono from a device; a context manager (the
+    ``LiveSource`` protocol). ``name`` is the device's, once it is open.
 
     It starts no thread: PortAudio calls back, ``read`` takes.
 
-    The callback copies into a queue of ``queue_s`` seconds and returns; blocks that find it full,
-    or that PortAudio itself reports as overflowed, are counted in ``dropped_blocks``. Raises
-    DeviceLost (none, or gone: see :meth:`reopen`), UsageError, MediaError.
+    The callback copies into a queue of ``queue_s`` seconds and returns; blocks that
+    find it full, or that PortAudio itself reports as overflowed, are counted in
+    ``dropped_blocks``. Raises DeviceLost (none, or gone: see :meth:`reopen`),
+    UsageError, MediaError.
     """
 
     def __init__(self, device: str | int | None = None, *, queue_s: float = 30.0):
@@ -191,7 +195,9 @@ class Microphone:
             _open_streams += 1
 
     def _start_stream(self, device: SoundDevice) -> tuple[Any, int]:
-        """The running stream and its rate: ours if the device can, else the device's own."""
+        """The running stream and its rate: ours if the device can, else the
+        device's own.
+        """
         sd = _sounddevice()
         stereo = min(device.inputs, 2)
         reason: Exception | None = None
@@ -217,7 +223,9 @@ class Microphone:
         )
 
     def _on_block(self, data: np.ndarray, frames: int, when: object, status: Any) -> None:
-        """PortAudio's thread calls this. ``data [n, channels]`` float32 is valid only within."""
+        """PortAudio's thread calls this. ``data [n, channels]`` float32 is valid
+        only within.
+        """
         self._heard_s = time.monotonic()
         if status.input_overflow:
             self.dropped_blocks += 1
@@ -228,8 +236,8 @@ class Microphone:
             self.dropped_blocks += 1
 
     def read(self, timeout_s: float = 1.0) -> np.ndarray:
-        """The next samples ``[n]``, or none (n = 0) after ``timeout_s``. Raises DeviceLost within a
-        second of the device's end.
+        """The next samples ``[n]``, or none (n = 0) after ``timeout_s``. Raises
+        DeviceLost within a second of the device's end.
         """
         if self._stream is None:
             raise DeviceLost("the microphone is not open")
@@ -259,8 +267,8 @@ class Microphone:
             yield self.read()
 
     def reopen(self) -> None:
-        """Try to get the device back after DeviceLost. Raises DeviceLost again while it is away;
-        costs some 10 ms, so wait in between.
+        """Try to get the device back after DeviceLost. Raises DeviceLost again
+        while it is away; costs some 10 ms, so wait in between.
         """
         self.close()
         while not self._queue.empty():
@@ -280,8 +288,8 @@ class Microphone:
 
 
 class Speaker:
-    """A loudspeaker for samples of any rate. ``play`` blocks until they are played or :meth:`stop`
-    was called from elsewhere.
+    """A loudspeaker for samples of any rate. ``play`` blocks until they are played
+    or :meth:`stop` was called from elsewhere.
     """
 
     def __init__(self, device: str | int | None = None):
@@ -289,8 +297,8 @@ class Speaker:
         self._stopped = threading.Event()
 
     def play(self, samples: np.ndarray, rate_hz: int) -> bool:
-        """Play ``samples [n]`` float32. Returns False when stopped (within 50 ms). Raises
-        DeviceLost, MediaError.
+        """Play ``samples [n]`` float32. Returns False when stopped (within 50 ms).
+        Raises DeviceLost, MediaError.
         """
         global _open_streams
         sd = _sounddevice()

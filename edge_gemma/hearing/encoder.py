@@ -1,7 +1,8 @@
-"""Log-mel features → soft tokens, with the audio encoder of a bundle, while the clip still grows.
+"""Log-mel features → soft tokens, with the audio encoder of a bundle, while the
+clip still grows.
 
-In: 16 kHz mono float32, in packets of any size. Out: rows ``[k, n_embd]`` float32 for the decoder,
-one per 160 ms. It does not know devices, prompts or the decoder.
+In: 16 kHz mono float32, in packets of any size. Out: rows ``[k, n_embd]`` float32
+for the decoder, one per 160 ms. It does not know devices, prompts or the decoder.
 """
 
 from __future__ import annotations
@@ -18,37 +19,39 @@ from edge_gemma.hearing.log_mel import N_MELS, LogMel
 from edge_gemma.machine.footprint import trim_heap
 
 STEP_FRAMES = 12  # conformer frames of 40 ms that are run at a time: 480 ms
-# the graph's state between steps: its inputs, and with next_ before them its outputs (written by
-# edge_gemma/convert/audio.py)
+# the graph's state between steps: its inputs, and with next_ before them its
+# outputs (written by edge_gemma/convert/audio.py)
 _STATE = ("conv_0", "group_norm", "keys", "values", "conv")
 _INPUTS = {"mel", "frames", "valid", *_STATE}
 _OUTPUTS = ["soft", *(f"next_{name}" for name in _STATE)]
 _ALL_VALID = 1 << 40  # more rows than any clip has: none of a step's rows is padding
 
-# The two convolutions in front of the conformer have 3 taps and a stride of 2: row r of the first
-# needs mel rows 2r … 2r+2, and frame t of the second needs rows 2t … 2t+2 of the first, which are
-# mel rows 4t … 4t+6.
+# The two convolutions in front of the conformer have 3 taps and a stride of 2: row
+# r of the first needs mel rows 2r … 2r+2, and frame t of the second needs rows 2t …
+# 2t+2 of the first, which are mel rows 4t … 4t+6.
 _MEL_PER_FRAME = 4
 _MEL_OF_FIRST_FRAME = 7
 _PADDING_ROWS = 8  # zero mel rows behind the clip: more than any frame reaches beyond its end
 
 
 class Encoder(Protocol):
-    """One clip on its way through an encoder, as whoever feeds sound to a conversation sees it."""
+    """One clip on its way through an encoder, as whoever feeds sound to a
+    conversation sees it.
+    """
 
     def push(self, samples: np.ndarray) -> np.ndarray:
-        """``samples [n]`` float32 at 16 kHz mono, any n → the soft tokens ``[k, n_embd]`` float32
-        that became ready, k ≥ 0. Rows never change once given out, and do not depend on how the
-        clip is cut into packets.
+        """``samples [n]`` float32 at 16 kHz mono, any n → the soft tokens
+        ``[k, n_embd]`` float32 that became ready, k ≥ 0. Rows never change once given
+        out, and do not depend on how the clip is cut into packets.
 
-        Raises MediaError (broken samples, beyond 30 s), RuntimeFailure (closed, or the encoder
-        failed).
+        Raises MediaError (broken samples, beyond 30 s), RuntimeFailure (closed, or
+        the encoder failed).
         """
         ...
 
     def finish(self) -> np.ndarray:
-        """The clip has ended → its last soft tokens ``[k, n_embd]``, k ≥ 0. Closes it. Raises
-        RuntimeFailure.
+        """The clip has ended → its last soft tokens ``[k, n_embd]``, k ≥ 0. Closes
+        it. Raises RuntimeFailure.
         """
         ...
 
@@ -62,8 +65,9 @@ class AudioEncoder:
 
     Each clip is a :meth:`stream`, so one encoder serves many.
 
-    ``n_threads`` is the encoder's own; beside a running decoder one is often faster than two.
-    Raises UnsupportedModel (the bundle has none), BundleError, MissingExtra.
+    ``n_threads`` is the encoder's own; beside a running decoder one is often faster
+    than two. Raises UnsupportedModel (the bundle has none), BundleError,
+    MissingExtra.
 
     >>> with AudioEncoder(Bundle.open("my-gemma-3n"), n_threads=1) as encoder:
     ...     encoder.encode(np.zeros(16000, np.float32)).shape
@@ -91,15 +95,15 @@ class AudioEncoder:
         return AudioStream(self, self._first_state)
 
     def encode(self, samples: np.ndarray) -> np.ndarray:
-        """A whole clip, 16 kHz mono float32 ``[n]`` of at most 30 s → soft tokens ``[k, n_embd]``
-        float32, 160 ms each (none for ≤ 512 samples).
+        """A whole clip, 16 kHz mono float32 ``[n]`` of at most 30 s → soft tokens
+        ``[k, n_embd]`` float32, 160 ms each (none for ≤ 512 samples).
         """
         stream = self.stream()
         return np.concatenate([stream.push(samples), stream.finish()])
 
     def run(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-        """One step of the graph: soft tokens, then the next state in the order of the inputs.
-        Raises RuntimeFailure.
+        """One step of the graph: soft tokens, then the next state in the order of
+        the inputs. Raises RuntimeFailure.
         """
         if self._graph is None:
             raise RuntimeFailure("this audio stream has ended; start another one")
@@ -125,9 +129,10 @@ def _empty(shape: list[int | str | None]) -> np.ndarray:
 class AudioStream:
     """One clip on its way through the encoder (an :class:`Encoder`).
 
-    Always steps of 12 frames (480 ms) from the clip's start: with integer activations a result
-    depends on how rows are grouped, so this makes it bitwise the same for every packet size. Rows
-    never change once given out. :meth:`AudioEncoder.stream` makes one.
+    Always steps of 12 frames (480 ms) from the clip's start: with integer
+    activations a result depends on how rows are grouped, so this makes it bitwise
+    the same for every packet size. Rows never change once given out.
+    :meth:`AudioEncoder.stream` makes one.
     """
 
     def __init__(self, encoder: AudioEncoder, first_state: dict[str, np.ndarray]):
@@ -180,8 +185,8 @@ class AudioStream:
         return 2 * self._n_frames + 1 if self._n_frames else 0
 
     def _step(self, n_frames: int, n_valid: int) -> np.ndarray:
-        """Run ``n_frames`` more frames, of whose new first-convolution rows ``n_valid`` are sound
-        and not padding → soft tokens ``[k, n_embd]``.
+        """Run ``n_frames`` more frames, of whose new first-convolution rows
+        ``n_valid`` are sound and not padding → soft tokens ``[k, n_embd]``.
         """
         if self._state is None:
             raise RuntimeFailure("this audio stream has ended; start another one")

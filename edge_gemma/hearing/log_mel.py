@@ -1,10 +1,11 @@
 """PCM → log-mel, as a stream.
 
-Bit-identical to transformers' ``Gemma3nAudioFeatureExtractor`` for one clip, however it is cut.
+Bit-identical to transformers' ``Gemma3nAudioFeatureExtractor`` for one clip,
+however it is cut.
 
-In: 16 kHz mono float32 in [−1, 1], in packets of any size. Out: mel rows ``[k, 128]`` float32, one
-per 10 ms. It does not know microphones, files or the encoder. Source: transformers 5.23
-``feature_extraction_gemma3n.py``.
+In: 16 kHz mono float32 in [−1, 1], in packets of any size. Out: mel rows
+``[k, 128]`` float32, one per 10 ms. It does not know microphones, files or the encoder.
+Source: transformers 5.23 ``feature_extraction_gemma3n.py``.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ _LOWEST_HZ, _HIGHEST_HZ = 125.0, 7600.0
 _PRE_EMPHASIS = 0.97
 _FLOOR = 1e-5
 _PAD_SAMPLES = 128  # the clip's end is zero-padded to a multiple of this
-# rows computed at a time: one fixed shape, because the rounding of a matrix product may depend on
-# its shape
+# rows computed at a time: one fixed shape, because the rounding of a matrix product
+# may depend on its shape
 _GROUP = 4
 
 
@@ -90,8 +91,8 @@ class LogMel:
         self._finished = False
 
     def push(self, samples: np.ndarray) -> np.ndarray:
-        """``samples [n]`` → the rows ``[k, 128]`` they complete, in groups of 4. Raises MediaError
-        beyond 30 s or for broken samples.
+        """``samples [n]`` → the rows ``[k, 128]`` they complete, in groups of 4.
+        Raises MediaError beyond 30 s or for broken samples.
         """
         assert not self._finished, "push after finish"
         samples = check_samples(samples)
@@ -108,8 +109,8 @@ class LogMel:
         return self._rows(whole_groups * _GROUP)
 
     def finish(self) -> np.ndarray:
-        """The rows ``[k, 128]`` that remain at the clip's end, zero-padded to a multiple of 128
-        samples. A clip of ≤ 512 samples has none.
+        """The rows ``[k, 128]`` that remain at the clip's end, zero-padded to a
+        multiple of 128 samples. A clip of ≤ 512 samples has none.
         """
         assert not self._finished, "finish twice"
         self._finished = True

@@ -1,5 +1,5 @@
-"""What a block of samples is everywhere in this package: 16 kHz mono float32, finite, within ±1;
-and what gives such blocks.
+"""What a block of samples is everywhere in this package: 16 kHz mono float32,
+finite, within ±1; and what gives such blocks.
 """
 
 from __future__ import annotations
@@ -13,16 +13,20 @@ import numpy as np
 from edge_gemma.errors import MediaError
 
 RATE_HZ = 16_000
-# what a microphone delivers at a time, and what speech detection looks at (silero takes no other)
+# what a microphone delivers at a time, and what speech detection looks at (silero
+# takes no other)
 BLOCK_SAMPLES = 512  # 32 ms
 MAX_CLIP_S = 30
 MAX_CLIP_SAMPLES = MAX_CLIP_S * RATE_HZ  # 480000
-# resamplers and decoders overshoot 1 a little; beyond this the samples are integers by mistake
+# resamplers and decoders overshoot 1 a little; beyond this the samples are integers
+# by mistake
 _MAX_PEAK = 16.0
 
 
 class SoundSource(Protocol):
-    """What gives sound in blocks: a file, a microphone. A context manager, which closes it."""
+    """What gives sound in blocks: a file, a microphone. A context manager, which
+    closes it.
+    """
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Blocks ``[n]`` float32 at 16 kHz mono, in order, any n. Raises MediaError."""
@@ -42,7 +46,8 @@ class LiveSource(SoundSource, Protocol):
     dropped_blocks: int  # lost so far, because nobody read in time
 
     def read(self, timeout_s: float = 1.0) -> np.ndarray:
-        """The next samples ``[n]`` float32 at 16 kHz mono, or none (n = 0) after ``timeout_s``.
+        """The next samples ``[n]`` float32 at 16 kHz mono, or none (n = 0) after
+        ``timeout_s``.
 
         Raises DeviceLost when the device went away; it is closed then.
         """
@@ -54,8 +59,8 @@ class LiveSource(SoundSource, Protocol):
 
 
 def check_samples(samples: np.ndarray) -> np.ndarray:
-    """``samples [n]`` as contiguous float32, or MediaError: more than one dimension, integers, NaN,
-    or far outside [−1, 1].
+    """``samples [n]`` as contiguous float32, or MediaError: more than one
+    dimension, integers, NaN, or far outside [−1, 1].
 
     >>> check_samples(np.zeros(3)).dtype
     dtype('float32')

@@ -1,8 +1,8 @@
 """Sound files → blocks; any sampling rate → 16 kHz.
 
-In: a path. Out: blocks ``[n]`` float32 at 16 kHz mono, in order. Any rate and number of channels is
-taken (mean of the channels, soxr for the rate). It does not know devices, speech, features or
-models.
+In: a path. Out: blocks ``[n]`` float32 at 16 kHz mono, in order. Any rate and
+number of channels is taken (mean of the channels, soxr for the rate). It does not
+know devices, speech, features or models.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ _MIN_RATE_HZ, _MAX_RATE_HZ = 1000, 768_000
 _MAX_CHANNELS = 256
 _FILE_BLOCK = 1 << 16  # frames of a file read at a time
 _MISSING_S = 0.1  # a file may end so much before its header says
-# beyond it (115 days) the header's length is a placeholder of a program that streamed the file
+# beyond it (115 days) the header's length is a placeholder of a program that
+# streamed the file
 _ABSURD_S = 1e7
 _SILENCE_DBFS = -120.0
 
 
 class AudioFile:
-    """A sound file (wav, flac, ogg, mp3 … whatever libsndfile reads), decoded as it is asked for:
-    memory does not grow with its length.
+    """A sound file (wav, flac, ogg, mp3 … whatever libsndfile reads), decoded as it
+    is asked for: memory does not grow with its length.
 
-    ``duration_s`` is what the header says; a truncated file has less, and ``truncated_at_s`` is set
-    once its end was read.
+    ``duration_s`` is what the header says; a truncated file has less, and
+    ``truncated_at_s`` is set once its end was read.
 
     Raises MediaError: missing, empty, not audio; MissingExtra.
 
@@ -80,8 +81,8 @@ class AudioFile:
         )
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """``[n]`` float32 at 16 kHz mono, n up to a few seconds. Raises MediaError where the data
-        is damaged.
+        """``[n]`` float32 at 16 kHz mono, n up to a few seconds. Raises MediaError
+        where the data is damaged.
         """
         resample, n_read, last = Resampler(self.rate_hz), 0, False
         while not last:
@@ -154,8 +155,8 @@ class Resampler:
             self._stream = soxr.ResampleStream(rate_hz, RATE_HZ, 1, dtype="float32")
 
     def push(self, samples: np.ndarray, last: bool = False) -> np.ndarray:
-        """``samples [n]`` at the given rate → those ``[m]`` at 16 kHz that are ready; with ``last``
-        the rest too.
+        """``samples [n]`` at the given rate → those ``[m]`` at 16 kHz that are
+        ready; with ``last`` the rest too.
         """
         samples = np.ascontiguousarray(samples, np.float32)
         if self._stream is None:

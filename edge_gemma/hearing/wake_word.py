@@ -16,8 +16,9 @@ WakeWord = Callable[[np.ndarray], bool]
 def wake_word(name: str) -> WakeWord:
     """A fresh detector of a wake word; it keeps state from call to call.
 
-    ``name`` is one that pymicro-wakeword ships (okay_nabu, hey_jarvis, hey_mycroft, alexa) or the
-    path of a microWakeWord ``.json``. Raises UsageError, MissingExtra.
+    ``name`` is one that pymicro-wakeword ships (okay_nabu, hey_jarvis, hey_mycroft,
+    alexa) or the path of a microWakeWord ``.json``. Raises UsageError,
+    MissingExtra.
     """
     try:
         from pymicro_wakeword import MicroWakeWordFeatures
@@ -29,7 +30,8 @@ def wake_word(name: str) -> WakeWord:
     def heard(samples: np.ndarray) -> bool:
         pcm = (np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes()
         rows = features.process_streaming(pcm)
-        # every row is processed, also behind one that completes the word: the model counts them
+        # every row is processed, also behind one that completes the word: the model
+        # counts them
         found = any([bool(model.process_streaming(row)) for row in rows])
         if found:
             model.reset()

@@ -1,12 +1,13 @@
-"""Soft tokens on disk, by the content they were made from: a picture that was seen once costs
-nothing the next time.
+"""Soft tokens on disk, by the content they were made from: a picture that was seen
+once costs nothing the next time.
 
-In: a key (made of the content's hash and the encoder's). Out: rows ``[n, n_embd]`` float32, bitwise
-those that were stored. The folder never holds more than its cap: the entries used longest ago go
-first. It does not know pictures, encoders or models.
+In: a key (made of the content's hash and the encoder's). Out: rows ``[n, n_embd]``
+float32, bitwise those that were stored. The folder never holds more than its cap:
+the entries used longest ago go first. It does not know pictures, encoders or
+models.
 
-The cache is a convenience: an entry that is damaged, or a disk that is full, is passed over and the
-encoder runs again.
+The cache is a convenience: an entry that is damaged, or a disk that is full, is
+passed over and the encoder runs again.
 """
 
 from __future__ import annotations

@@ -11,10 +11,11 @@ from edge_gemma.seeing.picture import Picture
 
 
 def capture(camera: int | str = 0, *, warm_up_frames: int = 8) -> Picture:
-    """One picture from a camera: picamera2 on a Raspberry Pi where it is installed, else OpenCV.
+    """One picture from a camera: picamera2 on a Raspberry Pi where it is installed,
+    else OpenCV.
 
-    ``camera`` is a number, or for OpenCV a device path or stream. The first frames are thrown away:
-    exposure is still settling. Raises DeviceLost, MissingExtra.
+    ``camera`` is a number, or for OpenCV a device path or stream. The first frames
+    are thrown away: exposure is still settling. Raises DeviceLost, MissingExtra.
     """
     if isinstance(camera, int):
         try:

@@ -1,7 +1,7 @@
 """Pictures → soft tokens, with the vision encoder of a bundle.
 
-In: pixels ``[1, 3, size, size]`` float32. Out: rows ``[n_soft_tokens, n_embd]`` float32 for the
-decoder. It does not know files, prompts or the decoder.
+In: pixels ``[1, 3, size, size]`` float32. Out: rows ``[n_soft_tokens, n_embd]``
+float32 for the decoder. It does not know files, prompts or the decoder.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from edge_gemma.machine.footprint import trim_heap
 
 
 class ImageEncoder:
-    """The vision tower of a bundle, loaded for square inputs of ``size`` pixels (default: the
-    bundle's first). One picture at a time. Raises UnsupportedModel (the bundle has none),
-    UsageError (no such size), BundleError, MissingExtra.
+    """The vision tower of a bundle, loaded for square inputs of ``size`` pixels
+    (default: the bundle's first). One picture at a time. Raises UnsupportedModel
+    (the bundle has none), UsageError (no such size), BundleError, MissingExtra.
 
     >>> with ImageEncoder(Bundle.open("my-gemma-3"), n_threads=1) as encoder:
     ...     encoder.encode(np.zeros((1, 3, 224, 224), np.float32)).shape
@@ -34,8 +34,8 @@ class ImageEncoder:
                 f"{', '.join(map(str, self.part.image_sizes))}"
             )
         path = bundle.path(self.part.file)
-        # spin: a picture takes thousands of short products, and waking a thread for each would take
-        # a tenth of the time
+        # spin: a picture takes thousands of short products, and waking a thread for
+        # each would take a tenth of the time
         graph = open_onnx(
             path, n_threads=n_threads, spin=True, in_place=True, sides={"side": self.size}
         )
@@ -54,8 +54,8 @@ class ImageEncoder:
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """``pixels [1, 3, size, size]`` float32, normalised
-        (:meth:`edge_gemma.seeing.picture.Picture.array`) → soft tokens ``[n_soft_tokens, n_embd]``
-        float32.
+        (:meth:`edge_gemma.seeing.picture.Picture.array`) → soft tokens
+        ``[n_soft_tokens, n_embd]`` float32.
 
         Raises RuntimeFailure.
         """

@@ -1,12 +1,14 @@
-"""Pictures: a file, bytes, an array or a Pillow image → the square of pixels a vision encoder was
-trained on.
+"""Pictures: a file, bytes, an array or a Pillow image → the square of pixels a
+vision encoder was trained on.
 
-In: anything a person calls a picture. Out: :class:`Picture`, which remembers where its pixels are
-and what they hash to, and :meth:`Picture.array`, the encoder's input. This module does not know
-onnxruntime, prompts or models (the size, mean and deviation come from the bundle's manifest).
+In: anything a person calls a picture. Out: :class:`Picture`, which remembers where
+its pixels are and what they hash to, and :meth:`Picture.array`, the encoder's
+input. This module does not know onnxruntime, prompts or models (the size, mean and
+deviation come from the bundle's manifest).
 
-A ``Picture`` made from a path keeps no pixels: it is read when it is encoded, one at a time, so
-that a conversation over twenty photographs never holds more than one of them.
+A ``Picture`` made from a path keeps no pixels: it is read when it is encoded, one
+at a time, so that a conversation over twenty photographs never holds more than one
+of them.
 """
 
 from __future__ import annotations
@@ -60,12 +62,12 @@ class Crop:
 class Picture:
     """One picture.
 
-    ``source`` is a path, the bytes of a file, an array ``[h, w, 3]`` or ``[h, w]`` uint8, or a
-    Pillow image.
+    ``source`` is a path, the bytes of a file, an array ``[h, w, 3]`` or ``[h, w]``
+    uint8, or a Pillow image.
 
-    The header is checked here (kind, width × height ≤ ``max_pixels``), the pixels are read when
-    they are needed. Raises MediaError for what cannot be a picture, UsageError for what is none of
-    these types, MissingExtra without Pillow.
+    The header is checked here (kind, width × height ≤ ``max_pixels``), the pixels
+    are read when they are needed. Raises MediaError for what cannot be a picture,
+    UsageError for what is none of these types, MissingExtra without Pillow.
 
     >>> image = Picture("cat.png")
     >>> image.width, image.height, image.array(size=4).shape
@@ -87,7 +89,8 @@ class Picture:
         self._key: FileKey | None = file_key(path) if path else None
         self._content = content_hash(self._source, self.name)
         with self.opened() as image:
-            # an animation's first frame is the picture; edge_gemma.seeing.video reads the others
+            # an animation's first frame is the picture; edge_gemma.seeing.video
+            # reads the others
             may_move = image.format in _ANIMATED_FORMATS
             self.animated: bool = may_move and getattr(image, "is_animated", False)
             self.width, self.height = image.size
@@ -98,16 +101,16 @@ class Picture:
 
     @property
     def digest(self) -> str:
-        """Hash of the file's (or array's) content and the crop: two pictures with one digest have
-        the same soft tokens.
+        """Hash of the file's (or array's) content and the crop: two pictures with
+        one digest have the same soft tokens.
         """
         if self.crop is None:
             return self._content
         return f"{self._content}-{'.'.join(map(str, self.crop.box))}"
 
     def rgb(self) -> PillowImage:
-        """The picture upright, opaque (transparent parts on white) and 8 bits per channel: a Pillow
-        image in mode RGB. Raises MediaError.
+        """The picture upright, opaque (transparent parts on white) and 8 bits per
+        channel: a Pillow image in mode RGB. Raises MediaError.
         """
         from PIL import ImageOps
 
@@ -121,8 +124,8 @@ class Picture:
         return image
 
     def array(self, size: int, mean: float = 0.0, std: float = 1.0) -> np.ndarray:
-        """Encoder input ``[1, 3, size, size]`` float32: squeezed to a square with Pillow's bilinear
-        filter, (x/255 − mean)/std. Raises MediaError.
+        """Encoder input ``[1, 3, size, size]`` float32: squeezed to a square with
+        Pillow's bilinear filter, (x/255 − mean)/std. Raises MediaError.
         """
         square = self.rgb().resize((size, size), pillow().Resampling.BILINEAR)
         channels_last = np.asarray(square)  # [size, size, 3] uint8
@@ -141,8 +144,8 @@ class Picture:
         max_crops: int = PAN_AND_SCAN_MAX_CROPS,
         min_ratio: float = PAN_AND_SCAN_MIN_RATIO,
     ) -> list[Picture]:
-        """Gemma 3's pan and scan: cuts of a wide or tall picture along its longer side, or none
-        when it is near square.
+        """Gemma 3's pan and scan: cuts of a wide or tall picture along its longer
+        side, or none when it is near square.
         """
         cuts = pan_and_scan(self.width, self.height, min_crop, max_crops, min_ratio)
         return [
@@ -157,8 +160,8 @@ class Picture:
 
     @contextmanager
     def opened(self) -> Iterator[PillowImage]:
-        """The Pillow image as the file has it: not upright, not cropped, its pixels not read yet.
-        Whatever a decoder raises within becomes a MediaError.
+        """The Pillow image as the file has it: not upright, not cropped, its pixels
+        not read yet. Whatever a decoder raises within becomes a MediaError.
         """
         if isinstance(self._source, Path):
             self._check_unchanged(self._source)
@@ -186,7 +189,8 @@ class Picture:
 def pan_and_scan(
     width: int, height: int, min_crop: int, max_crops: int, min_ratio: float
 ) -> list[Crop]:
-    """Where to cut a ``width`` × ``height`` picture, in reading order; [] when no cut helps.
+    """Where to cut a ``width`` × ``height`` picture, in reading order; [] when no
+    cut helps.
 
     Source: Gemma 3's image processor.
 
@@ -208,8 +212,8 @@ def pan_and_scan(
 
 
 def with_crops(picture: Picture) -> list[str | Picture]:
-    """The parts of a message that show a picture whole and then in crops, worded as Gemma 3 was
-    trained; ``[picture]`` when near square.
+    """The parts of a message that show a picture whole and then in crops, worded as
+    Gemma 3 was trained; ``[picture]`` when near square.
     """
     crops = picture.crops()
     if not crops:

@@ -1,8 +1,8 @@
 """Untrusted picture files → Pillow images, and any of Pillow's modes → RGB.
 
-In: a :data:`~edge_gemma.seeing.source.Source`. Out: a Pillow image whose size was checked before a
-pixel was read. Whatever a decoder raises becomes a MediaError that says what the file is and what
-to do.
+In: a :data:`~edge_gemma.seeing.source.Source`. Out: a Pillow image whose size was
+checked before a pixel was read. Whatever a decoder raises becomes a MediaError that
+says what the file is and what to do.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from edge_gemma.seeing.source import Source
 
 MAX_PIXELS = 50_000_000  # a 50-megapixel photograph: 150 MB of RGB while it is being read
-# Formats Pillow decodes by itself. Left out on purpose: EPS and the like, which start other
-# programs.
+# Formats Pillow decodes by itself. Left out on purpose: EPS and the like, which
+# start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "JPEG2000", "AVIF")
 
 _SIGNATURES = {
@@ -45,8 +45,8 @@ _WHITE = (255, 255, 255)
 
 @contextmanager
 def open_image(source: Source, name: str, max_pixels: int) -> Iterator[PillowImage]:
-    """The Pillow image, its size checked, its pixels not read yet. Raises MediaError, also for what
-    a decoder raises within the ``with``.
+    """The Pillow image, its size checked, its pixels not read yet. Raises
+    MediaError, also for what a decoder raises within the ``with``.
     """
     with _opened(source, name, max_pixels) as image:
         _check_size(image.size, name, max_pixels)
@@ -124,8 +124,8 @@ def _is_iso_media(head: bytes) -> bool:
 
 
 def _why_not(source: Source, name: str, error: Exception) -> str:
-    """The sentence for a file Pillow does not take: what it is, when its first bytes tell, and what
-    to do.
+    """The sentence for a file Pillow does not take: what it is, when its first
+    bytes tell, and what to do.
     """
     head = first_bytes(source)
     if re.search(rb"<svg[\s>]", head, re.IGNORECASE):
@@ -157,8 +157,8 @@ def _why_not(source: Source, name: str, error: Exception) -> str:
 
 
 def to_rgb(image: PillowImage, name: str) -> PillowImage:
-    """Any of Pillow's modes → RGB, 8 bits a channel. Transparency goes onto white, as a page would
-    show it. Raises MediaError for values without a known range.
+    """Any of Pillow's modes → RGB, 8 bits a channel. Transparency goes onto white,
+    as a page would show it. Raises MediaError for values without a known range.
     """
     mode = image.mode
     if mode == "RGB":

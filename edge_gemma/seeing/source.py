@@ -41,8 +41,8 @@ def pillow() -> ModuleType:
 
 
 def local_file(source: str | os.PathLike[str], what: str) -> Path:
-    """``source`` as the path of a file that is there and not empty; ``what`` (image, video) is for
-    the message when it is not. Raises MediaError.
+    """``source`` as the path of a file that is there and not empty; ``what``
+    (image, video) is for the message when it is not. Raises MediaError.
     """
     path = Path(source).expanduser()
     if re.match(r"[a-z][a-z0-9+]+:/", str(path)):  # Path has folded // into /

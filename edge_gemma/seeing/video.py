@@ -1,9 +1,10 @@
 """Short video: a file → pictures with their times, as parts of a message.
 
-In: a path (anything PyAV decodes; animated GIF, WebP and PNG through Pillow alone). Out:
-:class:`Video`, whose :meth:`Video.parts` are texts and pictures. Frames are squeezed to the
-encoder's square as they are decoded, so a clip costs ``size² · 3`` bytes a frame. This module does
-not know prompts or encoders; the caller says how many tokens a frame costs and how many there are.
+In: a path (anything PyAV decodes; animated GIF, WebP and PNG through Pillow alone).
+Out: :class:`Video`, whose :meth:`Video.parts` are texts and pictures. Frames are
+squeezed to the encoder's square as they are decoded, so a clip costs ``size² · 3``
+bytes a frame. This module does not know prompts or encoders; the caller says how
+many tokens a frame costs and how many there are.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ FORMATS = (
     "wav,mp3,flac,aac"
 )
 ANIMATION_SUFFIXES = (".gif", ".webp", ".png", ".apng", ".avif")
-# to a frame further away than this it is cheaper to jump to a key frame than to decode everything
-# between
+# to a frame further away than this it is cheaper to jump to a key frame than to
+# decode everything between
 SEEK_GAP_S = 4.0
 _SOON_S = 1e-3  # a frame so little before the wanted time is the wanted one
 _LONGEST_S = 24 * 3600.0
@@ -47,10 +48,11 @@ Part = TypeVar("Part")
 class Video:
     """A clip as a part of a message:
 
-    ``rate_hz`` frames a second from ``start_s`` to ``end_s``, at most ``max_frames``.
+    ``rate_hz`` frames a second from ``start_s`` to ``end_s``, at most
+    ``max_frames``.
 
-    When the clip has more frames than fit, they are spread evenly over all of it. Raises
-    MediaError, MissingExtra, UsageError.
+    When the clip has more frames than fit, they are spread evenly over all of it.
+    Raises MediaError, MissingExtra, UsageError.
 
     >>> [(time_s, image.width) for time_s, image in Video("clip.gif").frames(size=32)]
     [(0.0, 32)]
@@ -77,8 +79,8 @@ class Video:
             )
 
     def parts(self, size: int, tokens_per_image: int, max_tokens: int) -> list[str | Picture]:
-        """``["00:00 ", Picture, "\\n00:01 ", Picture, …]`` within ``max_tokens``; ``size`` is the
-        encoder's input side in pixels. Raises MediaError.
+        """``["00:00 ", Picture, "\\n00:01 ", Picture, …]`` within ``max_tokens``;
+        ``size`` is the encoder's input side in pixels. Raises MediaError.
         """
         tokens_per_frame = tokens_per_image + TIMESTAMP_TOKENS
         n_fitting = max_tokens // tokens_per_frame
@@ -94,8 +96,8 @@ class Video:
         return parts
 
     def frames(self, size: int, max_frames: int | None = None) -> Iterator[tuple[float, Picture]]:
-        """``(time_s, Picture)`` in order, at most ``max_frames``, each of ``size`` × ``size``
-        pixels. Raises MediaError.
+        """``(time_s, Picture)`` in order, at most ``max_frames``, each of ``size``
+        × ``size`` pixels. Raises MediaError.
         """
         path = local_file(self.path, "video")
         limit = min(self.max_frames, max_frames or self.max_frames)
@@ -119,8 +121,8 @@ class Video:
             )
 
     def _times(self, duration_s: float | None, limit: int) -> list[float]:
-        """The wanted times. A clip of unknown length is taken frame by frame at the asked rate
-        until it ends.
+        """The wanted times. A clip of unknown length is taken frame by frame at the
+        asked rate until it ends.
         """
         ends = [end_s for end_s in (self.end_s, duration_s, _LONGEST_S) if end_s is not None]
         length_s = min(ends) - self.start_s
@@ -137,8 +139,8 @@ class Video:
 def expand(
     parts: Sequence[Part | Video], size: int, tokens_per_image: int, max_tokens: int
 ) -> list[Part | str | Picture]:
-    """A message's parts with each :class:`Video` replaced by its texts and frames; the videos share
-    ``max_tokens`` evenly. Raises MediaError.
+    """A message's parts with each :class:`Video` replaced by its texts and frames;
+    the videos share ``max_tokens`` evenly. Raises MediaError.
     """
     n_videos = sum(isinstance(part, Video) for part in parts)
     expanded: list[Part | str | Picture] = []
@@ -169,8 +171,8 @@ class _Clip(Protocol):
     duration_s: float | None  # None: the file does not say
 
     def at(self, times: Sequence[float]) -> Iterator[tuple[float, PillowImage]]:
-        """For each time (ascending; the clip starts at 0) the frame that is shown then, once where
-        several times have the same. Raises MediaError.
+        """For each time (ascending; the clip starts at 0) the frame that is shown
+        then, once where several times have the same. Raises MediaError.
         """
         ...
 

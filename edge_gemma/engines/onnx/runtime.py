@@ -44,11 +44,12 @@ def open_onnx(
 
     Raises BundleError, MissingExtra.
 
-    ``spin`` lets threads wait actively within a run: faster for many short products, and a core
-    kept busy. ``in_place`` uses the weights as they lie in the mapped file, clean pages the kernel
-    may take back: no packed copies, no half-precision weights widened ahead of time, and every
-    activation freed at once instead of kept in an arena. It pays where a product has many rows.
-    ``sides`` fixes free dimensions by name.
+    ``spin`` lets threads wait actively within a run: faster for many short
+    products, and a core kept busy. ``in_place`` uses the weights as they lie in the
+    mapped file, clean pages the kernel may take back: no packed copies, no
+    half-precision weights widened ahead of time, and every activation freed at once
+    instead of kept in an arena. It pays where a product has many rows. ``sides``
+    fixes free dimensions by name.
     """
     try:
         import onnxruntime
