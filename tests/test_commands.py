@@ -65,6 +65,15 @@ def test_help_names_the_purpose(name):
     assert [option.opts for option in options(COMMANDS[name]) if not option.help] == []
 
 
+def test_the_lists_of_commands_cut_no_purpose_short():
+    """80 columns, as a terminal has over ssh."""
+    for arguments in (["--help"], ["bench", "--help"]):
+        shown = CliRunner().invoke(app, arguments, env={"COLUMNS": "80"}).stdout
+        listed = shown.partition("Commands:")[2].splitlines()
+        assert len(listed) > 5 and max(map(len, listed)) <= 80
+        assert [line for line in listed if line.endswith("...")] == []
+
+
 def test_help_loads_no_library():
     """What makes a start slow on a board is loaded by the command that needs it."""
     code = (
@@ -72,8 +81,8 @@ def test_help_loads_no_library():
         "try: main(sys.argv[1:])\n"
         "except SystemExit: pass\n"
         "slow = {'numpy', 'llama_cpp', 'onnxruntime', 'huggingface_hub', 'jinja2', 'PIL', 'av',"
-        " 'msgspec', 'psutil', 'sounddevice', 'matplotlib', 'gguf', 'onnx', 'edge_gemma.model',"
-        " 'edge_gemma.convert', 'edge_gemma.benchmarks'} & set(sys.modules)\n"
+        " 'msgspec', 'psutil', 'rich', 'sounddevice', 'matplotlib', 'gguf', 'onnx',"
+        " 'edge_gemma.model', 'edge_gemma.convert', 'edge_gemma.benchmarks'} & set(sys.modules)\n"
         "sys.exit(f'loaded: {slow}' if slow else 0)"
     )
     for arguments in (["--help"], ["run", "--help"], ["bench", "--help"], ["--version"]):

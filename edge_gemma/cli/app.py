@@ -54,6 +54,7 @@ app = typer.Typer(
     name="edge-gemma",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     epilog=EXIT_CODES,
 )
 

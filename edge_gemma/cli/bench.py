@@ -30,20 +30,20 @@ REGRESSED = 1  # exit code when --against found something worse
 
 bench = typer.Typer(
     name="bench",
-    help="Measure memory, speed, latency and quality on this machine, and what boards would take.",
+    help="Measure memory, speed, latency and quality here. Says what boards would take, too.",
     no_args_is_help=True,
 )
 
 Report = Annotated[
     Path | None,
-    typer.Option("--report", help="also write this HTML page, with PNG and JSON beside it"),
+    typer.Option("--report", help="Also write this HTML page, with PNG and JSON beside it"),
 ]
-Save = Annotated[Path | None, typer.Option("--save", help="keep the figures in this file")]
+Save = Annotated[Path | None, typer.Option("--save", help="Keep the figures in this file")]
 Against = Annotated[
     Path | None,
     typer.Option(
         "--against",
-        help="compare with a file kept earlier; exit code 1 when something got worse by more than "
+        help="Compare with a file kept earlier; exit code 1 when something got worse by more than "
         "the noise",
     ),
 ]
@@ -53,7 +53,7 @@ Repeats = Annotated[
         "--repeats",
         min=1,
         max=100,
-        help="interleaved runs; medians are shown with half their range",
+        help="Interleaved runs; medians are shown with half their range",
     ),
 ]
 
@@ -68,13 +68,13 @@ def wer(
     dataset: Annotated[
         Path,
         typer.Argument(
-            help="a folder of recordings with transcripts (NAME.txt beside NAME.wav, or "
+            help="A folder of recordings with transcripts (NAME.txt beside NAME.wav, or "
             "LibriSpeech's *.trans.txt)"
         ),
     ],
     language: LanguageOption = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="so many recordings only")
+        int | None, typer.Option("--limit", min=1, help="So many recordings only")
     ] = None,
     pad_audio: PadAudioOption = True,
     as_json: JsonOption = False,
@@ -107,14 +107,14 @@ def memory(
     device: DevicesOption = None,
     ctx: ContextOption = None,
     plan_only: Annotated[
-        bool, typer.Option("--plan-only", help="no runs, only what would be needed")
+        bool, typer.Option("--plan-only", help="No runs, only what would be needed")
     ] = False,
     as_json: JsonOption = False,
     report: Report = None,
     save: Save = None,
     against: Against = None,
 ) -> None:
-    """What each bundle takes on each board: planned, and measured under that board's limits where
+    """What each bundle takes on each board. Planned, and measured under that board's limits where
     this machine can. --device may be repeated; all, the default, stands for every profile.
     """
     from edge_gemma.benchmarks import bench as run
@@ -134,7 +134,7 @@ def speed(
     bundles: BundlesArg,
     depth: Annotated[
         list[int] | None,
-        typer.Option("--depth", min=1, help="prompt length in tokens, repeatable"),
+        typer.Option("--depth", min=1, help="Prompt length in tokens, repeatable"),
     ] = None,
     threads: ThreadCountsOption = None,
     repeats: Repeats = 3,
@@ -143,8 +143,8 @@ def speed(
     save: Save = None,
     against: Against = None,
 ) -> None:
-    """Prefill and decode speed over context length and threads, load time cold and warm, share of
-    the memory's bandwidth. --threads may be repeated.
+    """Prefill and decode speed, and load time. Over context length and threads, cold and warm, with
+    the share of the memory's bandwidth. --threads may be repeated.
     """
     from edge_gemma.benchmarks import bench as run
 
@@ -170,7 +170,7 @@ def latency(
     bundles: BundlesArg,
     seconds: Annotated[
         list[float] | None,
-        typer.Option("--seconds", min=0.2, max=30, help="length of the speech, repeatable"),
+        typer.Option("--seconds", min=0.2, max=30, help="Length of the speech, repeatable"),
     ] = None,
     repeats: Repeats = 3,
     as_json: JsonOption = False,
@@ -178,7 +178,7 @@ def latency(
     save: Save = None,
     against: Against = None,
 ) -> None:
-    """From the end of what the user says to the first token of the answer."""
+    """From the end of speech to the first token of the answer."""
     from edge_gemma.benchmarks import bench as run
 
     _finish(
@@ -199,10 +199,10 @@ def latency(
 
 @bench.command()
 def quality(
-    reference: Annotated[str, typer.Argument(help="the bundle or GGUF to measure against")],
+    reference: Annotated[str, typer.Argument(help="The bundle or GGUF to measure against")],
     bundles: BundlesArg,
     text: Annotated[
-        Path, typer.Option("--text", help="a UTF-8 text to predict", show_default=False)
+        Path, typer.Option("--text", help="A UTF-8 text to predict", show_default=False)
     ],
     tokens: TokensOption = 4096,
     as_json: JsonOption = False,
@@ -210,7 +210,7 @@ def quality(
     save: Save = None,
     against: Against = None,
 ) -> None:
-    """Perplexity and KL divergence against a reference of the same vocabulary."""
+    """Perplexity and KL divergence against a reference. Both have the same vocabulary."""
     from edge_gemma.benchmarks import bench as run
 
     _finish(
@@ -233,7 +233,7 @@ def quality(
 @bench.command()
 def compare(
     bundle: Annotated[
-        str, typer.Argument(help="a bundle; llama_cpp.Llama on the same file is always compared")
+        str, typer.Argument(help="A bundle; llama_cpp.Llama on the same file is always compared")
     ],
     other: Annotated[
         list[str] | None,
@@ -244,7 +244,7 @@ def compare(
         ),
     ] = None,
     ctx: ContextOption = 2048,
-    prompt: Annotated[int, typer.Option("--prompt", min=1, help="prompt length in tokens")] = 512,
+    prompt: Annotated[int, typer.Option("--prompt", min=1, help="Prompt length in tokens")] = 512,
     threads: ThreadsOption = None,
     repeats: Repeats = 3,
     as_json: JsonOption = False,
@@ -284,8 +284,8 @@ def compare(
 
 @bench.command()
 def report(
-    files: Annotated[list[Path], typer.Argument(help="files kept with --save", show_default=False)],
-    out: Annotated[Path, typer.Argument(help="the HTML page to write")],
+    files: Annotated[list[Path], typer.Argument(help="Files kept with --save", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The HTML page to write")],
 ) -> None:
     """One page of figures that were kept earlier."""
     from edge_gemma.benchmarks import regress
@@ -307,14 +307,14 @@ def diff(
     before: Annotated[
         Path,
         typer.Argument(
-            help="a file kept with --save, or the JSON beside a report", show_default=False
+            help="A file kept with --save, or the JSON beside a report", show_default=False
         ),
     ],
-    now: Annotated[Path, typer.Argument(help="another one", show_default=False)],
+    now: Annotated[Path, typer.Argument(help="Another one", show_default=False)],
     as_json: JsonOption = False,
 ) -> None:
-    """What changed between two files by more than the noise both state; exit code 1 when something
-    got worse.
+    """What changed between two files of figures. Only what exceeds the noise that both state; exit
+    code 1 when something got worse.
     """
     from edge_gemma.benchmarks import regress
 

@@ -47,7 +47,7 @@ def import_(
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a bundle of an existing GGUF: hard-linked where possible, else copied."""
+    """Make a bundle of an existing GGUF. The file is hard-linked where possible, else copied."""
     from edge_gemma.errors import BundleError, UsageError
     from edge_gemma.store.importer import import_gguf
 
@@ -189,4 +189,5 @@ def verify(bundle: BundleArg, as_json: JsonOption = False) -> None:
     if as_json:
         print_json({"bundle": found.folder, "ok": True, "files": n_files})
     else:
-        print(f"{found.folder}: {n_files} files match their hashes")
+        plural = "file matches its hash" if n_files == 1 else "files match their hashes"
+        print(f"{found.folder}: {n_files} {plural}")

@@ -126,11 +126,10 @@ def convert(
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Turn a Hugging Face checkpoint of Gemma 3 or Gemma 3n into a bundle, in one pass and without
-    PyTorch.
+    """Turn a Hugging Face checkpoint into a bundle.
 
-    Reads safetensors row by row and quantizes on all cores; a few hundred MB of memory are enough
-    for any size.
+    Takes Gemma 3 and Gemma 3n, in one pass and without PyTorch. Reads safetensors row by row and
+    quantizes on all cores; a few hundred MB of memory are enough for any size.
     """
     from edge_gemma.convert.pipeline import Conversion, Report, prepare
     from edge_gemma.convert.pipeline import convert as run
@@ -240,8 +239,10 @@ def calibrate(
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure which columns of the weights matter on a text, for `convert --imatrix`. The output
-    head is included. The bundle is best the bf16 or f16 conversion of the checkpoint.
+    """Measure which columns of the weights matter on a text.
+
+    The result is for `convert --imatrix`; the output head is included. The bundle is best the bf16
+    or f16 conversion of the checkpoint.
     """
     from edge_gemma.convert.imatrix import calibrate as run
 
@@ -311,8 +312,9 @@ def ladder(
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Convert to several recipes and compare them: size, bits per weight, perplexity, KL
-    divergence, speed, memory.
+    """Convert to several recipes and compare them.
+
+    The table has size, bits per weight, perplexity, KL divergence, speed and memory.
 
     Quality takes long, speed wants a calm machine: `--rounds 0 --keep` first, then the same line
     with `--speed-only`.

@@ -39,8 +39,8 @@ def demo(
     loading: LoadingOptions = DEMO_LOADING,
     as_json: JsonOption = False,
 ) -> None:
-    """Real Gemma 3 270M weights, offline, inside a planned budget; then planned against measured
-    memory, and speeds.
+    """Run real Gemma 3 270M weights inside a planned budget. Offline; at the end come planned and
+    measured memory, and speeds.
     """
     from edge_gemma.machine.peak import PeakSampler
     from edge_gemma.plan.ladder import arithmetic

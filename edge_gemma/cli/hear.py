@@ -472,7 +472,7 @@ def devices(
     name: InputOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List microphones and loudspeakers; --meter shows what a microphone hears."""
+    """List microphones and loudspeakers. --meter shows what a microphone hears."""
     from edge_gemma.hearing.devices import devices as find
 
     found = find()

@@ -53,7 +53,7 @@ def pull(
     relayout: RelayoutOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Install a bundle, or a GGUF as a bundle, from the Hugging Face hub.
+    """Install a bundle or a GGUF from the Hugging Face hub.
 
     Goes on where an interrupted pull stopped; checks every hash; asks the hub nothing when the
     model is installed already.

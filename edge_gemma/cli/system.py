@@ -30,9 +30,7 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(as_json: JsonOption = False) -> None:
-    """What this machine has, what is installed, and what would make it serve better. Changes
-    nothing.
-    """
+    """Say what this machine has, and what would help it. Changes nothing."""
     from edge_gemma.doctor import examine
 
     report = examine()

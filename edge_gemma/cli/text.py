@@ -58,8 +58,8 @@ def plan(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a bundle will take on a device, byte by byte, without loading it. Exit code 4 when
-    it does not fit.
+    """Say what a bundle will take on a device, byte by byte. Nothing is loaded. Exit code 4 when it
+    does not fit.
     """
     from edge_gemma.engines.llama.weights import repacked_here
     from edge_gemma.machine.probe import find_device
@@ -90,11 +90,10 @@ def plan(
 def _print_plan(name: str, device: str, made: Plan) -> None:
     from edge_gemma.plan.ladder import arithmetic
 
-    verdict = "fits" if made.fits else "does not fit"
-    print(f"{name} on {device}: {verdict} in {format_bytes(made.budget_bytes)}")
     if not made.fits:
         print(made.refusal)
         return
+    print(f"{name} on {device}: fits in {format_bytes(made.budget_bytes)}")
     free = format_bytes(made.budget_bytes - made.needed_bytes)
     load_peak = format_bytes(made.load_peak_bytes)
     reclaimable_bytes = sum(item.bytes for item in made.items if item.kind == "reclaimable")
