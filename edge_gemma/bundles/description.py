@@ -12,25 +12,18 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_gemma.bundles.gguf import (
-    Header,
-    Skipped,
-    find_strings,
-    read_header,
-)
-from edge_gemma.bundles.manifest import (
-    DecoderPart,
-    Tensor,
-)
+from edge_gemma.bundles.gguf import Header, Skipped, find_strings, read_header
+from edge_gemma.bundles.manifest import MAX_COUNT, DecoderPart, Family, KvLayer, Tensor, Use
+from edge_gemma.bundles.metadata import Metadata
 from edge_gemma.errors import BundleError, UnsupportedModel
 
 SUPPORTED = "gemma3 (270M, 1B, 4B) and gemma3n (E2B, E4B)"
 GEMMA3N_KV_LAYERS = 20  # llama.cpp src/models/gemma3n.cpp: n_layer_kv_from_start
-GEMMA3N_ALTUP, GEMMA3N_LAUREL = 4, 64
-SWA_PERIOD = {
-    "gemma3": 6,
-    "gemma3n": 5,
-}  # one global layer per period, the last, unless the file says otherwise
+GEMMA3N_ALTUP, GEMMA3N_LAUREL, GEMMA3N_PLE_WIDTH = 4, 64, 256
+GEMMA3N_SOFTCAP = 30.0
+# one global layer per period, the last, unless the file says otherwise
+SWA_PERIOD: dict[Family, int] = {"gemma3": 6, "gemma3n": 5}
+MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 # our name → Gemma's token; a vocabulary without one of these simply lacks that role
 SPECIAL_TOKENS = {
     "start_of_turn": "<start_of_turn>",
@@ -42,19 +35,43 @@ SPECIAL_TOKENS = {
     "end_of_audio": "<end_of_audio>",
     "audio_soft": "<audio_soft_token>",
 }
+# our name → (key below tokenizer.ggml, whether every Gemma has it)
 _TOKEN_KEYS = {
-    "bos": "bos_token_id",
-    "eos": "eos_token_id",
-    "unk": "unknown_token_id",
-    "pad": "padding_token_id",
+    "bos": ("bos_token_id", True),
+    "eos": ("eos_token_id", True),
+    "unk": ("unknown_token_id", False),
+    "pad": ("padding_token_id", False),
 }
+# Keys below the family's name that llama.cpp reads for every architecture (llama-model.cpp,
+# load_hparams) and that change what it computes: the only value with which a Gemma is a Gemma.
+_NEUTRAL_COUNTS = ("expert_count", "expert_used_count", "pooling_type", "nextn_predict_layers")
+_NEUTRAL_NUMBERS = ("attention.max_alibi_bias", "attention.clamp_kqv")
+_ROPE_SCALINGS = ("none", "linear", "yarn")
+# key → (lowest, highest) of the float32 keys that llama.cpp reads for a Gemma if they are there
+_NUMBERS = {
+    "rope.freq_base": (1.0, 1e12),
+    "rope.freq_base_swa": (1.0, 1e12),
+    "rope.scaling.factor": (0.0, 1e6),
+    "rope.scale_linear": (0.0, 1e6),
+    "rope.scaling.attn_factor": (1e-6, 1e6),
+    "rope.scaling.alpha": (0.0, 1e6),
+    "rope.scaling.yarn_log_multiplier": (-1e6, 1e6),
+    "rope.scaling.yarn_ext_factor": (-1.0, 1e6),
+    "rope.scaling.yarn_attn_factor": (0.0, 1e6),
+    "rope.scaling.yarn_beta_fast": (-1.0, 1e6),
+    "rope.scaling.yarn_beta_slow": (-1.0, 1e6),
+    "final_logit_softcapping": (0.0, 1e6),
+    "attn_logit_softcapping": (0.0, 1e6),
+}
+# types that llama.cpp multiplies no weight in
+_NO_WEIGHT_TYPES = ("I8", "I16", "I32", "I64", "F64")
 
 
 @dataclass(frozen=True)
 class Description:
     """What a GGUF says about itself, checked."""
 
-    family: str
+    family: Family
     name: str
     decoder: DecoderPart
     special_tokens: dict[str, int]
@@ -62,7 +79,7 @@ class Description:
     licence: str
 
 
-def expected_tensors(family: str, d: dict[str, int]) -> dict[str, tuple[tuple[int, ...], str]]:
+def expected_tensors(family: Family, d: dict[str, int]) -> dict[str, tuple[tuple[int, ...], Use]]:
     """name → (shape in ggml order, use) of every tensor llama.cpp reads for this family
     (src/models/gemma3.cpp, gemma3n.cpp).
 
@@ -71,8 +88,11 @@ def expected_tensors(family: str, d: dict[str, int]) -> dict[str, tuple[tuple[in
     """
     n_embd, n_ff, width = d["n_embd"], d["n_ff"], d["head_dim"]
     q, kv = d["n_head"] * width, d["n_head_kv"] * width
-    table = {"token_embd": ((n_embd, d["n_vocab"]), "matmul"), "output_norm": ((n_embd,), "matmul")}
-    layer = {
+    table: dict[str, tuple[tuple[int, ...], Use]] = {
+        "token_embd": ((n_embd, d["n_vocab"]), "matmul"),
+        "output_norm": ((n_embd,), "matmul"),
+    }
+    layer: dict[str, tuple[int, ...]] = {
         "attn_norm": (n_embd,),
         "attn_q": (n_embd, q),
         "attn_k": (n_embd, kv),
@@ -114,86 +134,33 @@ def expected_tensors(family: str, d: dict[str, int]) -> dict[str, tuple[tuple[in
     result = {f"{name}.weight": value for name, value in table.items()}
     for i in range(d["n_layer"]):
         for name, shape in layer.items():
-            result[f"blk.{i}.{name}.weight"] = (
-                shape,
-                "unused" if name in shared and i >= owners else "matmul",
-            )
+            use: Use = "unused" if name in shared and i >= owners else "matmul"
+            result[f"blk.{i}.{name}.weight"] = (shape, use)
     return result
-
-
-def _integer(header: Header, path: Path, key: str, default: int | None = None) -> int:
-    value = header.metadata.get(key, default)
-    if isinstance(value, list) and value and all(v == value[0] for v in value):
-        value = value[0]
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= 1 << 24:
-        raise UnsupportedModel(
-            f"{path} has {key} = {value!r}; expected one positive number for all layers"
-        )
-    return value
 
 
 def describe(path: str | Path) -> Description:
     """Read a GGUF's header and check that it is a Gemma this runtime can run. Raises BundleError,
-    UnsupportedModel.
+    UnsupportedModel (the file's name, and the key's where one is at fault).
     """
     path = Path(path)
     header = read_header(path)
-    meta = header.metadata
-    family = meta.get("general.architecture")
-    if family in ("clip", "mmproj"):
-        raise UnsupportedModel(
-            f"{path} is a vision projector (mmproj); import it together with its decoder: "
-            f"edge-gemma import DECODER.gguf OUT --mmproj {path.name}"
-        )
-    if family not in SWA_PERIOD:
-        raise UnsupportedModel(
-            f"{path} holds the architecture {family!r}; supported are {SUPPORTED}"
-        )
-    if meta.get("split.count", 1) not in (0, 1):
-        raise UnsupportedModel(
-            f"{path} is one part of a split GGUF; join the parts first (llama-gguf-split --merge)"
-        )
-    if meta.get("general.type", "model") != "model":
-        raise UnsupportedModel(f"{path} is of type {meta['general.type']!r}, not a model")
-
-    def number(key: str, default: int | None = None) -> int:
-        return _integer(header, path, f"{family}.{key}", default)
-
-    vocabulary = meta.get("tokenizer.ggml.tokens")
-    n_vocab = vocabulary.length if isinstance(vocabulary, Skipped) else len(vocabulary or ())
-    if not isinstance(vocabulary, Skipped) or meta.get("tokenizer.ggml.model") != "llama":
-        raise UnsupportedModel(
-            f"{path} has no sentencepiece vocabulary (tokenizer.ggml.model = "
-            f"{meta.get('tokenizer.ggml.model')!r}); every Gemma has one"
-        )
-    dims = {
-        "n_layer": number("block_count"),
-        "n_embd": number("embedding_length"),
-        "n_ff": number("feed_forward_length"),
-        "n_head": number("attention.head_count"),
-        "head_dim": number("attention.key_length", 256),
-        "n_vocab": n_vocab,
-        "ple_width": number("embedding_length_per_layer_input") if family == "gemma3n" else 0,
-    }
-    dims["n_head_kv"] = number("attention.head_count_kv", dims["n_head"])
-    if (
-        number("attention.value_length", 256) != dims["head_dim"]
-        or dims["n_head"] % dims["n_head_kv"]
-    ):
-        raise UnsupportedModel(
-            f"{path}: heads of {dims['n_head']}/{dims['n_head_kv']} with key length "
-            f"{dims['head_dim']} are not a Gemma's"
-        )
+    meta = Metadata(header, path)
+    family = _family(meta, path)
+    _check_file_kind(meta, path)
+    vocabulary = _vocabulary(header, meta)
+    dims = _dimensions(meta, path, family, vocabulary.length)
+    _check_numbers(meta, family, dims)
     if family == "gemma3n":
-        _check_gemma3n(header, path, dims["n_layer"])
+        _check_gemma3n(meta, path, dims["n_layer"])
 
     uses = _check_tensors(header, path, family, dims)
-    sliding_window, kv_layers = _kv_layers(header, path, family, dims["n_layer"])
+    sliding_window, kv_layers = _kv_layers(meta, family, dims["n_layer"])
     with open(path, "rb") as file:
         header_sha256 = hashlib.sha256(file.read(header.data_offset)).hexdigest()
     decoder = DecoderPart(
         file="decoder.gguf",
-        n_ctx_train=number("context_length"),
+        n_ctx_train=meta.integer(f"{family}.context_length", 1, MAX_COUNT),
         sliding_window=sliding_window,
         kv_layers=kv_layers,
         tied_head="output.weight" not in uses,
@@ -205,67 +172,182 @@ def describe(path: str | Path) -> Description:
         ),
         **dims,
     )
-    template = meta.get("tokenizer.chat_template")
+    template = meta.text("tokenizer.chat_template", "")
     return Description(
         family=family,
-        name=str(meta.get("general.name") or path.stem),
+        name=meta.text("general.name", "") or path.stem,
         decoder=decoder,
-        special_tokens=_special_tokens(header, path, vocabulary),
-        chat_template=template if isinstance(template, str) and template.strip() else None,
-        licence=str(meta.get("general.license", "gemma")),
+        special_tokens=_special_tokens(meta, path, vocabulary),
+        chat_template=template if template.strip() else None,
+        licence=meta.text("general.license", "gemma"),
     )
 
 
-def _special_tokens(header: Header, path: Path, vocabulary: Skipped) -> dict[str, int]:
-    found = find_strings(path, vocabulary, set(SPECIAL_TOKENS.values()))
-    tokens = {name: found[text] for name, text in SPECIAL_TOKENS.items() if text in found}
-    for name, key in _TOKEN_KEYS.items():
-        value = header.metadata.get(f"tokenizer.ggml.{key}")
-        if value is None and name in ("unk", "pad"):
-            continue
-        if not isinstance(value, int) or not 0 <= value < vocabulary.length:
-            raise BundleError(
-                f"{path}: tokenizer.ggml.{key} is {value!r}, outside the vocabulary of "
-                f"{vocabulary.length}"
+def _family(meta: Metadata, path: Path) -> Family:
+    architecture = meta.text("general.architecture")
+    if architecture in ("clip", "mmproj"):
+        raise UnsupportedModel(
+            f"{path} is a vision projector (mmproj); import it together with its decoder: "
+            f"edge-gemma import DECODER.gguf OUT --mmproj {path.name}"
+        )
+    for family in SWA_PERIOD:
+        if architecture == family:
+            return family
+    raise UnsupportedModel(
+        f"{path} holds the architecture {architecture!r}; supported are {SUPPORTED}"
+    )
+
+
+def _check_file_kind(meta: Metadata, path: Path) -> None:
+    """That the file is a whole model, and that llama.cpp can read what it reads of any file."""
+    if "split.count" in meta:
+        if meta.type("split.count") != "uint16":
+            meta.refuse("split.count", "uint16")
+        if meta.value("split.count") not in (0, 1):
+            raise UnsupportedModel(
+                f"{path} is one part of a split GGUF; join the parts first "
+                "(llama-gguf-split --merge)"
             )
-        tokens[name] = value
+    kind = meta.text("general.type", "model")
+    if kind != "model":
+        raise UnsupportedModel(f"{path} is of type {kind!r}, not a model")
+    meta.integer("general.file_type", 0, MAX_COUNT, 0)
+    meta.integer("general.quantization_version", 0, MAX_COUNT, 2)
+
+
+def _vocabulary(header: Header, meta: Metadata) -> Skipped:
+    """The vocabulary, its scores and token types: of the right type and of one length."""
+    if meta.text("tokenizer.ggml.model") != "llama":
+        meta.refuse("tokenizer.ggml.model", "'llama': every Gemma has a sentencepiece vocabulary")
+    meta.text("tokenizer.ggml.pre", "default")
+    n_vocab = meta.array("tokenizer.ggml.tokens", ("string",))
+    tokens = header.metadata["tokenizer.ggml.tokens"]
+    if not isinstance(tokens, Skipped) or not 1 <= n_vocab <= MAX_COUNT:
+        meta.refuse("tokenizer.ggml.tokens", f"1 to {MAX_COUNT} strings")
+    meta.finite("tokenizer.ggml.scores", n_vocab)
+    meta.array("tokenizer.ggml.token_type", ("int32", "uint32"), n_vocab)
+    for key in meta.keys():
+        if key.startswith("tokenizer.ggml.add_"):
+            meta.flag(key)
+    for name in ("remove_extra_whitespaces", "escape_whitespaces"):
+        meta.flag(f"tokenizer.ggml.{name}", False)
     return tokens
 
 
-def _check_gemma3n(header: Header, path: Path, n_layer: int) -> None:
+def _dimensions(meta: Metadata, path: Path, family: Family, n_vocab: int) -> dict[str, int]:
+    """The decoder's dimensions by their names in the manifest."""
+    n_layer = meta.integer(f"{family}.block_count", 1, MAX_LAYERS)
+
+    def per_layer(key: str, default: int | None = None) -> int:
+        return meta.layers(f"{family}.{key}", n_layer, MAX_COUNT, default)
+
+    dims = {
+        "n_layer": n_layer,
+        "n_embd": meta.integer(f"{family}.embedding_length", 1, MAX_COUNT),
+        "n_ff": per_layer("feed_forward_length"),
+        "n_head": per_layer("attention.head_count"),
+        "head_dim": meta.integer(f"{family}.attention.key_length", 1, MAX_COUNT, 256),
+        "n_vocab": n_vocab,
+        "ple_width": 0,
+    }
+    if family == "gemma3n":
+        key = f"{family}.embedding_length_per_layer_input"
+        dims["ple_width"] = meta.integer(key, GEMMA3N_PLE_WIDTH, GEMMA3N_PLE_WIDTH)
+    dims["n_head_kv"] = per_layer("attention.head_count_kv", dims["n_head"])
+    value_length = meta.integer(f"{family}.attention.value_length", 1, MAX_COUNT, 256)
+    if value_length != dims["head_dim"] or dims["n_head"] % dims["n_head_kv"]:
+        raise UnsupportedModel(
+            f"{path}: {dims['n_head']} heads with {family}.attention.head_count_kv "
+            f"{dims['n_head_kv']}, {family}.attention.key_length {dims['head_dim']} and "
+            f"{family}.attention.value_length {value_length} are not a Gemma's"
+        )
+    return dims
+
+
+def _check_numbers(meta: Metadata, family: Family, dims: dict[str, int]) -> None:
+    """The hyperparameters that the manifest does not keep, and that llama.cpp computes with."""
+    meta.number(f"{family}.attention.layer_norm_rms_epsilon", 1e-12, 1.0)
+    for name, (low, high) in _NUMBERS.items():
+        meta.number(f"{family}.{name}", low, high, low)
+    for name in _NEUTRAL_COUNTS:
+        meta.integer(f"{family}.{name}", 0, 0, 0)
+    for name in _NEUTRAL_NUMBERS:
+        meta.number(f"{family}.{name}", 0.0, 0.0, 0.0)
+    if not meta.flag(f"{family}.attention.causal", True):
+        meta.refuse(f"{family}.attention.causal", "True")
+    meta.flag(f"{family}.rope.scaling.finetuned", False)
+    scaling = f"{family}.rope.scaling.type"
+    if meta.text(scaling, "linear") not in _ROPE_SCALINGS:
+        meta.refuse(scaling, " or ".join(_ROPE_SCALINGS))
+    meta.integer(f"{family}.rope.scaling.original_context_length", 1, MAX_COUNT, 1)
+    same_as = {
+        "vocab_size": "n_vocab",
+        "embedding_length_out": "n_embd",
+        "rope.dimension_count": "head_dim",
+        "rope.dimension_count_swa": "head_dim",
+        "attention.key_length_swa": "head_dim",
+        "attention.value_length_swa": "head_dim",
+    }
+    for name, dimension in same_as.items():
+        size = dims[dimension]
+        meta.integer(f"{family}.{name}", size, size, size)
+
+
+def _special_tokens(meta: Metadata, path: Path, vocabulary: Skipped) -> dict[str, int]:
+    found = find_strings(path, vocabulary, set(SPECIAL_TOKENS.values()))
+    tokens = {name: found[text] for name, text in SPECIAL_TOKENS.items() if text in found}
+    highest = vocabulary.length - 1
+    for key in meta.keys():
+        if key.startswith("tokenizer.ggml.") and key.endswith("_token_id"):
+            meta.integer(key, 0, highest)
+    for name, (suffix, required) in _TOKEN_KEYS.items():
+        key = f"tokenizer.ggml.{suffix}"
+        if required or key in meta:
+            tokens[name] = meta.integer(key, 0, highest)
+    return tokens
+
+
+def _check_gemma3n(meta: Metadata, path: Path, n_layer: int) -> None:
     """llama.cpp fixes these numbers in code; a file that says otherwise would run and answer
     nonsense.
     """
-    meta = header.metadata
-    shared = meta.get("gemma3n.attention.shared_kv_layers")
-    if n_layer < GEMMA3N_KV_LAYERS or (
-        shared is not None and shared != n_layer - GEMMA3N_KV_LAYERS
-    ):
+    owners = GEMMA3N_KV_LAYERS
+    shared = meta.integer(
+        "gemma3n.attention.shared_kv_layers", 0, MAX_LAYERS, max(0, n_layer - owners)
+    )
+    if n_layer < owners or shared != n_layer - owners:
         raise UnsupportedModel(
-            f"{path}: {n_layer} layers of which {shared} share KV; llama.cpp runs gemma3n "
-            f"with exactly {GEMMA3N_KV_LAYERS} layers that own KV"
+            f"{path}: gemma3n.block_count is {n_layer} and gemma3n.attention.shared_kv_layers "
+            f"{shared}; llama.cpp runs gemma3n with exactly {owners} layers that own KV"
         )
-    for key, expected in (("altup.num_inputs", GEMMA3N_ALTUP), ("altup.active_idx", 0)):
-        if meta.get(f"gemma3n.{key}", expected) != expected:
-            raise UnsupportedModel(
-                f"{path}: gemma3n.{key} is {meta[f'gemma3n.{key}']}; llama.cpp runs {expected}"
-            )
+    fixed = {"altup.num_inputs": GEMMA3N_ALTUP, "altup.active_idx": 0}
+    for name, only in fixed.items():
+        meta.integer(f"gemma3n.{name}", only, only, only)
+    softcap = "gemma3n.final_logit_softcapping"
+    meta.number(softcap, GEMMA3N_SOFTCAP, GEMMA3N_SOFTCAP, GEMMA3N_SOFTCAP)
+    sparsity = "gemma3n.activation_sparsity_scale"
+    if sparsity in meta:
+        meta.array(sparsity, ("float32",), n_layer)
 
 
-def _check_tensors(header: Header, path: Path, family: str, dims: dict[str, int]) -> dict[str, str]:
-    expected, uses = expected_tensors(family, dims), {}
-    untied = header.tensor("output.weight")
+def _check_tensors(
+    header: Header, path: Path, family: Family, dims: dict[str, int]
+) -> dict[str, Use]:
+    expected = expected_tensors(family, dims)
+    head: tuple[tuple[int, ...], Use] = ((dims["n_embd"], dims["n_vocab"]), "matmul")
+    untied = header.tensor("output.weight") is not None
+    if untied:
+        expected["output.weight"] = head
+    uses: dict[str, Use] = {}
     for tensor in header.tensors:
-        shape, use = expected.pop(tensor.name, (None, None))
-        if tensor.name == "output.weight":
-            shape, use = (dims["n_embd"], dims["n_vocab"]), "matmul"
-        elif tensor.name == "token_embd.weight" and untied:
-            use = "lookup"
-        if shape is None:
+        if tensor.name not in expected:
             raise UnsupportedModel(
                 f"{path} holds the tensor {tensor.name!r}, which a {family} of "
                 f"{dims['n_layer']} layers does not have"
             )
+        shape, use = expected.pop(tensor.name)
+        if tensor.name == "token_embd.weight" and untied:
+            use = "lookup"
         if tensor.shape != shape:
             raise BundleError(
                 f"{path}: tensor {tensor.name!r} has shape {list(tensor.shape)}, the "
@@ -275,6 +357,11 @@ def _check_tensors(header: Header, path: Path, family: str, dims: dict[str, int]
             raise UnsupportedModel(
                 f"{path}: tensor {tensor.name!r} is {tensor.type}; llama.cpp computes norms in F32"
             )
+        if tensor.type in _NO_WEIGHT_TYPES:
+            raise UnsupportedModel(
+                f"{path}: tensor {tensor.name!r} is {tensor.type}; llama.cpp multiplies no weights "
+                "of that type"
+            )
         uses[tensor.name] = use
     if expected:
         raise BundleError(
@@ -283,24 +370,28 @@ def _check_tensors(header: Header, path: Path, family: str, dims: dict[str, int]
     return uses
 
 
-def _kv_layers(
-    header: Header, path: Path, family: str, n_layer: int
-) -> tuple[int, tuple[str, ...]]:
-    """Sliding window in tokens and the kinds of the layers that own KV (llama.cpp
+def _kv_layers(meta: Metadata, family: Family, n_layer: int) -> tuple[int, tuple[KvLayer, ...]]:
+    """Sliding window in tokens and the kinds of the layers that own KV (llama.cpp,
     load_swa_pattern).
     """
-    window = header.metadata.get(f"{family}.attention.sliding_window", 0)
-    if not isinstance(window, int) or not 0 <= window <= 1 << 24:
-        raise UnsupportedModel(f"{path}: {family}.attention.sliding_window is {window!r}")
-    pattern = header.metadata.get(f"{family}.attention.sliding_window_pattern", SWA_PERIOD[family])
-    if isinstance(pattern, list):
-        if len(pattern) < n_layer:
-            raise BundleError(
-                f"{path}: sliding_window_pattern has {len(pattern)} entries for {n_layer} layers"
-            )
-        sliding = [bool(p) for p in pattern[:n_layer]]
+    key = f"{family}.attention.sliding_window"
+    if family == "gemma3n":
+        window = meta.integer(key, 1, MAX_COUNT)
     else:
-        period = int(pattern)
+        window = meta.integer(key, 0, MAX_COUNT, 0)
+    pattern_key = f"{key}_pattern"
+    if meta.type(pattern_key).startswith("array"):
+        sliding = meta.flags(pattern_key, n_layer)
+    else:
+        period = meta.integer(pattern_key, 0, MAX_LAYERS, SWA_PERIOD[family])
         sliding = [period == 0 or i % period < period - 1 for i in range(n_layer)]
-    owners = GEMMA3N_KV_LAYERS if family == "gemma3n" else n_layer
-    return window, tuple("sliding" if s and window else "global" for s in sliding[:owners])
+    owners = sliding
+    if family == "gemma3n":
+        owners, sharing = sliding[:GEMMA3N_KV_LAYERS], sliding[GEMMA3N_KV_LAYERS:]
+        # a layer that shares KV reads the last but one owner's if it slides, else the last one's
+        if (True in sharing and not owners[-2]) or (False in sharing and owners[-1]):
+            meta.refuse(pattern_key, f"layers {len(owners) - 1} sliding and {len(owners)} global")
+    if window and not any(owners):  # llama.cpp asserts that a window has a layer to slide in
+        meta.refuse(pattern_key, f"at least one sliding layer for a window of {window}")
+    kinds: list[KvLayer] = ["sliding" if slides and window else "global" for slides in owners]
+    return window, tuple(kinds)

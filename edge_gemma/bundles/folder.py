@@ -17,17 +17,19 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import TracebackType
 
 from edge_gemma.bundles.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
     File,
     Manifest,
-    _check,
+    check_manifest,
     decode_manifest,
     encode_manifest,
 )
 from edge_gemma.errors import BundleError, HashMismatch, RuntimeFailure, UsageError
+from edge_gemma.files import written_whole
 from edge_gemma.units import MiB
 
 _CHUNK = 4 * MiB
@@ -197,12 +199,10 @@ class BundleWriter:
                 yield folder
 
     def commit(self, manifest: Manifest) -> Bundle:
-        _check(manifest)
+        check_manifest(manifest)
         (self.folder / ".pid").unlink(missing_ok=True)
-        with open(self.folder / MANIFEST, "wb") as file:
+        with written_whole(self.folder / MANIFEST) as file:
             file.write(encode_manifest(manifest))
-            file.flush()
-            os.fsync(file.fileno())
         if self.out.exists():  # overwrite was asked for: the old one leaves in one step, too
             old = self.folder.with_name(self.folder.name.replace("partial", "old"))
             self.out.rename(old)
@@ -212,7 +212,12 @@ class BundleWriter:
             self.folder.rename(self.out)
         return Bundle.open(self.out)
 
-    def __exit__(self, kind, error, traceback) -> bool:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)  # gone already after commit
         if isinstance(error, OSError):
             free = shutil.disk_usage(self.out.parent).free
@@ -220,4 +225,3 @@ class BundleWriter:
                 f"cannot write {self.out}: {error.strerror or error} ({free / MiB:.0f} MiB "
                 "free there); nothing was left behind"
             ) from error
-        return False

@@ -2,8 +2,9 @@
 
 In: a path. Out: :class:`Header`. Nothing is allocated on the file's word alone: every count and
 length is held against what is left of the file first. A 262,144-token vocabulary is stepped over,
-never kept (that alone would cost 70 MB). This room knows the container only; what the numbers mean
-for a Gemma is in ``importer.py``.
+never kept (that alone would cost 70 MB). This module knows the container only; what the numbers
+mean for a Gemma is in ``description.py``. gguf-py has a reader too, but it keeps the whole
+vocabulary and believes the lengths that the file gives.
 
 Format: the GGUF specification, versions 2 and 3, little endian.
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from edge_gemma.errors import BundleError, UnsupportedModel
 
-# name: (values per block, bytes per block); the index is ggml's type id (ggml.h, enum ggml_type)
+# ggml's type id (ggml.h, enum ggml_type): (name, values per block, bytes per block)
 GGML_TYPES: dict[int, tuple[str, int, int]] = {
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),
@@ -68,9 +69,24 @@ _SCALARS = {
     12: "d",
 }
 _STRING, _ARRAY = 8, 9
+_TYPE_NAMES = {
+    0: "uint8",
+    1: "int8",
+    2: "uint16",
+    3: "int16",
+    4: "uint32",
+    5: "int32",
+    6: "float32",
+    7: "bool",
+    8: "string",
+    10: "uint64",
+    11: "int64",
+    12: "float64",
+}
 MAX_TENSORS, MAX_KEYS, MAX_NAME = 65_536, 65_536, 64  # GGML_MAX_NAME is 64 with the terminator
 # arrays up to this many scalars are kept (per-layer tables); longer ones are counted only
 MAX_KEPT = 4_096
+MIN_ALIGNMENT = 32  # ggml-cpu asserts that weights lie so (TENSOR_ALIGNMENT, ggml-backend.cpp)
 MAX_STRING = 1 << 20  # a chat template has a few kilobytes
 
 
@@ -81,6 +97,9 @@ class Skipped:
     type: int
     length: int
     offset: int  # of its first item, absolute
+
+
+Value = bool | int | float | str | list[bool] | list[int] | list[float] | Skipped
 
 
 @dataclass(frozen=True)
@@ -95,7 +114,8 @@ class TensorInfo:
 @dataclass(frozen=True)
 class Header:
     version: int
-    metadata: dict[str, object]
+    metadata: dict[str, Value]
+    types: dict[str, str]  # of each key: "uint32", "array of string" …
     tensors: tuple[TensorInfo, ...]
     alignment: int
     kv_range: tuple[int, int]  # bytes of the key/value section, to copy it verbatim
@@ -186,11 +206,12 @@ class _Cursor:
         self.at = at
 
 
-def _value(cursor: _Cursor, kind: int, key: str):
+def _value(cursor: _Cursor, kind: int, key: str) -> tuple[str, Value]:
+    """(name of the type, value) of one pair."""
     if kind in _SCALARS:
-        return cursor.scalar(_SCALARS[kind], key)
+        return _TYPE_NAMES[kind], cursor.scalar(_SCALARS[kind], key)
     if kind == _STRING:
-        return cursor.string(key)
+        return _TYPE_NAMES[kind], cursor.string(key)
     if kind != _ARRAY:
         raise _Truncated(f"key {key!r} has value type {kind}, which GGUF does not define")
     item, count = cursor.scalar("I", key), cursor.scalar("Q", key)
@@ -199,14 +220,15 @@ def _value(cursor: _Cursor, kind: int, key: str):
             raise _Truncated(f"key {key!r} claims {count} strings")
         start = cursor.at
         cursor.skip_strings(count, key)
-        return Skipped(item, count, start)
+        return "array of string", Skipped(item, count, start)
     if item not in _SCALARS:
         raise _Truncated(f"key {key!r} is an array of type {item}, which is not supported")
+    type_name = f"array of {_TYPE_NAMES[item]}"
     layout = struct.calcsize("<" + _SCALARS[item])
     start = cursor.need(count * layout, key)
     if count > MAX_KEPT:
-        return Skipped(item, count, start)
-    return list(struct.unpack_from(f"<{count}{_SCALARS[item]}", cursor.view, start))
+        return type_name, Skipped(item, count, start)
+    return type_name, list(struct.unpack_from(f"<{count}{_SCALARS[item]}", cursor.view, start))
 
 
 def _parse(cursor: _Cursor, path: Path) -> Header:
@@ -222,41 +244,59 @@ def _parse(cursor: _Cursor, path: Path) -> Header:
     if n_tensors > MAX_TENSORS or n_keys > MAX_KEYS:
         raise _Truncated(f"it claims {n_tensors} tensors and {n_keys} keys")
 
-    kv_start, metadata = cursor.at, {}
+    kv_start = cursor.at
+    metadata: dict[str, Value] = {}
+    types: dict[str, str] = {}
     for i in range(n_keys):
         key = cursor.string(f"key {i}", limit=65_535)
         if key in metadata:
             raise _Truncated(f"key {key!r} occurs twice")
-        metadata[key] = _value(cursor, cursor.scalar("I", key), key)
+        types[key], metadata[key] = _value(cursor, cursor.scalar("I", key), key)
     kv_range = (kv_start, cursor.at)
 
-    alignment = metadata.get("general.alignment", 32)
-    if (
-        not isinstance(alignment, int)
-        or alignment <= 0
-        or alignment & (alignment - 1)
-        or alignment > 1 << 20
-    ):
-        raise _Truncated(f"general.alignment is {alignment!r}, not a power of two")
+    alignment = _alignment(metadata, types)
     infos = [_tensor_info(cursor, path) for _ in range(n_tensors)]
     data_offset = -(-cursor.at // alignment) * alignment
-    tensors, expected, names = [], 0, set()
+    tensors = _tensors(infos, data_offset, alignment, cursor.end)
+    return Header(version, metadata, types, tensors, alignment, kv_range, data_offset, cursor.end)
+
+
+def _alignment(metadata: dict[str, Value], types: dict[str, str]) -> int:
+    alignment = metadata.get("general.alignment", MIN_ALIGNMENT)
+    right_type = types.get("general.alignment", "uint32") == "uint32"
+    low, high = MIN_ALIGNMENT, 1 << 20
+    if not right_type or not isinstance(alignment, int) or not low <= alignment <= high:
+        raise _Truncated(f"general.alignment is {alignment!r}; expected a uint32 of {low} … {high}")
+    if alignment & (alignment - 1):
+        raise _Truncated(f"general.alignment is {alignment}, not a power of two")
+    return alignment
+
+
+_Info = tuple[str, int, tuple[int, ...], int]  # name, ggml type id, shape, offset in the data
+
+
+def _tensors(
+    infos: list[_Info], data_offset: int, alignment: int, end: int
+) -> tuple[TensorInfo, ...]:
+    """The tensor table with absolute offsets, each range held against the file's end."""
+    tensors: list[TensorInfo] = []
+    expected, names = 0, set()
     for name, kind, shape, offset in infos:
         type_name, block, block_bytes = GGML_TYPES[kind]
         nbytes = prod(shape) // block * block_bytes
         if offset != expected:  # ggml insists on this order as well (gguf.cpp)
             raise _Truncated(f"tensor {name!r} lies at {offset}, expected {expected}")
-        if data_offset + offset + nbytes > cursor.end:
+        if data_offset + offset + nbytes > end:
             raise _Truncated(f"tensor {name!r} ends at byte {data_offset + offset + nbytes}")
         if name in names:
             raise _Truncated(f"tensor {name!r} occurs twice")
         names.add(name)
         tensors.append(TensorInfo(name, type_name, shape, data_offset + offset, nbytes))
         expected = -(-(offset + nbytes) // alignment) * alignment
-    return Header(version, metadata, tuple(tensors), alignment, kv_range, data_offset, cursor.end)
+    return tuple(tensors)
 
 
-def _tensor_info(cursor: _Cursor, path: Path) -> tuple[str, int, tuple[int, ...], int]:
+def _tensor_info(cursor: _Cursor, path: Path) -> _Info:
     name = cursor.string("tensor name")
     if len(name.encode()) >= MAX_NAME:
         raise _Truncated(f"a tensor's name has {len(name.encode())} bytes (at most {MAX_NAME - 1})")
@@ -288,8 +328,10 @@ def layout_rank(use: str, type: str, n_dims: int) -> tuple[int, str]:
     the kernel maps whole folios (up to 2 MiB), and a norm or a matrix that is read in place between
     two copied ones would pull their released originals back in (measured: 135 MiB of E2B).
 
-    >>> [layout_rank("lookup", "Q8_0", 2), layout_rank("matmul", "Q4_0", 2), layout_rank("matmul", "Q6_K", 2), layout_rank("matmul", "F32", 1)]
-    [(1, ''), (2, 'Q4_0'), (2, 'Q6_K'), (3, '')]
+    >>> layout_rank("lookup", "Q8_0", 2), layout_rank("matmul", "Q4_0", 2)
+    ((1, ''), (2, 'Q4_0'))
+    >>> layout_rank("matmul", "F32", 1)
+    (3, '')
     """
     if use != "matmul":
         return {"unused": 0, "lookup": 1}[use], ""

@@ -17,8 +17,10 @@ from edge_gemma.units import MiB
 FORMAT = "edge-gemma-bundle"
 VERSION = 1
 MANIFEST = "manifest.json"
+MAX_COUNT = 1 << 24  # of any dimension of a decoder
 MAX_MANIFEST_BYTES = 64 * MiB  # a 35-layer table is 0.3 MiB; anything near this is not a manifest
 Use = Literal["lookup", "matmul", "unused"]
+KvLayer = Literal["global", "sliding"]
 Family = Literal["gemma3", "gemma3n"]
 Sense = Literal["audio", "vision"]
 SENSES: tuple[Sense, ...] = ("audio", "vision")
@@ -57,7 +59,7 @@ class DecoderPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     n_vocab: int
     n_ctx_train: int
     sliding_window: int
-    kv_layers: tuple[Literal["global", "sliding"], ...]  # the layers that own a KV cache, in order
+    kv_layers: tuple[KvLayer, ...]  # the layers that own a KV cache, in order
     ple_width: int = 0  # 256 for gemma3n, 0 for gemma3
     tied_head: bool = True  # the output head is the token embedding
     # of the GGUF before its first tensor, checked by hash at every load: llama.cpp aborts on some
@@ -157,10 +159,7 @@ def decode_manifest(data: bytes) -> Manifest:
     """
     try:
         head = msgspec.json.decode(data, type=_Head)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # msgspec.DecodeError, or UnicodeDecodeError inside a string
+    except (ValueError, RecursionError) as error:  # DecodeError, or UnicodeDecodeError in a string
         raise BundleError(
             f"{MANIFEST} is not a manifest of this format ({error}); expected a JSON object "
             "with format and version"
@@ -174,12 +173,9 @@ def decode_manifest(data: bytes) -> Manifest:
         )
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # msgspec.DecodeError, or UnicodeDecodeError inside a string
+    except (ValueError, RecursionError) as error:  # DecodeError, or UnicodeDecodeError in a string
         raise BundleError(f"{MANIFEST} is damaged: {error}") from None
-    _check(manifest)
+    check_manifest(manifest)
     return manifest
 
 
@@ -188,26 +184,24 @@ class _Head(msgspec.Struct):
     version: int
 
 
-def _check(manifest: Manifest) -> None:
+def check_manifest(manifest: Manifest) -> None:
     """What the types cannot say: every path stays inside, every artifact is listed, every range
-    lies inside its file.
+    lies inside its file. Raises BundleError.
     """
-    for path in manifest.files:
-        pure = PurePosixPath(path)
-        if (
-            not path
-            or pure.is_absolute()
-            or ".." in pure.parts
-            or "\\" in path
-            or "\0" in path
-            or path == MANIFEST
-        ):
+    _check_files(manifest)
+    _check_decoder(manifest.decoder, manifest.files[manifest.decoder.file].size)
+
+
+def _check_files(manifest: Manifest) -> None:
+    for path, file in manifest.files.items():
+        if not _stays_inside(path):
             raise BundleError(
                 f"{MANIFEST} names the file {path!r}; paths must stay inside the bundle's folder"
             )
-    artifacts = [manifest.decoder.file] + [
-        part.file for part in (manifest.audio, manifest.vision) if part
-    ]
+        if file.size < 0 or len(file.sha256) != 64:
+            raise BundleError(f"{MANIFEST} gives no usable size and sha256 for {path!r}")
+    artifacts = [manifest.decoder.file]
+    artifacts += [part.file for part in (manifest.audio, manifest.vision) if part]
     if manifest.special_rows:
         artifacts.append("special_rows.npy")
     for path in artifacts:
@@ -215,41 +209,43 @@ def _check(manifest: Manifest) -> None:
             raise BundleError(
                 f"{MANIFEST} uses {path!r} but does not list its size and hash under files"
             )
-    for path, file in manifest.files.items():
-        if file.size < 0 or len(file.sha256) != 64:
-            raise BundleError(f"{MANIFEST} gives no usable size and sha256 for {path!r}")
-    dimensions = manifest.decoder
-    for name in (
-        "n_layer",
-        "n_embd",
-        "n_ff",
-        "n_head",
-        "n_head_kv",
-        "head_dim",
-        "n_vocab",
-        "n_ctx_train",
-    ):
-        if not 0 < getattr(dimensions, name) <= 1 << 24:
-            raise BundleError(
-                f"{MANIFEST}: decoder.{name} is {getattr(dimensions, name)}, expected 1 … {1 << 24}"
-            )
-    if (
-        not 0 <= dimensions.sliding_window <= 1 << 24
-        or not 0 < len(dimensions.kv_layers) <= dimensions.n_layer
-    ):
+
+
+def _stays_inside(path: str) -> bool:
+    pure = PurePosixPath(path)
+    if not path or path == MANIFEST or "\\" in path or "\0" in path:
+        return False
+    return not pure.is_absolute() and ".." not in pure.parts
+
+
+def _check_decoder(decoder: DecoderPart, file_bytes: int) -> None:
+    counts = {
+        "n_layer": decoder.n_layer,
+        "n_embd": decoder.n_embd,
+        "n_ff": decoder.n_ff,
+        "n_head": decoder.n_head,
+        "n_head_kv": decoder.n_head_kv,
+        "head_dim": decoder.head_dim,
+        "n_vocab": decoder.n_vocab,
+        "n_ctx_train": decoder.n_ctx_train,
+    }
+    for name, count in counts.items():
+        if not 0 < count <= MAX_COUNT:
+            raise BundleError(f"{MANIFEST}: decoder.{name} is {count}, expected 1 … {MAX_COUNT}")
+    window_fits = 0 <= decoder.sliding_window <= MAX_COUNT
+    if not window_fits or not 0 < len(decoder.kv_layers) <= decoder.n_layer:
         raise BundleError(
-            f"{MANIFEST}: decoder.sliding_window or kv_layers does not fit "
-            f"{dimensions.n_layer} layers"
+            f"{MANIFEST}: decoder.sliding_window or kv_layers does not fit {decoder.n_layer} layers"
         )
-    size = manifest.files[dimensions.file].size
-    if not 0 < dimensions.header_bytes <= size:
+    if not 0 < decoder.header_bytes <= file_bytes:
         raise BundleError(
-            f"{MANIFEST}: decoder.header_bytes is {dimensions.header_bytes} of a file of "
-            f"{size} bytes"
+            f"{MANIFEST}: decoder.header_bytes is {decoder.header_bytes} of a file of "
+            f"{file_bytes} bytes"
         )
-    for tensor in dimensions.tensors:
-        if tensor.offset < 0 or tensor.nbytes < 0 or tensor.offset + tensor.nbytes > size:
+    for tensor in decoder.tensors:
+        end = tensor.offset + tensor.nbytes
+        if tensor.offset < 0 or tensor.nbytes < 0 or end > file_bytes:
             raise BundleError(
-                f"{MANIFEST}: tensor {tensor.name!r} ends at byte "
-                f"{tensor.offset + tensor.nbytes} of a file of {size} bytes"
+                f"{MANIFEST}: tensor {tensor.name!r} ends at byte {end} of a file of "
+                f"{file_bytes} bytes"
             )
