@@ -12,32 +12,24 @@ vocabulary numbers with a gap, the gap is a fact below.
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import numpy as np
 from edge_gemma.convert.checkpoint import MAX_JSON_BYTES, read_json
 
-from edge_gemma.errors import CheckpointError
+from edge_gemma.errors import CheckpointError, RuntimeFailure
 from edge_gemma.units import format_bytes
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-)  # sentencepiece_model.proto = llama.cpp's token types
+# Token types: sentencepiece_model.proto and llama.cpp number them alike
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 MAX_PIECES = 1 << 24
 SPACE = "\u2581"  # sentencepiece's mark for a space
-ADDED_SCORE, PAD_SCORE = (
-    -1000.0,
-    -10000.0,
-)  # what llama.cpp's converter writes for added and for padding tokens
+ADDED_SCORE = -1000.0  # what llama.cpp's converter writes for added tokens
+PAD_SCORE = -10000.0  # and for rows of the table that no token has
 # Tokens that some checkpoints list as plain although they steer the model (llama.cpp
 # conversion/base.py does the same)
 _CONTROL_NAMES = {"<pad>", "<mask>", "<2mass>", "[@BOS@]", "<start_of_turn>", "<end_of_turn>"}
@@ -59,44 +51,58 @@ class Vocabulary:
     source: str  # the file it was read from
 
 
+Piece = tuple[str, float, int]  # text, score, type
+
+
 def read_vocabulary(folder: Path, config: dict, n_vocab: int) -> Vocabulary:
     """The vocabulary of ``n_vocab`` tokens beside a checkpoint. Raises CheckpointError."""
-    tokenizer_config = (
-        read_json(folder / "tokenizer_config.json")
-        if (folder / "tokenizer_config.json").is_file()
-        else {}
-    )
+    tokenizer_config: dict = {}
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer_config = read_json(folder / "tokenizer_config.json")
     if (folder / "tokenizer.model").is_file():
         source = folder / "tokenizer.model"
-        pieces, special, prefix = _from_sentencepiece(source)
+        own_pieces, special, prefix = _from_sentencepiece(source)
     elif (folder / "tokenizer.json").is_file():
         source = folder / "tokenizer.json"
-        pieces, special, prefix = _from_tokenizer_json(source)
+        own_pieces, special, prefix = _from_tokenizer_json(source)
     else:
         raise CheckpointError(
             f"{folder} has neither tokenizer.model nor tokenizer.json; copy one of them "
             "there from the model this checkpoint was tuned from"
         )
-    if len(pieces) > n_vocab:
+    if len(own_pieces) > n_vocab:
         raise CheckpointError(
-            f"{source} has {len(pieces)} tokens, config.json says vocab_size {n_vocab}; they "
+            f"{source} has {len(own_pieces)} tokens, config.json says vocab_size {n_vocab}; they "
             "are of different models"
         )
-    for i, text, is_special in _added_tokens(folder, tokenizer_config, source):
+    pieces: list[Piece | None] = [*own_pieces, *[None] * (n_vocab - len(own_pieces))]
+    for i, text, is_special in _added_tokens(folder, tokenizer_config):
         if i >= n_vocab:
             raise CheckpointError(
                 f"{folder}: the added token {text!r} has id {i}, outside the vocabulary of "
                 f"{n_vocab}"
             )
-        pieces += [None] * (i + 1 - len(pieces))
         pieces[i] = (text, ADDED_SCORE, CONTROL if is_special else USER_DEFINED)
-    tokens, scores, types = [], np.empty(n_vocab, np.float32), np.empty(n_vocab, np.int32)
-    pieces += [None] * (n_vocab - len(pieces))
+    tokens, scores, types = _columns(pieces)
+    special |= _special_ids(tokens, config, tokenizer_config)
+    _check_special(special, n_vocab, folder, source)
+    template = _chat_template(folder, tokenizer_config)
+    return Vocabulary(tokens, scores, types, special, prefix, template, source.name)
+
+
+def _columns(pieces: list[Piece | None]) -> tuple[list[bytes], np.ndarray, np.ndarray]:
+    """Tokens, scores and types of all rows; a row without a piece becomes ``[PADn]``."""
+    tokens: list[bytes] = []
+    scores = np.empty(len(pieces), np.float32)
+    types = np.empty(len(pieces), np.int32)
     for i, piece in enumerate(pieces):
         text, score, kind = _settle(*piece) if piece else (f"[PAD{i}]", PAD_SCORE, UNUSED)
         tokens.append(text.encode("utf-8", "surrogatepass"))
         scores[i], types[i] = score, kind
-    special |= _special_ids(tokens, config, tokenizer_config)
+    return tokens, scores, types
+
+
+def _check_special(special: dict[str, int], n_vocab: int, folder: Path, source: Path) -> None:
     for name, i in special.items():
         if not 0 <= i < n_vocab:
             raise CheckpointError(
@@ -107,130 +113,75 @@ def read_vocabulary(folder: Path, config: dict, n_vocab: int) -> Vocabulary:
             raise CheckpointError(
                 f"{source} and config.json name no {name} token; every Gemma has one"
             )
-    return Vocabulary(
-        tokens,
-        scores,
-        types,
-        special,
-        prefix,
-        _chat_template(folder, tokenizer_config),
-        source.name,
-    )
 
 
-def _settle(text: str, score: float, kind: int) -> tuple[str, float, int]:
-    """What a token is at run time, whichever file it came from: steering tokens never match in
+def _settle(text: str, score: float, kind: int) -> Piece:
+    """What a token is at run time, whichever file it came from: control tokens never match in
     plain text, user-defined ones always do.
     """
-    if kind in (UNKNOWN, CONTROL) or (
-        kind == USER_DEFINED and (text in _CONTROL_NAMES or _CONTROL_PATTERN.fullmatch(text))
-    ):
+    named_control = text in _CONTROL_NAMES or _CONTROL_PATTERN.fullmatch(text)
+    if kind in (UNKNOWN, CONTROL) or (kind == USER_DEFINED and named_control):
         return text, ADDED_SCORE, CONTROL
     if kind == USER_DEFINED:
         return text.replace(SPACE, " "), ADDED_SCORE, USER_DEFINED
     return text, score, kind
 
 
-# --- tokenizer.model: a protocol buffer, of which three fields matter (sentencepiece_model.proto) ---
+# --- tokenizer.model, read with sentencepiece's own protocol buffer definition ---
 
 
-def _from_sentencepiece(path: Path) -> tuple[list, dict[str, int], bool]:
-    data = path.read_bytes() if path.stat().st_size <= MAX_JSON_BYTES else b""
-    pieces, prefix, trainer = [], True, {}
+def _from_sentencepiece(path: Path) -> tuple[list[Piece], dict[str, int], bool]:
+    """(pieces, special ids, whether a space is put before the text)."""
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise CheckpointError(
+            f"{path} has {format_bytes(size)}; expected at most {format_bytes(MAX_JSON_BYTES)}"
+        )
+    messages = _sentencepiece_messages()
+    from google.protobuf.message import DecodeError
+    from google.protobuf.unknown_fields import UnknownFieldSet
+
     try:
-        for field, value in _fields(memoryview(data)):
-            if field in (1, 2, 3) and not isinstance(value, memoryview):
-                raise ValueError(f"field {field} is a number, expected a message")
-            if field == 1:
-                pieces.append(_sentencepiece(value))
-            elif field == 2:
-                trainer = {
-                    number: content
-                    for number, content in _fields(value)
-                    if not isinstance(content, memoryview)
-                }
-            elif field == 3:
-                prefix = dict(_fields(value)).get(3, 1) != 0  # normalizer_spec.add_dummy_prefix
-    except (ValueError, UnicodeDecodeError) as error:
+        model = messages.ModelProto.FromString(path.read_bytes())
+        pieces: list[Piece] = []
+        for piece in model.pieces:
+            text, score = piece.piece, piece.score  # bytes where the text is no UTF-8
+            # a type that the definition lacks is kept among the unknown fields
+            unknown = {field.field_number: field.data for field in UnknownFieldSet(piece)}
+            kind = unknown.get(piece.TYPE_FIELD_NUMBER, piece.type)
+            readable = isinstance(text, str) and text and score == score
+            if not readable or kind not in range(NORMAL, BYTE + 1):
+                raise ValueError(f"a piece has the text {text!r}, score {score} and type {kind}")
+            pieces.append((text, score, kind))
+    except (DecodeError, ValueError) as error:
         raise CheckpointError(f"{path} is not a sentencepiece model: {error}") from None
     if not pieces:
         raise CheckpointError(
-            f"{path} holds no pieces ({format_bytes(path.stat().st_size)}); expected a "
-            "sentencepiece model"
+            f"{path} holds no pieces ({format_bytes(size)}); expected a sentencepiece model"
         )
-    # trainer_spec: unk_id 40, bos_id 41, eos_id 42, pad_id 43, with the proto's defaults; −1 means
-    # none
+    trainer = model.trainer_spec
     ids = {
-        name: _signed(trainer.get(number, default))
-        for name, number, default in (
-            ("unk", 40, 0),
-            ("bos", 41, 1),
-            ("eos", 42, 2),
-            ("pad", 43, -1),
-        )
+        "unk": trainer.unk_id,
+        "bos": trainer.bos_id,
+        "eos": trainer.eos_id,
+        "pad": trainer.pad_id,  # −1 means none
     }
-    return pieces, {name: i for name, i in ids.items() if 0 <= i < len(pieces)}, prefix
+    special = {name: i for name, i in ids.items() if 0 <= i < len(pieces)}
+    return pieces, special, model.normalizer_spec.add_dummy_prefix
 
 
-def _sentencepiece(data: memoryview) -> tuple[str, float, int]:
-    text, score, kind = "", 0.0, NORMAL
-    for field, value in _fields(data):
-        if field == 1:
-            text = bytes(value).decode("utf-8") if isinstance(value, memoryview) else ""
-        elif field == 2:
-            score = (
-                struct.unpack("<f", value)[0]
-                if isinstance(value, memoryview) and len(value) == 4
-                else float("nan")
-            )
-        elif field == 3:
-            kind = value if isinstance(value, int) else 0
-    if not NORMAL <= kind <= BYTE or not text or score != score:
-        raise ValueError(f"a piece has the text {text!r}, score {score} and type {kind}")
-    return text, score, kind
-
-
-def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """The (number, value) pairs of one protocol buffer message; fixed-width and nested values as
-    bytes.
+def _sentencepiece_messages():
+    """sentencepiece's generated module; it refuses to load beside an older protobuf than the one
+    it was generated with.
     """
-    position = 0
+    from google.protobuf.runtime_version import VersionError
 
-    def varint() -> int:
-        nonlocal position
-        value = shift = 0
-        while True:
-            if position >= len(data) or shift > 63:
-                raise ValueError("it ends inside a number")
-            byte = data[position]
-            position += 1
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value
-            shift += 7
-
-    while position < len(data):
-        key = varint()
-        if key & 7 == 0:
-            yield key >> 3, varint()
-            continue
-        if key & 7 not in (1, 2, 5):
-            raise ValueError(f"field {key >> 3} has wire type {key & 7}")
-        n = varint() if key & 7 == 2 else {1: 8, 5: 4}[key & 7]
-        if n > len(data) - position:
-            raise ValueError(f"field {key >> 3} claims {n} bytes of {len(data) - position}")
-        yield key >> 3, data[position : position + n]
-        position += n
-
-
-def _signed(value) -> int:
-    return (
-        value - (1 << 64)
-        if isinstance(value, int) and value >= 1 << 63
-        else value
-        if isinstance(value, int)
-        else -1
-    )
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except VersionError as error:
+        raise RuntimeFailure(
+            f"tokenizer.model cannot be read: {error}. pip install --upgrade protobuf"
+        ) from None
+    return sentencepiece_model_pb2
 
 
 # --- tokenizer.json ---
@@ -250,14 +201,20 @@ class _Added(msgspec.Struct):
     special: bool = False
 
 
-class _Tokenizer(msgspec.Struct):
-    model: _Model
+class _AddedOnly(msgspec.Struct):
     added_tokens: list[_Added] = []
+
+
+class _Tokenizer(_AddedOnly, kw_only=True):
+    model: _Model
     normalizer: dict | None = None
     pre_tokenizer: dict | None = None
 
 
-def _decode_tokenizer(path: Path, kind: type):
+T = TypeVar("T")
+
+
+def _decode_tokenizer(path: Path, kind: type[T]) -> T:
     if path.stat().st_size > MAX_JSON_BYTES:
         raise CheckpointError(
             f"{path} has {format_bytes(path.stat().st_size)}; expected at most "
@@ -269,7 +226,8 @@ def _decode_tokenizer(path: Path, kind: type):
         raise CheckpointError(f"{path} is not a BPE tokenizer.json: {error}") from None
 
 
-def _from_tokenizer_json(path: Path) -> tuple[list, dict[str, int], bool]:
+def _from_tokenizer_json(path: Path) -> tuple[list[Piece], dict[str, int], bool]:
+    """(pieces, special ids, whether a space is put before the text)."""
     tokenizer = _decode_tokenizer(path, _Tokenizer)
     model = tokenizer.model
     if model.type not in (None, "BPE") or not model.byte_fallback:
@@ -278,31 +236,29 @@ def _from_tokenizer_json(path: Path) -> tuple[list, dict[str, int], bool]:
             "Gemma's is BPE with byte fallback"
         )
     ids = sorted(model.vocab.values())
-    if not ids or ids[0] < 0 or ids[-1] >= MAX_PIECES or ids != list(range(len(ids))):
+    if not ids or ids[-1] >= MAX_PIECES or ids != list(range(len(ids))):
         raise CheckpointError(
             f"{path}: the vocabulary's ids do not run from 0 to {len(ids) - 1} without gaps"
         )
-    kinds = {
-        token.id: CONTROL if token.special else USER_DEFINED for token in tokenizer.added_tokens
-    }
     texts = sorted(model.vocab, key=model.vocab.__getitem__)
-    types = [
-        kinds.get(i)
-        or (
-            BYTE
-            if re.fullmatch(r"<0x[0-9A-F]{2}>", text)
-            else CONTROL
-            if text == model.unk_token
-            else NORMAL
-        )
-        for i, text in enumerate(texts)
-    ]
+    types = [_type_of(text, model) for text in texts]
+    for token in tokenizer.added_tokens:
+        if 0 <= token.id < len(types):
+            types[token.id] = CONTROL if token.special else USER_DEFINED
     scores = _scores(path, model, texts, types)
-    special = {"unk": model.vocab[model.unk_token]} if model.unk_token in model.vocab else {}
-    prefix = (
-        '"Prepend"' in msgspec.json.encode([tokenizer.normalizer, tokenizer.pre_tokenizer]).decode()
-    )
-    return list(zip(texts, scores, types)), special, prefix
+    special: dict[str, int] = {}
+    if model.unk_token is not None and model.unk_token in model.vocab:
+        special["unk"] = model.vocab[model.unk_token]
+    steps = msgspec.json.encode([tokenizer.normalizer, tokenizer.pre_tokenizer])
+    prefix = b'"Prepend"' in steps
+    return list(zip(texts, scores, types, strict=True)), special, prefix
+
+
+def _type_of(text: str, model: _Model) -> int:
+    """The type of a piece that is no added token."""
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", text):
+        return BYTE
+    return CONTROL if text == model.unk_token else NORMAL
 
 
 def _scores(path: Path, model: _Model, texts: list[str], types: list[int]) -> list[float]:
@@ -318,45 +274,37 @@ def _scores(path: Path, model: _Model, texts: list[str], types: list[int]) -> li
     normal = [i for i, kind in enumerate(types) if kind == NORMAL]
     last = len(rank)
     order = sorted(normal, key=lambda i: (rank.get(texts[i], last), i))
-    scores = [0.0] * len(texts)
     first_single = next((i for i in order if texts[i] not in rank), -1)
     gap = _SCORE_GAPS.get((order[0], first_single), 0) if order else 0
+    scores = [0.0] * len(texts)
     for place, i in enumerate(order):
-        scores[i] = -float(place + (gap if texts[i] not in rank else 0))
+        merged = texts[i] in rank
+        scores[i] = -float(place if merged else place + gap)
     return scores
 
 
 # --- what lies beside them ---
 
 
-def _added_tokens(
-    folder: Path, tokenizer_config: dict, source: Path
-) -> Iterator[tuple[int, str, bool]]:
+def _added_tokens(folder: Path, tokenizer_config: dict) -> Iterator[tuple[int, str, bool]]:
     """(id, text, special) of the tokens added after training, from whichever files list them."""
-    if (folder / "added_tokens.json").is_file():
-        for text, i in read_json(folder / "added_tokens.json").items():
-            yield _token_id(i, folder / "added_tokens.json"), text, False
-    if (folder / "tokenizer.json").is_file():
-
-        class AddedOnly(msgspec.Struct):
-            added_tokens: list[_Added] = []
-
-        for token in _decode_tokenizer(folder / "tokenizer.json", AddedOnly).added_tokens:
-            yield _token_id(token.id, folder / "tokenizer.json"), token.content, token.special
+    path = folder / "added_tokens.json"
+    if path.is_file():
+        for text, i in read_json(path).items():
+            yield _token_id(i, path), text, False
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        for added in _decode_tokenizer(path, _AddedOnly).added_tokens:
+            yield _token_id(added.id, path), added.content, added.special
+    path = folder / "tokenizer_config.json"
     decoder = tokenizer_config.get("added_tokens_decoder", {})
     for i, token in decoder.items() if isinstance(decoder, dict) else ():
         if not isinstance(token, dict) or not isinstance(token.get("content"), str):
-            raise CheckpointError(
-                f"{folder / 'tokenizer_config.json'}: added_tokens_decoder[{i!r}] has no content"
-            )
-        yield (
-            _token_id(i, folder / "tokenizer_config.json"),
-            token["content"],
-            bool(token.get("special")),
-        )
+            raise CheckpointError(f"{path}: added_tokens_decoder[{i!r}] has no content")
+        yield _token_id(i, path), token["content"], bool(token.get("special"))
 
 
-def _token_id(value, path: Path) -> int:
+def _token_id(value: str | int, path: Path) -> int:
     try:
         i = int(value)
     except (TypeError, ValueError):
@@ -370,31 +318,36 @@ def _special_ids(tokens: list[bytes], config: dict, tokenizer_config: dict) -> d
     """bos, eos, unk, pad and eot: config.json's ids, else the tokens tokenizer_config.json names,
     found in the vocabulary.
     """
-    where: dict[bytes, int] = {}
-    wanted, fallback = {}, {}
+    ids: dict[bytes, int] = {}
+    for i, token in enumerate(tokens):
+        ids.setdefault(token, i)
+    named = {"eot": b"<end_of_turn>"}
     for name in ("bos", "eos", "unk", "pad"):
         value = tokenizer_config.get(f"{name}_token")
         text = value.get("content") if isinstance(value, dict) else value
         if isinstance(text, str):
-            wanted[name] = text.encode()
-    wanted["eot"] = b"<end_of_turn>"
-    for i, token in enumerate(tokens):
-        where.setdefault(token, i)
-    found = {name: where[text] for name, text in wanted.items() if text in where}
-    text_config = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
+            named[name] = text.encode()
+    found = {name: ids[text] for name, text in named.items() if text in ids}
     for name in ("bos", "eos", "pad"):
-        if (
-            name not in found and (i := where.get(f"<{name}>".encode())) is not None
-        ):  # Gemma's own spelling, when no file names it
-            fallback[name] = i
-        for holder in (text_config, config):
-            value = holder.get(f"{name}_token_id")
-            value = (
-                value[0] if isinstance(value, list) and value else value
-            )  # instruct checkpoints list <eos> and <end_of_turn>
-            if type(value) is int and name not in found:
-                found[name] = value
-    return fallback | found
+        if name in found:
+            continue
+        own_spelling = ids.get(f"<{name}>".encode())  # as Gemma writes it, when no file names it
+        configured = _configured_id(config, f"{name}_token_id")
+        if configured is not None:
+            found[name] = configured
+        elif own_spelling is not None:
+            found[name] = own_spelling
+    return found
+
+
+def _configured_id(config: dict, key: str) -> int | None:
+    for section in (config.get("text_config"), config):
+        value = section.get(key) if isinstance(section, dict) else None
+        if isinstance(value, list) and value:
+            value = value[0]  # instruct checkpoints list <eos> and <end_of_turn>
+        if type(value) is int:
+            return value
+    return None
 
 
 def _chat_template(folder: Path, tokenizer_config: dict) -> str | None:

@@ -79,7 +79,7 @@ def test_merges_may_be_strings_and_reorder_scores(tmp_path):
     merges.insert(0, merges.pop(3))  # "▁t h" now learned first
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
     swapped = v.read_vocabulary(tmp_path, {}, N)
-    by_text = dict(zip(swapped.tokens, swapped.scores))
+    by_text = dict(zip(swapped.tokens, swapped.scores, strict=True))
     first = "".join(merges[0].split(" ")).encode()
     assert by_text[first] == 0.0 and by_text["\u2581t".encode()] == -1.0
 
@@ -133,8 +133,14 @@ def test_added_tokens_padding_and_templates(tmp_path):
     [
         ({}, N, "neither tokenizer.model nor tokenizer.json"),
         ({"tokenizer.model": b""}, N, "holds no pieces"),
-        ({"tokenizer.model": b"\x0a\xff\xff\xff\xff\x0f"}, N, "claims 4294967295 bytes"),
+        (
+            {"tokenizer.model": b"\x0a\xff\xff\xff\xff\x0f"},
+            N,
+            "is not a sentencepiece model: Error parsing message",
+        ),
         ({"tokenizer.model": b"\x0a\x02\x18\x63"}, N, "type 99"),
+        ({"tokenizer.model": b"\x0a\x03\x0a\x01\xff"}, N, r"the text b'\\xff'"),
+        ({"tokenizer.model": b"\x0a\x08\x0a\x01a\x15\x00\x00\xc0\x7f"}, N, "score nan"),
         ({"tokenizer.model": None}, 700, "768 tokens, config.json says vocab_size 700"),
         ({"tokenizer.json": b"{"}, N, "not a BPE tokenizer.json"),
         (
@@ -186,6 +192,15 @@ def test_refusals(tmp_path, files, n_vocab, message):
         )
     with pytest.raises(CheckpointError, match=message):
         v.read_vocabulary(tmp_path, {}, n_vocab)
+
+
+def test_a_file_too_large_to_be_a_vocabulary_is_not_parsed(tmp_path, monkeypatch):
+    monkeypatch.setattr(v, "MAX_JSON_BYTES", 11_000)
+    folder_of(tmp_path, "tokenizer.model")
+    with pytest.raises(
+        CheckpointError, match="tokenizer.model has 11.1 KiB; expected at most 10.7 KiB"
+    ):
+        v.read_vocabulary(tmp_path, {}, N)
 
 
 @settings(max_examples=200)
