@@ -24,6 +24,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from edge_gemma.convert.tensors import TensorReader
 
 from edge_gemma.errors import CheckpointError
 from edge_gemma.units import MiB, format_bytes
@@ -232,7 +233,7 @@ def read_json(path: Path) -> dict:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 
 
-class Checkpoint:
+class Checkpoint(TensorReader):
     """The tensors of a folder by canonical name. Reading is safe from several threads.
 
     >>> checkpoint = Checkpoint.open(getfixture("tiny_checkpoint"))
@@ -243,7 +244,8 @@ class Checkpoint:
     def __init__(
         self, folder: Path, config: dict, entries: Iterable[Entry], ignored: Iterable[str] = ()
     ):
-        self.folder, self.config = folder, config
+        self.folder = folder
+        self._config = config
         self.entries: dict[str, Entry] = {}
         self.ignored = tuple(ignored)  # stored names that were left out on purpose
         for entry in entries:
@@ -285,6 +287,10 @@ class Checkpoint:
                 else:
                     raise _not_a_weight(entry)
         return cls(folder, config, entries, ignored)
+
+    @property
+    def config(self) -> dict:
+        return self._config
 
     def names(self) -> list[str]:
         return list(self.entries)

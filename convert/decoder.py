@@ -9,6 +9,7 @@ memory at a time; worker threads read, convert and quantize them side by side.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -18,15 +19,18 @@ from pathlib import Path
 
 import numpy as np
 from edge_gemma.convert.gemma import SPARSE_LAYERS, SPARSITY_MULTIPLIER, Dims, Source
-from edge_gemma.convert.gguf_writer import gguf_header, padded
-from edge_gemma.convert.quantize import quantize_rows
+from edge_gemma.convert.gguf_writer import Pair, Value, gguf_header, padded
+from edge_gemma.convert.quantize import quantize_rows, row_bytes
+from edge_gemma.convert.tensors import TensorReader
 from edge_gemma.convert.vocabulary import Vocabulary
 
-from edge_gemma.bundles.gguf import TYPE_SIZES, layout_rank
+from edge_gemma.bundles.gguf import layout_rank
 from edge_gemma.bundles.manifest import File
 
 CHUNK_VALUES = 1 << 21  # 8 MiB as float32: large enough to hide Python, small enough for a board
 Progress = Callable[[int], None]
+# our name of a special token → the middle of its key in a GGUF
+_SPECIAL_KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot"}
 
 
 @dataclass(frozen=True)
@@ -55,43 +59,37 @@ def plan_layout(
     """Order the tensors (PLE and what is never read first, what every token needs last) and build
     the header.
     """
-    ordered = sorted(
-        sources,
-        key=lambda source: (
-            layout_rank(source.use, types[source.name], len(source.shape)),
-            source.name != "per_layer_token_embd.weight",
-        ),
-    )
+
+    def place(source: Source) -> tuple:
+        rank = layout_rank(source.use, types[source.name], len(source.shape))
+        return rank, source.name != "per_layer_token_embd.weight"
+
     tensors = []
-    for source in ordered:
-        block, block_bytes = TYPE_SIZES[types[source.name]]
-        tensors.append(
-            (source, types[source.name], source.n_per_row // block * block_bytes * source.n_rows)
-        )
+    for source in sorted(sources, key=place):
+        kind = types[source.name]
+        tensors.append((source, kind, row_bytes(kind, source.n_per_row) * source.n_rows))
     table = [(source.name, kind, source.shape, nbytes) for source, kind, nbytes in tensors]
-    return Layout(gguf_header(_metadata(dims, vocabulary, name, file_type), table), tuple(tensors))
+    header = gguf_header(_metadata(dims, vocabulary, name, file_type), table)
+    return Layout(header, tuple(tensors))
 
 
 def write_decoder(
     path: Path,
     layout: Layout,
-    tensors,
+    tensors: TensorReader,
     *,
     importance: dict[str, np.ndarray] | None = None,
     n_threads: int = 1,
     progress: Progress = lambda n_bytes: None,
 ) -> File:
-    """Write the GGUF.
-
-    ``tensors`` answers ``read(name, rows)`` (a Checkpoint, or one with an adapter merged in);
-    ``progress`` gets bytes.
+    """Write the GGUF; ``progress`` gets the bytes of each write.
 
     Raises CheckpointError (the input), OSError (the disk).
     """
     digest, size = hashlib.sha256(), 0
     with open(path, "wb") as file:
 
-        def put(data) -> None:
+        def put(data: bytes | memoryview) -> None:
             nonlocal size
             file.write(data)
             digest.update(data)
@@ -106,33 +104,38 @@ def write_decoder(
     return File(size=size, sha256=digest.hexdigest())
 
 
+Job = Callable[[], bytes | memoryview]
+
+
 def _jobs(
-    layout: Layout, tensors, importance: dict[str, np.ndarray]
-) -> Iterator[Callable[[], bytes | memoryview]]:
+    layout: Layout, tensors: TensorReader, importance: dict[str, np.ndarray]
+) -> Iterator[Job]:
+    """One job for every few rows of every tensor, in file order."""
     for source, kind, nbytes in layout.tensors:
         step = max(1, CHUNK_VALUES // source.n_per_row)
+        weights = importance.get(source.name)
         for start in range(0, source.n_rows, step):
             stop = min(start + step, source.n_rows)
             padding = padded(nbytes) - nbytes if stop == source.n_rows else 0
-            yield lambda source=source, kind=kind, start=start, stop=stop, padding=padding: _chunk(
-                source, kind, tensors, importance.get(source.name), start, stop, padding
-            )
+            yield functools.partial(_chunk, source, kind, tensors, weights, start, stop, padding)
 
 
 def _chunk(
     source: Source,
     kind: str,
-    tensors,
+    tensors: TensorReader,
     importance: np.ndarray | None,
     start: int,
     stop: int,
     padding: int,
 ) -> bytes | memoryview:
     blocks = quantize_rows(kind, source.rows(tensors, start, stop), importance)
-    return memoryview(blocks) if not padding else blocks.tobytes() + b"\0" * padding
+    return blocks.tobytes() + b"\0" * padding if padding else blocks.data
 
 
-def _in_order(pool: ThreadPoolExecutor, ahead: int, jobs: Iterator[Callable]) -> Iterator:
+def _in_order(
+    pool: ThreadPoolExecutor, ahead: int, jobs: Iterator[Job]
+) -> Iterator[bytes | memoryview]:
     """Results in the jobs' order, at most ``ahead`` of them begun: that bounds the memory. The
     first failure stops the rest.
     """
@@ -149,20 +152,35 @@ def _in_order(pool: ThreadPoolExecutor, ahead: int, jobs: Iterator[Callable]) ->
             future.cancel()
 
 
-def _metadata(
-    dims: Dims, vocabulary: Vocabulary, name: str, file_type: int
-) -> Iterator[tuple[str, object]]:
+def _metadata(dims: Dims, vocabulary: Vocabulary, name: str, file_type: int) -> Iterator[Pair]:
     """The key/value pairs llama.cpp's own converter writes for these families
     (conversion/gemma.py).
     """
-    family = dims.family
-    yield "general.architecture", family
+    yield "general.architecture", dims.family
     yield "general.type", "model"
     yield "general.name", name
     yield "general.license", "gemma"
     yield "general.quantization_version", 2
     yield "general.file_type", file_type
-    numbers = {
+    for key, value in _numbers(dims).items():
+        yield f"{dims.family}.{key}", value
+    yield "tokenizer.ggml.model", "llama"
+    yield "tokenizer.ggml.pre", "default"
+    yield "tokenizer.ggml.tokens", vocabulary.tokens
+    yield "tokenizer.ggml.scores", vocabulary.scores
+    yield "tokenizer.ggml.token_type", vocabulary.types
+    for ours, theirs in _SPECIAL_KEYS.items():
+        if ours in vocabulary.special:
+            yield f"tokenizer.ggml.{theirs}_token_id", vocabulary.special[ours]
+    yield "tokenizer.ggml.add_bos_token", True
+    yield "tokenizer.ggml.add_eos_token", False
+    yield "tokenizer.ggml.add_space_prefix", vocabulary.add_space_prefix
+    if vocabulary.chat_template:
+        yield "tokenizer.chat_template", vocabulary.chat_template
+
+
+def _numbers(dims: Dims) -> dict[str, Value]:
+    numbers: dict[str, Value] = {
         "block_count": dims.n_layer,
         "context_length": dims.n_ctx_train,
         "embedding_length": dims.n_embd,
@@ -181,10 +199,10 @@ def _metadata(
     if dims.rope_factor != 1.0:
         numbers |= {"rope.scaling.type": "linear", "rope.scaling.factor": dims.rope_factor}
     numbers["attention.sliding_window_pattern"] = np.array(dims.sliding, np.bool_)
-    if family == "gemma3n":
-        scale = np.where(
-            np.arange(dims.n_layer) < SPARSE_LAYERS, SPARSITY_MULTIPLIER, -np.inf
-        ).astype(np.float32)  # the quantile of 0 is −∞
+    if dims.family == "gemma3n":
+        is_sparse = np.arange(dims.n_layer) < SPARSE_LAYERS
+        # the quantile of 0 is −∞: a layer that is not sparse keeps every value
+        scale = np.where(is_sparse, SPARSITY_MULTIPLIER, -np.inf).astype(np.float32)
         numbers |= {
             "altup.active_idx": 0,
             "altup.num_inputs": 4,
@@ -192,24 +210,4 @@ def _metadata(
             "attention.shared_kv_layers": dims.n_kv_shared,
             "activation_sparsity_scale": scale,
         }
-    for key, value in numbers.items():
-        yield f"{family}.{key}", value
-    yield "tokenizer.ggml.model", "llama"
-    yield "tokenizer.ggml.pre", "default"
-    yield "tokenizer.ggml.tokens", vocabulary.tokens
-    yield "tokenizer.ggml.scores", vocabulary.scores
-    yield "tokenizer.ggml.token_type", vocabulary.types
-    for ours, theirs in {
-        "bos": "bos",
-        "eos": "eos",
-        "unk": "unknown",
-        "pad": "padding",
-        "eot": "eot",
-    }.items():
-        if ours in vocabulary.special:
-            yield f"tokenizer.ggml.{theirs}_token_id", vocabulary.special[ours]
-    yield "tokenizer.ggml.add_bos_token", True
-    yield "tokenizer.ggml.add_eos_token", False
-    yield "tokenizer.ggml.add_space_prefix", vocabulary.add_space_prefix
-    if vocabulary.chat_template:
-        yield "tokenizer.chat_template", vocabulary.chat_template
+    return numbers

@@ -3,18 +3,20 @@ tensors where the rows come from.
 
 In: a :class:`~.checkpoint.Checkpoint`. Out: :class:`Dims` and a list of :class:`Source`. Every
 tensor of the checkpoint is mapped or listed as skipped with the reason; a missing, unexpected or
-misshapen one is an error that names it. This room does not know quantization. What llama.cpp fixes
-in code (src/models/gemma3.cpp, gemma3n.cpp) is checked here, because a file that says otherwise
-would load and answer nonsense.
+misshapen one is an error that names it. This module does not know quantization. What llama.cpp
+fixes in code (src/models/gemma3.cpp, gemma3n.cpp) is checked here, because a file that says
+otherwise would load and answer nonsense.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Literal
 
 import numpy as np
 from edge_gemma.convert.checkpoint import Checkpoint
+from edge_gemma.convert.tensors import TensorReader
 
 from edge_gemma.bundles.description import (
     GEMMA3N_ALTUP,
@@ -27,11 +29,8 @@ from edge_gemma.bundles.description import (
 from edge_gemma.errors import CheckpointError, UnsupportedModel
 
 PREFIX = "model.language_model."
-SPARSE_LAYERS, SPARSITY, SPARSITY_MULTIPLIER = (
-    10,
-    0.95,
-    1.6448536,
-)  # the 95 % quantile of a normal distribution
+SPARSE_LAYERS, SPARSITY = 10, 0.95
+SPARSITY_MULTIPLIER = 1.6448536  # the 95 % quantile of a normal distribution
 TOWERS = {
     "model.audio_tower.": "audio",
     "model.embed_audio.": "audio",
@@ -40,8 +39,8 @@ TOWERS = {
     "model.multi_modal_projector.": "vision",
 }
 
-# transformers' module → GGUF's tensor, within a layer; the same in both families, then gemma3n's
-# own
+# transformers' module → GGUF's tensor, within a layer: what both families have, then what gemma3n
+# adds
 _LAYER = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -70,8 +69,7 @@ _LAYER_3N = _LAYER | {
     "per_layer_projection": "proj",
     "post_per_layer_input_norm": "post_norm",
 }
-_BARE = ("altup.correct_output_scale",)  # a parameter of its own, spelled without .weight
-_KV = ("attn_k", "attn_v", "attn_k_norm")
+_BARE = ("altup.correct_output_scale",)  # a bare parameter, spelled without .weight
 
 # What transformers assumes when config.json leaves a number out (old multimodal configs leave out
 # most)
@@ -115,7 +113,7 @@ _DEFAULTS = {
 class Dims:
     """The decoder's numbers, checked. ``sliding`` has one entry a layer."""
 
-    family: str
+    family: Literal["gemma3", "gemma3n"]
     n_layer: int
     n_embd: int
     n_ff: int
@@ -162,19 +160,16 @@ class Part:
     cols: tuple[tuple[int, int], ...] | None = None
     add: float = 0.0
 
-    def rows(self, tensors, start: int, stop: int, width: int) -> np.ndarray:
+    def rows(self, tensors: TensorReader, start: int, stop: int, width: int) -> np.ndarray:
+        """Rows ``start … stop`` of this part as float32 ``[stop − start, width]``."""
         if self.name is None:
             return np.zeros((stop - start, width), np.float32)
-        vector = len(tensors.shape(self.name)) == 1  # a norm: one row
-        values = tensors.read(
-            self.name, None if vector else slice(self.first + start, self.first + stop)
-        ).reshape(stop - start, -1)
+        is_vector = len(tensors.shape(self.name)) == 1  # a norm: one row
+        wanted = None if is_vector else slice(self.first + start, self.first + stop)
+        values = tensors.read(self.name, wanted).reshape(stop - start, -1)
         if self.cols is not None:
-            values = (
-                np.concatenate([values[:, a:b] for a, b in self.cols], axis=1)
-                if len(self.cols) != 1
-                else values[:, slice(*self.cols[0])]
-            )
+            pieces = [values[:, a:b] for a, b in self.cols]
+            values = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
         assert values.shape == (stop - start, width), (self, values.shape)
         return values + np.float32(self.add) if self.add else values
 
@@ -196,7 +191,7 @@ class Source:
     def n_rows(self) -> int:
         return prod(self.shape[1:])
 
-    def rows(self, tensors, start: int, stop: int) -> np.ndarray:
+    def rows(self, tensors: TensorReader, start: int, stop: int) -> np.ndarray:
         """Rows ``start … stop`` as float32 ``[stop − start, n_per_row]``, contiguous."""
         pieces, at = [], 0
         for part in self.parts:
@@ -216,18 +211,21 @@ def text_config(config: dict) -> dict:
     return inner if isinstance(inner, dict) else config
 
 
-def family_of(config: dict) -> str:
+def family_of(config: dict) -> Literal["gemma3", "gemma3n"]:
     """``gemma3`` or ``gemma3n``. Raises UnsupportedModel naming what was found."""
     model_type = str(config.get("model_type", "")).removesuffix("_text")
     architectures = config.get("architectures") or []
-    if model_type in ("gemma3", "gemma3n") and not (
+    is_embedding = bool(
         text_config(config).get("use_bidirectional_attention")
         or "EmbeddingGemma" in str(architectures)
-    ):
-        return model_type
-    found = f"model_type {config.get('model_type')!r}" + (
-        f" ({architectures[0]})" if architectures else ""
     )
+    if model_type == "gemma3" and not is_embedding:
+        return "gemma3"
+    if model_type == "gemma3n" and not is_embedding:
+        return "gemma3n"
+    found = f"model_type {config.get('model_type')!r}"
+    if architectures:
+        found += f" ({architectures[0]})"
     if model_type in ("gemma3", "gemma3n"):
         found += " with bidirectional attention (an embedding model)"
     raise UnsupportedModel(f"config.json says {found}; supported are {SUPPORTED}, base or tuned")
@@ -255,19 +253,7 @@ def read_dims(config: dict) -> Dims:
         raise CheckpointError(
             f"config.json: num_hidden_layers is {n_layer}; no Gemma 3 has more than 62"
         )
-    widths = (
-        text["intermediate_size"]
-        if isinstance(text["intermediate_size"], list)
-        else [text["intermediate_size"]] * n_layer
-    )
-    if len(widths) < n_layer or len(set(widths[:n_layer])) != 1:
-        raise UnsupportedModel(
-            "config.json: the FFN widths differ between layers "
-            f"({sorted(set(map(str, widths)))}); llama.cpp reads one width for all, so a "
-            "mixed MatFormer cut "
-            "cannot become a smaller GGUF. Slice to one width: --slice FILE with a single ffn value"
-        )
-    text["intermediate_size"] = widths[0]
+    text["intermediate_size"] = _one_width(text["intermediate_size"], n_layer)
     rope_base, rope_base_sliding, rope_factor = _rope(text)
     dims = Dims(
         family=family,
@@ -295,45 +281,53 @@ def read_dims(config: dict) -> Dims:
     return dims
 
 
+def _one_width(size: object, n_layer: int) -> object:
+    """The FFN width that all layers have, from one number or one for each layer."""
+    widths = size if isinstance(size, list) else [size] * n_layer
+    if len(widths) < n_layer or len(set(widths[:n_layer])) != 1:
+        raise UnsupportedModel(
+            "config.json: the FFN widths differ between layers "
+            f"({sorted(set(map(str, widths)))}); llama.cpp reads one width for all, so a "
+            "mixed MatFormer cut cannot become a smaller GGUF. Slice to one width: "
+            "--slice FILE with a single ffn value"
+        )
+    return widths[0]
+
+
 def _rope(text: dict) -> tuple[float, float, float]:
     """(base of the global layers, base of the sliding ones, linear factor of the global ones), from
     the old keys or the new table.
     """
-    parameters = (
-        text.get("rope_parameters") if isinstance(text.get("rope_parameters"), dict) else {}
-    )
+    parameters = text.get("rope_parameters")
+    parameters = parameters if isinstance(parameters, dict) else {}
     full = parameters.get("full_attention", parameters) or {}
     sliding = parameters.get("sliding_attention") or {}
-    scaling = text.get("rope_scaling") if isinstance(text.get("rope_scaling"), dict) else full
+    old_scaling = text.get("rope_scaling")
+    scaling = old_scaling if isinstance(old_scaling, dict) else full
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "linear") or sliding.get("rope_type", "default") != "default":
         raise UnsupportedModel(
             f"config.json: rope type {kind!r} is not one that Gemma 3 uses (default or linear)"
         )
-    return (
-        float(full.get("rope_theta", text.get("rope_theta", 1e6))),
-        float(sliding.get("rope_theta", text.get("rope_local_base_freq", 1e4))),
-        float(scaling.get("factor") or 1.0) if kind == "linear" else 1.0,
-    )
+    base = full.get("rope_theta", text.get("rope_theta", 1e6))
+    base_sliding = sliding.get("rope_theta", text.get("rope_local_base_freq", 1e4))
+    factor = scaling.get("factor") or 1.0
+    return float(base), float(base_sliding), float(factor) if kind == "linear" else 1.0
 
 
 def _sliding(text: dict, family: str, n_layer: int) -> tuple[bool, ...]:
     kinds = text.get("layer_types")
-    if (
-        isinstance(kinds, list)
-        and len(kinds) >= n_layer
-        and set(kinds) <= {"sliding_attention", "full_attention"}
-    ):
-        return tuple(kind == "sliding_attention" for kind in kinds[:n_layer])
     if kinds is not None:
-        raise CheckpointError(
-            "config.json: layer_types has "
-            f"{len(kinds) if isinstance(kinds, list) else kinds!r} entries for {n_layer} "
-            "layers, or kinds other than sliding and full attention"
-        )
-    period = text.get(
-        "sliding_window_pattern", text.get("_sliding_window_pattern", SWA_PERIOD[family])
-    )
+        known = {"sliding_attention", "full_attention"}
+        if not isinstance(kinds, list) or len(kinds) < n_layer or not set(kinds) <= known:
+            raise CheckpointError(
+                "config.json: layer_types has "
+                f"{len(kinds) if isinstance(kinds, list) else kinds!r} entries for {n_layer} "
+                "layers, or kinds other than sliding and full attention"
+            )
+        return tuple(kind == "sliding_attention" for kind in kinds[:n_layer])
+    default = text.get("_sliding_window_pattern", SWA_PERIOD[family])
+    period = text.get("sliding_window_pattern", default)
     if type(period) is not int or period < 1:
         raise CheckpointError(
             f"config.json: sliding_window_pattern is {period!r}, expected a positive number"
@@ -343,15 +337,14 @@ def _sliding(text: dict, family: str, n_layer: int) -> tuple[bool, ...]:
 
 def _check_fixed(text: dict, dims: Dims) -> None:
     """What llama.cpp takes as given for the family."""
-    fixed = {
+    fixed: dict[str, object] = {
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,
         "attn_logit_softcapping": None,
     }
     if dims.family == "gemma3":
-        fixed["query_pre_attn_scalar"] = (
-            dims.head_dim if dims.n_layer != 62 else dims.n_embd // dims.n_head
-        )
+        is_27b = dims.n_layer == 62  # llama.cpp scales its queries by the embedding's width
+        fixed["query_pre_attn_scalar"] = dims.n_embd // dims.n_head if is_27b else dims.head_dim
     else:
         fixed |= {
             "altup_num_inputs": GEMMA3N_ALTUP,
@@ -359,20 +352,9 @@ def _check_fixed(text: dict, dims: Dims) -> None:
             "laurel_rank": GEMMA3N_LAUREL,
             "hidden_size_per_layer_input": 256,
             "final_logit_softcapping": 30.0,
+            "num_kv_shared_layers": dims.n_layer - GEMMA3N_KV_LAYERS,
         }
-        fixed["num_kv_shared_layers"] = dims.n_layer - GEMMA3N_KV_LAYERS
-        pattern = text.get(
-            "activation_sparsity_pattern",
-            [SPARSITY] * SPARSE_LAYERS + [0.0] * (dims.n_layer - SPARSE_LAYERS),
-        )
-        pattern = [pattern] * dims.n_layer if isinstance(pattern, float) else pattern
-        if list(pattern)[: dims.n_layer] != [SPARSITY] * SPARSE_LAYERS + [0.0] * (
-            dims.n_layer - SPARSE_LAYERS
-        ):
-            raise UnsupportedModel(
-                f"config.json: activation_sparsity_pattern is {pattern}; llama.cpp runs "
-                f"{SPARSITY} in exactly the first {SPARSE_LAYERS} layers"
-            )
+        _check_sparsity(text, dims.n_layer)
         if dims.ple_vocab > dims.n_vocab:
             raise CheckpointError(
                 f"config.json: vocab_size_per_layer_input {dims.ple_vocab} exceeds "
@@ -387,6 +369,18 @@ def _check_fixed(text: dict, dims: Dims) -> None:
     if dims.n_head % dims.n_head_kv:
         raise CheckpointError(
             f"config.json: {dims.n_head} heads cannot share {dims.n_head_kv} KV heads"
+        )
+
+
+def _check_sparsity(text: dict, n_layer: int) -> None:
+    expected = [SPARSITY] * SPARSE_LAYERS + [0.0] * (n_layer - SPARSE_LAYERS)
+    pattern = text.get("activation_sparsity_pattern", expected)
+    if isinstance(pattern, float):
+        pattern = [pattern] * n_layer
+    if list(pattern)[:n_layer] != expected:
+        raise UnsupportedModel(
+            f"config.json: activation_sparsity_pattern is {pattern}; llama.cpp runs "
+            f"{SPARSITY} in exactly the first {SPARSE_LAYERS} layers"
         )
 
 
@@ -420,57 +414,52 @@ def map_tensors(
     """
     cut = cut or Cut(tuple(range(dims.n_layer)), dims.n_ff)
     out_dims = cut_dims(dims, cut)
-    skipped = {name: "an integer buffer that no model reads" for name in checkpoint.ignored}
-    sources = _mapping_table(
-        dims,
-        out_dims,
-        cut,
-        "lm_head.weight" if not dims.tied and "lm_head.weight" in checkpoint else None,
-        untied,
-    )
-    known = set()
-    in_shapes = _checkpoint_shapes(dims)
-    for name, shape in in_shapes.items():
-        known.add(name)
+    shapes = checkpoint_shapes(dims)
+    for name, shape in shapes.items():
         if name in checkpoint and checkpoint.shape(name) != shape:
             raise CheckpointError(
                 f"tensor {checkpoint.entry(name).stored!r} has shape "
                 f"{list(checkpoint.shape(name))}, config.json asks for {list(shape)}"
             )
-    for i, source in enumerate(sources):
-        missing = [
-            part.name
-            for part in source.parts
-            if part.name is not None and part.name not in checkpoint
-        ]
-        if (
-            missing and source.use == "unused"
-        ):  # KV of sharing layers: transformers 5 no longer saves it
-            sources[i] = replace(
-                source, parts=tuple(Part(None, part.n_rows) for part in source.parts)
-            )
-        elif missing:
-            checkpoint.entry(missing[0])  # raises, naming it
+    has_head = not dims.tied and "lm_head.weight" in checkpoint
+    head = "lm_head.weight" if has_head else None
+    table = _mapping_table(dims, out_dims, cut, head, untied)
+    sources = tuple(_present(checkpoint, source) for source in table)
     used = {part.name for source in sources for part in source.parts}
+    skipped = {name: "an integer buffer that no model reads" for name in checkpoint.ignored}
     for name in checkpoint.names():
-        if name in used:
+        if name not in used:
+            skipped[name] = _why_skipped(checkpoint, dims, name, name in shapes)
+    tied = not any(source.name == "output.weight" for source in sources)
+    return Mapping(replace(out_dims, tied=tied), sources, skipped)
+
+
+def _present(checkpoint: Checkpoint, source: Source) -> Source:
+    """``source`` if the checkpoint has all of it, zeros for what is never read. Raises
+    CheckpointError.
+    """
+    for part in source.parts:
+        if part.name is None or part.name in checkpoint:
             continue
-        tower = next((what for prefix, what in TOWERS.items() if name.startswith(prefix)), None)
-        if tower:
-            skipped[name] = f"the {tower} tower, not part of the decoder"
-        elif name == "lm_head.weight":
-            skipped[name] = "config.json ties the output head to the token embedding"
-        elif name in known:
-            skipped[name] = "a layer that the slice leaves out"
-        else:
-            raise CheckpointError(
-                f"tensor {checkpoint.entry(name).stored!r} is not one that a {dims.family} "
-                f"of {dims.n_layer} layers has; is config.json of this checkpoint?"
-            )
-    return Mapping(
-        replace(out_dims, tied=not any(source.name == "output.weight" for source in sources)),
-        tuple(sources),
-        skipped,
+        if source.use == "unused":  # KV of sharing layers: transformers 5 no longer saves it
+            zeros = tuple(Part(None, part.n_rows) for part in source.parts)
+            return replace(source, parts=zeros)
+        checkpoint.entry(part.name)  # raises, naming it
+    return source
+
+
+def _why_skipped(checkpoint: Checkpoint, dims: Dims, name: str, is_known: bool) -> str:
+    """Why no tensor of the GGUF comes from ``name``. Raises CheckpointError without a reason."""
+    tower = next((what for prefix, what in TOWERS.items() if name.startswith(prefix)), None)
+    if tower:
+        return f"the {tower} tower, not part of the decoder"
+    if name == "lm_head.weight":
+        return "config.json ties the output head to the token embedding"
+    if is_known:
+        return "a layer that the slice leaves out"
+    raise CheckpointError(
+        f"tensor {checkpoint.entry(name).stored!r} is not one that a {dims.family} "
+        f"of {dims.n_layer} layers has; is config.json of this checkpoint?"
     )
 
 
@@ -486,10 +475,12 @@ def cut_dims(dims: Dims, cut: Cut) -> Dims:
 
 
 def _checkpoint_name(module: str, layer: int | None = None) -> str:
-    return f"{PREFIX}{'' if layer is None else f'layers.{layer}.'}{module}{'' if module in _BARE else '.weight'}"
+    place = "" if layer is None else f"layers.{layer}."
+    leaf = "" if module in _BARE else ".weight"
+    return f"{PREFIX}{place}{module}{leaf}"
 
 
-def _checkpoint_shapes(dims: Dims) -> dict[str, tuple[int, ...]]:
+def checkpoint_shapes(dims: Dims) -> dict[str, tuple[int, ...]]:
     """Every name a checkpoint of these dims has, with its shape in numpy order."""
     gguf = {
         name: tuple(reversed(shape))
@@ -501,20 +492,19 @@ def _checkpoint_shapes(dims: Dims) -> dict[str, tuple[int, ...]]:
         "lm_head.weight": gguf["token_embd.weight"],
     }
     for i in range(dims.n_layer):
-        shapes |= {
-            _checkpoint_name(module, i): gguf[f"blk.{i}.{name}.weight"]
-            for module, name in _layer_modules(dims).items()
-        }
+        for module, name in _layer_modules(dims).items():
+            shapes[_checkpoint_name(module, i)] = gguf[f"blk.{i}.{name}.weight"]
     if dims.family == "gemma3n":
-        shapes[_checkpoint_name("embed_tokens_per_layer")] = (
-            dims.ple_vocab,
-            dims.ple_width * dims.n_layer,
-        )
-        shapes[_checkpoint_name("per_layer_model_projection")] = gguf["per_layer_model_proj.weight"]
-        shapes[_checkpoint_name("per_layer_projection_norm")] = gguf["per_layer_proj_norm.weight"]
+        ple_row = dims.ple_width * dims.n_layer
+        square = (dims.n_embd, dims.n_embd)
+        shapes |= {
+            _checkpoint_name("embed_tokens_per_layer"): (dims.ple_vocab, ple_row),
+            _checkpoint_name("per_layer_model_projection"): gguf["per_layer_model_proj.weight"],
+            _checkpoint_name("per_layer_projection_norm"): gguf["per_layer_proj_norm.weight"],
+        }
         for k in range(GEMMA3N_ALTUP - 1):
-            shapes[_checkpoint_name(f"altup_projections.{k}")] = (dims.n_embd, dims.n_embd)
-            shapes[_checkpoint_name(f"altup_unembed_projections.{k}")] = (dims.n_embd, dims.n_embd)
+            shapes[_checkpoint_name(f"altup_projections.{k}")] = square
+            shapes[_checkpoint_name(f"altup_unembed_projections.{k}")] = square
     return shapes
 
 
@@ -523,10 +513,12 @@ def _layer_modules(dims: Dims) -> dict[str, str]:
 
 
 def _mapping_table(dims: Dims, out: Dims, cut: Cut, head: str | None, untied: bool) -> list[Source]:
+    """Every tensor that the GGUF of ``out`` has, from a checkpoint of ``dims``; ``head`` is the
+    name of the checkpoint's own output head.
+    """
     expected = expected_tensors(out.family, out.table())
-    norm_add = (
-        1.0 if dims.family == "gemma3" else 0.0
-    )  # Gemma3RMSNorm multiplies by 1 + weight, Gemma3nRMSNorm by weight
+    # Gemma3RMSNorm multiplies by 1 + weight, Gemma3nRMSNorm by weight
+    norm_add = 1.0 if dims.family == "gemma3" else 0.0
     sources: list[Source] = []
 
     def put(name: str, *parts: Part, use: str | None = None) -> None:
@@ -539,68 +531,61 @@ def _mapping_table(dims: Dims, out: Dims, cut: Cut, head: str | None, untied: bo
     put("output_norm.weight", Part(_checkpoint_name("norm"), 1, add=norm_add))
     if separate:
         shape, _ = expected["token_embd.weight"]
-        sources.append(
-            Source(
-                "output.weight", shape, (Part(head, dims.n_vocab) if head else embedding,), "matmul"
-            )
-        )
+        part = Part(head, dims.n_vocab) if head else embedding
+        sources.append(Source("output.weight", shape, (part,), "matmul"))
     for new, old in enumerate(cut.layers):
         for module, tensor in _layer_modules(dims).items():
             name = f"blk.{new}.{tensor}.weight"
             shape, _ = expected[name]
-            n_rows = prod(shape[1:])
-            cols = ((0, cut.n_ff),) if tensor == "ffn_down" and cut.n_ff != dims.n_ff else None
-            put(
-                name,
-                Part(
-                    _checkpoint_name(module, old),
-                    n_rows,
-                    cols=cols,
-                    add=norm_add if tensor.endswith("norm") else 0.0,
-                ),
+            is_narrowed = tensor == "ffn_down" and cut.n_ff != dims.n_ff
+            part = Part(
+                _checkpoint_name(module, old),
+                n_rows=prod(shape[1:]),
+                cols=((0, cut.n_ff),) if is_narrowed else None,
+                add=norm_add if tensor.endswith("norm") else 0.0,
             )
+            put(name, part)
     if dims.family == "gemma3n":
-        width = dims.ple_width
-        spans = (
-            tuple((i * width, (i + 1) * width) for i in cut.layers)
-            if len(cut.layers) != dims.n_layer
-            else None
-        )
-        padding = (
-            (Part(None, dims.n_vocab - dims.ple_vocab),) if dims.ple_vocab < dims.n_vocab else ()
-        )  # soft tokens have no rows of their own
-        put(
-            "per_layer_token_embd.weight",
-            Part(_checkpoint_name("embed_tokens_per_layer"), dims.ple_vocab, cols=_joined(spans)),
-            *padding,
-        )
-        put(
-            "per_layer_model_proj.weight",
-            *(
-                Part(_checkpoint_name("per_layer_model_projection"), b - a, first=a)
-                for a, b in _joined(spans) or ((0, width * dims.n_layer),)
-            ),
-        )
-        put("per_layer_proj_norm.weight", Part(_checkpoint_name("per_layer_projection_norm"), 1))
-        for ours, theirs in (
-            ("altup_proj", "altup_projections"),
-            ("altup_unembd_proj", "altup_unembed_projections"),
-        ):
-            put(
-                f"{ours}.weight",
-                *(
-                    Part(_checkpoint_name(f"{theirs}.{k}"), dims.n_embd)
-                    for k in range(GEMMA3N_ALTUP - 1)
-                ),
-            )
+        for name, parts in _gemma3n_parts(dims, cut).items():
+            put(name, *parts)
     return sources
 
 
-def _joined(spans: tuple[tuple[int, int], ...] | None) -> tuple[tuple[int, int], ...] | None:
-    """Neighbouring column ranges as one."""
-    if spans is None:
-        return None
+def _gemma3n_parts(dims: Dims, cut: Cut) -> dict[str, list[Part]]:
+    """What Gemma 3n has beside its layers. The per-layer tables hold one block of columns (or rows)
+    for each layer; only those of ``cut.layers`` are kept.
+    """
+    width = dims.ple_width
+    spans = _joined([(i * width, (i + 1) * width) for i in cut.layers])
+    is_whole = len(cut.layers) == dims.n_layer
+    table = Part(
+        _checkpoint_name("embed_tokens_per_layer"),
+        dims.ple_vocab,
+        cols=None if is_whole else spans,
+    )
+    parts = {"per_layer_token_embd.weight": [table]}
+    if dims.ple_vocab < dims.n_vocab:  # soft tokens have no rows there
+        parts["per_layer_token_embd.weight"].append(Part(None, dims.n_vocab - dims.ple_vocab))
+    projection = _checkpoint_name("per_layer_model_projection")
+    parts["per_layer_model_proj.weight"] = [Part(projection, b - a, first=a) for a, b in spans]
+    norm = Part(_checkpoint_name("per_layer_projection_norm"), 1)
+    parts["per_layer_proj_norm.weight"] = [norm]
+    for ours, theirs in (
+        ("altup_proj", "altup_projections"),
+        ("altup_unembd_proj", "altup_unembed_projections"),
+    ):
+        parts[f"{ours}.weight"] = [
+            Part(_checkpoint_name(f"{theirs}.{k}"), dims.n_embd) for k in range(GEMMA3N_ALTUP - 1)
+        ]
+    return parts
+
+
+def _joined(spans: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Neighbouring ranges as one."""
     joined = [spans[0]]
-    for a, b in spans[1:]:
-        joined[-1:] = [(joined[-1][0], b)] if a == joined[-1][1] else [joined[-1], (a, b)]
+    for start, stop in spans[1:]:
+        if start == joined[-1][1]:
+            joined[-1] = (joined[-1][0], stop)
+        else:
+            joined.append((start, stop))
     return tuple(joined)

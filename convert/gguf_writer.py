@@ -19,6 +19,8 @@ from edge_gemma.bundles.gguf import TYPE_IDS
 from edge_gemma.errors import RuntimeFailure, UsageError
 
 ALIGNMENT = 32  # GGUF's default
+Value = bool | int | float | str | bytes | np.ndarray | Sequence[str | bytes]
+Pair = tuple[str, Value]
 _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
 _ITEMS = {np.dtype(np.float32): _FLOAT32, np.dtype(np.int32): _INT32, np.dtype(np.bool_): _BOOL}
 
@@ -29,7 +31,7 @@ def padded(n: int) -> int:
 
 
 def gguf_header(
-    pairs: Iterable[tuple[str, object]], tensors: Iterable[tuple[str, str, tuple[int, ...], int]]
+    pairs: Iterable[Pair], tensors: Iterable[tuple[str, str, tuple[int, ...], int]]
 ) -> bytes:
     """Header of a GGUF with these pairs and ``(name, type, shape in ggml order, bytes)`` of each
     tensor in file order.
@@ -42,36 +44,29 @@ def gguf_header(
     table, offset = [], 0
     for name, kind, shape, nbytes in tensors:
         assert len(name.encode()) < 64, name  # GGML_MAX_NAME
-        table.append(
-            _string(name)
-            + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, TYPE_IDS[kind], offset)
-        )
+        dimensions = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+        place = struct.pack("<IQ", TYPE_IDS[kind], offset)
+        table.append(_string(name) + dimensions + place)
         offset += padded(nbytes)
-    header = (
-        struct.pack("<4sIQQ", b"GGUF", 3, len(table), len(values))
-        + b"".join(values)
-        + b"".join(table)
-    )
+    start = struct.pack("<4sIQQ", b"GGUF", 3, len(table), len(values))
+    header = start + b"".join(values) + b"".join(table)
     return header + b"\0" * (-len(header) % ALIGNMENT)
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
-    """That a file can be made there, asked before the work that it is to hold. Raises UsageError."""
-    if path.exists() and (path.is_dir() or not overwrite):
-        raise UsageError(
-            f"{path} is a folder; give the name of a file"
-            if path.is_dir()
-            else f"{path} exists; choose another name or pass --force"
-        )
-    if not path.absolute().parent.is_dir():
-        raise UsageError(
-            f"there is no folder {path.absolute().parent} to write {path.name} into; make it first"
-        )
+    """Refuse an output that cannot be made, before the work for it begins. Raises UsageError."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; give the name of a file")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} exists; choose another name or pass --force")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder} to write {path.name} into; make it first")
 
 
 def write_gguf(
     path: Path,
-    pairs: Iterable[tuple[str, object]],
+    pairs: Iterable[Pair],
     tensors: Sequence[tuple[str, tuple[int, ...], np.ndarray]],
 ) -> None:
     """A small GGUF of F32 tensors (name, shape in ggml order, values), whole or not at all. Raises
@@ -79,17 +74,13 @@ def write_gguf(
     """
     temporary = path.with_name(f".{path.name}.partial")
     blocks = [np.ascontiguousarray(values, np.float32).tobytes() for _, _, values in tensors]
+    table = [
+        (name, "F32", shape, len(block))
+        for (name, shape, _), block in zip(tensors, blocks, strict=True)
+    ]
     try:
         with open(temporary, "wb") as file:
-            file.write(
-                gguf_header(
-                    pairs,
-                    [
-                        (name, "F32", shape, len(block))
-                        for (name, shape, _), block in zip(tensors, blocks)
-                    ],
-                )
-            )
+            file.write(gguf_header(pairs, table))
             for block in blocks:
                 file.write(block + b"\0" * (padded(len(block)) - len(block)))
         os.replace(temporary, path)
@@ -103,7 +94,7 @@ def _string(text: str | bytes) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def _value(value) -> bytes:
+def _value(value: Value) -> bytes:
     if isinstance(value, bool):
         return struct.pack("<I?", _BOOL, value)
     if isinstance(value, int):

@@ -4,7 +4,7 @@ converted.
 In: a PEFT folder (``adapter_config.json``, ``adapter_model.safetensors``) and the base checkpoint.
 Out: a GGUF adapter, or :class:`Merged`, which reads like a checkpoint. Targets that llama.cpp would
 silently not apply are refused by name; so is what is more than a low-rank product (DoRA, trained
-biases, saved modules). This room does not know quantization.
+biases, saved modules). This module does not know quantization.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import numpy as np
 from edge_gemma.convert.checkpoint import (
     DTYPES,
     Checkpoint,
+    Entry,
     canonical_name,
     read_header,
     read_json,
 )
-from edge_gemma.convert.gemma import PREFIX, Dims, family_of, read_dims
-from edge_gemma.convert.gguf_writer import check_output, write_gguf
+from edge_gemma.convert.gemma import PREFIX, Dims, checkpoint_shapes, read_dims
+from edge_gemma.convert.gguf_writer import Pair, check_output, write_gguf
+from edge_gemma.convert.tensors import TensorReader
 
 from edge_gemma.bundles.description import GEMMA3N_KV_LAYERS
 from edge_gemma.errors import CheckpointError, UnsupportedModel, UsageError
@@ -39,13 +41,15 @@ _TARGETS = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_TARGETS_3N = _TARGETS | {
+_TARGETS_3N = {
+    **_TARGETS,
     "per_layer_input_gate": "inp_gate",
     "per_layer_projection": "proj",
     "laurel.linear_left": "laurel_l",
     "laurel.linear_right": "laurel_r",
 }
-_PLAIN = {
+# What adapter_config.json says of plain LoRA
+_PLAIN: dict[str, object] = {
     "use_dora": False,
     "bias": "none",
     "modules_to_save": None,
@@ -58,10 +62,20 @@ _PLAIN = {
 class Delta:
     """``scale · B @ A`` of one module: A ``[r, in]``, B ``[out, r]`` float32."""
 
-    module: str  # e.g. layers.3.self_attn.q_proj
+    layer: int
+    target: str  # a key of the targets above
     a: np.ndarray
     b: np.ndarray
     scale: float
+
+    @property
+    def module(self) -> str:
+        return f"layers.{self.layer}.{self.target}"
+
+
+def targets_of(dims: Dims) -> dict[str, str]:
+    """transformers' module → GGUF's tensor, for what an adapter may change."""
+    return _TARGETS_3N if dims.family == "gemma3n" else _TARGETS
 
 
 def read_adapter(folder: str | Path, dims: Dims) -> list[Delta]:
@@ -69,26 +83,12 @@ def read_adapter(folder: str | Path, dims: Dims) -> list[Delta]:
     UnsupportedModel.
     """
     folder = Path(folder)
-    if not (folder / "adapter_config.json").is_file():
-        raise CheckpointError(f"{folder} has no adapter_config.json; expected a PEFT folder")
-    config = read_json(folder / "adapter_config.json")
-    if config.get("peft_type", "LORA") != "LORA":
-        raise UnsupportedModel(
-            f"{folder} is a {config['peft_type']} adapter; only LORA can be applied"
-        )
-    for key, expected in _PLAIN.items():
-        if config.get(key) not in (expected, None, []):
-            raise UnsupportedModel(
-                f"{folder / 'adapter_config.json'}: {key} is {config[key]!r}; only plain "
-                f"LoRA ({key} {expected!r}) can be converted. Merge it with PEFT first"
-            )
+    config = _adapter_config(folder)
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
-        pickled = (folder / "adapter_model.bin").is_file()
-        raise CheckpointError(
-            f"{folder} has no adapter_model.safetensors"
-            + ("; its adapter_model.bin is a pickle and is never opened" if pickled else "")
-        )
+        is_pickled = (folder / "adapter_model.bin").is_file()
+        hint = "; its adapter_model.bin is a pickle and is never opened" if is_pickled else ""
+        raise CheckpointError(f"{folder} has no adapter_model.safetensors{hint}")
     pairs: dict[str, dict[str, np.ndarray]] = {}
     entries = read_header(path)
     values = _values(folder, entries)
@@ -106,7 +106,25 @@ def read_adapter(folder: str | Path, dims: Dims) -> list[Delta]:
     return [_delta(path, module, pair, config, dims) for module, pair in sorted(pairs.items())]
 
 
-def _values(folder: Path, entries) -> Checkpoint:
+def _adapter_config(folder: Path) -> dict:
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no adapter_config.json; expected a PEFT folder")
+    config = read_json(path)
+    if config.get("peft_type", "LORA") != "LORA":
+        raise UnsupportedModel(
+            f"{folder} is a {config['peft_type']} adapter; only LORA can be applied"
+        )
+    for key, expected in _PLAIN.items():
+        if config.get(key) not in (expected, None, []):
+            raise UnsupportedModel(
+                f"{path}: {key} is {config[key]!r}; only plain "
+                f"LoRA ({key} {expected!r}) can be converted. Merge it with PEFT first"
+            )
+    return config
+
+
+def _values(folder: Path, entries: list[Entry]) -> Checkpoint:
     bad = next((entry for entry in entries if entry.dtype not in DTYPES), None)
     if bad:
         raise CheckpointError(
@@ -117,40 +135,33 @@ def _values(folder: Path, entries) -> Checkpoint:
 
 
 def _delta(path: Path, module: str, pair: dict[str, np.ndarray], config: dict, dims: Dims) -> Delta:
-    targets = _TARGETS_3N if dims.family == "gemma3n" else _TARGETS
+    targets = targets_of(dims)
     match = re.fullmatch(re.escape(PREFIX) + r"layers\.(\d+)\.(.+)", module)
     if match is None or match[2] not in targets or int(match[1]) >= dims.n_layer:
         raise UnsupportedModel(
             f"{path} adapts {module!r}, which llama.cpp would not apply to a {dims.family} "
             f"of {dims.n_layer} layers; it applies {', '.join(targets)}"
         )
+    layer, target = int(match[1]), match[2]
     if pair.keys() != {"A", "B"}:
         raise CheckpointError(
             f"{path}: {module!r} has only lora_{next(iter(pair))}; the adapter is incomplete"
         )
     a, b = pair["A"], pair["B"]
-    out, columns = _shape(dims, match[2])
-    if (
-        a.ndim != 2
-        or b.ndim != 2
-        or a.shape[0] != b.shape[1]
-        or (b.shape[0], a.shape[1]) != (out, columns)
-    ):
+    expected = checkpoint_shapes(dims)[f"{PREFIX}layers.0.{target}.weight"]
+    is_product = a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1]
+    if not is_product or (b.shape[0], a.shape[1]) != expected:
         raise CheckpointError(
             f"{path}: {module!r} has A {list(a.shape)} and B {list(b.shape)}; the base's "
-            f"weight is {[out, columns]}. Was it trained on another model?"
+            f"weight is {list(expected)}. Was it trained on another model?"
         )
     rank = a.shape[0]
     alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
-    return Delta(
-        module.removeprefix(PREFIX),
-        a,
-        b,
-        float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank),
-    )
+    divisor = math.sqrt(rank) if config.get("use_rslora") else rank
+    return Delta(layer, target, a, b, float(alpha) / divisor)
 
 
-def _pattern(patterns, module: str, default):
+def _pattern(patterns: dict[str, float] | None, module: str, default: float) -> float:
     """PEFT's alpha_pattern: the first key that ends the module's name (or matches it as an
     expression).
     """
@@ -160,14 +171,8 @@ def _pattern(patterns, module: str, default):
     return default
 
 
-def _shape(dims: Dims, target: str) -> tuple[int, int]:
-    from edge_gemma.convert.gemma import _checkpoint_shapes
-
-    return _checkpoint_shapes(dims)[f"{PREFIX}layers.0.{target}.weight"]
-
-
-class Merged:
-    """Reads like a Checkpoint, with adapters added to the weights they belong to."""
+class Merged(TensorReader):
+    """A checkpoint with adapters (folder, scale) added to the weights they belong to."""
 
     def __init__(
         self, checkpoint: Checkpoint, dims: Dims, adapters: tuple[tuple[Path, float], ...]
@@ -181,7 +186,15 @@ class Merged:
                     "as trained"
                 )
             for delta in read_adapter(folder, dims):
-                self._deltas.setdefault(f"{PREFIX}{delta.module}.weight", []).append((delta, scale))
+                name = f"{PREFIX}{delta.module}.weight"
+                self._deltas.setdefault(name, []).append((delta, scale))
+
+    @property
+    def config(self) -> dict:
+        return self._checkpoint.config
+
+    def names(self) -> list[str]:
+        return self._checkpoint.names()
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._checkpoint.shape(name)
@@ -189,9 +202,8 @@ class Merged:
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         values = self._checkpoint.read(name, rows)
         for delta, scale in self._deltas.get(name, ()):
-            values = values + np.float32(scale * delta.scale) * (
-                delta.b[rows if rows is not None else slice(None)] @ delta.a
-            )
+            b = delta.b if rows is None else delta.b[rows]
+            values = values + np.float32(scale * delta.scale) * (b @ delta.a)
         return values
 
 
@@ -204,44 +216,36 @@ def convert_lora(
 
     Returns notes on what has no effect. Raises CheckpointError, UnsupportedModel, UsageError.
     """
-    out = Path(out)
+    folder, base, out = Path(folder), Path(base), Path(out)
     check_output(out, overwrite=overwrite)
-    config = (
-        read_json(Path(base) / "config.json") if (Path(base) / "config.json").is_file() else None
-    )
-    if config is None:
+    if not (base / "config.json").is_file():
         raise CheckpointError(
             f"{base} has no config.json; give the checkpoint folder the adapter was trained on"
         )
-    dims = read_dims(config)
-    targets = _TARGETS_3N if dims.family == "gemma3n" else _TARGETS
-    notes, tensors = [], []
+    dims = read_dims(read_json(base / "config.json"))
+    notes: list[str] = []
+    tensors: list[tuple[str, tuple[int, ...], np.ndarray]] = []  # shapes in ggml order
     for delta in read_adapter(folder, dims):
-        match = re.fullmatch(r"layers\.(\d+)\.(.+)", delta.module)
-        if (
-            dims.family == "gemma3n"
-            and int(match[1]) >= GEMMA3N_KV_LAYERS
-            and targets[match[2]] in ("attn_k", "attn_v")
-        ):
+        tensor = targets_of(dims)[delta.target]
+        is_shared = dims.family == "gemma3n" and delta.layer >= GEMMA3N_KV_LAYERS
+        if is_shared and tensor in ("attn_k", "attn_v"):
             notes.append(
                 f"{delta.module}: a layer that shares its KV never computes this; left out"
             )
             continue
-        name = f"blk.{match[1]}.{targets[match[2]]}.weight"
-        tensors.append((name + ".lora_a", delta.a))  # [r, in]: in ggml order (in, r)
-        tensors.append(
-            (name + ".lora_b", delta.b * np.float32(delta.scale * delta.a.shape[0]))
-        )  # alpha 1: llama.cpp divides by r again
+        # llama.cpp multiplies by alpha / r; alpha is 1 in this file
+        b = delta.b * np.float32(delta.scale * delta.a.shape[0])
+        name = f"blk.{delta.layer}.{tensor}.weight"
+        for suffix, values in ((".lora_a", delta.a), (".lora_b", b)):
+            tensors.append((name + suffix, tuple(reversed(values.shape)), values))
     if not tensors:
         raise CheckpointError(f"{folder} adapts nothing that this model computes")
-    pairs = [
-        ("general.architecture", family_of(config)),
+    pairs: list[Pair] = [
+        ("general.architecture", dims.family),
         ("general.type", "adapter"),
-        ("general.name", Path(folder).resolve().name),
+        ("general.name", folder.resolve().name),
         ("adapter.type", "lora"),
         ("adapter.lora.alpha", 1.0),
     ]
-    write_gguf(
-        out, pairs, [(name, tuple(reversed(values.shape)), values) for name, values in tensors]
-    )
+    write_gguf(out, pairs, tensors)
     return notes

@@ -55,7 +55,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def names() -> list[str]:
-    """The recipes that come with the package, smallest description first."""
+    """The recipes that come with the package, in alphabetical order."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
@@ -93,19 +93,18 @@ def read_recipe(name: str | Path) -> Recipe:
 def choose_types(
     recipe: Recipe, mapping: Mapping, *, has_imatrix: bool = False
 ) -> tuple[dict[str, str], list[str]]:
-    """(tensor name → type, a note on every group of tensors whose rows do not fit the wanted type)."""
-    types, misfits = {}, {}
+    """(tensor name → type, a note on every group of tensors whose rows do not fit the wanted
+    type).
+    """
+    types: dict[str, str] = {}
+    misfits: dict[tuple[int, str, str], list[str]] = {}
     for source in mapping.sources:
         wanted = _wanted(recipe, mapping, source, has_imatrix)
-        types[source.name] = (
-            fitting_type(wanted, source.n_per_row)
-            if wanted not in ("F32", "F16", "BF16")
-            else wanted
-        )
-        if types[source.name] != wanted:
-            misfits.setdefault((source.n_per_row, wanted, types[source.name]), []).append(
-                source.name
-            )
+        is_plain = wanted in ("F32", "F16", "BF16")
+        got = wanted if is_plain else fitting_type(wanted, source.n_per_row)
+        types[source.name] = got
+        if got != wanted:
+            misfits.setdefault((source.n_per_row, wanted, got), []).append(source.name)
     return types, [
         f"{_together(names)}: rows of {row} are no multiple of {wanted}'s block, so {got}"
         for (row, wanted, got), names in misfits.items()
@@ -115,7 +114,8 @@ def choose_types(
 def _together(names: list[str]) -> str:
     """Many tensors' names in one line: those of several layers by what they are, with how many.
 
-    >>> _together(["output.weight", "blk.0.attn_q.weight", "blk.1.attn_q.weight", "blk.3.attn_k.weight"])
+    >>> q = ["blk.0.attn_q.weight", "blk.1.attn_q.weight"]
+    >>> _together(["output.weight", *q, "blk.3.attn_k.weight"])
     'output.weight, attn_q of 2 layers, blk.3.attn_k.weight'
     """
     kinds: dict[str, list[str]] = {}
@@ -142,6 +142,7 @@ def _wanted(recipe: Recipe, mapping: Mapping, source: Source, has_imatrix: bool)
     if name == "per_layer_token_embd.weight":
         return recipe.ple or lookup
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+    assert match is not None, name
     layer, tensor = int(match[1]), match[2]
     for rule in recipe.rule:
         if (
@@ -155,9 +156,8 @@ def _wanted(recipe: Recipe, mapping: Mapping, source: Source, has_imatrix: bool)
 
 
 def _in_layers(which: str, i: int, n: int) -> bool:
-    if (
-        which == "more_bits"
-    ):  # use_more_bits: the first and last eighth, and every third layer between
+    # use_more_bits of llama.cpp: the first and last eighth, and every third layer between
+    if which == "more_bits":
         return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
     return {
         "all": True,
