@@ -2,9 +2,9 @@
 with its state in and out.
 
 In: a Gemma 3n :class:`Checkpoint`. Out: the graph, its data file and the manifest's
-:class:`AudioEncoder`. Weights are read, turned and written one at a time. This room does not run
-the encoder, and does not know log-mel (``edge_gemma/features.py``) or the order of steps
-(``edge_gemma/encode.py``).
+:class:`AudioPart`. Weights are read, turned and written one at a time. This module does not run
+the encoder, and does not know log-mel (:mod:`edge_gemma.hearing.log_mel`) or the order of steps
+(:mod:`edge_gemma.hearing.encoder`).
 
 Source of the network: transformers 5.23 ``modeling_gemma3n.py``. What it computes, as a stream:
 
@@ -24,12 +24,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from edge_gemma.convert.checkpoint import Checkpoint
-from edge_gemma.convert.onnx_writer import OnnxWriter, Precision
+from edge_gemma.convert.onnx_writer import OnnxWriter, Precision, Shape
 
 from edge_gemma.bundles.manifest import AudioPart
 from edge_gemma.errors import CheckpointError, UnsupportedModel
@@ -37,6 +37,7 @@ from edge_gemma.hearing.encoder import STEP_FRAMES
 
 FILE = "audio_encoder.onnx"
 TOWER, EMBEDDER = "model.audio_tower.", "model.embed_audio."
+_END = 1 << 40  # beyond every axis: a slice up to it goes to the end
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class AudioConfig:
     residual: float
     epsilon: float
     group_norm_epsilon: float
-    channels: tuple[int, int]
+    channels: tuple[int, ...]  # of both subsampling blocks
     n_mels: int
     clip: float
 
@@ -80,21 +81,7 @@ class AudioConfig:
                     f"{expected} only"
                 )
         try:
-            config = cls(
-                hidden=int(raw["hidden_size"]),
-                n_layer=int(raw["conf_num_hidden_layers"]),
-                n_head=int(raw["conf_num_attention_heads"]),
-                left=int(raw["conf_attention_context_left"]),
-                logit_cap=float(raw["conf_attention_logit_cap"]),
-                kernel=int(raw["conf_conv_kernel_size"]),
-                reduction=int(raw["conf_reduction_factor"]),
-                residual=float(raw["conf_residual_weight"]),
-                epsilon=float(raw["rms_norm_eps"]),
-                group_norm_epsilon=float(raw["sscp_conv_group_norm_eps"]),
-                channels=tuple(int(n) for n in raw["sscp_conv_channel_size"]),
-                n_mels=int(raw["input_feat_size"]),
-                clip=float(raw["gradient_clipping"]),
-            )
+            config = cls._read(raw)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{checkpoint.folder}: audio_config is incomplete or malformed "
@@ -113,6 +100,29 @@ class AudioConfig:
             )
         return config
 
+    @classmethod
+    def _read(cls, raw: dict) -> AudioConfig:
+        return cls(
+            hidden=int(raw["hidden_size"]),
+            n_layer=int(raw["conf_num_hidden_layers"]),
+            n_head=int(raw["conf_num_attention_heads"]),
+            left=int(raw["conf_attention_context_left"]),
+            logit_cap=float(raw["conf_attention_logit_cap"]),
+            kernel=int(raw["conf_conv_kernel_size"]),
+            reduction=int(raw["conf_reduction_factor"]),
+            residual=float(raw["conf_residual_weight"]),
+            epsilon=float(raw["rms_norm_eps"]),
+            group_norm_epsilon=float(raw["sscp_conv_group_norm_eps"]),
+            channels=tuple(int(n) for n in raw["sscp_conv_channel_size"]),
+            n_mels=int(raw["input_feat_size"]),
+            clip=float(raw["gradient_clipping"]),
+        )
+
+    @property
+    def context(self) -> int:
+        """Earlier frames that a query sees."""
+        return self.left - 1
+
     @property
     def head_dim(self) -> int:
         return self.hidden // self.n_head
@@ -124,9 +134,8 @@ class AudioConfig:
         rows = 2 * STEP_FRAMES + 1
         conv = 3 * rows * self.channels[0] * (self.n_mels // 2)
         feed_forward = STEP_FRAMES * self.hidden * (4 * 3 + 4)
-        state = (
-            2 * self.n_layer * self.hidden * (2 * (self.left - 1) + self.kernel - 1)
-        )  # in and out
+        state_frames = 2 * self.context + self.kernel - 1
+        state = 2 * self.n_layer * self.hidden * state_frames  # in and out
         return 4 * (conv + feed_forward + state + STEP_FRAMES * n_embd)
 
 
@@ -147,356 +156,356 @@ def write_audio_encoder(
     config = AudioConfig.of(checkpoint)
     n_embd = checkpoint.shape(f"{EMBEDDER}embedding_projection.weight")[0]
     with OnnxWriter(Path(folder) / FILE) as graph:
-        _Tower(checkpoint, config, graph, precision, progress).write(n_embd)
+        _write_step(_Builder(checkpoint, config, graph, precision), n_embd, progress)
     return AudioPart(
         file=FILE,
         precision=precision,
         n_embd=n_embd,
-        weights_bytes=graph.weights_bytes
-        + graph.half_bytes,  # in memory: half precision is widened when the session is opened
+        # half precision is widened when the session is opened: both are in memory then
+        weights_bytes=graph.weights_bytes + graph.half_bytes,
         activation_bytes=config.activation_bytes(n_embd),
         n_layer=config.n_layer,
         hidden=config.hidden,
     )
 
 
-def hard_rows(checkpoint: Checkpoint, embedder: str, indices: list[int]) -> np.ndarray:
-    """Rows ``[len(indices), n_embd]`` float32 that stand for special tokens among embedding rows:
-    entry ``i`` of the hard embedding table, normed, projected, normed. ``embedder`` is
-    ``model.embed_audio.`` (0 = end of audio, 127 = audio padding) or ``model.embed_vision.`` (0 =
-    end of image). The table's own ids start at its ``vocab_offset``.
-    """
-    part = (
-        checkpoint.config.get(
-            {"model.embed_audio.": "audio_config", "model.embed_vision.": "vision_config"}[embedder]
-        )
-        or {}
-    )
-    epsilon = float(part.get("rms_norm_eps", 1e-6))
-    n_rows = checkpoint.shape(f"{embedder}embedding.weight")[0]
-    if not all(0 <= i < n_rows for i in indices):
-        raise CheckpointError(f"{embedder}embedding.weight has {n_rows} rows, asked for {indices}")
-    x = np.concatenate(
-        [checkpoint.read(f"{embedder}embedding.weight", slice(i, i + 1)) for i in indices]
-    )  # [k, hidden]
-    x = _rms(x, epsilon) * checkpoint.read(f"{embedder}hard_embedding_norm.weight")
-    return _rms(x @ checkpoint.read(f"{embedder}embedding_projection.weight").T, epsilon)
+@dataclass(frozen=True)
+class _Builder:
+    """Where weights come from and where nodes go, with the few steps that all parts share."""
 
+    checkpoint: Checkpoint
+    config: AudioConfig
+    graph: OnnxWriter
+    precision: Precision
 
-def _rms(x: np.ndarray, epsilon: float) -> np.ndarray:
-    return x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + np.float32(epsilon))
+    @property
+    def outer_precision(self) -> Precision:
+        """Of the first and the last projection."""
+        return "f32" if self.precision == "f32" else "f16"
 
-
-class _Tower:
-    """One write of the graph; methods follow the data."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        config: AudioConfig,
-        graph: OnnxWriter,
-        precision: Precision,
-        progress: Callable[[str], None],
-    ):
-        self.c, self.g, self.precision, self.progress, self._checkpoint = (
-            config,
-            graph,
-            precision,
-            progress,
-            checkpoint,
-        )
-        self.edge_precision: Precision = precision if precision == "f32" else "f16"
-
-    def read(self, name: str, *shape: int, tower: str = TOWER) -> np.ndarray:
-        value = self._checkpoint.read(tower + name)
+    def read(self, name: str, *shape: int, prefix: str = TOWER) -> np.ndarray:
+        value = self.checkpoint.read(prefix + name)
         if value.shape != shape:
             raise CheckpointError(
-                f"{self._checkpoint.folder}: tensor {tower + name} has shape "
+                f"{self.checkpoint.folder}: tensor {prefix + name} has shape "
                 f"{list(value.shape)}, audio_config implies {list(shape)}"
             )
         return value
 
-    def write(self, n_embd: int) -> None:
-        c, g = self.c, self.g
-        state_shapes = {
-            "conv_0": [1, c.channels[0], "conv_0_rows", c.n_mels // 2],
-            "group_norm": [4],
-            "keys": [c.n_layer, c.left - 1, c.hidden],
-            "values": [c.n_layer, c.left - 1, c.hidden],
-            "conv": [c.n_layer, c.kernel - 1, c.hidden],
-        }
-        mel = g.input("mel", np.float32, ["mel_rows", c.n_mels])
-        self.frames = g.input("frames", np.int64, [1])
-        self.valid = g.input("valid", np.int64, [1])
-        state = {name: g.input(name, np.float32, shape) for name, shape in state_shapes.items()}
-        self.progress("subsampling")
-        x, next_conv_0, sums = self._subsample(mel, state["conv_0"], state["group_norm"])
-        self.n = g.node("Shape", [x], start=0, end=1)  # [1] int64: frames of this step
-        mask = self._mask()
-        keys, values, convs = [], [], []
-        for i in range(c.n_layer):
-            self.progress(f"conformer layer {i + 1}/{c.n_layer}")
-            x = self._feed_forward(x, f"conformer.{i}.ffw_layer_start.")
-            x, key, value = self._attention(x, i, mask, state["keys"], state["values"])
-            x, conv = self._light_convolution(x, i, state["conv"])
-            x = self._feed_forward(x, f"conformer.{i}.ffw_layer_end.")
-            x = g.rms_norm(
-                self._clip(x), self.read(f"conformer.{i}.norm.weight", c.hidden), c.epsilon
-            )
-            keys.append(key), values.append(value), convs.append(conv)
-        self.progress("embedder")
-        x = g.slice(x, g.ints(0), self.n, axis=0, step=c.reduction)
-        x = g.rms_norm(
-            x, self.read("soft_embedding_norm.weight", c.hidden, tower=EMBEDDER), c.epsilon
-        )
-        x = g.linear(
-            x,
-            self.read("embedding_projection.weight", n_embd, c.hidden, tower=EMBEDDER),
-            self.edge_precision,
-            name="embedding_projection",
-        )
-        g.output(
-            "soft",
-            g.rms_norm(x, np.ones(n_embd, np.float32), c.epsilon),
-            np.float32,
-            ["n_soft", n_embd],
-        )
-        stacked = {"conv_0": next_conv_0, "group_norm": sums}
-        for name, parts in (("keys", keys), ("values", values), ("conv", convs)):
-            stacked[name] = g.node("Concat", parts, axis=0)
-        for name, value in stacked.items():
-            shape = [1, c.channels[0], 1, c.n_mels // 2] if name == "conv_0" else state_shapes[name]
-            g.output(f"next_{name}", value, np.float32, shape)
+    def clip(self, x: str) -> str:
+        limit = self.config.clip
+        return self.graph.node("Clip", [x, self.graph.number(-limit), self.graph.number(limit)])
 
-    # ---- subsampling: mel [m, 128] → x [n, hidden]
-    def _subsample(self, mel: str, conv_0: str, sums: str) -> tuple[str, str, str]:
-        c, g = self.c, self.g
-        prefix = "subsample_conv_projection."
-        x = g.node("Unsqueeze", [mel, g.ints(0, 1)])  # [1, 1, m, 128]
-        carried = g.node("Shape", [conv_0], start=2, end=3)  # 0 in the first step, then 1
-        seen = g.node(
-            "Add", [g.node("Mul", [self.frames, g.ints(2)]), carried]
-        )  # conv_0 rows of earlier steps: 2t + 1 after the first
-        x, rows, sum_0, square_0 = self._conv_block(
-            x, 0, self.read(f"{prefix}conv_0.conv.weight", c.channels[0], 1, 3, 3), sums, seen
-        )
-        exists = g.node("Cast", [g.node("Less", [rows, self.valid])], to=1)  # [rows] float32
-        x = g.node("Mul", [x, g.node("Reshape", [exists, g.ints(1, 1, -1, 1)])])
-        x = g.node("Concat", [conv_0, x], axis=2)  # [1, C0, 2n + 1, 64]
-        last = g.slice(x, g.ints(-1), g.ints(1 << 40), axis=2)
-        x, _, sum_1, square_1 = self._conv_block(
-            x,
-            1,
-            self.read(f"{prefix}conv_1.conv.weight", c.channels[1], c.channels[0], 3, 3),
-            sums,
-            self.frames,
-        )
-        x = g.node("Transpose", [x], perm=[0, 2, 3, 1])  # [1, n, F, C1], channel fastest
-        width = c.n_mels // 4 * c.channels[1]
-        x = g.node("Reshape", [x, g.ints(-1, width)])
-        x = g.linear(
-            x,
-            self.read(f"{prefix}input_proj_linear.weight", c.hidden, width),
-            self.edge_precision,
-            name="input_proj",
-        )
-        return x, last, g.node("Concat", [sum_0, square_0, sum_1, square_1], axis=0)
+    def norm(self, x: str, name: str, *, prefix: str = TOWER, factor: float = 1.0) -> str:
+        """RMS norm of ``x [n, hidden]`` with the weight ``name``, times ``factor``."""
+        weight = self.read(name, self.config.hidden, prefix=prefix)
+        return self.graph.rms_norm(x, factor * weight, self.config.epsilon)
 
-    def _conv_block(
-        self, x: str, k: int, weight: np.ndarray, sums: str, seen: str
-    ) -> tuple[str, str, str, str]:
-        """Convolution, cumulative group norm, ReLU. Returns x [1, C, rows, F], the new rows'
-        numbers 0 … [rows], and both running sums [1].
-        """
-        c, g = self.c, self.g
-        n_channels = weight.shape[0]
-        x = g.node(
-            "Conv", [x, g.constant(weight, f"conv_{k}")], strides=[2, 2], pads=[0, 1, 0, 1]
-        )  # no padding in time
-        n_rows = g.node("Shape", [x], start=2, end=3)
-        rows = g.node("Range", [g.integer(0), g.node("Squeeze", [n_rows]), g.integer(1)])  # [rows]
-        count = g.node("Cast", [g.node("Add", [g.node("Add", [rows, seen]), g.ints(1)])], to=1)
-        values = g.node("Mul", [count, g.number(n_channels * (c.n_mels >> (k + 1)))])
-        values = g.node(
-            "Reshape", [values, g.ints(1, 1, -1, 1)]
-        )  # how many values the mean of row s is over
+    def linear(self, x: str, name: str, n_out: int, n_in: int) -> str:
+        """``x [n, n_in]`` times the weight ``name [n_out, n_in]``."""
+        leaf = name.split(".")[-2]
+        return self.graph.linear(x, self.read(name, n_out, n_in), self.precision, name=leaf)
 
-        def cumulative(terms: str, index: int) -> tuple[str, str]:
-            per_row = g.node("ReduceSum", [terms, g.ints(1, 3)], keepdims=1)  # [1, 1, rows, 1]
-            before = g.slice(sums, g.ints(index), g.ints(index + 1), axis=0)
-            total = g.node("Add", [g.node("CumSum", [per_row, g.integer(2)]), before])
-            return total, g.node(
-                "Reshape", [g.slice(total, g.ints(-1), g.ints(1 << 40), axis=2), g.ints(1)]
-            )
+    def silu(self, x: str) -> str:
+        return self.graph.node("Mul", [x, self.graph.node("Sigmoid", [x])])
 
-        total, last_total = cumulative(x, 2 * k)
-        x = g.node("Sub", [x, g.node("Div", [total, values])])
-        squares, last_squares = cumulative(g.node("Mul", [x, x]), 2 * k + 1)
-        deviation = g.node(
-            "Sqrt",
-            [g.node("Add", [g.node("Div", [squares, values]), g.number(c.group_norm_epsilon)])],
-        )
-        scale = self.read(f"subsample_conv_projection.conv_{k}.norm.weight", n_channels).reshape(
-            1, n_channels, 1, 1
-        )
-        x = g.node(
-            "Relu",
-            [g.node("Mul", [g.node("Div", [x, deviation]), g.constant(scale, "group_norm")])],
-        )
-        return x, rows, last_total, last_squares
+    def range(self, stop: str) -> str:
+        """[0, 1 … stop − 1] int64; ``stop`` is a vector of one element."""
+        graph = self.graph
+        start = graph.integer(0)
+        return graph.node("Range", [start, graph.node("Squeeze", [stop]), graph.integer(1)])
 
-    # ---- conformer: x [n, hidden]
-    def _clip(self, x: str) -> str:
-        return self.g.node("Clip", [x, self.g.number(-self.c.clip), self.g.number(self.c.clip)])
+    def last(self, x: str, n: int, axis: int) -> str:
+        """The last ``n`` of ``x`` along ``axis``."""
+        return self.graph.slice(x, self.graph.ints(-n), self.graph.ints(_END), axis=axis)
 
-    def _feed_forward(self, x: str, prefix: str) -> str:
-        c, g = self.c, self.g
-        y = g.rms_norm(
-            self._clip(x), self.read(f"{prefix}pre_layer_norm.weight", c.hidden), c.epsilon
-        )
-        y = g.linear(
-            y,
-            self.read(f"{prefix}ffw_layer_1.weight", 4 * c.hidden, c.hidden),
-            self.precision,
-            name="ffw_1",
-        )
-        y = g.node("Mul", [y, g.node("Sigmoid", [y])])
-        y = g.linear(
-            y,
-            self.read(f"{prefix}ffw_layer_2.weight", c.hidden, 4 * c.hidden),
-            self.precision,
-            name="ffw_2",
-        )
-        y = g.rms_norm(
-            self._clip(y),
-            c.residual * self.read(f"{prefix}post_layer_norm.weight", c.hidden),
-            c.epsilon,
-        )
-        return g.node("Add", [x, y])
 
-    def _mask(self) -> str:
-        """[n, n + 12] float32: 0 where query i (frame t + i) sees key j (frame t + j − 12), far
-        below every logit elsewhere.
-        """
-        c, g = self.c, self.g
-        context = c.left - 1
-        queries = g.node("Range", [g.integer(0), g.node("Squeeze", [self.n]), g.integer(1)])
-        n_keys = g.node("Add", [self.n, g.ints(context)])
-        keys = g.node("Range", [g.integer(0), g.node("Squeeze", [n_keys]), g.integer(1)])
-        distance = g.node(
-            "Sub", [keys, g.node("Unsqueeze", [queries, g.ints(1)])]
-        )  # 0 … 12 is seen
-        near = g.node(
-            "And",
-            [
-                g.node("GreaterOrEqual", [distance, g.integer(0)]),
-                g.node("LessOrEqual", [distance, g.integer(context)]),
-            ],
-        )
-        started = g.node(
-            "GreaterOrEqual", [g.node("Add", [keys, self.frames]), g.integer(context)]
-        )  # not before the clip
-        return g.node("Where", [g.node("And", [near, started]), g.number(0.0), g.number(-1e30)])
+@dataclass(frozen=True)
+class _Step:
+    """The inputs that say where in the clip a step lies, and how long it is; each [1] int64."""
 
-    def _attention(
-        self, x: str, i: int, mask: str, all_keys: str, all_values: str
-    ) -> tuple[str, str, str]:
-        c, g = self.c, self.g
-        prefix, d, context = f"conformer.{i}.attention.", c.hidden, c.left - 1
-        y = g.rms_norm(self._clip(x), self.read(f"{prefix}pre_attn_norm.weight", d), c.epsilon)
-        # q is scaled by head_dim^-1/2 / ln 2 · softplus(per_dim_scale): into the rows of its weight
-        scale = self.read(f"{prefix}attn.per_dim_scale", c.head_dim)
-        scale = np.tile(
-            np.logaddexp(np.float32(0), scale) * np.float32(c.head_dim**-0.5 / math.log(2)),
-            c.n_head,
-        )
-        q, k, v = (self.read(f"{prefix}attn.{a}_proj.weight", d, d) for a in "qkv")
-        y = g.linear(y, np.concatenate([q * scale[:, None], k, v]), self.precision, name="qkv")
-        del q, k, v
-        q, k, v = g.node("Split", [y, g.ints(d, d, d)], n_outputs=3, axis=1)
-        k = self._with_state(all_keys, i, k)
-        v = self._with_state(all_values, i, v)
-        q = self._heads(q, [1, 0, 2])  # [heads, n, head_dim]
-        content = g.node("MatMul", [q, self._heads(k, [1, 2, 0])])  # [heads, n, n + 12]
-        # q·r[distance] for 13 distances, then each query's 13 values moved to its own keys: a row
-        # of n + 13 read as rows of n + 12 moves one to the right
-        relative = g.node(
-            "MatMul", [q, g.constant(self._relative(i), "relative")]
-        )  # [heads, n, 13], oldest key first
-        pads = g.node("Concat", [g.ints(0, 0, 0, 0, 0), self.n], axis=0)
-        flat = g.node("Reshape", [g.node("Pad", [relative, pads]), g.ints(c.n_head, -1)])
-        n_keys = g.node("Add", [self.n, g.ints(context)])
-        flat = g.slice(flat, g.ints(0), g.node("Mul", [self.n, n_keys]), axis=1)
-        relative = g.node(
-            "Reshape", [flat, g.node("Concat", [g.ints(c.n_head), self.n, n_keys], axis=0)]
-        )
-        logits = g.node("Div", [g.node("Add", [content, relative]), g.number(c.logit_cap)])
-        logits = g.node("Mul", [g.node("Tanh", [logits]), g.number(c.logit_cap)])
-        weights = g.node("Softmax", [g.node("Add", [logits, mask])], axis=-1)
-        o = g.node("MatMul", [weights, self._heads(v, [1, 0, 2])])  # [heads, n, head_dim]
-        o = g.node("Reshape", [g.node("Transpose", [o], perm=[1, 0, 2]), g.ints(-1, d)])
-        o = g.linear(o, self.read(f"{prefix}post.weight", d, d), self.precision, name="post")
-        o = g.rms_norm(self._clip(o), self.read(f"{prefix}post_norm.weight", d), c.epsilon)
-        return g.node("Add", [x, o]), self._keep(k, context), self._keep(v, context)
+    frames: str  # conformer frames of earlier steps
+    valid: str  # rows of conv_0 that exist
+    n: str = ""  # conformer frames of this step, known after subsampling
 
-    def _relative(self, i: int) -> np.ndarray:
-        """r [heads, head_dim, 13]: the projected sinusoid of each distance, 12 … 0. A constant,
-        because only 13 distances are ever seen.
-        """
-        c, half = self.c, self.c.hidden // 2
-        inverse = np.exp(
-            np.arange(half, dtype=np.float32) * -np.float32(math.log(1e4) / max(half - 1, 1))
-        )
-        angle = np.arange(c.left - 1, -1, -1, dtype=np.float32)[:, None] * inverse
-        table = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)  # [13, hidden]
-        name = f"conformer.{i}.attention.attn.relative_position_embedding.pos_proj.weight"
-        table = table @ self.read(name, c.hidden, c.hidden).T
-        return np.ascontiguousarray(table.reshape(c.left, c.n_head, c.head_dim).transpose(1, 2, 0))
 
-    def _heads(self, x: str, perm: list[int]) -> str:
-        x = self.g.node("Reshape", [x, self.g.ints(-1, self.c.n_head, self.c.head_dim)])
-        return self.g.node("Transpose", [x], perm=perm)
+def _write_step(build: _Builder, n_embd: int, progress: Callable[[str], None]) -> None:
+    config, graph = build.config, build.graph
+    mel = graph.input("mel", np.float32, ["mel_rows", config.n_mels])
+    step = _Step(graph.input("frames", np.int64, [1]), graph.input("valid", np.int64, [1]))
+    shapes = _state_shapes(config)
+    state = {name: graph.input(name, np.float32, shape) for name, shape in shapes.items()}
+    progress("subsampling")
+    x, conv_0, group_norm = _subsample(build, step, mel, state)
+    next_state = {"conv_0": conv_0, "group_norm": group_norm}
+    step = replace(step, n=graph.node("Shape", [x], start=0, end=1))
+    mask = _attention_mask(build, step)
+    layers: dict[str, list[str]] = {"keys": [], "values": [], "conv": []}
+    for i in range(config.n_layer):
+        progress(f"conformer layer {i + 1}/{config.n_layer}")
+        x = _feed_forward(build, x, f"conformer.{i}.ffw_layer_start.")
+        x, key, value = _attention(build, step, x, i, mask, state)
+        x, conv = _light_convolution(build, step, x, i, state["conv"])
+        x = _feed_forward(build, x, f"conformer.{i}.ffw_layer_end.")
+        x = build.norm(build.clip(x), f"conformer.{i}.norm.weight")
+        for name, kept in (("keys", key), ("values", value), ("conv", conv)):
+            layers[name].append(kept)
+    progress("embedder")
+    soft = _embed(build, step, x, n_embd)
+    graph.output("soft", soft, np.float32, ["n_soft", n_embd])
+    for name, parts in layers.items():
+        next_state[name] = graph.node("Concat", parts, axis=0)
+    shapes["conv_0"] = [1, config.channels[0], 1, config.n_mels // 2]
+    for name, made in next_state.items():
+        graph.output(f"next_{name}", made, np.float32, shapes[name])
 
-    def _with_state(self, state: str, i: int, x: str) -> str:
-        """The carried frames of layer i before the new ones."""
-        return self.g.node(
-            "Concat", [self.g.node("Gather", [state, self.g.integer(i)], axis=0), x], axis=0
-        )
 
-    def _keep(self, x: str, n: int) -> str:
-        return self.g.node(
-            "Unsqueeze",
-            [self.g.slice(x, self.g.ints(-n), self.g.ints(1 << 40), axis=0), self.g.ints(0)],
-        )
+def _state_shapes(config: AudioConfig) -> dict[str, Shape]:
+    per_layer = [config.n_layer, config.context, config.hidden]
+    return {
+        "conv_0": [1, config.channels[0], "conv_0_rows", config.n_mels // 2],  # no row at first
+        "group_norm": [4],
+        "keys": per_layer,
+        "values": per_layer,
+        "conv": [config.n_layer, config.kernel - 1, config.hidden],
+    }
 
-    def _light_convolution(self, x: str, i: int, all_convs: str) -> tuple[str, str]:
-        c, g = self.c, self.g
-        prefix, d = f"conformer.{i}.lconv1d.", c.hidden
-        y = g.rms_norm(x, self.read(f"{prefix}pre_layer_norm.weight", d), c.epsilon)
-        y = g.linear(
-            y,
-            self.read(f"{prefix}linear_start.weight", 2 * d, d),
-            self.precision,
-            name="linear_start",
-        )
-        y, gate = g.node("Split", [y, g.ints(d, d)], n_outputs=2, axis=1)
-        y = self._with_state(all_convs, i, g.node("Mul", [y, g.node("Sigmoid", [gate])]))
-        kept = self._keep(y, c.kernel - 1)
-        taps = self.read(f"{prefix}depthwise_conv1d.weight", d, 1, c.kernel)
-        total = None
-        for j in range(c.kernel):
-            end = g.node("Add", [self.n, g.ints(j)])
-            term = g.node(
-                "Mul",
-                [
-                    g.slice(y, g.ints(j), end, axis=0),
-                    g.constant(np.ascontiguousarray(taps[:, 0, j]), "tap"),
-                ],
-            )
-            total = term if total is None else g.node("Add", [total, term])
-        y = g.rms_norm(self._clip(total), self.read(f"{prefix}conv_norm.weight", d), c.epsilon)
-        y = g.node("Mul", [y, g.node("Sigmoid", [y])])
-        y = g.linear(
-            y, self.read(f"{prefix}linear_end.weight", d, d), self.precision, name="linear_end"
-        )
-        return g.node("Add", [x, y]), kept
+
+def _embed(build: _Builder, step: _Step, x: str, n_embd: int) -> str:
+    """Every 4th frame of ``x [n, hidden]`` in the decoder's space: [ceil(n/4), n_embd]."""
+    config, graph = build.config, build.graph
+    x = graph.slice(x, graph.ints(0), step.n, axis=0, step=config.reduction)
+    x = build.norm(x, "soft_embedding_norm.weight", prefix=EMBEDDER)
+    projection = build.read("embedding_projection.weight", n_embd, config.hidden, prefix=EMBEDDER)
+    x = graph.linear(x, projection, build.outer_precision, name="embedding_projection")
+    return graph.rms_norm(x, np.ones(n_embd, np.float32), config.epsilon)
+
+
+# ---- subsampling: mel [m, 128] → x [n, hidden]
+def _subsample(
+    build: _Builder, step: _Step, mel: str, state: dict[str, str]
+) -> tuple[str, str, str]:
+    """Two convolution blocks that halve time and frequency each, and a projection. Returns x and
+    the next ``conv_0`` and ``group_norm``.
+    """
+    config, graph = build.config, build.graph
+    prefix = "subsample_conv_projection."
+    x = graph.node("Unsqueeze", [mel, graph.ints(0, 1)])  # [1, 1, m, 128]
+    carried = graph.node("Shape", [state["conv_0"]], start=2, end=3)  # 0 in the first step, then 1
+    # conv_0 rows of earlier steps: 2t + 1 after the first
+    doubled = graph.node("Mul", [step.frames, graph.ints(2)])
+    seen = graph.node("Add", [doubled, carried])
+    first, second = config.channels
+    weight = build.read(f"{prefix}conv_0.conv.weight", first, 1, 3, 3)
+    x, rows, sums_0 = _conv_block(build, x, 0, weight, state["group_norm"], seen)
+    is_real = graph.node("Less", [rows, step.valid])
+    exists = graph.node("Cast", [is_real], to=1)  # [rows] float32
+    x = graph.node("Mul", [x, graph.node("Reshape", [exists, graph.ints(1, 1, -1, 1)])])
+    x = graph.node("Concat", [state["conv_0"], x], axis=2)  # [1, C0, 2n + 1, 64]
+    last_row = build.last(x, 1, axis=2)
+    weight = build.read(f"{prefix}conv_1.conv.weight", second, first, 3, 3)
+    x, _, sums_1 = _conv_block(build, x, 1, weight, state["group_norm"], step.frames)
+    x = graph.node("Transpose", [x], perm=[0, 2, 3, 1])  # [1, n, F, C1], channel fastest
+    width = config.n_mels // 4 * second
+    x = graph.node("Reshape", [x, graph.ints(-1, width)])
+    projection = build.read(f"{prefix}input_proj_linear.weight", config.hidden, width)
+    x = graph.linear(x, projection, build.outer_precision, name="input_proj")
+    return x, last_row, graph.node("Concat", [*sums_0, *sums_1], axis=0)
+
+
+def _conv_block(
+    build: _Builder, x: str, block: int, weight: np.ndarray, sums: str, seen: str
+) -> tuple[str, str, tuple[str, str]]:
+    """Convolution, cumulative group norm, ReLU; ``seen`` counts the rows of earlier steps. Returns
+    x [1, C, rows, F], the new rows' numbers 0 … [rows], and both running sums [1].
+    """
+    config, graph = build.config, build.graph
+    n_channels = weight.shape[0]
+    kernel = graph.constant(weight, f"conv_{block}")
+    x = graph.node("Conv", [x, kernel], strides=[2, 2], pads=[0, 1, 0, 1])  # no padding in time
+    rows = build.range(graph.node("Shape", [x], start=2, end=3))  # [rows]
+    before = graph.node("Add", [rows, seen])
+    count = graph.node("Cast", [graph.node("Add", [before, graph.ints(1)])], to=1)
+    # how many values the mean of each row is over
+    per_row = graph.number(n_channels * (config.n_mels >> (block + 1)))
+    values = graph.node("Mul", [count, per_row])
+    values = graph.node("Reshape", [values, graph.ints(1, 1, -1, 1)])
+    total, last_total = _cumulative(build, x, sums, 2 * block)
+    x = graph.node("Sub", [x, graph.node("Div", [total, values])])
+    squared = graph.node("Mul", [x, x])
+    squares, last_squares = _cumulative(build, squared, sums, 2 * block + 1)
+    variance = graph.node("Div", [squares, values])
+    padded = graph.node("Add", [variance, graph.number(config.group_norm_epsilon)])
+    deviation = graph.node("Sqrt", [padded])
+    scale = build.read(f"subsample_conv_projection.conv_{block}.norm.weight", n_channels)
+    x = graph.node("Div", [x, deviation])
+    x = graph.node("Mul", [x, graph.constant(scale.reshape(1, n_channels, 1, 1), "group_norm")])
+    return graph.node("Relu", [x]), rows, (last_total, last_squares)
+
+
+def _cumulative(build: _Builder, terms: str, sums: str, index: int) -> tuple[str, str]:
+    """The sum of ``terms`` over all rows up to each, earlier steps included [1, 1, rows, 1], and
+    its last value [1]; ``index`` is the sum's place in the state ``sums``.
+    """
+    graph = build.graph
+    per_row = graph.node("ReduceSum", [terms, graph.ints(1, 3)], keepdims=1)  # [1, 1, rows, 1]
+    before = graph.slice(sums, graph.ints(index), graph.ints(index + 1), axis=0)
+    total = graph.node("Add", [graph.node("CumSum", [per_row, graph.integer(2)]), before])
+    return total, graph.node("Reshape", [build.last(total, 1, axis=2), graph.ints(1)])
+
+
+# ---- conformer: x [n, hidden]
+def _feed_forward(build: _Builder, x: str, prefix: str) -> str:
+    config, graph = build.config, build.graph
+    hidden = config.hidden
+    y = build.norm(build.clip(x), f"{prefix}pre_layer_norm.weight")
+    y = build.silu(build.linear(y, f"{prefix}ffw_layer_1.weight", 4 * hidden, hidden))
+    y = build.linear(y, f"{prefix}ffw_layer_2.weight", hidden, 4 * hidden)
+    y = build.norm(build.clip(y), f"{prefix}post_layer_norm.weight", factor=config.residual)
+    return graph.node("Add", [x, y])
+
+
+def _attention_mask(build: _Builder, step: _Step) -> str:
+    """[n, n + 12] float32: 0 where query i (frame t + i) sees key j (frame t + j − 12), far
+    below every logit elsewhere.
+    """
+    graph, context = build.graph, build.config.context
+    queries = build.range(step.n)
+    keys = build.range(graph.node("Add", [step.n, graph.ints(context)]))
+    distance = graph.node("Sub", [keys, graph.node("Unsqueeze", [queries, graph.ints(1)])])
+    not_before = graph.node("GreaterOrEqual", [distance, graph.integer(0)])
+    not_after = graph.node("LessOrEqual", [distance, graph.integer(context)])
+    near = graph.node("And", [not_before, not_after])
+    key_frames = graph.node("Add", [keys, step.frames])
+    in_clip = graph.node("GreaterOrEqual", [key_frames, graph.integer(context)])
+    is_seen = graph.node("And", [near, in_clip])
+    return graph.node("Where", [is_seen, graph.number(0.0), graph.number(-1e30)])
+
+
+def _attention(
+    build: _Builder, step: _Step, x: str, layer: int, mask: str, state: dict[str, str]
+) -> tuple[str, str, str]:
+    """Local attention with relative positions. Returns x and the next keys and values
+    [1, 12, hidden].
+    """
+    config, graph = build.config, build.graph
+    prefix, hidden = f"conformer.{layer}.attention.", config.hidden
+    y = build.norm(build.clip(x), f"{prefix}pre_attn_norm.weight")
+    weight = _scaled_qkv(build, prefix)
+    y = graph.linear(y, weight, build.precision, name="qkv")
+    q, k, v = graph.nodes("Split", [y, graph.ints(hidden, hidden, hidden)], 3, axis=1)
+    k = _with_earlier(build, state["keys"], layer, k)
+    v = _with_earlier(build, state["values"], layer, v)
+    q = _heads(build, q, [1, 0, 2])  # [heads, n, head_dim]
+    content = graph.node("MatMul", [q, _heads(build, k, [1, 2, 0])])  # [heads, n, n + 12]
+    position = _position_logits(build, step, q, layer)
+    logits = graph.node("Add", [content, position])
+    logits = graph.node("Div", [logits, graph.number(config.logit_cap)])
+    logits = graph.node("Tanh", [logits])
+    logits = graph.node("Mul", [logits, graph.number(config.logit_cap)])
+    weights = graph.node("Softmax", [graph.node("Add", [logits, mask])], axis=-1)
+    y = graph.node("MatMul", [weights, _heads(build, v, [1, 0, 2])])  # [heads, n, head_dim]
+    y = graph.node("Transpose", [y], perm=[1, 0, 2])
+    y = graph.node("Reshape", [y, graph.ints(-1, hidden)])
+    y = build.linear(y, f"{prefix}post.weight", hidden, hidden)
+    y = build.norm(build.clip(y), f"{prefix}post_norm.weight")
+    x = graph.node("Add", [x, y])
+    return x, _last_frames(build, k, config.context), _last_frames(build, v, config.context)
+
+
+def _scaled_qkv(build: _Builder, prefix: str) -> np.ndarray:
+    """The weights of q, k and v [3 · hidden, hidden]. q is scaled by
+    head_dim^-1/2 / ln 2 · softplus(per_dim_scale), which goes into the rows of its weight.
+    """
+    config = build.config
+    scale = build.read(f"{prefix}attn.per_dim_scale", config.head_dim)
+    softplus = np.logaddexp(np.float32(0), scale)
+    scale = np.tile(softplus * np.float32(config.head_dim**-0.5 / math.log(2)), config.n_head)
+    q, k, v = (
+        build.read(f"{prefix}attn.{part}_proj.weight", config.hidden, config.hidden)
+        for part in "qkv"
+    )
+    return np.concatenate([q * scale[:, None], k, v])
+
+
+def _position_logits(build: _Builder, step: _Step, q: str, layer: int) -> str:
+    """q·r[distance] [heads, n, n + 12]: computed for 13 distances, then each query's 13 values are
+    moved to its own keys, because a row of n + 13 read as rows of n + 12 moves one to the right.
+    """
+    config, graph = build.config, build.graph
+    table = graph.constant(_relative_positions(build, layer), "relative")
+    relative = graph.node("MatMul", [q, table])  # [heads, n, 13], oldest key first
+    pads = graph.node("Concat", [graph.ints(0, 0, 0, 0, 0), step.n], axis=0)
+    padded = graph.node("Pad", [relative, pads])
+    flat = graph.node("Reshape", [padded, graph.ints(config.n_head, -1)])
+    n_keys = graph.node("Add", [step.n, graph.ints(config.context)])
+    start = graph.ints(0)
+    flat = graph.slice(flat, start, graph.node("Mul", [step.n, n_keys]), axis=1)
+    shape = graph.node("Concat", [graph.ints(config.n_head), step.n, n_keys], axis=0)
+    return graph.node("Reshape", [flat, shape])
+
+
+def _relative_positions(build: _Builder, layer: int) -> np.ndarray:
+    """r [heads, head_dim, 13]: the projected sinusoid of each distance, 12 … 0. A constant,
+    because only 13 distances are ever seen.
+    """
+    config, half = build.config, build.config.hidden // 2
+    step = np.float32(math.log(1e4) / max(half - 1, 1))
+    inverse = np.exp(np.arange(half, dtype=np.float32) * -step)
+    distances = np.arange(config.context, -1, -1, dtype=np.float32)
+    angle = distances[:, None] * inverse
+    table = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)  # [13, hidden]
+    name = f"conformer.{layer}.attention.attn.relative_position_embedding.pos_proj.weight"
+    table = table @ build.read(name, config.hidden, config.hidden).T
+    heads = table.reshape(config.left, config.n_head, config.head_dim)
+    return np.ascontiguousarray(heads.transpose(1, 2, 0))
+
+
+def _heads(build: _Builder, x: str, perm: list[int]) -> str:
+    """``x [n, hidden]`` as [n, heads, head_dim] with its axes in the order ``perm``."""
+    shape = build.graph.ints(-1, build.config.n_head, build.config.head_dim)
+    return build.graph.node("Transpose", [build.graph.node("Reshape", [x, shape])], perm=perm)
+
+
+def _with_earlier(build: _Builder, state: str, layer: int, x: str) -> str:
+    """The frames that ``state`` carries for a layer, before the new ones."""
+    graph = build.graph
+    earlier = graph.node("Gather", [state, graph.integer(layer)], axis=0)
+    return graph.node("Concat", [earlier, x], axis=0)
+
+
+def _last_frames(build: _Builder, x: str, n: int) -> str:
+    """What the next step needs of ``x [m, hidden]``: [1, n, hidden]."""
+    return build.graph.node("Unsqueeze", [build.last(x, n, axis=0), build.graph.ints(0)])
+
+
+def _light_convolution(
+    build: _Builder, step: _Step, x: str, layer: int, state: str
+) -> tuple[str, str]:
+    """A gated depthwise convolution over time. Returns x and the next state [1, 4, hidden]."""
+    config, graph = build.config, build.graph
+    prefix, hidden = f"conformer.{layer}.lconv1d.", config.hidden
+    y = build.norm(x, f"{prefix}pre_layer_norm.weight")
+    y = build.linear(y, f"{prefix}linear_start.weight", 2 * hidden, hidden)
+    y, gate = graph.nodes("Split", [y, graph.ints(hidden, hidden)], 2, axis=1)
+    gated = graph.node("Mul", [y, graph.node("Sigmoid", [gate])])
+    y = _with_earlier(build, state, layer, gated)
+    kept = _last_frames(build, y, config.kernel - 1)
+    taps = build.read(f"{prefix}depthwise_conv1d.weight", hidden, 1, config.kernel)
+    y = _convolve(build, step, y, taps)
+    y = build.silu(build.norm(build.clip(y), f"{prefix}conv_norm.weight"))
+    y = build.linear(y, f"{prefix}linear_end.weight", hidden, hidden)
+    return graph.node("Add", [x, y]), kept
+
+
+def _convolve(build: _Builder, step: _Step, y: str, taps: np.ndarray) -> str:
+    """The sum over j of frames j … j + n of ``y`` times tap j; ``taps [hidden, 1, kernel]``."""
+    graph = build.graph
+    total = ""
+    for j in range(build.config.kernel):
+        end = graph.node("Add", [step.n, graph.ints(j)])
+        frames = graph.slice(y, graph.ints(j), end, axis=0)
+        tap = graph.constant(np.ascontiguousarray(taps[:, 0, j]), "tap")
+        term = graph.node("Mul", [frames, tap])
+        total = graph.node("Add", [total, term]) if total else term
+    return total

@@ -11,13 +11,14 @@ names given to them. (An input and a constant of the same name collide silently 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx
+from numpy.typing import DTypeLike
 from onnx import TensorProto, helper
 
 from edge_gemma.errors import UsageError
@@ -25,22 +26,18 @@ from edge_gemma.errors import UsageError
 Precision = Literal["f32", "f16", "int8", "int8-block", "int4-block"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
-ALIGNMENT = (
-    64 * 1024
-)  # a page is 4 KiB here, 16 KiB on a Raspberry Pi 5, and Windows maps at 64 KiB borders
+ALIGNMENT = 64 * 1024  # of mapped files on Windows; a page has 4 KiB here, 16 on a Raspberry Pi 5
 INLINE_BYTES = 16 * 1024  # smaller constants stay in the graph itself
 OPSET, IR_VERSION = 17, 8
-OPSET_OF_BLOCKS, IR_VERSION_OF_BLOCKS = (
-    21,
-    10,
-    # DequantizeLinear with a scale per block; the operators around it changed too (ReduceMean's
-    # axes)
-)
+# DequantizeLinear with a scale per block; the operators around it changed too (ReduceMean's axes)
+OPSET_OF_BLOCKS, IR_VERSION_OF_BLOCKS = 21, 10
 MICROSOFT = "com.microsoft"  # onnxruntime's own operators
 _INT8_PEAK = 127  # symmetric: −128 is not used, so that a weight and its negative quantize alike
 # 255 · 128 < 2^15: on AVX2 without VNNI, neighbouring products are added in 16 bits, which would
 # saturate
 _INT8_PAIR_PEAK = 128
+
+Shape = Sequence[int | str]  # a string is a free dimension
 
 
 @dataclass(frozen=True)
@@ -57,21 +54,24 @@ class OnnxWriter:
 
     A context manager: leaving it normally writes the graph, an exception leaves only partial files.
 
-    >>> folder = getfixture("tmp_path")
-    >>> with OnnxWriter(folder / "double.onnx") as graph:
+    >>> path = getfixture("tmp_path") / "double.onnx"
+    >>> with OnnxWriter(path) as graph:
     ...     x = graph.input("x", np.float32, ["n", 2])
-    ...     graph.output("y", graph.linear(x, 2 * np.eye(2, dtype=np.float32), "f32"), np.float32, ["n", 2])
+    ...     y = graph.linear(x, 2 * np.eye(2, dtype=np.float32), "f32")
+    ...     graph.output("y", y, np.float32, ["n", 2])
     >>> import onnxruntime
-    >>> onnxruntime.InferenceSession(folder / "double.onnx").run(None, {"x": np.ones((1, 2), np.float32)})[0].tolist()
+    >>> session = onnxruntime.InferenceSession(path)
+    >>> session.run(None, {"x": np.ones((1, 2), np.float32)})[0].tolist()
     [[2.0, 2.0]]
     """
 
     def __init__(self, path: Path, *, opset: int = OPSET):
         self.path, self.opset = Path(path), opset
         self.data_path = self.path.with_name(self.path.name + ".data")
-        self.weights_bytes = 0  # all constants, inline ones too: what a session must hold at least
-        # of them, in half precision and cast: a session that widens them when it is opened holds as
-        # much again
+        # All constants, inline ones too: what a session must hold at least
+        self.weights_bytes = 0
+        # Those of them that are stored in half precision and cast: a session that widens them when
+        # it is opened holds as much again
         self.half_bytes = 0
         self._nodes: list[onnx.NodeProto] = []
         self._constants: list[onnx.TensorProto] = []
@@ -84,7 +84,7 @@ class OnnxWriter:
         self._data = open(self.data_path, "wb")
         return self
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._data.close()
         if kind is None:
             self._write()
@@ -95,32 +95,35 @@ class OnnxWriter:
         return self.path.name, self.data_path.name
 
     # ---- graph edges
-    def input(self, name: str, dtype, shape: list[int | str]) -> str:
+    def input(self, name: str, dtype: DTypeLike, shape: Shape) -> str:
         """Declare a graph input; a string in ``shape`` is a free dimension."""
         self._inputs.append(helper.make_tensor_value_info(name, _onnx_type(dtype), shape))
         return name
 
-    def output(self, name: str, value: str, dtype, shape: list[int | str]) -> None:
+    def output(self, name: str, value: str, dtype: DTypeLike, shape: Shape) -> None:
         """Declare ``value`` a graph output called ``name``."""
         self._nodes.append(helper.make_node("Identity", [value], [name]))
         self._outputs.append(helper.make_tensor_value_info(name, _onnx_type(dtype), shape))
 
-    def node(
-        self, op: str, inputs: list[str], *, n_outputs: int = 1, domain: str = "", **attributes
-    ):
-        """Append one operator. Returns its output's name, or a tuple of names when ``n_outputs`` >
-        1. "" is an absent optional input.
-        """
-        outputs = [self._name(op) for _ in range(n_outputs)]
+    def node(self, op: str, inputs: Sequence[str], *, domain: str = "", **attributes: Any) -> str:
+        """Append one operator; returns its output's name. "" is an absent optional input."""
+        (output,) = self.nodes(op, inputs, 1, domain=domain, **attributes)
+        return output
+
+    def nodes(
+        self, op: str, inputs: Sequence[str], n_outputs: int, *, domain: str = "", **attributes: Any
+    ) -> tuple[str, ...]:
+        """Append one operator with ``n_outputs`` outputs; returns their names."""
+        outputs = tuple(self._name(op) for _ in range(n_outputs))
         self._nodes.append(helper.make_node(op, inputs, outputs, domain=domain, **attributes))
-        return outputs[0] if n_outputs == 1 else tuple(outputs)
+        return outputs
 
     def scan(
         self,
-        values: list[str],
-        shape: list[int | str],
+        values: Sequence[str],
+        shape: Shape,
         body: Callable[..., tuple[str, ...]],
-        shapes: list[list[int | str]],
+        shapes: Sequence[Shape],
     ) -> tuple[str, ...]:
         """``body`` on the slices ``shape`` of ``values`` along their first axis, one after another;
         its results, of ``shapes``, stacked.
@@ -132,20 +135,17 @@ class OnnxWriter:
         outer, self._nodes = self._nodes, []
         inputs = [self._name("slice") for _ in values]
         outputs = body(*inputs)
-        typed = [
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, of)
-            for name, of in zip((*inputs, *outputs), [shape] * len(values) + shapes, strict=True)
-        ]
-        graph, self._nodes = (
-            helper.make_graph(
-                self._nodes, self._name("body"), typed[: len(inputs)], typed[len(inputs) :]
-            ),
-            outer,
+        inner, self._nodes = self._nodes, outer
+        graph = helper.make_graph(
+            inner,
+            self._name("body"),
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in inputs],
+            [
+                helper.make_tensor_value_info(name, TensorProto.FLOAT, of)
+                for name, of in zip(outputs, shapes, strict=True)
+            ],
         )
-        made = self.node(
-            "Scan", values, n_outputs=len(outputs), body=graph, num_scan_inputs=len(values)
-        )
-        return made if isinstance(made, tuple) else (made,)
+        return self.nodes("Scan", values, len(outputs), body=graph, num_scan_inputs=len(values))
 
     def _name(self, stem: str, kind: str = "v") -> str:
         self._count += 1
@@ -157,26 +157,31 @@ class OnnxWriter:
         once and need not be kept.
         """
         array = np.asarray(array)
-        tensor = TensorProto(
-            name=self._name(name, "w"), data_type=_onnx_type(array.dtype), dims=array.shape
-        )
+        kind = _onnx_type(array.dtype)
+        tensor = TensorProto(name=self._name(name, "w"), data_type=kind, dims=array.shape)
         self.weights_bytes += array.nbytes
         if array.nbytes < INLINE_BYTES:
             tensor.raw_data = array.tobytes()
         else:
-            offset = self._data.tell()
-            padding = -offset % ALIGNMENT
-            self._data.write(bytes(padding))
-            np.ascontiguousarray(array).tofile(self._data)
+            offset = self._append(array)
             tensor.data_location = TensorProto.EXTERNAL
-            for key, value in (
-                ("location", self.data_path.name),
-                ("offset", offset + padding),
-                ("length", array.nbytes),
-            ):
-                tensor.external_data.add(key=key, value=str(value))
+            place = {
+                "location": self.data_path.name,
+                "offset": str(offset),
+                "length": str(array.nbytes),
+            }
+            for key, value in place.items():
+                tensor.external_data.add(key=key, value=value)
         self._constants.append(tensor)
         return tensor.name
+
+    def _append(self, array: np.ndarray) -> int:
+        """Write ``array`` to the data file; returns where it starts."""
+        end = self._data.tell()
+        padding = -end % ALIGNMENT
+        self._data.write(bytes(padding))
+        np.ascontiguousarray(array).tofile(self._data)
+        return end + padding
 
     def ints(self, *values: int) -> str:
         """A small int64 vector (axes, shapes, slice bounds), stored once however often it is asked
@@ -229,11 +234,9 @@ class OnnxWriter:
           no multiple of ``block``.
         """
         y = self.multiply(x, self.matrix(weight, precision, block=block, name=name))
-        return (
-            y
-            if bias is None
-            else self.node("Add", [y, self.constant(np.asarray(bias, np.float32), "bias")])
-        )
+        if bias is None:
+            return y
+        return self.node("Add", [y, self.constant(np.asarray(bias, np.float32), "bias")])
 
     def matrix(
         self,
@@ -254,9 +257,8 @@ class OnnxWriter:
             )
         n, k = weight.shape
         if precision in ("f32", "f16"):
-            return Matrix(
-                "MatMul", (self.stored(np.ascontiguousarray(weight.T), precision, name),), {}
-            )
+            stored = self.stored(np.ascontiguousarray(weight.T), precision, name)
+            return Matrix("MatMul", (stored,), {})
         if precision == "int8":
             codes, scales = quantize_channels(weight)
             constants = (
@@ -274,9 +276,8 @@ class OnnxWriter:
             "block_size": block,
             "accuracy_level": accuracy_level,
         }
-        return Matrix(
-            "MatMulNBits", (self.constant(codes, name), self.constant(scales, "scales")), attributes
-        )
+        constants = (self.constant(codes, name), self.constant(scales, "scales"))
+        return Matrix("MatMulNBits", constants, attributes)
 
     def widened_blocks(
         self, weight: np.ndarray, *, block: int = 32, name: str = "linear"
@@ -295,9 +296,8 @@ class OnnxWriter:
             self.constant(np.ascontiguousarray(codes.T), name),
             self.constant(np.ascontiguousarray(scales.T), "scales"),
         )
-        return Matrix(
-            "MatMul", (self.node("DequantizeLinear", list(stored), axis=0, block_size=block),), {}
-        )
+        widened = self.node("DequantizeLinear", stored, axis=0, block_size=block)
+        return Matrix("MatMul", (widened,), {})
 
     def multiply(self, x: str, matrix: Matrix) -> str:
         """``x @ weight.T`` with a stored matrix."""
@@ -336,14 +336,15 @@ class OnnxWriter:
         graph = helper.make_graph(
             nodes, self.path.stem, self._inputs, self._outputs, self._constants
         )
+        has_blocks = self.opset >= OPSET_OF_BLOCKS
         model = helper.make_model(
             graph,
             producer_name="edge-gemma",
-            ir_version=IR_VERSION if self.opset < OPSET_OF_BLOCKS else IR_VERSION_OF_BLOCKS,
-        )
-        del model.opset_import[:]
-        model.opset_import.extend(
-            [helper.make_opsetid("", self.opset), helper.make_opsetid(MICROSOFT, 1)]
+            ir_version=IR_VERSION_OF_BLOCKS if has_blocks else IR_VERSION,
+            opset_imports=[
+                helper.make_opsetid("", self.opset),
+                helper.make_opsetid(MICROSOFT, 1),
+            ],
         )
         self.path.write_bytes(model.SerializeToString(deterministic=True))
 
@@ -357,8 +358,8 @@ def quantize_channels(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     plain 7-bit weights would cost (uint8 weights are exact too, and half as fast).
     """
     weight = np.asarray(weight, np.float32)
-    even = weight[:, : weight.shape[1] // 2 * 2]
-    pair = np.abs(even[:, 0::2] + even[:, 1::2]).max(axis=1, initial=0)
+    n_even = weight.shape[1] // 2 * 2
+    pair = np.abs(weight[:, 0:n_even:2] + weight[:, 1:n_even:2]).max(axis=1, initial=0)
     # each of two codes may round up by half: one less than the peak leaves room for both
     scales = np.maximum(np.abs(weight).max(axis=1) / _INT8_PEAK, pair / (_INT8_PAIR_PEAK - 1))
     scales[scales == 0] = 1.0
@@ -379,9 +380,8 @@ def quantize_blocks(weight: np.ndarray, bits: int, block: int) -> tuple[np.ndarr
     padded[:, :k] = weight
     padded = padded.reshape(n, blocks, block)
     half = 1 << (bits - 1)
-    peak = np.take_along_axis(
-        padded, np.abs(padded).argmax(axis=2, keepdims=True), axis=2
-    )  # [n, blocks, 1], with its sign
+    largest = np.abs(padded).argmax(axis=2, keepdims=True)
+    peak = np.take_along_axis(padded, largest, axis=2)  # [n, blocks, 1], with its sign
     scales = peak / -half
     inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
     codes = np.clip(np.rint(padded * inverse) + half, 0, 2 * half - 1).astype(np.uint8)
@@ -400,5 +400,5 @@ def _half(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float16)
 
 
-def _onnx_type(dtype) -> int:
+def _onnx_type(dtype: DTypeLike) -> int:
     return helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
