@@ -174,7 +174,8 @@ def prepare(choice: Choice, work: Path) -> list[tuple[str, list[str]]]:
     there. Returns (name, command) of each contender.
     """
     from edge_gemma.convert.checkpoint import Checkpoint
-    from edge_gemma.convert.vision import TIMM, write_vision_encoder
+    from edge_gemma.convert.mobilenet import TIMM
+    from edge_gemma.convert.vision import write_vision_encoder
 
     checkpoint = Checkpoint.open(choice.folder)
     kind = "mobilenetv5" if TIMM + "conv_stem.conv.weight" in checkpoint.names() else "siglip"
@@ -387,7 +388,7 @@ def kinds(folder: Path) -> list[dict]:
 def make_bundle(folder: Path, decoder: Path, out: Path, precision: str) -> None:
     """The tower of ``folder`` and the decoder of a GGUF as one bundle, for measuring both together."""
     import msgspec
-    from edge_gemma.convert.audio import hard_rows
+    from edge_gemma.convert.special_rows import hard_rows
     from edge_gemma.convert.checkpoint import Checkpoint
     from edge_gemma.convert.vision import write_vision_encoder
 

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 from edge_gemma.convert.checkpoint import Checkpoint
-from edge_gemma.convert.onnx_writer import OnnxWriter, Precision, Shape
+from edge_gemma.convert.onnx_writer import OnnxWriter, Precision, Shape, check_precision
 
 from edge_gemma.bundles.manifest import AudioPart
 from edge_gemma.errors import CheckpointError, UnsupportedModel
@@ -142,7 +142,7 @@ class AudioConfig:
 def write_audio_encoder(
     checkpoint: Checkpoint,
     folder: Path,
-    precision: Precision,
+    precision: str,
     *,
     progress: Callable[[str], None] = lambda part: None,
 ) -> AudioPart:
@@ -156,7 +156,8 @@ def write_audio_encoder(
     config = AudioConfig.of(checkpoint)
     n_embd = checkpoint.shape(f"{EMBEDDER}embedding_projection.weight")[0]
     with OnnxWriter(Path(folder) / FILE) as graph:
-        _write_step(_Builder(checkpoint, config, graph, precision), n_embd, progress)
+        build = _Builder(checkpoint, config, graph, check_precision(precision))
+        _write_step(build, n_embd, progress)
     return AudioPart(
         file=FILE,
         precision=precision,

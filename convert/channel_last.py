@@ -11,20 +11,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from itertools import pairwise
-from typing import TypeVar
 
 import numpy as np
 from edge_gemma.convert.onnx_writer import MICROSOFT, Matrix, OnnxWriter, Precision
 from edge_gemma.convert.tensors import TensorReader
 
 PRECISIONS = ("f32", "f16", "int8")
-# What is widest runs in strips of the picture: 192² × 768 values would be 113 MB, several times over
+# What is widest runs in strips of the picture: 192² × 768 values would be 113 MB, several times
 STRIPS = 8
 # Kept in half precision, which costs 2 MiB and takes the error of all in 8 bits from 0.0247 to
 # 0.0203: `python -m edge_gemma.benchmarks.vision kinds FOLDER`
 NOT_IN_8_BITS = re.compile(r"timm_model\.blocks\.[01]\.")
 NORM_EPSILON = 1e-6  # timm RmsNorm2d, SigLIP's layer_norm_eps, Gemma's rms_norm_eps
-T = TypeVar("T")
 
 
 def _same_padding(kernel: int, stride: int) -> tuple[int, int]:
@@ -68,7 +66,7 @@ class ChannelLast:
         return self.tensors.shape(name + ".weight")[-1]
 
     def matrix(self, weight: np.ndarray, name: str, exact: bool = False) -> Matrix:
-        """Store ``weight [n, k]`` at the precision that ``name`` has; ``exact``: never in 8 bits."""
+        """Store ``weight [n, k]`` at the precision of ``name``; ``exact``: never in 8 bits."""
         if not self._only.search(name):
             return self.writer.matrix(weight, "f32")
         may_be_8_bits = self._all_in_8_bits or not NOT_IN_8_BITS.search(name)

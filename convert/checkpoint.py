@@ -321,7 +321,7 @@ class Checkpoint(TensorReader):
             if step != 1:
                 raise ValueError(f"rows must be contiguous, got {rows}")
             shape = (max(0, stop - first), *shape[1:])
-        raw = np.empty(prod(shape), DTYPES[entry.dtype])
+        raw: np.ndarray = np.empty(prod(shape), DTYPES[entry.dtype])
         skipped_bytes = first * prod(entry.shape[1:]) * raw.itemsize
         _read_exactly(entry.file, entry.offset + skipped_bytes, raw.view(np.uint8).data)
         values = raw.astype(np.float32, copy=False)

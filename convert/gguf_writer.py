@@ -8,7 +8,6 @@ the sizes first.
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from edge_gemma.bundles.gguf import TYPE_IDS
-from edge_gemma.errors import RuntimeFailure, UsageError
+from edge_gemma.errors import UsageError
+from edge_gemma.files import written_whole
 
 ALIGNMENT = 32  # GGUF's default
 Value = bool | int | float | str | bytes | np.ndarray | Sequence[str | bytes]
@@ -72,21 +72,15 @@ def write_gguf(
     """A small GGUF of F32 tensors (name, shape in ggml order, values), whole or not at all. Raises
     RuntimeFailure (the disk).
     """
-    temporary = path.with_name(f".{path.name}.partial")
     blocks = [np.ascontiguousarray(values, np.float32).tobytes() for _, _, values in tensors]
     table = [
         (name, "F32", shape, len(block))
         for (name, shape, _), block in zip(tensors, blocks, strict=True)
     ]
-    try:
-        with open(temporary, "wb") as file:
-            file.write(gguf_header(pairs, table))
-            for block in blocks:
-                file.write(block + b"\0" * (padded(len(block)) - len(block)))
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RuntimeFailure(f"cannot write {path}: {error.strerror or error}") from error
+    with written_whole(path) as file:
+        file.write(gguf_header(pairs, table))
+        for block in blocks:
+            file.write(block + b"\0" * (padded(len(block)) - len(block)))
 
 
 def _string(text: str | bytes) -> bytes:

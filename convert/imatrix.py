@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from edge_gemma.convert.gemma import Mapping
-from edge_gemma.convert.gguf_writer import check_output, write_gguf
+from edge_gemma.convert.gguf_writer import Pair, check_output, write_gguf
+from edge_gemma.convert.text_chunks import CHUNK_TOKENS, read_chunks
 
 from edge_gemma.bundles.folder import Bundle
-from edge_gemma.bundles.gguf import read_header
-from edge_gemma.errors import BundleError, UsageError
+from edge_gemma.bundles.gguf import TensorInfo, read_header
+from edge_gemma.errors import BundleError
 
-CHUNK_TOKENS = 512
 _SUM, _COUNT = ".in_sum2", ".counts"
 HEADS = ("output.weight", "token_embd.weight")  # the same activations under either name
 
@@ -51,38 +52,35 @@ def read_imatrix(path: Path) -> dict[str, np.ndarray]:
     entries = {}
     with open(path, "rb") as file:
 
-        def values(tensor) -> np.ndarray:
+        def values(tensor: TensorInfo) -> np.ndarray:
             if tensor.type != "F32":
                 raise BundleError(f"{path}: {tensor.name!r} is {tensor.type}, expected F32")
             file.seek(tensor.offset)
             return np.frombuffer(file.read(tensor.nbytes), np.float32)
 
-        for name, tensor in tables.items():
-            if not name.endswith(_SUM):
+        for stored, tensor in tables.items():
+            if not stored.endswith(_SUM):
                 continue
-            name = name.removesuffix(_SUM)
+            name = stored.removesuffix(_SUM)
             if name + _COUNT not in tables:
                 raise BundleError(f"{path}: {name!r} has sums but no counts; the file is damaged")
-            sums, counts = values(tensor), values(tables[name + _COUNT])
-            if not (
-                np.isfinite(sums).all()
-                and np.isfinite(counts).all()
-                and (sums >= 0).all()
-                and len(counts)
-                and len(sums) % len(counts) == 0
-            ):
-                raise BundleError(
-                    f"{path}: the entry of {name!r} holds NaN, infinity or negative sums; "
-                    "measure it again"
-                )
-            per_matrix = sums.reshape(len(counts), -1)
-            safe = np.where(counts > 0, counts, 1)[:, None].astype(np.float32)
-            entries[name] = (
-                np.where(counts[:, None] > 0, per_matrix / safe, np.float32(1))
-                .reshape(-1)
-                .astype(np.float32)
-            )
+            entries[name] = _means(path, name, values(tensor), values(tables[name + _COUNT]))
     return entries
+
+
+def _means(path: Path, name: str, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Sums of squares [n] over counts [n_matrices] → mean squares [n] float32."""
+    is_whole = len(counts) and len(sums) % len(counts) == 0
+    is_finite = np.isfinite(sums).all() and np.isfinite(counts).all()
+    if not is_whole or not is_finite or (sums < 0).any():
+        raise BundleError(
+            f"{path}: the entry of {name!r} holds NaN, infinity or negative sums; measure it again"
+        )
+    per_matrix = sums.reshape(len(counts), -1)
+    is_measured = counts[:, None] > 0
+    safe = np.where(is_measured, counts[:, None], 1).astype(np.float32)
+    means = np.where(is_measured, per_matrix / safe, np.float32(1))
+    return means.reshape(-1).astype(np.float32)
 
 
 def _starts_otherwise(path: Path) -> bool:
@@ -126,7 +124,7 @@ def write_imatrix(
     """Write ``name → (sums of squares [n_per_row], count)`` in llama.cpp's format
     (tools/imatrix/imatrix.cpp, save_imatrix).
     """
-    pairs = [
+    pairs: list[Pair] = [
         ("general.type", "imatrix"),
         ("imatrix.datasets", datasets),
         ("imatrix.chunk_count", chunks),
@@ -163,17 +161,15 @@ def calibrate(
     ``max_tokens`` bounds the work (0: the whole text). Raises UsageError (too little text, ``out``
     exists), BundleError.
     """
-    from edge_gemma.engines.llama import decoder as decode
     from edge_gemma.engines.llama.calibration import watch_matmuls
+    from edge_gemma.engines.llama.decoder import Decoder
+    from edge_gemma.plan.records import Settings
+    from edge_gemma.spans import Tokens
 
     check_output(out, overwrite=overwrite)
-    try:
-        content = text.read_text("utf-8", "replace")
-    except OSError as error:
-        raise UsageError(f"cannot read {text}: {error.strerror}") from None
     sums: dict[str, np.ndarray] = {}
     counts: dict[str, int] = {}
-    head = HEADS[0] if not bundle.manifest.decoder.tied_head else HEADS[1]
+    head = HEADS[1] if bundle.manifest.decoder.tied_head else HEADS[0]
 
     def wanted(name: str) -> bool:
         return name.startswith("blk.") or name == head
@@ -183,44 +179,31 @@ def calibrate(
         sums[name] = sums[name] + squares if name in sums else squares
         counts[name] = counts.get(name, 0) + len(rows)
 
-    settings = decode.Settings(
-        n_ctx=CHUNK_TOKENS, n_ubatch=CHUNK_TOKENS // 4, n_threads=n_threads or os.cpu_count() or 1
-    )
-    decoder = decode.Decoder(bundle.decoder_path, settings)
-    try:
-        ids = decoder.tokenize(content)
-        step = CHUNK_TOKENS - decoder.add_bos
-        n_chunks = min(len(ids), max_tokens or len(ids)) // step
-        if not n_chunks:
-            raise UsageError(
-                f"{text} has {len(ids)} tokens; calibrating needs at least {step}, better "
-                "20,000 or more"
-            )
-        context = decoder.context(
-            n_outputs=settings.n_ubatch, on_tensor=watch_matmuls(wanted, collect)
-        )
-        start = [decoder.bos] if decoder.add_bos else []
-        for k in range(n_chunks):
-            for _ in context.evaluate([decode.Tokens((*start, *ids[k * step : (k + 1) * step]))]):
+    n_threads = n_threads or os.cpu_count() or 1
+    settings = Settings(n_ctx=CHUNK_TOKENS, n_ubatch=CHUNK_TOKENS // 4, n_threads=n_threads)
+    with closing(Decoder(bundle.decoder_path, settings)) as decoder:
+        chunks = read_chunks(text, decoder, max_tokens=max_tokens, purpose="calibrating")
+        watch = watch_matmuls(wanted, collect)
+        context = decoder.context(n_outputs=settings.n_ubatch, on_tensor=watch)
+        for done, chunk in enumerate(chunks, 1):
+            for _ in context.evaluate([Tokens(chunk)]):
                 pass
-            progress(k + 1, n_chunks)
-    finally:
-        decoder.close()
-    matrices = [
-        t.name
-        for t in bundle.manifest.decoder.tensors
-        if t.use == "matmul" and len(t.shape) == 2 and wanted(t.name)
-    ]
+            progress(done, len(chunks))
+        n_tokens = len(chunks) * (CHUNK_TOKENS - decoder.add_bos)
     broken = [name for name, values in sums.items() if not np.isfinite(values).all()]
     if broken:
         raise BundleError(f"the activations of {broken[0]} are not finite; the model is damaged")
     write_imatrix(
         out,
         {name: (sums[name], counts[name]) for name in sums},
-        chunks=n_chunks,
+        chunks=len(chunks),
         chunk_tokens=CHUNK_TOKENS,
         datasets=[text.name],
     )
-    return Calibration(
-        out, len(sums), n_chunks * step, tuple(name for name in matrices if name not in sums)
+    missing = tuple(
+        tensor.name
+        for tensor in bundle.manifest.decoder.tensors
+        if tensor.use == "matmul" and len(tensor.shape) == 2
+        if wanted(tensor.name) and tensor.name not in sums
     )
+    return Calibration(out, len(sums), n_tokens, missing)

@@ -155,20 +155,22 @@ def _delta(path: Path, module: str, pair: dict[str, np.ndarray], config: dict, d
             f"{path}: {module!r} has A {list(a.shape)} and B {list(b.shape)}; the base's "
             f"weight is {list(expected)}. Was it trained on another model?"
         )
-    rank = a.shape[0]
-    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
+    rank = int(a.shape[0])
+    alpha = _own_alpha(config, module)
+    if alpha is None:
+        alpha = float(config.get("lora_alpha", rank))
     divisor = math.sqrt(rank) if config.get("use_rslora") else rank
-    return Delta(layer, target, a, b, float(alpha) / divisor)
+    return Delta(layer, target, a, b, alpha / divisor)
 
 
-def _pattern(patterns: dict[str, float] | None, module: str, default: float) -> float:
+def _own_alpha(config: dict, module: str) -> float | None:
     """PEFT's alpha_pattern: the first key that ends the module's name (or matches it as an
     expression).
     """
-    for key, value in (patterns or {}).items():
+    for key, value in (config.get("alpha_pattern") or {}).items():
         if re.fullmatch(rf"(.*\.)?({key})", module):
-            return value
-    return default
+            return float(value)
+    return None
 
 
 class Merged(TensorReader):

@@ -1,9 +1,8 @@
 """An ``mmproj`` GGUF of Gemma 3 (llama.cpp's vision file) → the same ONNX vision encoder a
 checkpoint gives.
 
-In: a path. Out: :class:`Mmproj`, which answers like a checkpoint (``config``, ``names``, ``shape``,
-``read``) under canonical names, and :func:`vision_from_mmproj`. What it does not know: the graph
-(:mod:`.vision` writes it).
+In: a path. Out: :class:`Mmproj`, a :class:`~edge_gemma.convert.tensors.TensorReader`, and
+:func:`vision_from_mmproj`. What it does not know: the graph (:mod:`.vision` writes it).
 
 Names and values follow llama.cpp's ``conversion/gemma.py`` and ``tools/mtmd/clip.cpp``: the
 projector's norm holds weight + 1 there, and files before mid-2025 call the MLP's two matrices by
@@ -16,6 +15,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+from edge_gemma.convert.tensors import TensorReader
 from edge_gemma.convert.vision import write_vision_encoder
 
 from edge_gemma.bundles.description import Description
@@ -47,7 +47,7 @@ _LAYER = {
 _MAX_TENSOR_BYTES = 1 << 30
 
 
-class Mmproj:
+class Mmproj(TensorReader):
     """The tensors of an ``mmproj`` file by canonical name. Raises BundleError (damaged),
     UnsupportedModel (not Gemma 3's).
     """
@@ -55,32 +55,21 @@ class Mmproj:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         header = read_header(self.path)
-        self._tensors: dict[str, TensorInfo] = {}
-        meta = header.metadata
-        projector = meta.get("clip.vision.projector_type", meta.get("clip.projector_type"))
-        if meta.get("general.architecture") not in ("clip", "mmproj"):
-            raise UnsupportedModel(
-                f"{self.path} holds the architecture {meta.get('general.architecture')!r}; a "
-                "vision file (mmproj) says 'clip'"
-            )
-        if projector != "gemma3":
-            hint = (
-                "; Gemma 3n's vision tower is converted from the checkpoint: edge-gemma convert"
-                if projector == "gemma3nv"
-                else ""
-            )
-            raise UnsupportedModel(
-                f"{self.path} is a projector of kind {projector!r}; 'gemma3' is what is "
-                f"supported{hint}"
-            )
+        _check_kind(self.path, header)
+        self._config = _config(header, self.path)
         swapped = self._swapped(header)
+        self._tensors: dict[str, TensorInfo] = {}
         for tensor in header.tensors:
             if (name := _canonical(tensor.name, swapped)) is not None:
                 self._tensors[name] = tensor
-        self.config = _config(header, self.path)
+
+    @property
+    def config(self) -> dict:
+        return self._config
 
     @staticmethod
     def _swapped(header: Header) -> bool:
+        """Whether the MLP's two matrices have each other's names."""
         down, ln = header.tensor("v.blk.0.ffn_down.weight"), header.tensor("v.blk.0.ln1.weight")
         return down is not None and ln is not None and down.shape[0] == ln.shape[0]
 
@@ -99,11 +88,34 @@ class Mmproj:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(reversed(self._tensor(name).shape))
 
-    def read(self, name: str) -> np.ndarray:
-        """``name`` as float32, dequantized."""
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """``name`` as float32, dequantized; whole, or a slice along its first axis."""
+        tensor = self._tensor(name)
+        values = self._dequantized(tensor).reshape(self.shape(name))
+        if not np.isfinite(values).all():
+            raise BundleError(
+                f"{self.path}: tensor {tensor.name!r} holds NaN or infinity; the file is damaged"
+            )
+        if name.endswith("mm_soft_emb_norm.weight"):
+            values = values - 1
+        return values if rows is None else values[rows]
+
+    def _dequantized(self, tensor: TensorInfo) -> np.ndarray:
         import gguf
 
-        tensor = self._tensor(name)
+        raw = self._bytes_of(tensor)
+        n_rows = max(1, int(np.prod(tensor.shape[1:])))
+        kind = gguf.GGMLQuantizationType[tensor.type]
+        try:
+            values = gguf.quants.dequantize(raw.reshape(n_rows, -1), kind)
+        except (NotImplementedError, ValueError) as error:
+            raise UnsupportedModel(
+                f"{self.path}: tensor {tensor.name!r} is {tensor.type}, which cannot be read "
+                f"back here ({error}); take an F16 or F32 mmproj"
+            ) from None
+        return np.ascontiguousarray(values, np.float32)
+
+    def _bytes_of(self, tensor: TensorInfo) -> np.ndarray:
         if tensor.nbytes > _MAX_TENSOR_BYTES:
             raise BundleError(
                 f"{self.path}: tensor {tensor.name!r} claims {tensor.nbytes} bytes; no "
@@ -116,23 +128,25 @@ class Mmproj:
             raise BundleError(
                 f"{self.path} ended inside the tensor {tensor.name!r} while it was read"
             )
-        shape = self.shape(name)
-        kind = gguf.GGMLQuantizationType[tensor.type]
-        try:
-            values = gguf.quants.dequantize(
-                raw.reshape(-1, raw.size // max(1, int(np.prod(shape[:-1])))), kind
-            )
-        except (NotImplementedError, ValueError) as error:
-            raise UnsupportedModel(
-                f"{self.path}: tensor {tensor.name!r} is {tensor.type}, which cannot be read "
-                f"back here ({error}); take an F16 or F32 mmproj"
-            ) from None
-        values = np.ascontiguousarray(values, np.float32).reshape(shape)
-        if not np.isfinite(values).all():
-            raise BundleError(
-                f"{self.path}: tensor {tensor.name!r} holds NaN or infinity; the file is damaged"
-            )
-        return values - 1 if name.endswith("mm_soft_emb_norm.weight") else values
+        return raw
+
+
+def _check_kind(path: Path, header: Header) -> None:
+    """That the file holds Gemma 3's vision tower. Raises UnsupportedModel."""
+    meta = header.metadata
+    architecture = meta.get("general.architecture")
+    if architecture not in ("clip", "mmproj"):
+        raise UnsupportedModel(
+            f"{path} holds the architecture {architecture!r}; a vision file (mmproj) says 'clip'"
+        )
+    projector = meta.get("clip.vision.projector_type", meta.get("clip.projector_type"))
+    if projector != "gemma3":
+        is_3n = projector == "gemma3nv"
+        hint = "; Gemma 3n's vision tower is converted from the checkpoint: edge-gemma convert"
+        raise UnsupportedModel(
+            f"{path} is a projector of kind {projector!r}; 'gemma3' is what is supported"
+            + (hint if is_3n else "")
+        )
 
 
 def vision_from_mmproj(path: str | Path, folder: Path, precision: str = "f16") -> VisionPart:
@@ -148,11 +162,9 @@ def _canonical(name: str, swapped: bool) -> str | None:
     match = re.fullmatch(r"v\.blk\.(\d+)\.(\w+)\.(weight|bias)", name)
     if match is None or match[2] not in _LAYER:
         return None
-    part = (
-        {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}.get(match[2], match[2])
-        if swapped
-        else match[2]
-    )
+    part = match[2]
+    if swapped:
+        part = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}.get(part, part)
     return f"{_TOWER}encoder.layers.{int(match[1])}.{_LAYER[part]}.{match[3]}"
 
 

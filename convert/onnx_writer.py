@@ -24,7 +24,7 @@ from onnx import TensorProto, helper
 from edge_gemma.errors import UsageError
 
 Precision = Literal["f32", "f16", "int8", "int8-block", "int4-block"]
-PRECISIONS: tuple[str, ...] = get_args(Precision)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 ALIGNMENT = 64 * 1024  # of mapped files on Windows; a page has 4 KiB here, 16 on a Raspberry Pi 5
 INLINE_BYTES = 16 * 1024  # smaller constants stay in the graph itself
@@ -250,11 +250,7 @@ class OnnxWriter:
         """Store ``weight [n, k]`` once, for any number of :meth:`multiply`. ``accuracy_level`` of
         the block types: 4 integer, 1 float32 activations.
         """
-        if precision not in PRECISIONS:
-            raise UsageError(
-                f"unknown precision {precision!r} for an encoder; choose one of "
-                f"{', '.join(PRECISIONS)}"
-            )
+        check_precision(precision)
         n, k = weight.shape
         if precision in ("f32", "f16"):
             stored = self.stored(np.ascontiguousarray(weight.T), precision, name)
@@ -347,6 +343,16 @@ class OnnxWriter:
             ],
         )
         self.path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def check_precision(text: str) -> Precision:
+    """``text`` if it is one of PRECISIONS. Raises UsageError."""
+    for precision in PRECISIONS:
+        if text == precision:
+            return precision
+    raise UsageError(
+        f"unknown precision {text!r} for an encoder; choose one of {', '.join(PRECISIONS)}"
+    )
 
 
 def quantize_channels(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

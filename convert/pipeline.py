@@ -10,36 +10,30 @@ the output, which the next run for the same output removes.
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
 from edge_gemma.convert.checkpoint import Checkpoint
 from edge_gemma.convert.decoder import CHUNK_VALUES, Layout, plan_layout, write_decoder
-from edge_gemma.convert.gemma import TOWERS, Mapping, map_tensors, read_dims
+from edge_gemma.convert.gemma import TOWERS, Dims, Mapping, map_tensors, read_dims
 from edge_gemma.convert.recipe import Recipe, choose_types, read_recipe
+from edge_gemma.convert.special_rows import write_special_rows
+from edge_gemma.convert.tensors import TensorReader
 from edge_gemma.convert.vocabulary import Vocabulary, read_vocabulary
 
-from edge_gemma.bundles.description import describe
+from edge_gemma.bundles.description import Description, describe
 from edge_gemma.bundles.folder import Bundle, BundleWriter, file_entry
-from edge_gemma.bundles.manifest import Manifest, Source
+from edge_gemma.bundles.manifest import AudioPart, File, Manifest, Source, VisionPart
 from edge_gemma.errors import CheckpointError, RuntimeFailure, UsageError
 from edge_gemma.units import MiB, format_bytes
 
 DECODER = "decoder.gguf"
-SPECIAL_ROWS = "special_rows.npy"
-# Rows the decoder needs beside the towers' output: (manifest's name, embedder, index in its hard
-# table, None = the last)
-_HARD_ROWS = (
-    ("end_of_image", "model.embed_vision.", 0),
-    ("end_of_audio", "model.embed_audio.", 0),
-    ("audio_padding", "model.embed_audio.", None),
-)
 # our names for the ids that config.json gives; the first key that is there counts (Gemma 3 spells
 # them …_index)
 _CONFIG_TOKENS = {
@@ -50,9 +44,15 @@ _CONFIG_TOKENS = {
     "end_of_audio": ("eoa_token_id",),
     "audio_soft": ("audio_token_id",),
 }
-_BASE_MEMORY = (
-    180 * MiB
-)  # Python, numpy and libggml-base, and a vocabulary of 262,144 tokens while it is read
+# What each tower's encoder may be written as
+_PRECISIONS = {
+    "audio": ("f32", "f16", "int8", "int8-block", "int4-block"),
+    "vision": ("f32", "f16", "int8"),
+}
+_BYTES_PER_VALUE = {"f32": 4.0, "f16": 2.0, "int8": 1.05, "int8-block": 1.15, "int4-block": 0.65}
+# Python, numpy and libggml-base, and a vocabulary of 262,144 tokens while it is read
+_BASE_MEMORY_BYTES = 180 * MiB
+_DISK_MARGIN_BYTES = 16 * MiB  # manifest, special rows, block sizes
 
 
 @dataclass(frozen=True)
@@ -64,28 +64,25 @@ class Conversion:
     quant: str | Recipe = "q4_k_m"  # a recipe's name, a .toml file, or the recipe itself
     imatrix: Path | None = None
     slice: str | None = None  # "e2b" or a .toml file
-    merge: tuple[
-        tuple[Path, float], ...
-    ] = ()  # LoRA adapters folded into the weights, with their scale
+    merge: tuple[tuple[Path, float], ...] = ()  # LoRA adapters to fold in, with their scale
     audio: str | None = None
     vision: str | None = None
     name: str | None = None
     overwrite: bool = False
     n_threads: int = 0  # 0: all cores
     verify: bool = True
-    check: Path | None = (
-        None  # a text: put a quality receipt against the unquantized weights into the manifest
-    )
+    # A text: put a quality receipt against the unquantized weights into the manifest
+    check: Path | None = None
     check_tokens: int = 0  # at most so many; 0: the whole text
 
     def threads(self) -> int:
         if self.n_threads < 0:
             raise UsageError(f"--threads must be positive, got {self.n_threads}")
-        return (
-            self.n_threads or len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else self.n_threads or os.cpu_count() or 1
-        )
+        if self.n_threads:
+            return self.n_threads
+        if hasattr(os, "sched_getaffinity"):
+            return len(os.sched_getaffinity(0))
+        return os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ class Prepared:
     """Everything that is decided before a weight is read."""
 
     checkpoint: Checkpoint
-    tensors: object  # what answers read(name, rows): the checkpoint, or one with adapters merged in
+    tensors: TensorReader  # the checkpoint, or one with adapters merged in
     recipe: Recipe
     mapping: Mapping
     types: dict[str, str]
@@ -105,25 +102,23 @@ class Prepared:
 
     @property
     def disk_bytes(self) -> int:
-        """What the output will take: exact for the decoder, the towers' weights by their precision."""
+        """What the output takes: exact for the decoder, the towers' weights by their precision."""
         return self.layout.total_bytes + sum(self.tower_bytes(tower) for tower in self.towers)
 
     def tower_bytes(self, tower: str) -> int:
-        per_value = {"f32": 4.0, "f16": 2.0, "int8": 1.05, "int8-block": 1.15, "int4-block": 0.65}[
-            self.towers[tower]
-        ]
-        values = sum(
-            np.prod(entry.shape, dtype=np.int64)
+        n_values = sum(
+            prod(entry.shape)
             for name, entry in self.checkpoint.entries.items()
             if _tower_of(name) == tower
         )
-        return int(values * per_value) + MiB
+        return int(n_values * _BYTES_PER_VALUE[self.towers[tower]]) + MiB
 
     def memory_bytes(self, n_threads: int) -> int:
         """An estimate of the peak: what is in flight is a few chunks of float32 rows and what
         becomes of them.
         """
-        return _BASE_MEMORY + len(self.layout.header) + (n_threads + 1) * CHUNK_VALUES * 4 * 3
+        in_flight = (n_threads + 1) * CHUNK_VALUES * 4 * 3
+        return _BASE_MEMORY_BYTES + len(self.layout.header) + in_flight
 
 
 @dataclass(frozen=True)
@@ -143,7 +138,6 @@ class Result:
     notes: tuple[str, ...]
     skipped: dict[str, str]
     sample: str | None = None  # what the new model says when asked for a few tokens
-    extra: dict = field(default_factory=dict)
 
 
 def prepare(folder: str | Path, options: Conversion) -> Prepared:
@@ -153,52 +147,61 @@ def prepare(folder: str | Path, options: Conversion) -> Prepared:
     recipe = options.quant if isinstance(options.quant, Recipe) else read_recipe(options.quant)
     checkpoint = Checkpoint.open(folder)
     dims = read_dims(checkpoint.config)
-    cut = None
-    if options.slice:
-        from edge_gemma.convert.matformer import read_cut
-
-        cut = read_cut(options.slice, dims)
-    mapping = map_tensors(checkpoint, dims, cut, untied=recipe.untied)
-    tensors = checkpoint
+    mapping = _map(checkpoint, dims, recipe, options.slice)
+    tensors: TensorReader = checkpoint
     if options.merge:
         from edge_gemma.convert.lora import Merged
 
         tensors = Merged(checkpoint, dims, options.merge)
-    importance = {}
+    importance: dict[str, np.ndarray] = {}
+    types, notes = choose_types(recipe, mapping, has_imatrix=bool(options.imatrix))
     if options.imatrix:
         from edge_gemma.convert.imatrix import read_importance
 
-        importance = read_importance(Path(options.imatrix), mapping)
-    types, notes = choose_types(recipe, mapping, has_imatrix=bool(options.imatrix))
-    if options.imatrix:
-        quantized = [
-            source.name
-            for source in mapping.sources
-            if source.use == "matmul" and types[source.name] not in ("F32", "F16", "BF16")
-        ]
-        notes += [
-            f"{name}: no importance in {Path(options.imatrix).name}, quantized without"
-            for name in quantized
-            if name not in importance
-        ]
+        importance = read_importance(options.imatrix, mapping)
+        notes += _unmeasured(mapping, types, importance, options.imatrix.name)
     vocabulary = read_vocabulary(checkpoint.folder, checkpoint.config, dims.n_vocab)
-    name = options.name or checkpoint.folder.resolve().name
     layout = plan_layout(
-        mapping.dims, mapping.sources, types, vocabulary, name=name, file_type=recipe.file_type
-    )
-    towers = _towers(checkpoint, options)
-    return Prepared(
-        checkpoint,
-        tensors,
-        recipe,
-        mapping,
+        mapping.dims,
+        mapping.sources,
         types,
         vocabulary,
-        layout,
-        importance,
-        tuple(notes),
-        towers,
+        name=options.name or checkpoint.folder.resolve().name,
+        file_type=recipe.file_type,
     )
+    return Prepared(
+        checkpoint=checkpoint,
+        tensors=tensors,
+        recipe=recipe,
+        mapping=mapping,
+        types=types,
+        vocabulary=vocabulary,
+        layout=layout,
+        importance=importance,
+        notes=tuple(notes),
+        towers=_towers(checkpoint, options),
+    )
+
+
+def _map(checkpoint: Checkpoint, dims: Dims, recipe: Recipe, slice: str | None) -> Mapping:
+    cut = None
+    if slice:
+        from edge_gemma.convert.matformer import read_cut
+
+        cut = read_cut(slice, dims)
+    return map_tensors(checkpoint, dims, cut, untied=recipe.untied)
+
+
+def _unmeasured(
+    mapping: Mapping, types: dict[str, str], importance: dict[str, np.ndarray], file: str
+) -> list[str]:
+    """A note on every quantized matrix that the importance matrix ``file`` says nothing about."""
+    return [
+        f"{source.name}: no importance in {file}, quantized without"
+        for source in mapping.sources
+        if source.use == "matmul" and types[source.name] not in ("F32", "F16", "BF16")
+        if source.name not in importance
+    ]
 
 
 def _tower_of(name: str) -> str | None:
@@ -206,24 +209,22 @@ def _tower_of(name: str) -> str | None:
 
 
 def _towers(checkpoint: Checkpoint, options: Conversion) -> dict[str, str]:
-    there = {
+    """The towers to write, each with its precision. Raises UsageError."""
+    present = {
         _tower_of(name)
         for name in checkpoint.names()
         if name.startswith(("model.audio_tower.", "model.vision_tower."))
     }
     chosen = {}
     for tower, wanted in (("audio", options.audio), ("vision", options.vision)):
-        allowed = {
-            "audio": ("f32", "f16", "int8", "int8-block", "int4-block"),
-            "vision": ("f32", "f16", "int8"),
-        }[tower]
-        if wanted not in (None, "none", *allowed):
-            expected = ", ".join(("none", *allowed))
-            raise UsageError(f"--{tower}-encoder {wanted}: expected one of {expected}")
-        if wanted not in (None, "none") and tower not in there:
-            what = f"{checkpoint.folder} has no {tower} tower"
-            raise UsageError(f"--{tower}-encoder {wanted}: {what}")
-        if tower in there and wanted != "none":
+        choices = ("none", *_PRECISIONS[tower])
+        if wanted is not None and wanted not in choices:
+            raise UsageError(f"--{tower}-encoder {wanted}: expected one of {', '.join(choices)}")
+        if wanted not in (None, "none") and tower not in present:
+            raise UsageError(
+                f"--{tower}-encoder {wanted}: {checkpoint.folder} has no {tower} tower"
+            )
+        if tower in present and wanted != "none":
             chosen[tower] = wanted or "int8"
     return chosen
 
@@ -238,51 +239,28 @@ def convert(
 
     Raises CheckpointError, UnsupportedModel, UsageError, RuntimeFailure (the disk).
 
-    >>> result = convert(getfixture("tiny_checkpoint"), getfixture("tmp_path") / "bundle", Conversion(quant="q8_0"))
+    >>> out = getfixture("tmp_path") / "bundle"
+    >>> result = convert(getfixture("tiny_checkpoint"), out, Conversion(quant="q8_0"))
     >>> result.bundle.manifest.family, result.bundle.manifest.recipe["name"]
     ('gemma3', 'q8_0')
     """
     started = time.perf_counter()
-    with BundleWriter(
-        out, overwrite=options.overwrite
-    ) as writer:  # first of all: an output that exists is refused at once
+    # An output that exists is refused first of all
+    with BundleWriter(out, overwrite=options.overwrite) as writer:
         prepared = prepare(folder, options)
         _check_disk(prepared, writer.folder, options)
         for note in prepared.notes:
             report.note(note)
-        report.total(prepared.layout.total_bytes)
-        report.stage("decoder")
-        path = writer.folder / DECODER
-        entry = write_decoder(
-            path,
-            prepared.layout,
-            prepared.tensors,
-            importance=prepared.importance,
-            n_threads=options.threads(),
-            progress=report.advance,
-        )
-        files = {DECODER: entry}
-        special_rows = _write_special_rows(prepared.checkpoint, writer.folder)
-        towers = {
-            tower: _write_tower(tower, prepared, writer.folder, report) for tower in prepared.towers
-        }
-        for extra in sorted(writer.folder.iterdir()):
-            if extra.name != DECODER and not extra.name.startswith("."):
-                files[extra.name] = file_entry(extra)
-        report.stage("check")
-        quality = _receipt(prepared, options, path, report) if options.check else None
-        manifest = _manifest(prepared, options, path, files, special_rows, towers, quality)
+        manifest = _write(prepared, options, writer.folder, report)
         if options.verify:
-            from edge_gemma.engines.llama.library import (
-                check_loads,  # late: starts a child process with llama.cpp
-            )
+            from edge_gemma.engines.llama.library import check_loads
 
-            check_loads(path)
+            check_loads(writer.folder / DECODER)
         bundle = writer.commit(manifest)
     seconds = time.perf_counter() - started
     sample = None
     if options.verify:
-        from edge_gemma.convert.quality import try_out
+        from edge_gemma.convert.trial import try_out
 
         report.stage("verify")
         bundle.verify()
@@ -290,24 +268,63 @@ def convert(
     return Result(bundle, seconds, prepared.notes, prepared.mapping.skipped, sample)
 
 
-def _receipt(prepared: Prepared, options: Conversion, path: Path, report: Report) -> dict:
-    """Quality against the same weights in bf16, written beside for the time it takes."""
+def _write(prepared: Prepared, options: Conversion, folder: Path, report: Report) -> Manifest:
+    """Every file but the manifest, into ``folder``."""
+    report.total(prepared.layout.total_bytes)
+    report.stage("decoder")
+    decoder = write_decoder(
+        folder / DECODER,
+        prepared.layout,
+        prepared.tensors,
+        importance=prepared.importance,
+        n_threads=options.threads(),
+        progress=report.advance,
+    )
+    parts = _Parts(
+        files={DECODER: decoder},
+        special_rows=write_special_rows(prepared.checkpoint, folder),
+        audio=_write_audio(prepared, folder, report),
+        vision=_write_vision(prepared, folder, report),
+    )
+    for path in sorted(folder.iterdir()):
+        if path.name != DECODER and not path.name.startswith("."):
+            parts.files[path.name] = file_entry(path)
+    report.stage("check")
+    quality = None
+    if options.check:
+        quality = _receipt(prepared, options, options.check, folder / DECODER, report)
+    return _manifest(prepared, options, folder / DECODER, parts, quality)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What was written beside the manifest."""
+
+    files: dict[str, File]
+    special_rows: tuple[str, ...]
+    audio: AudioPart | None
+    vision: VisionPart | None
+
+
+def _receipt(
+    prepared: Prepared, options: Conversion, text: Path, decoder: Path, report: Report
+) -> dict[str, float | int | str]:
+    """Quality against the same weights in bf16, which lie beside for as long as it takes."""
     from edge_gemma.convert.quality import compare
 
-    reference = path.with_name(".reference.gguf")
-    write_decoder(
-        reference, _reference_layout(prepared), prepared.tensors, n_threads=options.threads()
-    )
+    reference, n_threads = decoder.with_name(".reference.gguf"), options.threads()
+    layout = _reference_layout(prepared)
+    write_decoder(reference, layout, prepared.tensors, n_threads=n_threads)
     report.stage("receipt")
-    receipt = compare(
+    receipts = compare(
         reference,
-        {"new": path},
-        Path(options.check),
+        {"new": decoder},
+        Path(text),
         max_tokens=options.check_tokens,
-        n_threads=options.threads(),
-    )["new"]
+        n_threads=n_threads,
+    )
     reference.unlink()
-    return receipt.table()
+    return receipts["new"].table()
 
 
 def _reference_layout(prepared: Prepared) -> Layout:
@@ -323,12 +340,10 @@ def _reference_layout(prepared: Prepared) -> Layout:
 
 
 def _check_disk(prepared: Prepared, folder: Path, options: Conversion) -> None:
-    free, needed = (
-        shutil.disk_usage(folder).free,
-        prepared.disk_bytes
-        + 16 * MiB
-        + (_reference_layout(prepared).total_bytes if options.check else 0),
-    )
+    needed = prepared.disk_bytes + _DISK_MARGIN_BYTES
+    if options.check:
+        needed += _reference_layout(prepared).total_bytes
+    free = shutil.disk_usage(folder).free
     if free < needed:
         raise RuntimeFailure(
             f"the bundle needs {format_bytes(needed)} on disk, {folder.parent} has "
@@ -336,93 +351,84 @@ def _check_disk(prepared: Prepared, folder: Path, options: Conversion) -> None:
         )
 
 
-def _write_special_rows(checkpoint: Checkpoint, folder: Path) -> tuple[str, ...]:
-    """special_rows.npy [n, n_embd] float32: the hard embeddings that the token table does not hold
-    right (Gemma 3n only).
-    """
-    wanted = [
-        (name, embedder, index)
-        for name, embedder, index in _HARD_ROWS
-        if f"{embedder}hard_embedding_norm.weight" in checkpoint
-    ]
-    if not wanted:
-        return ()
-    from edge_gemma.convert.audio import hard_rows
+def _write_audio(prepared: Prepared, folder: Path, report: Report) -> AudioPart | None:
+    if "audio" not in prepared.towers:
+        return None
+    from edge_gemma.convert.audio import write_audio_encoder
 
-    rows = [
-        hard_rows(
-            checkpoint,
-            embedder,
-            [checkpoint.shape(f"{embedder}embedding.weight")[0] - 1 if index is None else index],
-        )
-        for _, embedder, index in wanted
-    ]
-    np.save(folder / SPECIAL_ROWS, np.concatenate(rows).astype(np.float32))
-    return tuple(name for name, _, _ in wanted)
+    report.stage("audio encoder")
+    return write_audio_encoder(prepared.checkpoint, folder, prepared.towers["audio"])
 
 
-def _write_tower(tower: str, prepared: Prepared, folder: Path, report: Report):
-    report.stage(f"{tower} encoder")
-    try:
-        module = importlib.import_module(f".{tower}", __package__)
-    except ImportError as error:
-        raise RuntimeFailure(
-            f"cannot write the {tower} encoder: {error}. pip install 'edge-gemma[convert]', "
-            f"or --{tower}-encoder none"
-        ) from None
-    return getattr(module, f"write_{tower}_encoder")(
-        prepared.checkpoint, folder, prepared.towers[tower]
-    )
+def _write_vision(prepared: Prepared, folder: Path, report: Report) -> VisionPart | None:
+    if "vision" not in prepared.towers:
+        return None
+    from edge_gemma.convert.vision import write_vision_encoder
+
+    report.stage("vision encoder")
+    return write_vision_encoder(prepared.checkpoint, folder, prepared.towers["vision"])
 
 
 def _manifest(
     prepared: Prepared,
     options: Conversion,
-    path: Path,
-    files: dict,
-    special_rows: tuple[str, ...],
-    towers: dict,
-    quality: dict | None,
+    decoder: Path,
+    parts: _Parts,
+    quality: dict[str, float | int | str] | None,
 ) -> Manifest:
-    description = describe(path)  # what the runtime will read there, by the code that it reads with
-    config = prepared.checkpoint.config
-    tokens = dict(description.special_tokens)
-    for name, keys in _CONFIG_TOKENS.items():
-        value = next((config[key] for key in keys if type(config.get(key)) is int), None)
-        if value is not None:
-            if not 0 <= value < description.decoder.n_vocab:
-                raise CheckpointError(
-                    f"config.json gives {name} the id {value}, outside the vocabulary of "
-                    f"{description.decoder.n_vocab}"
-                )
-            tokens[name] = value
-    recipe = {
-        "name": prepared.recipe.name,
-        "matrix": prepared.recipe.matrix,
-        "head": prepared.recipe.head,
-        "kept": prepared.recipe.kept,
-    }
-    recipe |= {key: value for key in ("lookup", "ple") if (value := getattr(prepared.recipe, key))}
-    if options.imatrix:
-        recipe["imatrix"] = Path(options.imatrix).name
-    if options.slice:
-        recipe["slice"] = Path(options.slice).name
-    if options.merge:
-        recipe["merged"] = ", ".join(
-            f"{Path(folder).name} × {scale:g}" for folder, scale in options.merge
-        )
+    # What the runtime will read there, by the code that it reads with
+    description = describe(decoder)
+    origin = prepared.checkpoint.folder.resolve().name
     return Manifest(
         name=description.name,
-        family=description.family,
+        family=prepared.mapping.dims.family,
         instruct=description.chat_template is not None,
         decoder=description.decoder,
-        source=Source(origin=prepared.checkpoint.folder.resolve().name, tool="edge-gemma convert"),
-        files=files,
+        source=Source(origin=origin, tool="edge-gemma convert"),
+        files=parts.files,
         chat_template=description.chat_template,
-        special_tokens=tokens,
-        special_rows=special_rows,
-        audio=towers.get("audio"),
-        vision=towers.get("vision"),
-        recipe=recipe,
+        special_tokens=_special_tokens(prepared.checkpoint.config, description),
+        special_rows=parts.special_rows,
+        audio=parts.audio,
+        vision=parts.vision,
+        recipe=_recipe_record(prepared.recipe, options),
         quality=quality,
     )
+
+
+def _special_tokens(config: dict, description: Description) -> dict[str, int]:
+    """The decoder's special tokens, and those of pictures and sound that config.json names."""
+    tokens = dict(description.special_tokens)
+    n_vocab = description.decoder.n_vocab
+    for name, keys in _CONFIG_TOKENS.items():
+        value = next((config[key] for key in keys if type(config.get(key)) is int), None)
+        if value is None:
+            continue
+        if not 0 <= value < n_vocab:
+            raise CheckpointError(
+                f"config.json gives {name} the id {value}, outside the vocabulary of {n_vocab}"
+            )
+        tokens[name] = value
+    return tokens
+
+
+def _recipe_record(recipe: Recipe, options: Conversion) -> dict[str, str]:
+    """What the manifest says of how the weights were made."""
+    record = {
+        "name": recipe.name,
+        "matrix": recipe.matrix,
+        "head": recipe.head,
+        "kept": recipe.kept,
+    }
+    if recipe.lookup:
+        record["lookup"] = recipe.lookup
+    if recipe.ple:
+        record["ple"] = recipe.ple
+    if options.imatrix:
+        record["imatrix"] = options.imatrix.name
+    if options.slice:
+        record["slice"] = Path(options.slice).name
+    if options.merge:
+        merged = [f"{folder.name} × {scale:g}" for folder, scale in options.merge]
+        record["merged"] = ", ".join(merged)
+    return record

@@ -1,5 +1,4 @@
-"""What quantizing cost: perplexity and KL divergence against the weights it came from; and whether
-the result runs at all.
+"""What quantizing cost: perplexity and KL divergence against the weights it came from.
 
 In: two or more GGUFs of one vocabulary and a text. Out: a :class:`Receipt` for each. Everything is
 computed chunk by chunk with all models side by side, because the logits of 20,000 tokens would be
@@ -15,15 +14,17 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from edge_gemma.convert.text_chunks import CHUNK_TOKENS, read_chunks
 
 from edge_gemma.bundles.folder import Bundle
 from edge_gemma.errors import BundleError, UsageError
 
-CHUNK_TOKENS = 512
 BLOCK_ROWS = 64  # logits rows at a time: 64 × 262,144 × 4 bytes = 64 MiB a model
 
 
@@ -63,61 +64,46 @@ def compare(
 
     Raises UsageError (too little text, another vocabulary), BundleError.
     """
-    from edge_gemma.engines.llama import decoder as decode
+    from edge_gemma.engines.llama.decoder import Decoder
+    from edge_gemma.plan.records import Settings
+    from edge_gemma.spans import Tokens
 
     n_threads = n_threads or os.cpu_count() or 1
-    settings = decode.Settings(
+    settings = Settings(
         n_ctx=CHUNK_TOKENS, n_ubatch=BLOCK_ROWS, n_threads=n_threads, flash_attention=False
     )
     started = time.perf_counter()
-    decoders = []
-    try:
-        decoders = [decode.Decoder(path, settings) for path in (reference, *candidates.values())]
+    sums = {name: _Sums() for name in candidates}
+    with ExitStack() as stack:
+        decoders = []
+        for path in (reference, *candidates.values()):
+            decoders.append(Decoder(path, settings))
+            stack.callback(decoders[-1].close)
         base = decoders[0]
         if any(decoder.n_vocab != base.n_vocab for decoder in decoders):
             raise UsageError(
                 f"{reference} and the files to compare have vocabularies of different sizes"
             )
-        ids = base.tokenize(_read(text))
-        step = CHUNK_TOKENS - base.add_bos
-        n_chunks = min(len(ids), max_tokens or len(ids)) // step
-        if not n_chunks:
-            raise UsageError(
-                f"{text} has {len(ids)} tokens; a receipt needs at least {step}, better "
-                "20,000 or more"
-            )
+        chunks = read_chunks(text, base, max_tokens=max_tokens, purpose="a receipt")
         contexts = [decoder.context(n_outputs=BLOCK_ROWS) for decoder in decoders]
-        sums = [_Sums() for _ in candidates]
-        start = [base.bos] if base.add_bos else []
-        with ThreadPoolExecutor(n_threads) as pool:
-            for k in range(n_chunks):
-                chunk = (*start, *ids[k * step : (k + 1) * step])
-                at = 0
-                for blocks in zip(
-                    *(context.evaluate([decode.Tokens(chunk)]) for context in contexts)
-                ):
-                    targets = np.array(chunk[at + 1 : at + 1 + len(blocks[0])])
-                    at += len(blocks[0])
-                    _score(
-                        pool, n_threads, [block[: len(targets)] for block in blocks], targets, sums
-                    )
-                progress(k + 1, n_chunks)
-    finally:
-        for decoder in decoders:
-            decoder.close()
+        pool = stack.enter_context(ThreadPoolExecutor(n_threads))
+        for done, chunk in enumerate(chunks, 1):
+            targets = np.array(chunk[1:])  # of every position but the last
+            logits = [context.evaluate([Tokens(chunk)]) for context in contexts]
+            for blocks in zip(*logits, strict=True):
+                n = min(len(blocks[0]), len(targets))
+                rows = [block[:n] for block in blocks]
+                _score(pool, n_threads, rows, targets[:n], list(sums.values()))
+                targets = targets[n:]
+            progress(done, len(chunks))
     seconds = time.perf_counter() - started
-    return {name: each.receipt(seconds, text.name) for name, each in zip(candidates, sums)}
-
-
-def _read(text: Path) -> str:
-    try:
-        return text.read_text("utf-8", "replace")
-    except OSError as error:
-        raise UsageError(f"cannot read {text}: {error.strerror}") from None
+    return {name: each.receipt(seconds, text.name) for name, each in sums.items()}
 
 
 class _Sums:
-    def __init__(self):
+    """What is added up over the tokens of one candidate."""
+
+    def __init__(self) -> None:
         self.nll = self.nll_reference = 0.0
         self.same = 0
         self.klds: list[np.ndarray] = []
@@ -150,12 +136,12 @@ def _score(
     edges = np.linspace(0, len(targets), n_parts + 1).astype(int)
     jobs = [
         pool.submit(_score_rows, [block[a:b] for block in blocks], targets[a:b])
-        for a, b in zip(edges, edges[1:])
+        for a, b in pairwise(edges)
         if a < b
     ]
     for job in jobs:
         nll_reference, results = job.result()
-        for each, (nll, klds, same) in zip(sums, results):
+        for each, (nll, klds, same) in zip(sums, results, strict=True):
             each.nll += nll
             each.nll_reference += nll_reference
             each.same += same
@@ -172,11 +158,9 @@ def _score_rows(
     """
     n = len(targets)
     nll_reference = 0.0
-    nll, same, klds = (
-        [0.0] * (len(blocks) - 1),
-        [0] * (len(blocks) - 1),
-        np.empty((len(blocks) - 1, n)),
-    )
+    n_candidates = len(blocks) - 1
+    nll, same = [0.0] * n_candidates, [0] * n_candidates
+    klds = np.empty((n_candidates, n))
     scratch = np.empty(blocks[0].shape[1], np.float32)
     for i, target in enumerate(targets):
         x = blocks[0][i]  # [n_vocab] float32
@@ -194,17 +178,10 @@ def _score_rows(
             nll[k] += log_zy - float(y[target])
             klds[k, i] = max(shift - log_z + log_zy, 0.0)  # below zero only by rounding
             same[k] += int(best == first)
-    return nll_reference, list(zip(nll, klds, same))
+    return nll_reference, list(zip(nll, klds, same, strict=True))
 
 
-# --- does it run, and how fast: in a child process, so that a native abort is our error and memory starts clean ---
-
-
-def try_out(bundle: Bundle, n_tokens: int = 8) -> str:
-    """A few greedy tokens after "The": that the new file loads and computes. Raises BundleError."""
-    return _child(bundle, {"n_prompt": 0, "n_tokens": n_tokens, "repack": False, "n_threads": 1})[
-        "text"
-    ]
+# --- how fast it runs: in a child process, so that memory starts clean ---
 
 
 def measure_speed(
@@ -231,15 +208,15 @@ def _child(bundle: Bundle, request: dict) -> dict:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         how = f"stopped with signal {-done.returncode}" if done.returncode < 0 else "failed"
-        raise BundleError(f"{bundle.folder} was written, but a short generation {how}: {reason}")
+        raise BundleError(f"{bundle.folder} did not finish a short generation: it {how}: {reason}")
     return json.loads(done.stdout)
 
 
 def _in_child(folder: str, request: str) -> None:
-    from edge_gemma.engines.llama import decoder as decode
     from edge_gemma.engines.llama.weights import Weights
     from edge_gemma.machine.footprint import footprint
     from edge_gemma.plan.records import Plan, Settings
+    from edge_gemma.spans import Tokens
 
     bundle, wanted = Bundle.open(folder), json.loads(request)
     n_threads = wanted.get("n_threads") or len(os.sched_getaffinity(0))
@@ -261,12 +238,12 @@ def _in_child(folder: str, request: str) -> None:
         ids = ([decoder.bos] if decoder.add_bos else []) + prompt
         if wanted["n_prompt"]:
             context.decode(
-                0, 0, decode.Tokens(tuple(ids)), outputs="last"
+                0, 0, Tokens(tuple(ids)), outputs="last"
             )  # once unmeasured: pages, threads, buffers
             context.clear(0)
         weights.prefetch(ids)
         started = time.perf_counter()
-        context.decode(0, 0, decode.Tokens(tuple(ids)), outputs="last")
+        context.decode(0, 0, Tokens(tuple(ids)), outputs="last")
         prefill = time.perf_counter() - started
         said, started = [], time.perf_counter()
         for k in range(wanted["n_tokens"]):

@@ -1,5 +1,5 @@
-"""Vision towers → ``vision_encoder.onnx``: SigLIP and projector (Gemma 3), or MobileNetV5, fusion and
-embedder (Gemma 3n), straight from weights.
+"""Vision towers → ``vision_encoder.onnx``, straight from weights: SigLIP and projector (Gemma 3),
+or MobileNetV5, fusion and embedder (Gemma 3n).
 
 In: a :class:`~edge_gemma.convert.tensors.TensorReader`. Out: the ONNX files in a folder and the
 manifest's :class:`~edge_gemma.bundles.manifest.VisionPart`. One tensor is in memory at a time. It

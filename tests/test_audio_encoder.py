@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from checkpoints import recipe, write_checkpoint
 from edge_gemma.benchmarks.dev import audio_reference
-from edge_gemma.convert.audio import hard_rows, write_audio_encoder
+from edge_gemma.convert.audio import write_audio_encoder
 from edge_gemma.convert.checkpoint import Checkpoint
+from edge_gemma.convert.special_rows import hard_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
