@@ -1,10 +1,9 @@
-"""A virtual microphone: an own PulseAudio server with a null sink whose monitor is the default
+"""A virtual microphone: a separate PulseAudio server with a null sink whose monitor is the default
 source.
 
-Everything runs in a child's environment of its own (HOME, XDG_RUNTIME_DIR), so no sound server of
-the user is touched. PortAudio reaches it through ALSA's pulse plugin; since PortAudio reads the
-environment once, capture runs in this process only after :meth:`VirtualMicrophone.start` has set
-it.
+The server and its clients get another environment (HOME, XDG_RUNTIME_DIR), so no sound server of
+the user is touched. PortAudio reaches it through ALSA's pulse plugin, and reads the environment
+once: whoever captures runs in a child process with :attr:`VirtualMicrophone.environment`.
 """
 
 from __future__ import annotations

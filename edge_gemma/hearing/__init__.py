@@ -1,1 +1,1 @@
-"""Sound → log-mel → soft tokens, as a stream; a file is a microphone that never waits."""
+"""Sound from files and microphones → log-mel → soft tokens, as a stream."""

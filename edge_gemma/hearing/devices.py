@@ -40,7 +40,7 @@ class SoundDevice:
     name: str
     inputs: int  # channels
     outputs: int
-    rate_hz: int  # its own
+    rate_hz: int  # the default one of the device
     is_default_input: bool
     is_default_output: bool
 

@@ -110,7 +110,7 @@ class AudioEncoder:
         return run_onnx(self._graph, _OUTPUTS, feeds)
 
     def close(self) -> None:
-        """Let go of the weights. Streams of this encoder end."""
+        """Free the weights. Streams of this encoder end."""
         self._graph = None
         trim_heap()
 

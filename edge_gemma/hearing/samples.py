@@ -43,7 +43,7 @@ class LiveSource(SoundSource, Protocol):
     """A :class:`SoundSource` that does not wait for its reader and may go away: a microphone."""
 
     name: str  # of the device that was opened
-    dropped_blocks: int  # lost so far, because nobody read in time
+    dropped_blocks: int  # lost so far, because read came too late
 
     def read(self, timeout_s: float = 1.0) -> np.ndarray:
         """The next samples ``[n]`` float32 at 16 kHz mono, or none (n = 0) after

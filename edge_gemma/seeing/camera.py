@@ -38,18 +38,18 @@ def _capture_opencv(camera: int | str, warm_up_frames: int) -> Picture:
         ) from None
     if hasattr(cv2, "setLogLevel"):  # OpenCV 4 prints to stderr for every camera it does not find
         cv2.setLogLevel(0)
-    lens = cv2.VideoCapture(camera)
+    device = cv2.VideoCapture(camera)
     try:
-        if not lens.isOpened():
+        if not device.isOpened():
             raise DeviceLost(
                 f"there is no camera {camera}; `ls /dev/video*` shows the ones there are"
             )
         frame = None  # [h, w, 3] uint8, the last that came
         for _ in range(warm_up_frames + 1):
-            came, latest = lens.read()
+            came, latest = device.read()
             frame = latest if came else frame
     finally:
-        lens.release()
+        device.release()
     if frame is None:
         raise DeviceLost(
             f"camera {camera} opened but gave no picture; is another program using it?"
@@ -64,10 +64,10 @@ def _capture_picamera2(picamera2: Any, number: int) -> Picture:
         raise DeviceLost(
             f"there is no camera {number}; `rpicam-hello --list-cameras` shows the ones there are"
         )
-    with picamera2(number) as lens:
+    with picamera2(number) as device:
         # picamera2 names the order of bytes backwards: this is RGB
-        configuration = lens.create_still_configuration(main={"format": "BGR888"})
-        lens.configure(configuration)
-        lens.start()
-        frame = lens.capture_array("main")
+        configuration = device.create_still_configuration(main={"format": "BGR888"})
+        device.configure(configuration)
+        device.start()
+        frame = device.capture_array("main")
         return Picture(np.ascontiguousarray(frame), name=f"camera {number}")

@@ -67,7 +67,7 @@ class ImageEncoder:
             trim_heap()  # activations are needed again only with the next picture
 
     def close(self) -> None:
-        """Let go of the weights."""
+        """Free the weights."""
         self._graph = None
         trim_heap()
 

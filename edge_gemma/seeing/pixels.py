@@ -167,7 +167,7 @@ def to_rgb(image: PillowImage, name: str) -> PillowImage:
         return _from_16_bit(image, name)
     if mode == "F":
         raise MediaError(
-            f"{name} has floating-point pixels, whose range nobody wrote down; save it with "
+            f"{name} has floating-point pixels, whose range is not known; save it with "
             "8 or 16 bits per channel"
         )
     if mode in _HAS_ALPHA or "transparency" in image.info:

@@ -68,7 +68,7 @@ class Video:
     def __post_init__(self) -> None:
         if not 0 < self.rate_hz <= 120 or self.max_frames < 1:
             raise UsageError(
-                f"a video wants 0 < rate_hz ≤ 120 and max_frames ≥ 1; got {self.rate_hz} and "
+                f"a video needs 0 < rate_hz ≤ 120 and max_frames ≥ 1; got {self.rate_hz} and "
                 f"{self.max_frames}"
             )
         ends_late_enough = self.end_s is None or self.end_s > self.start_s
