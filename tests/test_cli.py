@@ -226,27 +226,6 @@ def test_a_bundle_deleted_while_loaded_goes_on(tiny_bundle, tmp_path):
         ] == first
 
 
-def test_help_is_quick_and_names_the_commands():
-    done = cli("--help")
-    assert all(
-        name in done.stdout
-        for name in (
-            "demo",
-            "doctor",
-            "profiles",
-            "pull",
-            "ls",
-            "rm",
-            "import",
-            "inspect",
-            "verify",
-            "plan",
-            "run",
-            "chat",
-        )
-    )
-
-
 def test_the_demo_stays_inside_its_budget(sample_gguf, tmp_path, monkeypatch):
     """What the README shows first: real weights in an empty store, and the second run finds them
     there.

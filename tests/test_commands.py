@@ -268,3 +268,13 @@ def test_progress_on_a_terminal_is_a_bar_that_goes_away():
     for shown in ("reading [file]", "1.0 MiB of 4.0 MiB", "a [note]", "counting", "2 of 3"):
         assert shown in text
     assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l") >= 0
+
+
+def test_ctrl_c_ends_any_command_quietly(run, monkeypatch):
+    """Where no answer is running: one word, and the exit code that shells expect."""
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("edge_gemma.store.installed.ls", interrupted)
+    assert run("ls") == (130, "", "\nstopped\n")

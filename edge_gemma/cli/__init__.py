@@ -29,11 +29,6 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         print(f"edge-gemma: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        if flags.debug:
-            raise
+    except KeyboardInterrupt:  # while importing: a command ends by itself
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader left (head, less): nothing to say
-        sys.exit(0)

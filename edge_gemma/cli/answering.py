@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from edge_gemma.cli.common import (
+    INTERRUPTED,
     LoadingLine,
     interruptible,
     note,
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from edge_gemma.conversation.stream import Chunk
     from edge_gemma.model import Model
     from edge_gemma.options import Logprob
-
-INTERRUPTED = 130  # exit code after Ctrl-C
 
 
 def load_model(

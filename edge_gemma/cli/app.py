@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from edge_gemma.cli.flags import Flags
-from edge_gemma.cli.options import with_debug
+from edge_gemma.cli.options import complete
 
 GROUPS = ("demo", "text", "bundles", "system", "store", "convert", "see", "hear", "bench")
 EXIT_CODES = (
@@ -64,15 +64,15 @@ def edge_gemma(debug: DebugOption = False, version: VersionOption = False) -> No
     """Gemma 3n and small Gemma 3, offline, inside a planned memory budget."""
 
 
-def _add_debug(tree: typer.Typer) -> None:
+def _finish(tree: typer.Typer) -> None:
     for command in tree.registered_commands:
         if command.callback is not None:
-            command.callback = with_debug(command.callback, DebugOption)
+            command.callback = complete(command.callback, DebugOption)
     for group in tree.registered_groups:
         if group.typer_instance is not None:
-            _add_debug(group.typer_instance)
+            _finish(group.typer_instance)
 
 
 for group in GROUPS:
     importlib.import_module(f".{group}", __package__).register(app)
-_add_debug(app)
+_finish(app)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from edge_gemma.bundles.folder import Bundle
 
 T = TypeVar("T")
+INTERRUPTED = 130  # exit code after Ctrl-C
 
 # --- options: each is defined once, so that a name means the same in every command ---
 

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from edge_gemma.cli.common import (
+    INTERRUPTED,
     BudgetOption,
     ContextOption,
     DeviceOption,
     ThreadsOption,
     VerboseOption,
+    note,
 )
 
 if TYPE_CHECKING:
@@ -175,9 +177,9 @@ def _field_parameters(group: PlanningOptions | SamplingOptions) -> list[inspect.
     ]
 
 
-def with_debug(command: Callable[..., None], debug_option: object) -> Callable[..., None]:
-    """``command`` with one more option, ``--debug``, whose callback has used it by the time the
-    command runs.
+def complete(command: Callable[..., None], debug_option: object) -> Callable[..., None]:
+    """``command`` with what every command has: ``--debug``, whose callback has used it by the time
+    the command runs, and a quiet end after Ctrl-C.
     """
     hints = get_type_hints(command, include_extras=True)
     parameters = [
@@ -190,6 +192,10 @@ def with_debug(command: Callable[..., None], debug_option: object) -> Callable[.
 
     @functools.wraps(command)
     def call(debug: bool, **given: Any) -> None:
-        command(**given)
+        try:
+            command(**given)
+        except KeyboardInterrupt:
+            note("\nstopped")
+            raise typer.Exit(INTERRUPTED) from None
 
     return shown_as(call, [*parameters, debug])

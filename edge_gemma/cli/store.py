@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edge_gemma.cli.answering import INTERRUPTED
 from edge_gemma.cli.common import (
+    INTERRUPTED,
     ForceOption,
     JsonOption,
     NameOption,
@@ -167,8 +167,7 @@ def rm(
         listed = ", ".join(f"{name} ({format_bytes(known[name])})" for name in names)
         if not sys.stdin.isatty():
             raise UsageError(f"this would delete {listed}; pass --yes to do so without being asked")
-        if not typer.confirm(f"delete {listed}?", err=True):
-            raise typer.Exit(0)
+        _confirm(f"delete {listed}?")
     freed = {name: store.rm(name) for name in names or ()}
     if unfinished:
         freed["unfinished downloads"] = store.rm_unfinished()
@@ -177,3 +176,13 @@ def rm(
     else:
         for name, size in freed.items():
             note(f"deleted {name}, {format_bytes(size)}")
+
+
+def _confirm(question: str) -> None:
+    """Ask at the terminal; leave on no, and on Ctrl-C."""
+    try:
+        if not typer.confirm(question, err=True):
+            raise typer.Exit(0)
+    except typer.Abort:
+        note("")
+        raise typer.Exit(INTERRUPTED) from None
