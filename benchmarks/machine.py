@@ -13,9 +13,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 from edge_gemma.benchmarks.caps import usable_cpus
 
+from edge_gemma.machine.footprint import load_psutil
 from edge_gemma.units import GiB, MiB, format_bytes
 
 
@@ -125,7 +125,7 @@ class Calm:
 
     def __enter__(self) -> Calm:
         # a load average would still count a benchmark that has just ended
-        self.before = self._state() | {"busy": psutil.cpu_percent(0.5) / 100}
+        self.before = self._state() | {"busy": load_psutil().cpu_percent(0.5) / 100}
         return self
 
     def __exit__(self, *_) -> None:

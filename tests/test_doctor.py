@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 
 import pytest
@@ -10,7 +11,14 @@ from test_device import A76, V2_MOUNT, X86, build_features, machine
 from typer.testing import CliRunner
 
 from edge_gemma.cli import app as cli
-from edge_gemma.doctor import Llama, ask_llama, examine, expected_repacks
+from edge_gemma.doctor import (
+    PURPOSES,
+    Llama,
+    ask_llama,
+    examine,
+    expected_repacks,
+    required_packages,
+)
 from edge_gemma.errors import MissingExtra, UsageError
 from edge_gemma.machine.device import load_profile
 from edge_gemma.machine.probe import probe
@@ -193,6 +201,26 @@ def test_what_is_not_installed(tmp_path):
         report(machine(tmp_path, {}), have=lambda name: name != "lib:portaudio"),
         "For audio input: sudo apt-get install libportaudio2",
     )
+
+
+def test_the_packages_of_an_extra_are_those_of_the_metadata(monkeypatch):
+    lines = [
+        "numpy>=2.0",
+        "psutil>=6; sys_platform != 'no such system'",
+        'onnx>=1.17; extra == "convert"',
+        "pywin32; sys_platform == 'no such system' and extra == 'convert'",
+        'av>=14; extra == "video"',
+    ]
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: lines)
+    assert required_packages("convert") == ("onnx",)
+    assert required_packages("video") == ("av",) and required_packages("see") == ()
+    found = examine(have=lambda name: name != "onnx")
+    assert {e.name: e.missing_packages for e in found.extras} == {"video": (), "convert": ("onnx",)}
+
+
+def test_every_extra_that_the_package_offers_has_a_purpose():
+    offered = importlib.metadata.metadata("edge-gemma").get_all("Provides-Extra")
+    assert set(offered) <= set(PURPOSES) | {"all", "dev"}
 
 
 def test_without_llama(tmp_path):

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from edge_gemma.bundles.folder import Bundle
 from edge_gemma.cli import app as cli
-from edge_gemma.errors import BundleError, HashMismatch, HubError, UsageError
+from edge_gemma.errors import BundleError, HashMismatch, HubError, RuntimeFailure, UsageError
 from edge_gemma.store import hub
 from edge_gemma.store import installed as store
 from edge_gemma.store.hub import Reference, parse_reference, pull
@@ -437,7 +437,7 @@ def test_disk_full_while_downloading(server, monkeypatch):
 def test_a_store_that_cannot_be_written(server, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("EDGE_GEMMA_HOME", str(tmp_path / "file" / "home"))
-    with pytest.raises(Exception, match="cannot write below .*Not a directory|cannot write below"):
+    with pytest.raises(RuntimeFailure, match="cannot write below .*Not a directory"):
         get(server, "org/one")
 
 

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from edge_gemma.errors import MissingExtra
 from edge_gemma.machine import footprint as memory
 from edge_gemma.machine import peak
 from edge_gemma.machine.footprint import (
@@ -121,6 +122,12 @@ def test_sampling_is_cheap():
     walks, looks = calls.count(True), calls.count(False)
     assert looks > 30  # it did sample
     assert 2 <= walks < 30  # at the mark and at the end, and few between
+
+
+def test_without_psutil_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'edge-gemma\[bench\]'"):
+        memory.load_psutil()
 
 
 def test_major_faults_are_the_twelfth_field_whatever_the_process_is_called(monkeypatch):

@@ -3,8 +3,8 @@
 The one contract between converting and running.
 
 In: a folder. Out: a :class:`Bundle` whose manifest was validated and whose files were checked (size
-and header at load, full hashes on :meth:`Bundle.verify`). This room does not know llama.cpp,
-onnxruntime or where a bundle came from.
+and header at load, full hashes on :meth:`Bundle.verify`). This module does not know
+llama.cpp, onnxruntime or where a bundle came from.
 
 No model fact is guessed from a file or model name: what the runtime needs to know is a field below.
 """

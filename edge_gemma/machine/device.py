@@ -97,7 +97,7 @@ def profile_names() -> list[str]:
 
 
 def profile_notes(name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(notes, sources) of a profile: what to know about the board, and where its figures come from."""
+    """(notes, sources) of a profile: what to know about the board, and who says so."""
     profile = _read_profile(name)
     return profile.notes, profile.sources
 

@@ -1,7 +1,7 @@
 """What a process takes in memory, as the kernel counts it.
 
 In: a process id (this one unless told). Out: :class:`Footprint` (now), :class:`PeakSampler` (over
-time), :func:`mapping_of` and :func:`resident_bytes` (which pages of a file are held). This room
+time), :func:`mapping_of` and :func:`resident_bytes` (which pages of a file are held). This module
 does not know models or plans.
 
 Why PSS: a shared page is counted by its share, so the figures of several processes add up to what
@@ -18,7 +18,9 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
+from edge_gemma.errors import MissingExtra
 from edge_gemma.units import KiB, MiB
 
 # What a process holds with this package and llama.cpp loaded and no model: PSS, measured on x86-64
@@ -26,7 +28,8 @@ from edge_gemma.units import KiB, MiB
 RUNTIME_ANON_BYTES = 36 * MiB
 RUNTIME_FILE_BYTES = 15 * MiB
 PAGE_BYTES = mmap.PAGESIZE  # 16 KiB on a Raspberry Pi 5
-# bit 63 of a pagemap entry (uint64): the page is in memory; Documentation/admin-guide/mm/pagemap.rst
+# bit 63 of a pagemap entry (uint64): the page is in memory
+# (Documentation/admin-guide/mm/pagemap.rst)
 _PRESENT = 1 << 63
 
 
@@ -96,6 +99,15 @@ def _counters(pid: int | None) -> Footprint:
     return Footprint(rss, rss, anon, found.get("RssFile", 0), found.get("VmSwap", 0), exact=False)
 
 
+def load_psutil() -> ModuleType:
+    """psutil, which is installed where /proc is not there to read. Raises MissingExtra."""
+    try:
+        import psutil
+    except ImportError:
+        raise MissingExtra("Reading how busy the CPUs are, or memory off Linux,", "bench") from None
+    return psutil
+
+
 def _fields(text: bytes) -> dict[str, int]:
     """``Name:   123 kB`` lines → bytes."""
     found = {}
@@ -108,8 +120,7 @@ def _fields(text: bytes) -> dict[str, int]:
 
 def _psutil(pid: int | None) -> Footprint:
     """macOS and Windows: one number is to be had, the resident set."""
-    import psutil
-
+    psutil = load_psutil()
     try:
         rss = psutil.Process(pid).memory_info().rss
     except psutil.NoSuchProcess:

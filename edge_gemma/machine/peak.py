@@ -85,7 +85,7 @@ class PeakSampler:
             return self._sample(walk=False, known=now)
 
     def rebase(self) -> None:
-        """Forget the peaks so far: measure from here (a plan's peak counts from the end of load)."""
+        """Forget the peaks so far; a plan's peak counts from the end of load."""
         with self._lock:
             self.peak_pss_bytes = self.peak_rss_bytes = self._walked_rss = 0
             self._resettable = reset_peak(self.pid)

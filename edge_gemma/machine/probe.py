@@ -1,8 +1,8 @@
 """What a machine has: a shipped profile, a profile file, or this machine probed.
 
-In: a name (``auto``, ``pi-5-4gb``, ``my-board.toml``). Out: a frozen :class:`Device`. This room
-reads ``/proc``, ``/sys`` and TOML tables; it does not know models, bundles or llama.cpp (whether
-llama.cpp was built for a GPU is for ``decode`` to say).
+In: a name (``auto``, ``pi-5-4gb``, ``my-board.toml``). Out: a frozen :class:`Device`. This module
+reads ``/proc`` and ``/sys``; it does not know models, bundles or llama.cpp (whether llama.cpp was
+built for a GPU is for ``engines.llama.library`` to say).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from edge_gemma.machine.device import Device, load_profile
-from edge_gemma.machine.footprint import RUNTIME_ANON_BYTES, footprint
+from edge_gemma.machine.footprint import RUNTIME_ANON_BYTES, footprint, load_psutil
 
 # /proc/cpuinfo's words → the words of repack.toml (ggml_cpu_has_*)
 _FEATURES = {
@@ -171,8 +171,7 @@ def _id_list(text: str) -> set[int]:
 def _allowed_cpus() -> tuple[int, ...]:
     if hasattr(os, "sched_getaffinity"):
         return tuple(sorted(os.sched_getaffinity(0)))
-    import psutil  # macOS has no affinity, Windows its own
-
+    psutil = load_psutil()  # macOS has no affinity, Windows its own
     process = psutil.Process()
     return tuple(
         process.cpu_affinity()
@@ -191,9 +190,7 @@ def _memory(root: Path) -> tuple[int, int]:
     """(total, available) bytes, swap and zram not among them."""
     info = _fields(read_text(root / "proc/meminfo"))
     if "MemTotal" not in info:
-        import psutil
-
-        memory = psutil.virtual_memory()
+        memory = load_psutil().virtual_memory()
         return memory.total, memory.available
     old_kernel = (
         info.get("MemFree", 0)
@@ -221,21 +218,21 @@ def _cgroup_folders(root: Path, controller: str) -> tuple[int, list[Path]]:
     A container sees a part of the tree: the mount's own root (mountinfo's fourth field) is taken
     off the path first.
     """
-    paths = {}
+    paths: dict[str, str] = {}
     for line in read_text(root / "proc/self/cgroup").splitlines():
-        number, names, path = (line.split(":", 2) + ["", ""])[:3]
-        for name in names.split(",") if names else [""]:
-            paths[name] = path
+        fields = line.split(":", 2)
+        if len(fields) == 3:
+            paths |= dict.fromkeys(fields[1].split(","), fields[2])  # version 2 names none
     unified = None
     for line in read_text(root / "proc/self/mountinfo").splitlines():
         left, _, right = line.partition(" - ")
-        fields, kind = left.split(), right.split()
-        if len(fields) < 5 or len(kind) < 3:
+        mount, kind = left.split(), right.split()
+        if len(mount) < 5 or len(kind) < 3:
             continue
         if kind[0] == "cgroup" and controller in kind[2].split(",") and controller in paths:
-            return 1, list(_ancestors(root, fields[4], fields[3], paths[controller]))
+            return 1, list(_ancestors(root, mount[4], mount[3], paths[controller]))
         if kind[0] == "cgroup2" and "" in paths:
-            unified = list(_ancestors(root, fields[4], fields[3], paths[""]))
+            unified = list(_ancestors(root, mount[4], mount[3], paths[""]))
     return 2, unified or []
 
 
@@ -266,32 +263,28 @@ def _memory_limit(root: Path) -> tuple[int | None, int | None]:
     stalls us.
     """
     version, folders = _cgroup_folders(root, "memory")
-    limits, headrooms = [], []
+    limits: list[int] = []
+    headrooms: list[int] = []
+    reclaimable: tuple[str, ...]
     for folder in folders:
         stat = _fields(read_text(folder / "memory.stat"))
         if version == 2:
-            found = [_number(folder, "memory.max"), _number(folder, "memory.high")]
-            used, cached = (
-                _number(folder, "memory.current"),
-                ("active_file", "inactive_file", "slab_reclaimable"),
-            )
+            written = [_number(folder, name) for name in ("memory.max", "memory.high")]
+            used = _number(folder, "memory.current")
+            reclaimable = ("active_file", "inactive_file", "slab_reclaimable")
         else:
-            found = [
+            written = [
                 _number(folder, "memory.limit_in_bytes"),
                 stat.get("hierarchical_memory_limit"),
             ]
-            used, cached = (
-                _number(folder, "memory.usage_in_bytes"),
-                ("total_active_file", "total_inactive_file"),
-            )
-        found = [
-            n for n in found if n is not None and n < 1 << 60
-        ]  # version 1 writes "no limit" as a number near 2**63
+            used = _number(folder, "memory.usage_in_bytes")
+            reclaimable = ("total_active_file", "total_inactive_file")
+        # version 1 writes "no limit" as a number near 2**63
+        found = [n for n in written if n is not None and n < 1 << 60]
         if found:
+            cached = sum(stat.get(name, 0) for name in reclaimable)
             limits.append(min(found))
-            headrooms.append(
-                min(found) - max(0, (used or 0) - sum(stat.get(name, 0) for name in cached))
-            )
+            headrooms.append(min(found) - max(0, (used or 0) - cached))
     return (min(limits), max(0, min(headrooms))) if limits else (None, None)
 
 
@@ -329,12 +322,14 @@ def _big_cpus(root: Path, cpus: tuple[int, ...]) -> tuple[int, ...]:
     performance = _id_list(read_text(root / "sys/devices/cpu_core/cpus")) & set(cpus)
     if performance:
         return tuple(sorted(performance))
-    capacity = {
-        cpu: _number(root / f"sys/devices/system/cpu/cpu{cpu}", "cpu_capacity") for cpu in cpus
-    }
-    if any(value is None for value in capacity.values()):
-        return cpus
-    return tuple(cpu for cpu in cpus if capacity[cpu] >= 0.8 * max(capacity.values()))
+    capacity: dict[int, int] = {}
+    for cpu in cpus:
+        value = _number(root / f"sys/devices/system/cpu/cpu{cpu}", "cpu_capacity")
+        if value is None:
+            return cpus
+        capacity[cpu] = value
+    fastest = max(capacity.values(), default=0)
+    return tuple(cpu for cpu in cpus if capacity[cpu] >= 0.8 * fastest)
 
 
 def _threads(root: Path, cpus: tuple[int, ...], big: tuple[int, ...]) -> int:

@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from copy import copy
 
 from edge_gemma.bundles.gguf import TYPE_SIZES
-from edge_gemma.bundles.manifest import Manifest, Tensor
+from edge_gemma.bundles.manifest import AudioPart, Manifest, Tensor, VisionPart, require
 from edge_gemma.machine.device import Device
 from edge_gemma.machine.footprint import RUNTIME_ANON_BYTES, RUNTIME_FILE_BYTES
-from edge_gemma.plan.records import AFTER_LOAD, PHASES, Item, PlanRequest, Settings, wanted_senses
-from edge_gemma.units import MiB
+from edge_gemma.plan.records import (
+    AFTER_LOAD,
+    PHASES,
+    Item,
+    PlanRequest,
+    Settings,
+    wanted_senses,
+)
+from edge_gemma.units import KiB, MiB
 
 KV_TYPES = ("f16", "q8_0", "q4_0")  # of the KV cache, by their ggml names in lower case
+KV_PADDING = 256  # cells; llama.cpp rounds a cache up to it
 # What loading a vocabulary adds, measured as RUNTIME_ANON_BYTES is.
 VOCABULARY_BYTES_PER_TOKEN = 120
-GRAPH_BYTES_PER_LAYER = 128 << 10  # ggml's graph and scheduler nodes
-ONNXRUNTIME_BYTES = (
-    32 * MiB
-    # the library once it was used, with an opened audio graph; it stays when an encoder is let go.
-    # `python -m edge_gemma.benchmarks.hear memory`
-)
-VISION_GRAPH_BYTES = (
-    13 * MiB
-)  # an opened vision graph, its weights mapped; `python -m edge_gemma.benchmarks.vision run`
-PICTURE_BYTES = (
-    7 * 12_000_000
-)  # a 12-megapixel photograph while it is decoded (vision.DECODE_BYTES_PER_PIXEL)
-HEADROOM = (
-    0.04  # of the total, kept free when anonymous repacked weights could starve the mapped ones
-)
+GRAPH_BYTES_PER_LAYER = 128 * KiB  # ggml's graph and scheduler nodes
+# The library once it was used, with an opened audio graph; it stays when an encoder is let go.
+# Measured by `python -m edge_gemma.benchmarks.hear memory`.
+ONNXRUNTIME_BYTES = 32 * MiB
+# An opened vision graph, its weights mapped; `python -m edge_gemma.benchmarks.vision run`.
+VISION_GRAPH_BYTES = 13 * MiB
+# A 12-megapixel photograph while it is decoded: RGBA and its RGB copy stand together.
+PICTURE_BYTES = 12_000_000 * (4 + 3)
+# Of the total, kept free where anonymous repacked weights could starve the mapped ones.
+HEADROOM = 0.04
 
 
-class _Costs:
+class Costs:
     """The cost of settings for one manifest on one device. Sums over the tensor table are taken
     once.
     """
@@ -43,7 +47,9 @@ class _Costs:
         request: PlanRequest,
         repacks: Callable[[Tensor], bool],
     ):
-        self.manifest, self.device, self.request = manifest, device, request
+        self.manifest, self.device = manifest, device
+        self.lora_bytes = request.lora_bytes
+        self.senses = wanted_senses(manifest, request)
         tensors = manifest.decoder.tensors
         matmul = [t for t in tensors if t.use == "matmul"]
         self.matmul_bytes = sum(t.nbytes for t in matmul)
@@ -51,142 +57,100 @@ class _Costs:
         self.mapped_beside_copies_bytes = sum(t.nbytes for t in matmul if not repacks(t))
         self.file_bytes = manifest.files[manifest.decoder.file].size
         self.lookups = [t for t in tensors if t.use == "lookup"]
-        self.embedding = next((t for t in tensors if t.name == "token_embd.weight"), None)
-        self.embedding_repacked = (
-            self.embedding is not None
-            and self.embedding.use == "matmul"
-            and repacks(self.embedding)
-        )
-        self.senses = wanted_senses(manifest, request)
+        # a tied embedding that is copied: the mapped original is only looked up from then on
+        tied = [t for t in matmul if t.name == "token_embd.weight" and repacks(t)]
+        self.lookups_beside_copies = self.lookups + tied
+
+    def without_senses(self) -> Costs:
+        """The same without encoders."""
+        other = copy(self)
+        other.senses = ()
+        return other
 
     def items(self, s: Settings) -> tuple[Item, ...]:
-        decoder, device = self.manifest.decoder, self.device
+        decoder = self.manifest.decoder
+        vocabulary = decoder.n_vocab * VOCABULARY_BYTES_PER_TOKEN
+        # the output row of each sequence, and llama_token_data (12 bytes) for each candidate
+        logits = decoder.n_vocab * (4 * s.n_seq_max + 12)
         rows = [
             Item("python and libraries", RUNTIME_ANON_BYTES, "anon", PHASES),
             Item("library code", RUNTIME_FILE_BYTES, "file_hot", PHASES),
+            Item("vocabulary", vocabulary, "anon", PHASES),
+            *self._weights(s),
+            *self._kv(s),
+            Item("compute buffers", self.compute_bytes(s), "anon", AFTER_LOAD),
+            Item("logits and sampling", logits, "anon", ("prefill", "decode")),
+            Item("LoRA adapters", self.lora_bytes, "anon", PHASES),
+            *self._encoders(s),
+            *self._mapped_while_loading(s),
         ]
-        rows.append(
-            Item("vocabulary", decoder.n_vocab * VOCABULARY_BYTES_PER_TOKEN, "anon", PHASES)
-        )
-        repacked = self.repacked_bytes if s.repack and not s.n_gpu_layers else 0
-        copied = self._offloaded(s.n_gpu_layers) if s.n_gpu_layers else repacked
-        if copied:
-            rows.append(
-                Item(
-                    "weights, on the GPU" if s.n_gpu_layers else "weights, repacked",
-                    copied,
-                    "anon",
-                    PHASES,
-                )
-            )
-        mapped = (
-            self.mapped_beside_copies_bytes
-            if copied and not s.n_gpu_layers
-            else self.matmul_bytes - copied
-        )
-        if mapped > 0:
-            rows.append(Item("weights, mapped", mapped, "file_hot", PHASES))
-        rows += self._cold(s, copied)
-        rows += self._kv(s)
-        rows.append(Item("compute buffers", self.compute_bytes(s), "anon", AFTER_LOAD))
-        # the output row of each sequence, and llama_token_data (12 bytes) for each candidate
-        rows.append(
-            Item(
-                "logits and sampling",
-                decoder.n_vocab * (4 * s.n_seq_max + 12),
-                "anon",
-                ("prefill", "decode"),
-            )
-        )
-        if self.request.lora_bytes:
-            rows.append(Item("LoRA adapters", self.request.lora_bytes, "anon", PHASES))
-        rows += self._encoders(s)
-        if device.can_release and self.file_bytes > mapped:
-            # MAP_POPULATE maps the whole file before the first progress callback lets the cold part
-            # go
-            rows.append(
-                Item(
-                    "file pages mapped while loading",
-                    self.file_bytes - mapped,
-                    "reclaimable",
-                    ("load",),
-                )
-            )
-        return tuple(rows)
+        return tuple(row for row in rows if row.bytes > 0)
 
-    def _offloaded(self, n_gpu_layers: int) -> int:
+    def _copied_bytes(self, s: Settings) -> int:
+        """Weights in buffers of their own: on the GPU, or repacked for the CPU."""
+        if s.n_gpu_layers:
+            return self._offloaded_bytes(s.n_gpu_layers)
+        return self.repacked_bytes if s.repack else 0
+
+    def _offloaded_bytes(self, n_gpu_layers: int) -> int:
         n_layer = self.manifest.decoder.n_layer
         share = 1.0 if n_gpu_layers < 0 or n_gpu_layers > n_layer else n_gpu_layers / n_layer
         return int(self.matmul_bytes * share)
 
-    def _cold(self, s: Settings, copied: int) -> list[Item]:
-        if not self.device.can_release:
-            stays = self.file_bytes - (
-                self.mapped_beside_copies_bytes if copied else self.matmul_bytes
-            )
-            return (
-                [
-                    Item(
-                        "cold weights (this platform cannot release them)",
-                        stays,
-                        "file_cold",
-                        PHASES,
-                    )
-                ]
-                if stays > 0
-                else []
-            )
-        tables = list(self.lookups)
-        if self.embedding_repacked and copied:
-            tables.append(self.embedding)
-        if not tables:
-            return []
-        # A row lies on 1 + row/page pages on average. A turn touches at most n_ctx different
-        # tokens; natural text about a quarter of that. The pages are let go after every turn
-        # (weights.py), so this is a bound per turn, not a growth.
+    def _mapped_bytes(self, s: Settings) -> int:
+        """Weights that are read where the file is mapped, for every token."""
+        copied = self._copied_bytes(s)
+        if copied and not s.n_gpu_layers:
+            return self.mapped_beside_copies_bytes
+        return self.matmul_bytes - copied
+
+    def _weights(self, s: Settings) -> Iterator[Item]:
+        name = "weights, on the GPU" if s.n_gpu_layers else "weights, repacked"
+        yield Item(name, self._copied_bytes(s), "anon", PHASES)
+        yield Item("weights, mapped", self._mapped_bytes(s), "file_hot", PHASES)
+        if self.device.can_release:
+            yield self._cold_rows(s)
+            return
+        copied = self._copied_bytes(s)
+        read = self.mapped_beside_copies_bytes if copied else self.matmul_bytes
+        name = "cold weights (this platform cannot release them)"
+        yield Item(name, self.file_bytes - read, "file_cold", PHASES)
+
+    def _cold_rows(self, s: Settings) -> Item:
+        """Rows that are looked up.
+
+        A row lies on 1 + row/page pages on average. A turn touches at most n_ctx different tokens;
+        natural text about a quarter of that. The pages are let go after every turn
+        (engines/llama/weights.py), so this is a bound per turn, not a growth.
+        """
+        tables = self.lookups_beside_copies if self._copied_bytes(s) else self.lookups
         page = self.device.page_bytes
         row_bytes = [t.nbytes // t.shape[1] for t in tables]
-        touched = (
-            sum((1 + r / page) * page for r in row_bytes) * min(s.n_ctx // 4, 2048) * s.n_seq_max
-        )
-        return [
-            Item(
-                "cold rows in use",
-                min(int(touched), sum(t.nbytes for t in tables)),
-                "file_cold",
-                ("prefill", "decode", "listen", "look"),
-            )
-        ]
+        bytes_per_token = sum((1 + row / page) * page for row in row_bytes)
+        touched = bytes_per_token * min(s.n_ctx // 4, 2048) * s.n_seq_max
+        whole = sum(t.nbytes for t in tables)
+        phases = ("prefill", "decode", "listen", "look")
+        return Item("cold rows in use", min(int(touched), whole), "file_cold", phases)
 
-    def _kv(self, s: Settings) -> list[Item]:
+    def _mapped_while_loading(self, s: Settings) -> Iterator[Item]:
+        # MAP_POPULATE maps the whole file before the first progress callback lets the cold part go
+        if self.device.can_release:
+            cold = self.file_bytes - max(0, self._mapped_bytes(s))
+            yield Item("file pages mapped while loading", cold, "reclaimable", ("load",))
+
+    def _kv(self, s: Settings) -> Iterator[Item]:
         decoder = self.manifest.decoder
         values, nbytes = TYPE_SIZES[s.kv_type.upper()]
         cell = 2 * decoder.n_head_kv * decoder.head_dim * nbytes // values  # K and V of one layer
         n_global = sum(kind == "global" for kind in decoder.kv_layers)
         n_sliding = len(decoder.kv_layers) - n_global
-        rows = []
-        if n_global:
-            rows.append(
-                Item(
-                    "KV cache, global layers",
-                    n_global * cell * _pad(s.n_ctx) * s.n_seq_max,
-                    "anon",
-                    AFTER_LOAD,
-                )
-            )
-        if n_sliding:
-            rows.append(
-                Item(
-                    "KV cache, sliding layers",
-                    n_sliding * cell * self.sliding_cells(s) * s.n_seq_max,
-                    "anon",
-                    AFTER_LOAD,
-                )
-            )
-        return rows
+        global_bytes = n_global * cell * _pad(s.n_ctx) * s.n_seq_max
+        sliding_bytes = n_sliding * cell * self.sliding_cells(s) * s.n_seq_max
+        yield Item("KV cache, global layers", global_bytes, "anon", AFTER_LOAD)
+        yield Item("KV cache, sliding layers", sliding_bytes, "anon", AFTER_LOAD)
 
     def sliding_cells(self, s: Settings) -> int:
-        """llama-kv-cache-iswa.cpp: the window and one ubatch, padded to 256."""
+        """llama-kv-cache-iswa.cpp: the window and one ubatch, padded."""
         return _pad(min(_pad(s.n_ctx), self.manifest.decoder.sliding_window + s.n_ubatch))
 
     def compute_bytes(self, s: Settings) -> int:
@@ -204,63 +168,32 @@ class _Costs:
             masks += 4 * d.n_head * _pad(s.n_ctx)
         return s.n_ubatch * (4 * floats + masks) + GRAPH_BYTES_PER_LAYER * d.n_layer
 
-    def _encoders(self, s: Settings) -> list[Item]:
-        rows = []
-        always = s.encoders == "resident"
+    def _encoders(self, s: Settings) -> Iterator[Item]:
         if self.senses:
-            rows.append(Item("onnxruntime", ONNXRUNTIME_BYTES, "anon", AFTER_LOAD))
+            yield Item("onnxruntime", ONNXRUNTIME_BYTES, "anon", AFTER_LOAD)
         if "audio" in self.senses:
-            audio = self.manifest.audio
-            rows.append(
-                Item(
-                    "audio encoder weights",
-                    audio.weights_bytes,
-                    "anon",
-                    AFTER_LOAD if always else ("listen",),
-                )
-            )
-            rows.append(
-                Item("audio encoder activations", audio.activation_bytes, "anon", ("listen",))
-            )
+            yield from _audio(require(self.manifest, "audio"), s)
         if "vision" in self.senses:
-            vision = self.manifest.vision
-            # used as they lie in the mapped file (encode.py, in_place)
-            rows.append(
-                Item(
-                    "vision encoder weights",
-                    vision.weights_bytes,
-                    "file_hot",
-                    AFTER_LOAD if always else ("look",),
-                )
-            )
-            rows.append(
-                Item(
-                    "vision encoder, its graph",
-                    VISION_GRAPH_BYTES,
-                    "anon",
-                    AFTER_LOAD if always else ("look",),
-                )
-            )
-            rows.append(Item("picture being read", PICTURE_BYTES, "anon", ("look",)))
-            # a conversation keeps its pictures' soft tokens; a whole context of them at most
-            rows.append(
-                Item(
-                    "soft tokens of pictures",
-                    4 * s.n_ctx * self.manifest.decoder.n_embd,
-                    "anon",
-                    AFTER_LOAD,
-                )
-            )
-            rows.append(
-                Item(
-                    "vision encoder activations",
-                    vision.activation_bytes.get(str(vision.image_sizes[0]), 0),
-                    "anon",
-                    ("look",),
-                )
-            )
-        return rows
+            yield from _vision(require(self.manifest, "vision"), s, self.manifest.decoder.n_embd)
 
 
-def _pad(n: int, to: int = 256) -> int:
-    return -(-n // to) * to
+def _audio(part: AudioPart, s: Settings) -> Iterator[Item]:
+    open_in = AFTER_LOAD if s.encoders == "resident" else ("listen",)
+    yield Item("audio encoder weights", part.weights_bytes, "anon", open_in)
+    yield Item("audio encoder activations", part.activation_bytes, "anon", ("listen",))
+
+
+def _vision(part: VisionPart, s: Settings, n_embd: int) -> Iterator[Item]:
+    open_in = AFTER_LOAD if s.encoders == "resident" else ("look",)
+    activations = part.activation_bytes.get(str(part.image_sizes[0]), 0)
+    soft_tokens = s.n_ctx * n_embd * 4  # a conversation keeps them; at most a whole context
+    # the weights are used as they lie in the mapped file (engines/onnx)
+    yield Item("vision encoder weights", part.weights_bytes, "file_hot", open_in)
+    yield Item("vision encoder, its graph", VISION_GRAPH_BYTES, "anon", open_in)
+    yield Item("picture being read", PICTURE_BYTES, "anon", ("look",))
+    yield Item("soft tokens of pictures", soft_tokens, "anon", AFTER_LOAD)
+    yield Item("vision encoder activations", activations, "anon", ("look",))
+
+
+def _pad(n_cells: int) -> int:
+    return -(-n_cells // KV_PADDING) * KV_PADDING

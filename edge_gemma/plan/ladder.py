@@ -28,7 +28,7 @@ from dataclasses import replace
 from edge_gemma.bundles.manifest import SENSES, Manifest, Tensor, require
 from edge_gemma.errors import UsageError
 from edge_gemma.machine.device import Device
-from edge_gemma.plan.costs import HEADROOM, KV_TYPES, _Costs
+from edge_gemma.plan.costs import HEADROOM, KV_TYPES, Costs
 from edge_gemma.plan.records import AFTER_LOAD, Item, Plan, PlanRequest, Settings, wanted_senses
 from edge_gemma.units import MiB, format_bytes
 
@@ -55,18 +55,16 @@ def make_plan(
         if request.budget_bytes is None
         else min(request.budget_bytes, device.usable_bytes)
     )
-    costs = _Costs(manifest, device, request, repacks)
-    first = candidate = None
+    costs = Costs(manifest, device, request, repacks)
     for settings, concessions in _ladder(manifest, device, request):
-        items = costs.items(settings)
-        candidate = _plan(items, settings, concessions, budget, request)
-        first = first or candidate
+        candidate = _plan(costs.items(settings), settings, concessions, budget)
         if candidate.fits:
-            return replace(candidate, notes=_notes(device, settings, request, budget))
-    refusal = _refusal(candidate, manifest, device, request, costs, budget)
-    return replace(
-        candidate, refusal=refusal, notes=_notes(device, candidate.settings, request, budget)
-    )
+            break
+    notes = _notes(device, request, budget)
+    if candidate.fits:
+        return replace(candidate, notes=notes)
+    refusal = _refusal(candidate, manifest, device, request, costs)
+    return replace(candidate, refusal=refusal, notes=notes)
 
 
 def _check(manifest: Manifest, request: PlanRequest) -> None:
@@ -110,68 +108,61 @@ def _ladder(
     done: tuple[str, ...] = ()
     yield settings, done
 
-    image_in_one = (
-        manifest.vision is not None and manifest.family == "gemma3" and "vision" in senses
-    )
-    if request.n_ubatch is None and not image_in_one:
+    image_in_one_ubatch = manifest.family == "gemma3" and "vision" in senses
+    if request.n_ubatch is None and not image_in_one_ubatch:
         for n_ubatch in N_UBATCH_LADDER[1:]:
             settings = replace(settings, n_ubatch=n_ubatch)
-            yield settings, (*done, f"n_ubatch {n_ubatch}: slower prefill")
-        done = (*done, f"n_ubatch {settings.n_ubatch}: slower prefill")
+            yield settings, (f"n_ubatch {n_ubatch}: slower prefill",)
+        done = (f"n_ubatch {settings.n_ubatch}: slower prefill",)
     if request.kv_type is None:
-        settings, done = (
-            replace(settings, kv_type="q8_0"),
-            (*done, "KV cache in q8_0: a small loss of precision"),
-        )
+        settings = replace(settings, kv_type="q8_0")
+        done = (*done, "KV cache in q8_0: a small loss of precision")
         yield settings, done
     if request.n_ctx is None:
         before = done
         for n_ctx in N_CTX_LADDER:
             if n_ctx < settings.n_ctx:
-                settings, done = (
-                    replace(settings, n_ctx=n_ctx),
-                    (*before, f"context of {n_ctx} tokens"),
-                )
+                settings = replace(settings, n_ctx=n_ctx)
+                done = (*before, f"context of {n_ctx} tokens")
                 yield settings, done
     if len(senses) > 1:
-        settings, done = (
-            replace(settings, encoders="one at a time"),
-            (*done, "encoders one at a time: each loads when it is needed"),
-        )
+        settings = replace(settings, encoders="one at a time")
+        done = (*done, "encoders one at a time: each loads when it is needed")
         yield settings, done
     if request.repack is None and settings.n_gpu_layers == 0:
-        settings, done = (
-            replace(settings, repack=False),
-            (*done, "weights not repacked: slower, every weight reclaimable"),
-        )
-        yield settings, done
+        settings = replace(settings, repack=False)
+        yield settings, (*done, "weights not repacked: slower, every weight reclaimable")
 
 
 def _plan(
-    items: tuple[Item, ...],
-    settings: Settings,
-    concessions: tuple[str, ...],
-    budget: int,
-    request: PlanRequest,
+    items: tuple[Item, ...], settings: Settings, concessions: tuple[str, ...], budget: int
 ) -> Plan:
-    def phase_sum(phase: str, kinds=("anon", "file_hot", "file_cold")) -> int:
-        return sum(i.bytes for i in items if phase in i.phases and i.kind in kinds)
-
-    total = max(phase_sum(phase) for phase in AFTER_LOAD)
-    load_peak = sum(i.bytes for i in items if "load" in i.phases)
-    repacked = any(i.name == "weights, repacked" for i in items)
-    needed = total + (
-        int(HEADROOM * total)
-        if repacked
-        and any(i.kind != "anon" and i.name.startswith(("weights", "cold")) for i in items)
-        else 0
+    total = max(_in_use(items, phase) for phase in AFTER_LOAD)
+    load_peak = sum(item.bytes for item in items if "load" in item.phases)
+    repacked = any(item.name == "weights, repacked" for item in items)
+    mapped = any(
+        item.kind != "anon" and item.name.startswith(("weights", "cold")) for item in items
     )
-    return Plan(needed <= budget, total, load_peak, budget, needed, items, settings, concessions)
+    needed = total + (int(HEADROOM * total) if repacked and mapped else 0)
+    return Plan(
+        fits=needed <= budget,
+        total_bytes=total,
+        load_peak_bytes=load_peak,
+        budget_bytes=budget,
+        needed_bytes=needed,
+        items=items,
+        settings=settings,
+        concessions=concessions,
+    )
 
 
-def _notes(
-    device: Device, settings: Settings, request: PlanRequest, budget: int
-) -> tuple[str, ...]:
+def _in_use(items: tuple[Item, ...], phase: str) -> int:
+    """What is resident in a phase: all but the pages that hurt nobody when they are taken."""
+    in_phase = (item for item in items if phase in item.phases)
+    return sum(item.bytes for item in in_phase if item.kind != "reclaimable")
+
+
+def _notes(device: Device, request: PlanRequest, budget: int) -> tuple[str, ...]:
     notes = []
     if request.budget_bytes is not None and budget < request.budget_bytes:
         notes.append(
@@ -185,14 +176,11 @@ def _notes(
 
 def arithmetic(plan: Plan) -> str:
     """The sum of a plan's worst phase, line by line."""
-    phase = max(
-        AFTER_LOAD,
-        key=lambda p: sum(i.bytes for i in plan.items if p in i.phases and i.kind != "reclaimable"),
-    )
+    phase = max(AFTER_LOAD, key=lambda name: _in_use(plan.items, name))
     lines = [
-        f"  {format_bytes(i.bytes):>10}  {i.name}"
-        for i in plan.items
-        if phase in i.phases and i.kind != "reclaimable"
+        f"  {format_bytes(item.bytes):>10}  {item.name}"
+        for item in plan.items
+        if phase in item.phases and item.kind != "reclaimable"
     ]
     lines.append(f"  {format_bytes(plan.total_bytes):>10}  in use at the peak ({phase})")
     if plan.needed_bytes > plan.total_bytes:
@@ -204,54 +192,53 @@ def arithmetic(plan: Plan) -> str:
 
 
 def _refusal(
-    plan: Plan, manifest: Manifest, device: Device, request: PlanRequest, costs: _Costs, budget: int
+    plan: Plan, manifest: Manifest, device: Device, request: PlanRequest, costs: Costs
 ) -> str:
     conceded = "; ".join(plan.concessions) or "nothing could be conceded"
+    nearest = _nearest(plan, manifest, device, request, costs)
     return (
         f"{manifest.name} does not fit: {format_bytes(plan.needed_bytes)} needed, "
-        f"{format_bytes(budget)} to spend on {device.name}.\n"
-        f"{arithmetic(plan)}\n  already conceded: {conceded}\n  nearest that fits: "
-        f"{_nearest(plan, manifest, device, request, costs, budget)}"
+        f"{format_bytes(plan.budget_bytes)} to spend on {device.name}.\n"
+        f"{arithmetic(plan)}\n  already conceded: {conceded}\n  nearest that fits: {nearest}"
     )
 
 
 def _nearest(
-    plan: Plan, manifest: Manifest, device: Device, request: PlanRequest, costs: _Costs, budget: int
+    plan: Plan, manifest: Manifest, device: Device, request: PlanRequest, costs: Costs
 ) -> str:
     """The largest context under this budget; else the request without encoders; else the smallest
     budget at all.
     """
 
-    def fits(settings: Settings, with_costs: _Costs = costs) -> Plan:
-        return _plan(with_costs.items(settings), settings, (), budget, request)
+    def planned(settings: Settings, with_costs: Costs = costs) -> Plan:
+        return _plan(with_costs.items(settings), settings, (), plan.budget_bytes)
 
     if request.n_ctx is not None:
-        low, high = 0, request.n_ctx // 256
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (
-                (middle, high)
-                if fits(replace(plan.settings, n_ctx=middle * 256)).fits
-                else (low, middle - 1)
-            )
-        if low:
-            return f"--ctx {low * 256}"
-    smallest = replace(plan.settings, n_ctx=min(512, manifest.decoder.n_ctx_train))
-    if costs.senses:
-        without = _Costs(manifest, device, replace(request, senses=()), lambda t: False)
-        without.repacked_bytes, without.mapped_beside_copies_bytes = (
-            costs.repacked_bytes,
-            costs.mapped_beside_copies_bytes,
+        n_ctx = _largest_context(
+            request.n_ctx, lambda n: planned(replace(plan.settings, n_ctx=n)).fits
         )
-        without.embedding_repacked = costs.embedding_repacked
-        if fits(smallest, without).fits:
-            return (
-                f"the same without its {' and '.join(costs.senses)} encoder, --ctx {smallest.n_ctx}"
-            )
-    floor = fits(replace(smallest, repack=False) if request.repack is None else smallest)
+        if n_ctx:
+            return f"--ctx {n_ctx}"
+    smallest = replace(plan.settings, n_ctx=min(512, manifest.decoder.n_ctx_train))
+    if costs.senses and planned(smallest, costs.without_senses()).fits:
+        encoders = " and ".join(costs.senses)
+        return f"the same without its {encoders} encoder, --ctx {smallest.n_ctx}"
+    floor = planned(replace(smallest, repack=False) if request.repack is None else smallest)
     if request.budget_bytes is not None and floor.needed_bytes <= device.usable_bytes:
         return f"--budget {-(-floor.needed_bytes // MiB)}MiB --ctx {smallest.n_ctx}"
     return (
         f"a device with {format_bytes(floor.needed_bytes)} to spend, --ctx {smallest.n_ctx}; or "
         "a smaller recipe or model"
     )
+
+
+def _largest_context(below: int, fits: Callable[[int], bool], step: int = 256) -> int:
+    """The largest multiple of ``step`` up to ``below`` that fits, or 0; by bisection."""
+    low, high = 0, below // step
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle * step):
+            low = middle
+        else:
+            high = middle - 1
+    return low * step

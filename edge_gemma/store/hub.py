@@ -1,24 +1,28 @@
 """A reference on the Hugging Face hub → a bundle in the store.
 
-The only room that imports huggingface_hub.
+The only module that imports huggingface_hub.
 
 In: ``ORG/NAME[@REVISION][:FILE.gguf | :FOLDER | :QUANT]`` or the address of such a page. Out: a
 verified :class:`Bundle`. Nothing leaves the machine unless :func:`pull` has to fetch something:
 what is installed, or lies in the hub's own cache, is used without a word. huggingface_hub gives
-listings, authentication and transfer; partial files and resuming are ours, because it deletes what
-it had when a download is interrupted.
+listings, authentication and transfer. Partial files and resuming are ours, because its own
+hf_hub_download deletes what it had when a download is interrupted; so the transfer goes through its
+non-public ``http_get``, and pyproject.toml caps its version.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 import msgspec
@@ -33,6 +37,7 @@ from edge_gemma.errors import (
     RuntimeFailure,
     UsageError,
 )
+from edge_gemma.files import written_whole
 from edge_gemma.store.installed import (
     PULLED,
     Pulled,
@@ -41,23 +46,12 @@ from edge_gemma.store.installed import (
     home,
     ls,
     read_pulled,
-    resolve,
-    rm,
-    rm_unfinished,
-    unfinished,
 )
 from edge_gemma.units import MiB, format_bytes
 
-__all__ = [
-    "Reference",
-    "ls",
-    "parse_reference",
-    "pull",
-    "resolve",
-    "rm",
-    "rm_unfinished",
-    "unfinished",
-]
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 MARGIN_BYTES = 64 * MiB  # left free on the disk
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
@@ -152,11 +146,7 @@ def pull(
     name = check_name(name or _default_name(wanted, folder, gguf))
     target = bundles() / name
     pulled = Pulled(wanted.repository, listing.commit, gguf or folder)
-    work = (
-        home()
-        / "downloads"
-        / f"{wanted.repository.replace('/', '--')}@{listing.commit[:12]}{'--' if folder else ''}{folder.replace('/', '--')}"
-    )
+    work = _download_folder(wanted, listing, folder)
     with _disk_errors(home()), _locked(work):
         if target.exists() and not force:
             there = read_pulled(target)
@@ -174,9 +164,16 @@ def pull(
             )
         else:
             bundle = _install_bundle(wanted, listing, folder, work, target, endpoint, on_progress)
-        (bundle.folder / PULLED).write_bytes(msgspec.json.encode(pulled))
+        with written_whole(bundle.folder / PULLED) as file:
+            file.write(msgspec.json.encode(pulled))
         shutil.rmtree(work, ignore_errors=True)
     return bundle
+
+
+def _download_folder(wanted: Reference, listing: _Listing, part: str) -> Path:
+    """Where what arrives is kept until it is complete; ``part`` of the repository, "" for all."""
+    name = f"{wanted.repository}@{listing.commit[:12]}" + (f"/{part}" if part else "")
+    return home() / "downloads" / name.replace("/", "--")
 
 
 def fetch_checkpoint(
@@ -206,11 +203,7 @@ def fetch_checkpoint(
         )
     if listing.cached and all((listing.cached / path).is_file() for path in files):
         return listing.cached
-    work = (
-        home()
-        / "downloads"
-        / f"{wanted.repository.replace('/', '--')}@{listing.commit[:12]}--checkpoint"
-    )
+    work = _download_folder(wanted, listing, "checkpoint")
     with _disk_errors(home()), _locked(work):
         _fetch(wanted, listing, files, work, endpoint, on_progress)
     return work
@@ -460,16 +453,14 @@ def _fetch(
             else:
                 if listing.problem:
                     raise listing.problem
-                _download(
-                    wanted,
-                    listing,
-                    path,
-                    target,
-                    endpoint,
-                    lambda n, before=done: on_progress("downloading", before + n, total),
-                )
+                report = partial(_report, on_progress, done, total)
+                _download(wanted, listing, path, target, endpoint, report)
         done += size
         on_progress("downloading", done, total)
+
+
+def _report(on_progress: Progress, before: int, total: int, n_bytes: int) -> None:
+    on_progress("downloading", before + n_bytes, total)
 
 
 def _have(target: Path) -> int:
@@ -496,25 +487,17 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-class _Counted:
-    """A file that says how far it is; what ``http_get`` needs of one."""
+class _Counted(io.BufferedWriter):
+    """A file that says how far it is, and goes on at the end of what it has."""
 
-    def __init__(self, file, on_size: Callable[[int], None]):
-        self._file, self._on_size = file, on_size
+    def __init__(self, path: Path, on_size: Callable[[int], None]):
+        super().__init__(io.FileIO(path, "a"))
+        self._on_size = on_size
 
-    def write(self, data: bytes) -> int:
-        n = self._file.write(data)
-        self._on_size(self._file.tell())
+    def write(self, data: ReadableBuffer) -> int:
+        n = super().write(data)
+        self._on_size(self.tell())
         return n
-
-    def seek(self, position: int) -> int:
-        return self._file.seek(position)
-
-    def truncate(self) -> int:
-        return self._file.truncate()
-
-    def tell(self) -> int:
-        return self._file.tell()
 
 
 def _download(
@@ -530,16 +513,18 @@ def _download(
     part = target.with_name(target.name + ".part")
     if part.exists() and part.stat().st_size > size:
         part.unlink()
-    with _hub_errors(wanted, path), open(part, "ab") as file:
+    with _hub_errors(wanted, path), _Counted(part, on_size) as file:
         if size > file.tell():
             from huggingface_hub import hf_hub_url
             from huggingface_hub.file_download import http_get
-            from huggingface_hub.utils import build_hf_headers
+
+            # exported at run time, and not for type checkers
+            from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
             url = hf_hub_url(wanted.repository, path, revision=listing.commit, endpoint=endpoint)
             http_get(
                 url,
-                _Counted(file, on_size),
+                file,
                 resume_size=file.tell(),
                 headers=build_hf_headers(library_name="edge-gemma"),
                 expected_size=size,
@@ -565,18 +550,17 @@ def _listing(wanted: Reference, endpoint: str | None) -> _Listing:
     except _Unreachable as error:
         if cached is None:
             raise
-        files = {
-            str(path.relative_to(cached)): (path.stat().st_size, None)
-            for path in cached.rglob("*")
-            if path.is_file()
-        }
-        return _Listing(cached.name, files, cached, error)
+        held = [path for path in cached.rglob("*") if path.is_file()]
+        sizes = {str(path.relative_to(cached)): path.stat().st_size for path in held}
+        return _Listing(
+            cached.name, {path: (size, None) for path, size in sizes.items()}, cached, error
+        )
     files = {
         s.rfilename: (s.size or 0, s.lfs.sha256 if s.lfs else None)
         for s in info.siblings or []
         if not set(PurePosixPath(s.rfilename).parts) & {"..", "/"}
     }
-    if not re.fullmatch(r"[0-9a-f]{7,64}", info.sha or ""):
+    if info.sha is None or not re.fullmatch(r"[0-9a-f]{7,64}", info.sha):
         raise HubError(
             f"the hub names no commit for {wanted.repository}@{wanted.revision} (it says "
             f"{info.sha!r}); is HF_ENDPOINT right?"
@@ -624,7 +608,8 @@ def _locked(work: Path) -> Iterator[None]:
     """One process at a time on one download; a second one waits and then finds the bundle's parts
     there.
     """
-    from huggingface_hub.utils import WeakFileLock
+    # exported at run time, and not for type checkers
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
     work.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(work.with_name(f".{work.name}.lock")):
@@ -654,72 +639,86 @@ def _disk_errors(where: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _hub_errors(wanted: Reference, path: str = "") -> Iterator[None]:
     """huggingface_hub's errors → ours, each with what to do next."""
-    from huggingface_hub import errors
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
 
-    page = f"https://huggingface.co/{wanted.repository}"
     what = f"{wanted.repository}{':' * bool(path)}{path}"
     try:
         yield
     except EdgeGemmaError:
         raise
-    except errors.GatedRepoError as error:
-        raise HubError(
-            f"{what} is gated: accept the Gemma licence at {page} with your account, then "
-            "`hf auth login` (or set HF_TOKEN) and pull again"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise HubError(
-            f"there is no {wanted.repository} on the hub, or it is private. Check the name; "
-            "for a private or gated one `hf auth login` (or set HF_TOKEN) first"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise HubError(
-            f"{wanted.repository} has no revision {wanted.revision!r}; see {page}/tree/main"
-        ) from error
-    except errors.EntryNotFoundError as error:
-        raise HubError(
-            f"{wanted.repository} has no file {path!r} at {wanted.revision!r}; see "
-            f"{page}/tree/{wanted.revision}"
-        ) from error
-    except errors.OfflineModeIsEnabled as error:
+    except OfflineModeIsEnabled as error:
         raise _Unreachable(
             f"HF_HUB_OFFLINE is set, and {what} is neither installed nor in the hub's cache; "
             "unset it to pull"
         ) from error
-    except errors.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        if status in (401, 403):
-            raise HubError(
-                f"the hub denies access to {what} ({status}): accept the licence at {page}, "
-                "check your token with `hf auth whoami`"
-            ) from error
-        if status == 429:
-            raise HubError(
-                f"the hub limits how often it may be asked (429) for {what}; wait a few "
-                "minutes, then run the same command again"
-            ) from error
-        raise _Unreachable(
-            f"the hub answered {status} for {what}; try again later, what has arrived is kept"
-        ) from error
+    except (HfHubHTTPError, EntryNotFoundError) as error:
+        raise _http_error(error, wanted, path, what) from error
     except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise HubError(
-                f"the disk of {home()} is full; make room and run the same command again, it "
-                "goes on where it stopped"
-            ) from error
-        if "Consistency check failed" in str(error):
-            raise HubError(
-                f"{what} broke off before its end; run the same command again, it goes on "
-                "where it stopped"
-            ) from error
-        if type(error).__module__.partition(".")[0].rstrip("0123456789") in (
-            "httpx",
-            "httpcore",
-            "requests",
-        ) or isinstance(error, ConnectionError):
-            raise _Unreachable(
-                f"cannot reach the hub for {what} ({type(error).__name__}: {error}). Check "
-                "the network and run the same command again; what has arrived is kept. "
-                "Installed bundles (`edge-gemma ls`) work offline"
-            ) from error
-        raise
+        ours = _transfer_error(error, what)
+        if ours is None:
+            raise
+        raise ours from error
+
+
+def _http_error(
+    error: HfHubHTTPError | EntryNotFoundError, wanted: Reference, path: str, what: str
+) -> HubError:
+    """What the hub answered."""
+    from huggingface_hub import errors
+
+    page = f"https://huggingface.co/{wanted.repository}"
+    if isinstance(error, errors.GatedRepoError):
+        return HubError(
+            f"{what} is gated: accept the Gemma licence at {page} with your account, then "
+            "`hf auth login` (or set HF_TOKEN) and pull again"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return HubError(
+            f"there is no {wanted.repository} on the hub, or it is private. Check the name; "
+            "for a private or gated one `hf auth login` (or set HF_TOKEN) first"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return HubError(
+            f"{wanted.repository} has no revision {wanted.revision!r}; see {page}/tree/main"
+        )
+    if isinstance(error, errors.EntryNotFoundError):
+        return HubError(
+            f"{wanted.repository} has no file {path!r} at {wanted.revision!r}; see "
+            f"{page}/tree/{wanted.revision}"
+        )
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return HubError(
+            f"the hub denies access to {what} ({status}): accept the licence at {page}, "
+            "check your token with `hf auth whoami`"
+        )
+    if status == 429:
+        return HubError(
+            f"the hub limits how often it may be asked (429) for {what}; wait a few "
+            "minutes, then run the same command again"
+        )
+    return _Unreachable(
+        f"the hub answered {status} for {what}; try again later, what has arrived is kept"
+    )
+
+
+def _transfer_error(error: Exception, what: str) -> HubError | None:
+    """What went wrong on the way, or None where it is neither the disk nor the network."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return HubError(
+            f"the disk of {home()} is full; make room and run the same command again, it "
+            "goes on where it stopped"
+        )
+    if "Consistency check failed" in str(error):
+        return HubError(
+            f"{what} broke off before its end; run the same command again, it goes on "
+            "where it stopped"
+        )
+    library = type(error).__module__.partition(".")[0].rstrip("0123456789")
+    if library in ("httpx", "httpcore", "requests") or isinstance(error, ConnectionError):
+        return _Unreachable(
+            f"cannot reach the hub for {what} ({type(error).__name__}: {error}). Check "
+            "the network and run the same command again; what has arrived is kept. "
+            "Installed bundles (`edge-gemma ls`) work offline"
+        )
+    return None

@@ -2,7 +2,8 @@
 
 In: a name or a path. Out: a bundle folder, or the list of those installed. ``$EDGE_GEMMA_HOME``
 (default ``~/.local/share/edge-gemma``) holds ``bundles/NAME/`` and, while something is being
-pulled, ``downloads/``. This room knows no network and no model; ``hub`` fills the store.
+pulled, ``downloads/``. This module knows no network and no model; ``hub`` fills the
+store.
 """
 
 from __future__ import annotations
