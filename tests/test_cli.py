@@ -82,6 +82,14 @@ def test_plan_json(tiny_bundle):
         (["run", "{bundle}", "hi", "--no-such-option"], 2, "no-such-option"),
         (["run", "{bundle}", "hi", "--device", "pi-9"], 2, "pi-9"),
         (["run", "{bundle}", "hi", "--lora", "absent.gguf"], 2, "absent.gguf"),
+        (["run", "{bundle}", "hi", "--logprobs", "2"], 2, "needs --json"),
+        (["run", "{bundle}", "hi", "--raw", "--system", "Be brief."], 2, "not both"),
+        (["import", "absent.gguf", "out", "--vision-encoder", "f16"], 3, "no GGUF file"),
+        (
+            ["import", "{bundle}/decoder.gguf", "out", "--vision-encoder", "f16"],
+            2,
+            "needs --mmproj",
+        ),
         (["import", "absent.gguf", "out"], 3, "no GGUF file"),
         (["inspect", "."], 3, "manifest.json"),
     ],
@@ -90,7 +98,7 @@ def test_mistakes_end_with_a_message_and_their_code(
     tiny_bundle, arguments, code, message, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    done = cli(*[a.format(bundle=tiny_bundle) if a == "{bundle}" else a for a in arguments])
+    done = cli(*[a.replace("{bundle}", str(tiny_bundle)) for a in arguments])
     assert done.returncode == code, done.stderr
     assert message in done.stderr and "Traceback" not in done.stderr
 
@@ -250,3 +258,17 @@ def test_shell_completion_is_there():
         [*RUN, "--show-completion", "bash"], capture_output=True, text=True, env=env
     )
     assert "complete" in done.stdout
+
+
+def test_completion_knows_bundles_and_boards(tiny_bundle, tmp_path, monkeypatch):
+    (tmp_path / "bundles").mkdir()
+    (tmp_path / "bundles" / "my-gemma").symlink_to(tiny_bundle)
+    for words, expected in (("run my-", "my-gemma"), ("plan my-gemma -d pi-z", "pi-zero-2w-512mb")):
+        env = os.environ | {
+            "EDGE_GEMMA_HOME": str(tmp_path),
+            "_EDGE_GEMMA_COMPLETE": "complete_bash",
+            "COMP_WORDS": f"edge-gemma {words}",
+            "COMP_CWORD": str(len(words.split())),
+        }
+        done = subprocess.run(RUN, capture_output=True, text=True, env=env)
+        assert done.stdout.split() == [expected], done.stderr

@@ -30,11 +30,29 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 INTERRUPTED = 130  # exit code after Ctrl-C
 
+# --- shell completion ---
+
+
+def bundle_names(incomplete: str) -> list[str]:
+    """The installed bundles that begin so."""
+    from edge_gemma.store.installed import ls
+
+    return [entry.name for entry in ls() if entry.name.startswith(incomplete)]
+
+
+def profile_names(incomplete: str) -> list[str]:
+    """auto and the shipped profiles that begin so."""
+    from edge_gemma.machine.device import profile_names as shipped
+
+    return [name for name in ("auto", *shipped()) if name.startswith(incomplete)]
+
+
 # --- options: each is defined once, so that a name means the same in every command ---
 
 _DEVICE = typer.Option(
     "--device",
     "-d",
+    autocompletion=profile_names,
     help="A device profile (`edge-gemma profiles`), a profile file, or auto: this machine.",
 )
 _CTX = typer.Option(
@@ -51,6 +69,7 @@ BundleArg = Annotated[
     str,
     typer.Argument(
         metavar="BUNDLE",
+        autocompletion=bundle_names,
         help="A bundle's folder, or the name of an installed one (`edge-gemma ls`).",
     ),
 ]
@@ -58,6 +77,7 @@ BundlesArg = Annotated[
     list[str],
     typer.Argument(
         metavar="BUNDLE…",
+        autocompletion=bundle_names,
         help="Bundles: folders, or names of installed ones (`edge-gemma ls`).",
         show_default=False,
     ),

@@ -15,6 +15,7 @@ from edge_gemma.cli.common import (
     NameOption,
     Progress,
     RelayoutOption,
+    bundle_names,
     note,
     print_json,
     table,
@@ -25,13 +26,6 @@ if TYPE_CHECKING:
     from edge_gemma.store.installed import Entry
 
 GEMMA_TERMS = "Gemma Terms of Use (ai.google.dev/gemma/terms)"
-
-
-def bundle_names(incomplete: str) -> list[str]:
-    """Shell completion: the installed bundles."""
-    from edge_gemma.store.installed import ls
-
-    return [entry.name for entry in ls() if entry.name.startswith(incomplete)]
 
 
 def register(app: typer.Typer) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edge_gemma.cli.common import JsonOption, print_json, table
+from edge_gemma.cli.common import JsonOption, print_json, profile_names, table
 from edge_gemma.units import format_bytes
 
 if TYPE_CHECKING:
@@ -15,13 +15,6 @@ if TYPE_CHECKING:
     from edge_gemma.machine.device import Device
 
 NO_GEMMA_TYPES = ("MXFP4", "Q1_0")  # weight types that no Gemma comes in
-
-
-def profile_names(incomplete: str) -> list[str]:
-    """Shell completion: auto and the shipped profiles."""
-    from edge_gemma.machine.device import profile_names as shipped
-
-    return [name for name in ("auto", *shipped()) if name.startswith(incomplete)]
 
 
 def register(app: typer.Typer) -> None:

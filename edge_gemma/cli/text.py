@@ -184,6 +184,8 @@ def run(
     from edge_gemma.machine.peak import PeakSampler
     from edge_gemma.messages import Audio, Image
 
+    if logprobs is not None and not as_json:
+        raise UsageError("--logprobs needs --json: plain text has no place for them")
     if raw and system:
         raise UsageError("give --system or --raw, not both: raw text has no system turn")
     text = _prompt(prompt)
