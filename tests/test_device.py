@@ -391,9 +391,12 @@ def test_raspberry_pi_os_as_it_ships(tmp_path):
             "proc/device-tree/model": "Raspberry Pi 5 Model B Rev 1.0\0",
             "proc/cpuinfo": "".join(A76.format(n=n) for n in range(4)),
             "proc/cmdline": "coherent_pool=1M cgroup_disable=memory console=tty1",
-            "proc/cgroups": "#subsys_name\thierarchy\tnum_cgroups\tenabled\ncpu\t0\t70\t1\nmemory\t0\t70\t0\n",
-            "proc/swaps": "Filename\tType\tSize\tUsed\tPriority\n/dev/zram0\tpartition\t2097136\t0\t100\n/var/swap "
-            "file 102396 0 -2\n",
+            "proc/cgroups": "#subsys_name\thierarchy\tnum_cgroups\tenabled\n"
+            "cpu\t0\t70\t1\n"
+            "memory\t0\t70\t0\n",
+            "proc/swaps": "Filename\tType\tSize\tUsed\tPriority\n"
+            "/dev/zram0\tpartition\t2097136\t0\t100\n"
+            "/var/swap file 102396 0 -2\n",
             "proc/self/cgroup": "0::/user.slice\n",
             "proc/self/mountinfo": V2_MOUNT,
             "sys/fs/cgroup/cgroup.controllers": "cpuset cpu io pids\n",
@@ -426,13 +429,10 @@ def test_big_little(tmp_path):
 
 
 def test_hybrid_laptop_and_hyperthreads(tmp_path):
+    siblings = {0: "0-1", 1: "0-1", 2: "2-3", 3: "2-3", 4: "4", 5: "5", 6: "6", 7: "7"}
     files = {
-        f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": f"{n // 2 * 2}-{n // 2 * 2 + 1}\n"
-        for n in range(4)
-    }
-    files |= {
-        f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": f"{n}\n"
-        for n in range(4, 8)
+        f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list": f"{ids}\n"
+        for cpu, ids in siblings.items()
     }
     root = machine(
         tmp_path,

@@ -22,7 +22,8 @@ from edge_gemma.cli import app as cli
 from edge_gemma.errors import BundleError, HashMismatch, HubError, RuntimeFailure, UsageError
 from edge_gemma.store import hub
 from edge_gemma.store import installed as store
-from edge_gemma.store.hub import Reference, parse_reference, pull
+from edge_gemma.store.pull import fetch_checkpoint, pull
+from edge_gemma.store.reference import Reference, parse_reference
 
 runner = CliRunner()
 
@@ -279,7 +280,7 @@ def test_a_checkpoint_for_convert(server, tmp_path, cached):
     }
     if cached:
         cache(tmp_path, "org/checkpoint", server.files["org/checkpoint"])
-    folder = hub.fetch_checkpoint("org/checkpoint", endpoint=server.url)
+    folder = fetch_checkpoint("org/checkpoint", endpoint=server.url)
     assert {"model.safetensors", "config.json", "tokenizer.model"} <= {
         path.name for path in folder.iterdir()
     }
@@ -287,7 +288,7 @@ def test_a_checkpoint_for_convert(server, tmp_path, cached):
         [] if cached else ["config.json", "model.safetensors", "tokenizer.model"]
     )
     with pytest.raises(HubError, match="org/one holds no safetensors.*edge-gemma pull org/one"):
-        hub.fetch_checkpoint("org/one", endpoint=server.url)
+        fetch_checkpoint("org/one", endpoint=server.url)
 
 
 # ---- offline
@@ -520,7 +521,7 @@ def test_ls_and_rm_on_the_command_line(server, monkeypatch):
 
 def test_pull_on_the_command_line(server, gguf, monkeypatch):
     monkeypatch.setattr(
-        "edge_gemma.store.hub.pull",
+        "edge_gemma.store.pull.pull",
         lambda *a, **k: pull(*a, **{**k, "on_progress": stop_after(1)}, endpoint=server.url),
     )
     stopped = runner.invoke(cli.app, ["pull", "org/one"])
@@ -530,7 +531,7 @@ def test_pull_on_the_command_line(server, gguf, monkeypatch):
     )
     assert "1 unfinished download" in runner.invoke(cli.app, ["ls"]).stderr
     monkeypatch.setattr(
-        "edge_gemma.store.hub.pull", lambda *a, **k: pull(*a, **k, endpoint=server.url)
+        "edge_gemma.store.pull.pull", lambda *a, **k: pull(*a, **k, endpoint=server.url)
     )
     done = runner.invoke(cli.app, ["pull", "org/one"])
     assert (

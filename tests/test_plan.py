@@ -10,7 +10,7 @@ import re
 
 import pytest
 from edge_gemma.benchmarks.dev.synthetic import tiny_gguf
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import edge_gemma
@@ -119,6 +119,8 @@ def test_bytes_never_fall_when_the_request_grows(manifest, a, b, ubatch, kv, n):
 
 @settings(max_examples=60)
 @given(budget=st.integers(1, 400 * MiB))
+@example(budget=1)
+@example(budget=400 * MiB)
 def test_a_plan_that_fits_stays_inside_and_one_that_does_not_says_what_would(manifest, budget):
     made = plan(manifest, PlanRequest(budget_bytes=budget))
     assert (
@@ -263,7 +265,7 @@ def test_a_budget_beyond_the_device_is_lowered_and_said(manifest):
 
 
 def test_plan_load_and_doctor_see_the_same_machine(bundle, monkeypatch, capsys):
-    """In a cgroup that leaves 260 MiB beside the 24 MiB that Python holds, all plan with 284 MiB."""
+    """A cgroup leaves 260 MiB beside the 24 MiB that Python holds: all plan with 284 MiB."""
     tight = dataclasses.replace(probe(), limit_bytes=300 * MiB, headroom_bytes=260 * MiB)
     held = Footprint(40 * MiB, 40 * MiB, 24 * MiB, 16 * MiB)
     monkeypatch.setattr(probing, "probe", lambda: tight)

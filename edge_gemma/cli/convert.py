@@ -366,7 +366,7 @@ def _checkpoint(text: str) -> Path:
     """A folder, or a hub id when there is no such folder."""
     if Path(text).exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
         return Path(text).expanduser()
-    from edge_gemma.store.hub import fetch_checkpoint
+    from edge_gemma.store.pull import fetch_checkpoint
 
     note(f"no folder {text}; asking the hub")
     with Progress() as progress:

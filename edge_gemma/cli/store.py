@@ -52,7 +52,7 @@ def pull(
     Goes on where an interrupted pull stopped; checks every hash; asks the hub nothing when the
     model is installed already.
     """
-    from edge_gemma.store.hub import pull as fetch
+    from edge_gemma.store.pull import pull as fetch
 
     try:
         with Progress() as progress:

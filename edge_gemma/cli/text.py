@@ -32,7 +32,7 @@ from edge_gemma.cli.options import (
 from edge_gemma.units import format_bytes
 
 if TYPE_CHECKING:
-    from edge_gemma.bundles.manifest import Sense, Tensor
+    from edge_gemma.bundles.manifest import Sense
     from edge_gemma.conversation.chat import Chat
     from edge_gemma.conversation.stream import Chunk
     from edge_gemma.messages import Part
@@ -63,21 +63,18 @@ def plan(
     """
     from edge_gemma.engines.llama.weights import repacked_here
     from edge_gemma.machine.probe import find_device
-    from edge_gemma.machine.repack import repacked
+    from edge_gemma.machine.repack import repacks_for
     from edge_gemma.plan.ladder import make_plan
 
     found = open_bundle(bundle)
     is_here = planning.device == "auto"
     device = find_device(planning.device)
 
-    def repacked_there(tensor: Tensor) -> bool:
-        return repacked(tensor.type, tensor.shape, device.cpu_features)
-
     made = make_plan(
         found.manifest,
         device,
         planning.request(() if text_only else None),
-        repacked_here if is_here else repacked_there,
+        repacked_here if is_here else repacks_for(device),
     )
     if as_json:
         print_json(made)

@@ -65,7 +65,7 @@ class Device:
         return free if self.headroom_bytes is None else max(0, min(free, self.headroom_bytes))
 
 
-_PROFILES = "edge_gemma.device_profiles"
+PROFILES = "edge_gemma.device_profiles"
 
 
 class _Profile(msgspec.Struct, forbid_unknown_fields=True):
@@ -90,7 +90,7 @@ def profile_names() -> list[str]:
     """The shipped profiles, smallest board first."""
     names = [
         p.name.removesuffix(".toml")
-        for p in resources.files(_PROFILES).iterdir()
+        for p in resources.files(PROFILES).iterdir()
         if p.name.endswith(".toml") and p.name != "repack.toml"
     ]
     return sorted(names, key=lambda name: (load_profile(name).total_bytes, name))
@@ -148,7 +148,7 @@ def load_profile(name: str) -> Device:
 
 
 def _read_profile(name: str) -> _Profile:
-    source = Path(name) if name.endswith(".toml") else resources.files(_PROFILES) / f"{name}.toml"
+    source = Path(name) if name.endswith(".toml") else resources.files(PROFILES) / f"{name}.toml"
     if (
         name == "repack"
         or not (name.endswith(".toml") or re.fullmatch(r"[\w.-]+", name))

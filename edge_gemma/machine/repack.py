@@ -5,17 +5,18 @@ device_profiles/repack.toml.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import resources
 
-from edge_gemma.machine.device import _PROFILES
+from edge_gemma.bundles.manifest import Tensor
+from edge_gemma.machine.device import PROFILES, Device
 
 
 @cache
 def repack_rules() -> dict[str, tuple[tuple[frozenset[str], int], ...]]:
     """type → ((CPU features, rows must be a multiple of), …), from repack.toml."""
-    table = tomllib.loads((resources.files(_PROFILES) / "repack.toml").read_text(encoding="utf-8"))
+    table = tomllib.loads((resources.files(PROFILES) / "repack.toml").read_text(encoding="utf-8"))
     rules: dict[str, list] = {}
     for rule in table["rules"]:
         rules.setdefault(rule["type"], []).append((frozenset(rule["features"]), rule["rows"]))
@@ -41,3 +42,11 @@ def repacked(type: str, shape: Iterable[int], cpu_features: Iterable[str]) -> bo
     return len(dims) == 2 and any(
         needs <= features and dims[1] % rows == 0 for needs, rows in repack_rules().get(type, ())
     )
+
+
+def repacks_for(device: Device) -> Callable[[Tensor], bool]:
+    """What ``make_plan`` asks about each weight, for a machine that is not this one: by the rules.
+
+    For this machine llama.cpp itself is asked (engines/llama/weights.py, repacked_here).
+    """
+    return lambda tensor: repacked(tensor.type, tensor.shape, device.cpu_features)
