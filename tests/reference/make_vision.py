@@ -1,11 +1,11 @@
-"""How the vision answers in this folder were made: transformers 5.23 and timm 1.0 in float32, eager
-attention, on the checkpoints of the recipes beside it.
+"""How NAME-vision.npz were made: transformers and timm 1.0 in float32, eager attention, on the
+checkpoints of the recipes beside them.
 
-    python make_vision.py g3mm|g3n|mnv5 RECIPES OUT
+    PYTHONPATH=tests python tests/reference/make_vision.py g3mm|g3n|mnv5 OUT
 
-Needs torch, transformers, timm and sentencepiece (and torchvision, or anything importable in its
-place: the encoder never calls it). ``RECIPES`` is this folder, ``OUT`` gets NAME-vision.npz.
-``mnv5`` is a MobileNetV5 with few narrow blocks, one of each kind.
+OUT gets NAME-vision.npz, and it is printed how far that is from the stored one. Needs what
+transformers_models.py says. ``mnv5`` is a MobileNetV5 with few narrow blocks, one of each kind; its
+recipe is stored with its answers. ``g3n`` writes a checkpoint of 660 MB.
 """
 
 import json
@@ -15,22 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from checkpoints import REFERENCE, values, write_checkpoint  # noqa: E402
-from seeing import TINY_BLOCKS, TINY_EMBED, picture, squeezed  # noqa: E402
-
-torch.set_grad_enabled(False)
-
-
-def model_of(recipe, folder):
-    from transformers import (
-        Gemma3ForConditionalGeneration,
-        Gemma3nForConditionalGeneration,
-    )
-
-    kind = {"g3n": Gemma3nForConditionalGeneration, "g3mm": Gemma3ForConditionalGeneration}[recipe]
-    return kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+from checkpoints import values
+from seeing import TINY_BLOCKS, TINY_EMBED, picture, squeezed
+from transformers_models import (
+    REFERENCE,
+    encode,
+    load,
+    logits,
+    report,
+    stand_in_for_torchvision,
+)
 
 
 def soft_tokens(model, pixels):
@@ -40,55 +34,35 @@ def soft_tokens(model, pixels):
     )[0]
 
 
-def logits(model, ids, **media):
-    return (
-        model(input_ids=torch.tensor([ids]), use_cache=False, **media)
-        .logits[0, -4:]
-        .float()
-        .numpy()
-    )
-
-
-def g3mm(folder, encode):
-    model = model_of("g3mm", folder)
+def g3mm(model):
     config, n = model.config, model.config.mm_tokens_per_image
-    images = [squeezed(picture(seed), config.vision_config.image_size, 0.5, 0.5) for seed in (6, 7)]
+    size = config.vision_config.image_size
+    images = [squeezed(picture(seed), size, 0.5, 0.5) for seed in (6, 7)]
     image = [13, 10, *[config.image_token_index] * n, 768, 13]
-    answers = {f"soft_{seed}": soft_tokens(model, pixels) for seed, pixels in zip((6, 7), images)}
-    for name, ids, pixels in (
-        ("one", [2, 8, *encode("user\n"), *image, *encode("Describe"), 9], images[:1]),
-        (
-            "two",
-            [
-                2,
-                8,
-                *encode("user\n"),
-                *encode("First"),
-                *image,
-                *encode("and then"),
-                *image,
-                *encode("Compare them"),
-                9,
-            ],
-            images,
-        ),
-    ):
-        types = torch.tensor([[int(i == config.image_token_index) for i in ids]])
-        answers |= {
-            f"ids_{name}": np.array(ids),
-            f"logits_{name}": logits(
-                model, ids, token_type_ids=types, pixel_values=torch.tensor(np.concatenate(pixels))
-            ),
-        }
+    user = [2, 8, *encode("user\n")]
+    one = [*user, *image, *encode("Describe"), 9]
+    two = [*user, *encode("First"), *image, *encode("and then"), *image]
+    two += [*encode("Compare them"), 9]
+    answers = {
+        f"soft_{seed}": soft_tokens(model, pixels)
+        for seed, pixels in zip((6, 7), images, strict=True)
+    }
+    for name, ids, pixels in (("one", one, images[:1]), ("two", two, images)):
+        rows = logits(
+            model,
+            ids,
+            token_type_ids=torch.tensor([[int(i == config.image_token_index) for i in ids]]),
+            pixel_values=torch.tensor(np.concatenate(pixels)),
+        )
+        answers |= {f"ids_{name}": np.array(ids), f"logits_{name}": rows[-4:]}
     return answers
 
 
-def g3n(folder, encode):
+def g3n(model):
     from transformers.models.gemma3n.feature_extraction_gemma3n import (
         Gemma3nAudioFeatureExtractor,
     )
 
-    model = model_of("g3n", folder)
     config = model.config
     images = [squeezed(picture(seed), 768) for seed in (5, 8)]
     wave = np.load(REFERENCE / "g3n-audio.npz")["wave_0.9"]
@@ -97,33 +71,33 @@ def g3n(folder, encode):
         "input_features": features["input_features"].float(),
         "input_features_mask": features["input_features_mask"].bool(),
     }
+    one_image = {"pixel_values": torch.tensor(images[0])}
+    two_images = {"pixel_values": torch.tensor(np.concatenate(images))}
     image = [13, 10, *[config.image_token_id] * 256, config.eoi_token_id, 13]
     sound = [13, config.boa_token_id, *[config.audio_token_id] * 188, config.eoa_token_id, 13]
     user = [2, 8, *encode("user\n")]
-    answers = {f"soft_{seed}": soft_tokens(model, pixels) for seed, pixels in zip((5, 8), images)}
+    one = [*user, *image, *encode("Describe"), 9]
+    two = [*user, *image, *encode("and"), *image, *encode("Compare them"), 9]
+    image_audio = [*user, *image, *encode("What is said here?"), *sound, 9]
+    audio_image = [*user, *encode("Listen"), *sound, *encode("and look"), *image]
+    audio_image += [*encode("Tell"), 9]
+    answers = {
+        f"soft_{seed}": soft_tokens(model, pixels)
+        for seed, pixels in zip((5, 8), images, strict=True)
+    }
     for name, ids, media in (
-        ("one", [*user, *image, *encode("Describe"), 9], {"pixel_values": torch.tensor(images[0])}),
-        (
-            "two",
-            [*user, *image, *encode("and"), *image, *encode("Compare them"), 9],
-            {"pixel_values": torch.tensor(np.concatenate(images))},
-        ),
-        (
-            "image_audio",
-            [*user, *image, *encode("What is said here?"), *sound, 9],
-            {"pixel_values": torch.tensor(images[0]), **audio},
-        ),
-        (
-            "audio_image",
-            [*user, *encode("Listen"), *sound, *encode("and look"), *image, *encode("Tell"), 9],
-            {"pixel_values": torch.tensor(images[0]), **audio},
-        ),
+        ("one", one, one_image),
+        ("two", two, two_images),
+        ("image_audio", image_audio, one_image | audio),
+        ("audio_image", audio_image, one_image | audio),
     ):
-        answers |= {f"ids_{name}": np.array(ids), f"logits_{name}": logits(model, ids, **media)}
+        rows = logits(model, ids, **media)
+        answers |= {f"ids_{name}": np.array(ids), f"logits_{name}": rows[-4:]}
     return answers
 
 
-def mnv5(folder, encode):
+def mnv5():
+    stand_in_for_torchvision()
     from timm.layers import RmsNorm2d
     from timm.models import mobilenetv5
     from timm.models._efficientnet_builder import decode_arch_def
@@ -146,48 +120,28 @@ def mnv5(folder, encode):
         {name[len(prefix) :]: value for name, value in bf16.items() if name.startswith(prefix)}
     )
     tower.eval()
-    answers = {
-        "recipe": np.array(
-            json.dumps(
-                {
-                    "seed": 7,
-                    "config": {"model_type": "gemma3n", "vision_config": {"hidden_size": 2048}},
-                    "tensors": shapes,
-                }
-            )
-        )
-    }
+    config = {"model_type": "gemma3n", "vision_config": {"hidden_size": 2048}}
+    recipe = {"seed": 7, "config": config, "tensors": shapes}
+    answers = {"recipe": np.array(json.dumps(recipe))}
 
     def norm(x, weight):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * weight
 
     for size in (768, 512, 256):
-        x = (
-            tower(torch.tensor(squeezed(picture(5), size))).reshape(1, 2048, 256).permute(0, 2, 1)
-            * 2048**0.5
-        )
-        x = (
-            norm(x, bf16["model.embed_vision.soft_embedding_norm.weight"])
-            @ bf16["model.embed_vision.embedding_projection.weight"].T
-        )
+        pooled = tower(torch.tensor(squeezed(picture(5), size)))
+        x = pooled.reshape(1, 2048, 256).permute(0, 2, 1) * 2048**0.5
+        x = norm(x, bf16["model.embed_vision.soft_embedding_norm.weight"])
+        x = x @ bf16["model.embed_vision.embedding_projection.weight"].T
         answers[f"soft_{size}"] = norm(x, 1.0)[0].numpy()
     return answers
 
 
 if __name__ == "__main__":
-    name, recipes, out = sys.argv[1:]
-    with tempfile.TemporaryDirectory() as folder:
-        encode = None
-        if name != "mnv5":
-            import sentencepiece
-
-            recipe = json.loads((Path(recipes) / f"{name}.json").read_text())
-            if name == "g3n":  # its vision tensors are a recipe of their own
-                recipe["tensors"] |= json.loads((Path(recipes) / "g3n-vision.json").read_text())[
-                    "tensors"
-                ]
-            write_checkpoint(recipe, Path(folder))
-            encode = sentencepiece.SentencePieceProcessor(str(REFERENCE / "tokenizer.model")).encode
-        answers = {"g3mm": g3mm, "g3n": g3n, "mnv5": mnv5}[name](folder, encode)
-    np.savez_compressed(Path(out) / f"{name}-vision.npz", **answers)
-    print({key: value.shape for key, value in answers.items()})
+    name, out = sys.argv[1:]
+    if name == "mnv5":
+        answers = mnv5()
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            model = load(name, Path(folder), with_vision=True)
+        answers = {"g3mm": g3mm, "g3n": g3n}[name](model)
+    report(Path(out) / f"{name}-vision.npz", answers)
