@@ -1,6 +1,7 @@
-"""Checkpoint → bundle, without PyTorch. The runtime never imports this package at import time.
+"""Checkpoint → bundle, without PyTorch. The runtime never imports this
+package at import time.
 
-Nothing here works by halves: without the packages of the ``convert`` extra, importing it raises
+Without the packages of the ``convert`` extra, importing it raises
 MissingExtra.
 """
 

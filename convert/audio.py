@@ -1,23 +1,28 @@
-"""The audio tower and its embedder, from a checkpoint to ``audio_encoder.onnx``: one streaming step
-with its state in and out.
+"""The audio tower and its embedder, from a checkpoint to
+``audio_encoder.onnx``: one streaming step with its state in and out.
 
-In: a Gemma 3n :class:`Checkpoint`. Out: the graph, its data file and the manifest's
-:class:`AudioPart`. Weights are read, turned and written one at a time. This module does not run
-the encoder, and does not know log-mel (:mod:`edge_gemma.hearing.log_mel`) or the order of steps
+In: a Gemma 3n :class:`Checkpoint`. Out: the graph, its data file and the
+manifest's :class:`AudioPart`. Weights are read, turned and written one at a
+time. This module does not run the encoder, and does not know log-mel
+(:mod:`edge_gemma.hearing.log_mel`) or the order of steps
 (:mod:`edge_gemma.hearing.encoder`).
 
-Source of the network: transformers 5.23 ``modeling_gemma3n.py``. What it computes, as a stream:
+Source of the network: transformers 5.23 ``modeling_gemma3n.py``. What it
+computes, as a stream:
 
-- Conformer frame t needs mel rows 4t … 4t+6; its attention sees frames t−12 … t; nothing emitted
-  ever changes.
-- A step makes n frames from ``mel [2·rows+1, 128]``, where ``rows`` is 2n+1 for the first step and
-  2n after it, and gives every 4th frame as a soft token: ``soft [ceil(n/4), n_embd]``. A step that
-  is not the last must have n divisible by 4.
-- State, each name an input and, with ``next_``, an output: ``conv_0`` the last row after the first
-  subsampling block, ``group_norm`` the 4 running sums of the cumulative group norms, ``keys`` and
-  ``values`` 12 frames per layer, ``conv`` 4 frames per layer.
-- ``frames`` counts the frames of earlier steps; of the new conv_0 rows only the first ``valid``
-  exist (the rest is zero padding at the clip's end, zeroed after norm and ReLU).
+- Conformer frame t needs mel rows 4t … 4t+6; its attention sees frames t−12
+  … t; nothing emitted ever changes.
+- A step makes n frames from ``mel [2·rows+1, 128]``, where ``rows`` is 2n+1
+  for the first step and 2n after it, and gives every 4th frame as a soft
+  token: ``soft [ceil(n/4), n_embd]``. A step that is not the last must have
+  n divisible by 4.
+- State, each name an input and, with ``next_``, an output: ``conv_0`` the
+  last row after the first subsampling block, ``group_norm`` the 4 running
+  sums of the cumulative group norms, ``keys`` and ``values`` 12 frames per
+  layer, ``conv`` 4 frames per layer.
+- ``frames`` counts the frames of earlier steps; of the new conv_0 rows only
+  the first ``valid`` exist (the rest is zero padding at the clip's end,
+  zeroed after norm and ReLU).
 """
 
 from __future__ import annotations
@@ -60,8 +65,8 @@ class AudioConfig:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> AudioConfig:
-        """Read and check; raises CheckpointError without an audio tower, UnsupportedModel for one
-        of another architecture.
+        """Read and check; raises CheckpointError without an audio tower,
+        UnsupportedModel for one of another architecture.
         """
         raw = checkpoint.config.get("audio_config")
         if not isinstance(raw, dict) or f"{TOWER}conformer.0.norm.weight" not in checkpoint.names():
@@ -128,8 +133,8 @@ class AudioConfig:
         return self.hidden // self.n_head
 
     def activation_bytes(self, n_embd: int) -> int:
-        """Values alive at once in a step of 12 frames, the step's state, and onnxruntime's fixed
-        cost.
+        """Values alive at once in a step of 12 frames, the step's state,
+        and onnxruntime's fixed cost.
         """
         rows = 2 * STEP_FRAMES + 1
         conv = 3 * rows * self.channels[0] * (self.n_mels // 2)
@@ -146,12 +151,12 @@ def write_audio_encoder(
     *,
     progress: Callable[[str], None] = lambda part: None,
 ) -> AudioPart:
-    """Write ``audio_encoder.onnx`` and ``audio_encoder.onnx.data`` (list both under the manifest's
-    files) into ``folder``.
+    """Write ``audio_encoder.onnx`` and ``audio_encoder.onnx.data`` (list
+    both under the manifest's files) into ``folder``.
 
-    ``progress`` is told each part's name before it is written. The first and last projections, 1 %
-    of the weights, stay at half precision when ``precision`` is coarser. Raises CheckpointError,
-    UnsupportedModel.
+    ``progress`` is told each part's name before it is written. The first
+    and last projections, 1 % of the weights, stay at half precision when
+    ``precision`` is coarser. Raises CheckpointError, UnsupportedModel.
     """
     config = AudioConfig.of(checkpoint)
     n_embd = checkpoint.shape(f"{EMBEDDER}embedding_projection.weight")[0]
@@ -162,7 +167,8 @@ def write_audio_encoder(
         file=FILE,
         precision=precision,
         n_embd=n_embd,
-        # half precision is widened when the session is opened: both are in memory then
+        # half precision is widened when the session is opened: both are in
+        # memory then
         weights_bytes=graph.weights_bytes + graph.half_bytes,
         activation_bytes=config.activation_bytes(n_embd),
         n_layer=config.n_layer,
@@ -172,7 +178,9 @@ def write_audio_encoder(
 
 @dataclass(frozen=True)
 class _Builder:
-    """Where weights come from and where nodes go, with the few steps that all parts share."""
+    """Where weights come from and where nodes go, with the few steps that
+    all parts share.
+    """
 
     checkpoint: Checkpoint
     config: AudioConfig
@@ -198,7 +206,9 @@ class _Builder:
         return self.graph.node("Clip", [x, self.graph.number(-limit), self.graph.number(limit)])
 
     def norm(self, x: str, name: str, *, prefix: str = TOWER, factor: float = 1.0) -> str:
-        """RMS norm of ``x [n, hidden]`` with the weight ``name``, times ``factor``."""
+        """RMS norm of ``x [n, hidden]`` with the weight ``name``, times
+        ``factor``.
+        """
         weight = self.read(name, self.config.hidden, prefix=prefix)
         return self.graph.rms_norm(x, factor * weight, self.config.epsilon)
 
@@ -208,7 +218,7 @@ class _Builder:
         return self.graph.linear(x, self.read(name, n_out, n_in), self.precision, name=leaf)
 
     def silu(self, x: str) -> str:
-        return self.graph.node("Mul", [x, self.graph.node("Sigmoid", [x])])
+        return self.graph.mul(x, self.graph.node("Sigmoid", [x]))
 
     def range(self, stop: str) -> str:
         """[0, 1 … stop − 1] int64; ``stop`` is a vector of one element."""
@@ -223,7 +233,9 @@ class _Builder:
 
 @dataclass(frozen=True)
 class _Step:
-    """The inputs that say where in the clip a step lies, and how long it is; each [1] int64."""
+    """The inputs that say where in the clip a step lies, and how long it
+    is; each [1] int64.
+    """
 
     frames: str  # conformer frames of earlier steps
     valid: str  # rows of conv_0 that exist
@@ -255,7 +267,7 @@ def _write_step(build: _Builder, n_embd: int, progress: Callable[[str], None]) -
     soft = _embed(build, step, x, n_embd)
     graph.output("soft", soft, np.float32, ["n_soft", n_embd])
     for name, parts in layers.items():
-        next_state[name] = graph.node("Concat", parts, axis=0)
+        next_state[name] = graph.concat(parts, axis=0)
     shapes["conv_0"] = [1, config.channels[0], 1, config.n_mels // 2]
     for name, made in next_state.items():
         graph.output(f"next_{name}", made, np.float32, shapes[name])
@@ -273,7 +285,9 @@ def _state_shapes(config: AudioConfig) -> dict[str, Shape]:
 
 
 def _embed(build: _Builder, step: _Step, x: str, n_embd: int) -> str:
-    """Every 4th frame of ``x [n, hidden]`` in the decoder's space: [ceil(n/4), n_embd]."""
+    """Every 4th frame of ``x [n, hidden]`` in the decoder's space:
+    [ceil(n/4), n_embd].
+    """
     config, graph = build.config, build.graph
     x = graph.slice(x, graph.ints(0), step.n, axis=0, step=config.reduction)
     x = build.norm(x, "soft_embedding_norm.weight", prefix=EMBEDDER)
@@ -286,73 +300,75 @@ def _embed(build: _Builder, step: _Step, x: str, n_embd: int) -> str:
 def _subsample(
     build: _Builder, step: _Step, mel: str, state: dict[str, str]
 ) -> tuple[str, str, str]:
-    """Two convolution blocks that halve time and frequency each, and a projection. Returns x and
-    the next ``conv_0`` and ``group_norm``.
+    """Two convolution blocks that halve time and frequency each, and a
+    projection. Returns x and the next ``conv_0`` and ``group_norm``.
     """
     config, graph = build.config, build.graph
     prefix = "subsample_conv_projection."
     x = graph.node("Unsqueeze", [mel, graph.ints(0, 1)])  # [1, 1, m, 128]
     carried = graph.node("Shape", [state["conv_0"]], start=2, end=3)  # 0 in the first step, then 1
     # conv_0 rows of earlier steps: 2t + 1 after the first
-    doubled = graph.node("Mul", [step.frames, graph.ints(2)])
-    seen = graph.node("Add", [doubled, carried])
+    doubled = graph.mul(step.frames, graph.ints(2))
+    seen = graph.add(doubled, carried)
     first, second = config.channels
     weight = build.read(f"{prefix}conv_0.conv.weight", first, 1, 3, 3)
     x, rows, sums_0 = _conv_block(build, x, 0, weight, state["group_norm"], seen)
     is_real = graph.node("Less", [rows, step.valid])
     exists = graph.node("Cast", [is_real], to=1)  # [rows] float32
-    x = graph.node("Mul", [x, graph.node("Reshape", [exists, graph.ints(1, 1, -1, 1)])])
-    x = graph.node("Concat", [state["conv_0"], x], axis=2)  # [1, C0, 2n + 1, 64]
+    x = graph.mul(x, graph.reshape(exists, 1, 1, -1, 1))
+    x = graph.concat([state["conv_0"], x], axis=2)  # [1, C0, 2n + 1, 64]
     last_row = build.last(x, 1, axis=2)
     weight = build.read(f"{prefix}conv_1.conv.weight", second, first, 3, 3)
     x, _, sums_1 = _conv_block(build, x, 1, weight, state["group_norm"], step.frames)
-    x = graph.node("Transpose", [x], perm=[0, 2, 3, 1])  # [1, n, F, C1], channel fastest
+    x = graph.transpose(x, 0, 2, 3, 1)  # [1, n, F, C1], channel fastest
     width = config.n_mels // 4 * second
-    x = graph.node("Reshape", [x, graph.ints(-1, width)])
+    x = graph.reshape(x, -1, width)
     projection = build.read(f"{prefix}input_proj_linear.weight", config.hidden, width)
     x = graph.linear(x, projection, build.outer_precision, name="input_proj")
-    return x, last_row, graph.node("Concat", [*sums_0, *sums_1], axis=0)
+    return x, last_row, graph.concat([*sums_0, *sums_1], axis=0)
 
 
 def _conv_block(
     build: _Builder, x: str, block: int, weight: np.ndarray, sums: str, seen: str
 ) -> tuple[str, str, tuple[str, str]]:
-    """Convolution, cumulative group norm, ReLU; ``seen`` counts the rows of earlier steps. Returns
-    x [1, C, rows, F], the new rows' numbers 0 … [rows], and both running sums [1].
+    """Convolution, cumulative group norm, ReLU; ``seen`` counts the rows of
+    earlier steps. Returns x [1, C, rows, F], the new rows' numbers 0 …
+    [rows], and both running sums [1].
     """
     config, graph = build.config, build.graph
     n_channels = weight.shape[0]
     kernel = graph.constant(weight, f"conv_{block}")
     x = graph.node("Conv", [x, kernel], strides=[2, 2], pads=[0, 1, 0, 1])  # no padding in time
     rows = build.range(graph.node("Shape", [x], start=2, end=3))  # [rows]
-    before = graph.node("Add", [rows, seen])
-    count = graph.node("Cast", [graph.node("Add", [before, graph.ints(1)])], to=1)
+    before = graph.add(rows, seen)
+    count = graph.node("Cast", [graph.add(before, graph.ints(1))], to=1)
     # how many values the mean of each row is over
     per_row = graph.number(n_channels * (config.n_mels >> (block + 1)))
-    values = graph.node("Mul", [count, per_row])
-    values = graph.node("Reshape", [values, graph.ints(1, 1, -1, 1)])
+    values = graph.mul(count, per_row)
+    values = graph.reshape(values, 1, 1, -1, 1)
     total, last_total = _cumulative(build, x, sums, 2 * block)
-    x = graph.node("Sub", [x, graph.node("Div", [total, values])])
-    squared = graph.node("Mul", [x, x])
+    x = graph.sub(x, graph.div(total, values))
+    squared = graph.mul(x, x)
     squares, last_squares = _cumulative(build, squared, sums, 2 * block + 1)
-    variance = graph.node("Div", [squares, values])
-    padded = graph.node("Add", [variance, graph.number(config.group_norm_epsilon)])
+    variance = graph.div(squares, values)
+    padded = graph.add(variance, graph.number(config.group_norm_epsilon))
     deviation = graph.node("Sqrt", [padded])
     scale = build.read(f"subsample_conv_projection.conv_{block}.norm.weight", n_channels)
-    x = graph.node("Div", [x, deviation])
-    x = graph.node("Mul", [x, graph.constant(scale.reshape(1, n_channels, 1, 1), "group_norm")])
+    x = graph.div(x, deviation)
+    x = graph.mul(x, graph.constant(scale.reshape(1, n_channels, 1, 1), "group_norm"))
     return graph.node("Relu", [x]), rows, (last_total, last_squares)
 
 
 def _cumulative(build: _Builder, terms: str, sums: str, index: int) -> tuple[str, str]:
-    """The sum of ``terms`` over all rows up to each, earlier steps included [1, 1, rows, 1], and
-    its last value [1]; ``index`` is the sum's place in the state ``sums``.
+    """The sum of ``terms`` over all rows up to each, earlier steps included
+    [1, 1, rows, 1], and its last value [1]; ``index`` is the sum's place in
+    the state ``sums``.
     """
     graph = build.graph
     per_row = graph.node("ReduceSum", [terms, graph.ints(1, 3)], keepdims=1)  # [1, 1, rows, 1]
     before = graph.slice(sums, graph.ints(index), graph.ints(index + 1), axis=0)
-    total = graph.node("Add", [graph.node("CumSum", [per_row, graph.integer(2)]), before])
-    return total, graph.node("Reshape", [build.last(total, 1, axis=2), graph.ints(1)])
+    total = graph.add(graph.node("CumSum", [per_row, graph.integer(2)]), before)
+    return total, graph.reshape(build.last(total, 1, axis=2), 1)
 
 
 # ---- conformer: x [n, hidden]
@@ -363,21 +379,21 @@ def _feed_forward(build: _Builder, x: str, prefix: str) -> str:
     y = build.silu(build.linear(y, f"{prefix}ffw_layer_1.weight", 4 * hidden, hidden))
     y = build.linear(y, f"{prefix}ffw_layer_2.weight", hidden, 4 * hidden)
     y = build.norm(build.clip(y), f"{prefix}post_layer_norm.weight", factor=config.residual)
-    return graph.node("Add", [x, y])
+    return graph.add(x, y)
 
 
 def _attention_mask(build: _Builder, step: _Step) -> str:
-    """[n, n + 12] float32: 0 where query i (frame t + i) sees key j (frame t + j − 12), far
-    below every logit elsewhere.
+    """[n, n + 12] float32: 0 where query i (frame t + i) sees key j (frame
+    t + j − 12), far below every logit elsewhere.
     """
     graph, context = build.graph, build.config.context
     queries = build.range(step.n)
-    keys = build.range(graph.node("Add", [step.n, graph.ints(context)]))
-    distance = graph.node("Sub", [keys, graph.node("Unsqueeze", [queries, graph.ints(1)])])
+    keys = build.range(graph.add(step.n, graph.ints(context)))
+    distance = graph.sub(keys, graph.node("Unsqueeze", [queries, graph.ints(1)]))
     not_before = graph.node("GreaterOrEqual", [distance, graph.integer(0)])
     not_after = graph.node("LessOrEqual", [distance, graph.integer(context)])
     near = graph.node("And", [not_before, not_after])
-    key_frames = graph.node("Add", [keys, step.frames])
+    key_frames = graph.add(keys, step.frames)
     in_clip = graph.node("GreaterOrEqual", [key_frames, graph.integer(context)])
     is_seen = graph.node("And", [near, in_clip])
     return graph.node("Where", [is_seen, graph.number(0.0), graph.number(-1e30)])
@@ -386,8 +402,8 @@ def _attention_mask(build: _Builder, step: _Step) -> str:
 def _attention(
     build: _Builder, step: _Step, x: str, layer: int, mask: str, state: dict[str, str]
 ) -> tuple[str, str, str]:
-    """Local attention with relative positions. Returns x and the next keys and values
-    [1, 12, hidden].
+    """Local attention with relative positions. Returns x and the next keys
+    and values [1, 12, hidden].
     """
     config, graph = build.config, build.graph
     prefix, hidden = f"conformer.{layer}.attention.", config.hidden
@@ -400,23 +416,24 @@ def _attention(
     q = _heads(build, q, [1, 0, 2])  # [heads, n, head_dim]
     content = graph.node("MatMul", [q, _heads(build, k, [1, 2, 0])])  # [heads, n, n + 12]
     position = _position_logits(build, step, q, layer)
-    logits = graph.node("Add", [content, position])
-    logits = graph.node("Div", [logits, graph.number(config.logit_cap)])
+    logits = graph.add(content, position)
+    logits = graph.div(logits, graph.number(config.logit_cap))
     logits = graph.node("Tanh", [logits])
-    logits = graph.node("Mul", [logits, graph.number(config.logit_cap)])
-    weights = graph.node("Softmax", [graph.node("Add", [logits, mask])], axis=-1)
+    logits = graph.mul(logits, graph.number(config.logit_cap))
+    weights = graph.node("Softmax", [graph.add(logits, mask)], axis=-1)
     y = graph.node("MatMul", [weights, _heads(build, v, [1, 0, 2])])  # [heads, n, head_dim]
-    y = graph.node("Transpose", [y], perm=[1, 0, 2])
-    y = graph.node("Reshape", [y, graph.ints(-1, hidden)])
+    y = graph.transpose(y, 1, 0, 2)
+    y = graph.reshape(y, -1, hidden)
     y = build.linear(y, f"{prefix}post.weight", hidden, hidden)
     y = build.norm(build.clip(y), f"{prefix}post_norm.weight")
-    x = graph.node("Add", [x, y])
+    x = graph.add(x, y)
     return x, _last_frames(build, k, config.context), _last_frames(build, v, config.context)
 
 
 def _scaled_qkv(build: _Builder, prefix: str) -> np.ndarray:
     """The weights of q, k and v [3 · hidden, hidden]. q is scaled by
-    head_dim^-1/2 / ln 2 · softplus(per_dim_scale), which goes into the rows of its weight.
+    head_dim^-1/2 / ln 2 · softplus(per_dim_scale), which goes into the rows
+    of its weight.
     """
     config = build.config
     scale = build.read(f"{prefix}attn.per_dim_scale", config.head_dim)
@@ -430,25 +447,26 @@ def _scaled_qkv(build: _Builder, prefix: str) -> np.ndarray:
 
 
 def _position_logits(build: _Builder, step: _Step, q: str, layer: int) -> str:
-    """q·r[distance] [heads, n, n + 12]: computed for 13 distances, then each query's 13 values are
-    moved to its own keys, because a row of n + 13 read as rows of n + 12 moves one to the right.
+    """q·r[distance] [heads, n, n + 12]: computed for 13 distances, then
+    each query's 13 values are moved to its own keys, because a row of n +
+    13 read as rows of n + 12 moves one to the right.
     """
     config, graph = build.config, build.graph
     table = graph.constant(_relative_positions(build, layer), "relative")
     relative = graph.node("MatMul", [q, table])  # [heads, n, 13], oldest key first
-    pads = graph.node("Concat", [graph.ints(0, 0, 0, 0, 0), step.n], axis=0)
+    pads = graph.concat([graph.ints(0, 0, 0, 0, 0), step.n], axis=0)
     padded = graph.node("Pad", [relative, pads])
-    flat = graph.node("Reshape", [padded, graph.ints(config.n_head, -1)])
-    n_keys = graph.node("Add", [step.n, graph.ints(config.context)])
+    flat = graph.reshape(padded, config.n_head, -1)
+    n_keys = graph.add(step.n, graph.ints(config.context))
     start = graph.ints(0)
-    flat = graph.slice(flat, start, graph.node("Mul", [step.n, n_keys]), axis=1)
-    shape = graph.node("Concat", [graph.ints(config.n_head), step.n, n_keys], axis=0)
-    return graph.node("Reshape", [flat, shape])
+    flat = graph.slice(flat, start, graph.mul(step.n, n_keys), axis=1)
+    shape = graph.concat([graph.ints(config.n_head), step.n, n_keys], axis=0)
+    return graph.reshape_to(flat, shape)
 
 
 def _relative_positions(build: _Builder, layer: int) -> np.ndarray:
-    """r [heads, head_dim, 13]: the projected sinusoid of each distance, 12 … 0. A constant,
-    because only 13 distances are ever seen.
+    """r [heads, head_dim, 13]: the projected sinusoid of each distance, 12
+    … 0. A constant, because only 13 distances are ever seen.
     """
     config, half = build.config, build.config.hidden // 2
     step = np.float32(math.log(1e4) / max(half - 1, 1))
@@ -463,16 +481,18 @@ def _relative_positions(build: _Builder, layer: int) -> np.ndarray:
 
 
 def _heads(build: _Builder, x: str, perm: list[int]) -> str:
-    """``x [n, hidden]`` as [n, heads, head_dim] with its axes in the order ``perm``."""
+    """``x [n, hidden]`` as [n, heads, head_dim] with its axes in the order
+    ``perm``.
+    """
     shape = build.graph.ints(-1, build.config.n_head, build.config.head_dim)
-    return build.graph.node("Transpose", [build.graph.node("Reshape", [x, shape])], perm=perm)
+    return build.graph.transpose(build.graph.reshape_to(x, shape), *perm)
 
 
 def _with_earlier(build: _Builder, state: str, layer: int, x: str) -> str:
     """The frames that ``state`` carries for a layer, before the new ones."""
     graph = build.graph
     earlier = graph.node("Gather", [state, graph.integer(layer)], axis=0)
-    return graph.node("Concat", [earlier, x], axis=0)
+    return graph.concat([earlier, x], axis=0)
 
 
 def _last_frames(build: _Builder, x: str, n: int) -> str:
@@ -483,30 +503,34 @@ def _last_frames(build: _Builder, x: str, n: int) -> str:
 def _light_convolution(
     build: _Builder, step: _Step, x: str, layer: int, state: str
 ) -> tuple[str, str]:
-    """A gated depthwise convolution over time. Returns x and the next state [1, 4, hidden]."""
+    """A gated depthwise convolution over time. Returns x and the next state
+    [1, 4, hidden].
+    """
     config, graph = build.config, build.graph
     prefix, hidden = f"conformer.{layer}.lconv1d.", config.hidden
     y = build.norm(x, f"{prefix}pre_layer_norm.weight")
     y = build.linear(y, f"{prefix}linear_start.weight", 2 * hidden, hidden)
     y, gate = graph.nodes("Split", [y, graph.ints(hidden, hidden)], 2, axis=1)
-    gated = graph.node("Mul", [y, graph.node("Sigmoid", [gate])])
+    gated = graph.mul(y, graph.node("Sigmoid", [gate]))
     y = _with_earlier(build, state, layer, gated)
     kept = _last_frames(build, y, config.kernel - 1)
     taps = build.read(f"{prefix}depthwise_conv1d.weight", hidden, 1, config.kernel)
     y = _convolve(build, step, y, taps)
     y = build.silu(build.norm(build.clip(y), f"{prefix}conv_norm.weight"))
     y = build.linear(y, f"{prefix}linear_end.weight", hidden, hidden)
-    return graph.node("Add", [x, y]), kept
+    return graph.add(x, y), kept
 
 
 def _convolve(build: _Builder, step: _Step, y: str, taps: np.ndarray) -> str:
-    """The sum over j of frames j … j + n of ``y`` times tap j; ``taps [hidden, 1, kernel]``."""
+    """The sum over j of frames j … j + n of ``y`` times tap j; ``taps
+    [hidden, 1, kernel]``.
+    """
     graph = build.graph
     total = ""
     for j in range(build.config.kernel):
-        end = graph.node("Add", [step.n, graph.ints(j)])
+        end = graph.add(step.n, graph.ints(j))
         frames = graph.slice(y, graph.ints(j), end, axis=0)
         tap = graph.constant(np.ascontiguousarray(taps[:, 0, j]), "tap")
-        term = graph.node("Mul", [frames, tap])
-        total = graph.node("Add", [total, term]) if total else term
+        term = graph.mul(frames, tap)
+        total = graph.add(total, term) if total else term
     return total

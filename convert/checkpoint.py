@@ -1,14 +1,17 @@
-"""A Hugging Face folder → tensors by canonical name, read lazily, a few rows at a time.
+"""A Hugging Face folder → tensors by canonical name, read lazily, a few
+rows at a time.
 
-In: a folder with ``config.json`` and ``*.safetensors`` (one file, or shards with an index). Out: a
-:class:`Checkpoint` whose tensors are float32 slices. This module does not know which tensors a
-model needs, nor what becomes of them. Pickle files are never opened.
+In: a folder with ``config.json`` and ``*.safetensors`` (one file, or shards
+with an index). Out: a :class:`Checkpoint` whose tensors are float32 slices.
+This module does not know which tensors a model needs, nor what becomes of
+them. Pickle files are never opened.
 
-Headers are read here, not by the safetensors library, which maps whole files: pages of a mapped
-file count as this process's memory, while slices that are read and dropped keep the peak at a few
-megabytes. The format is https://github.com/huggingface/safetensors#format: 8 bytes little-endian
-length, JSON, then the tensors without holes. Everything is checked against the file's size before
-anything is allocated.
+Headers are read here, not by the safetensors library, which maps whole
+files: pages of a mapped file count as this process's memory, while slices
+that are read and dropped keep the peak at a few megabytes. The format is
+https://github.com/huggingface/safetensors#format: 8 bytes little-endian
+length, JSON, then the tensors without holes. Everything is checked against
+the file's size before anything is allocated.
 """
 
 from __future__ import annotations
@@ -65,8 +68,8 @@ _DECODER_PARTS = (
     "altup_projections",
     "altup_unembed_projections",
 )
-# Old and text-only spellings → the names transformers 5 writes; the first match wins and is applied
-# until none does.
+# Old and text-only spellings → the names transformers 5 writes; the first
+# match wins and is applied until none does.
 _RENAMES = (
     (re.compile(r"^model\.language_model\.model\."), "model.language_model."),
     (re.compile(r"^(?:model\.)?language_model\.lm_head\."), "lm_head."),
@@ -82,7 +85,8 @@ _RENAMES = (
 
 
 def canonical_name(stored: str) -> str:
-    """The name a tensor has in transformers 5, whatever the checkpoint's age.
+    """The name a tensor has in transformers 5, whatever the checkpoint's
+    age.
 
     >>> canonical_name("language_model.model.layers.0.mlp.up_proj.weight")
     'model.language_model.layers.0.mlp.up_proj.weight'
@@ -102,8 +106,8 @@ def canonical_name(stored: str) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies. ``shape`` is in numpy order (rows first); ``offset`` counts from the
-    start of ``file``.
+    """Where one tensor lies. ``shape`` is in numpy order (rows first);
+    ``offset`` counts from the start of ``file``.
     """
 
     name: str  # canonical
@@ -116,8 +120,8 @@ class Entry:
 
 
 def read_header(path: Path) -> list[Entry]:
-    """The tensor table of one safetensors file, in file order. Raises CheckpointError for anything
-    that is not exactly right.
+    """The tensor table of one safetensors file, in file order. Raises
+    CheckpointError for anything that is not exactly right.
     """
     raw, size = _header_bytes(path)
     header = _json_object(raw, path)
@@ -130,7 +134,9 @@ def read_header(path: Path) -> list[Entry]:
 
 
 def _header_bytes(path: Path) -> tuple[bytes, int]:
-    """The JSON at the start of a safetensors file, and the size of the whole file."""
+    """The JSON at the start of a safetensors file, and the size of the
+    whole file.
+    """
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -234,7 +240,8 @@ def read_json(path: Path) -> dict:
 
 
 class Checkpoint(TensorReader):
-    """The tensors of a folder by canonical name. Reading is safe from several threads.
+    """The tensors of a folder by canonical name. Reading is safe from
+    several threads.
 
     >>> checkpoint = Checkpoint.open(getfixture("tiny_checkpoint"))
     >>> checkpoint.read("model.language_model.norm.weight").dtype
@@ -258,7 +265,9 @@ class Checkpoint(TensorReader):
 
     @classmethod
     def open(cls, folder: str | os.PathLike) -> Checkpoint:
-        """Read the config and every header; no tensor yet. Raises CheckpointError."""
+        """Read the config and every header; no tensor yet. Raises
+        CheckpointError.
+        """
         folder = Path(folder)
         if not folder.is_dir():
             hint = (
@@ -311,8 +320,8 @@ class Checkpoint(TensorReader):
         return self.entry(name).shape
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """``name`` as float32 ``[rows, …]``, whole or a contiguous slice along its first axis. NaN
-        and infinity are refused by name.
+        """``name`` as float32 ``[rows, …]``, whole or a contiguous slice
+        along its first axis. NaN and infinity are refused by name.
         """
         entry = self.entry(name)
         shape, first = entry.shape, 0
@@ -357,7 +366,9 @@ def _not_a_weight(entry: Entry) -> CheckpointError:
 
 
 def _all_finite(values: np.ndarray) -> bool:
-    """A finite sum proves that every term is; only a suspicious one is looked at value by value."""
+    """A finite sum proves that every term is; only a suspicious one is
+    looked at value by value.
+    """
     with np.errstate(over="ignore", invalid="ignore"):
         if np.isfinite(values.sum(dtype=np.float32)):
             return True
@@ -365,8 +376,8 @@ def _all_finite(values: np.ndarray) -> bool:
 
 
 def _read_exactly(path: Path, offset: int, out: memoryview) -> None:
-    """Fill ``out`` from ``offset``. Opened per call: safe between threads on every platform, and
-    cheap next to a chunk's megabytes.
+    """Fill ``out`` from ``offset``. Opened per call: safe between threads
+    on every platform, and cheap next to a chunk's megabytes.
     """
     try:
         with open(path, "rb", buffering=0) as file:
@@ -385,8 +396,8 @@ def _read_exactly(path: Path, offset: int, out: memoryview) -> None:
 
 
 def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
-    """Every safetensors file to read, with the stored names its index expects in it (None without
-    an index).
+    """Every safetensors file to read, with the stored names its index
+    expects in it (None without an index).
     """
     if (folder / INDEX).is_file():
         return {**_indexed_files(folder)}
@@ -406,7 +417,9 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
 
 
 def _indexed_files(folder: Path) -> dict[Path, set[str]]:
-    """The files that the index lists, sorted, each with the stored names expected in it."""
+    """The files that the index lists, sorted, each with the stored names
+    expected in it.
+    """
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / INDEX} has no weight_map; download it again")
@@ -429,7 +442,9 @@ def _indexed_files(folder: Path) -> dict[Path, set[str]]:
 
 
 def _numbered_shards(folder: Path, found: list[Path]) -> list[Path]:
-    """The files called ``…-00001-of-00002.safetensors``; raises when one of the series lacks."""
+    """The files called ``…-00001-of-00002.safetensors``; raises when one of
+    the series lacks.
+    """
     shards: dict[Path, tuple[int, int]] = {}  # file → (number, total)
     for path in found:
         if match := re.fullmatch(r".*-(\d{5})-of-(\d{5})\.safetensors", path.name):

@@ -1,10 +1,12 @@
-"""Mapped tensors + types + vocabulary → one GGUF, written front to back in a single pass with
-bounded memory.
+"""Mapped tensors + types + vocabulary → one GGUF, written front to back in
+a single pass with bounded memory.
 
-In: where each row comes from (:class:`~.gemma.Source`), its type, the vocabulary. Out: the file
-with its size and SHA-256, hashed while it is written. Every size is known before the first byte, so
-header, table and data go out in order and nothing is written twice. A few chunks of rows are in
-memory at a time; worker threads read, convert and quantize them side by side.
+In: where each row comes from (:class:`~.gemma.Source`), its type, the
+vocabulary. Out: the file with its size and SHA-256, hashed while it is
+written. Every size is known before the first byte, so header, table and
+data go out in order and nothing is written twice. A few chunks of rows are
+in memory at a time; worker threads read, convert and quantize them side by
+side.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ _SPECIAL_KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding",
 
 @dataclass(frozen=True)
 class Layout:
-    """What will be written, before it is: the header's bytes, and each tensor with its type and
-    size in file order.
+    """What will be written, before it is: the header's bytes, and each
+    tensor with its type and size in file order.
     """
 
     header: bytes
@@ -56,8 +58,8 @@ def plan_layout(
     name: str,
     file_type: int,
 ) -> Layout:
-    """Order the tensors (PLE and what is never read first, what every token needs last) and build
-    the header.
+    """Order the tensors (PLE and what is never read first, what every token
+    needs last) and build the header.
     """
 
     def place(source: Source) -> tuple:
@@ -136,8 +138,8 @@ def _chunk(
 def _in_order(
     pool: ThreadPoolExecutor, ahead: int, jobs: Iterator[Job]
 ) -> Iterator[bytes | memoryview]:
-    """Results in the jobs' order, at most ``ahead`` of them begun: that bounds the memory. The
-    first failure stops the rest.
+    """Results in the jobs' order, at most ``ahead`` of them begun: that
+    bounds the memory. The first failure stops the rest.
     """
     pending: deque[Future] = deque()
     try:
@@ -153,8 +155,8 @@ def _in_order(
 
 
 def _metadata(dims: Dims, vocabulary: Vocabulary, name: str, file_type: int) -> Iterator[Pair]:
-    """The key/value pairs llama.cpp's own converter writes for these families
-    (conversion/gemma.py).
+    """The key/value pairs llama.cpp's own converter writes for these
+    families (conversion/gemma.py).
     """
     yield "general.architecture", dims.family
     yield "general.type", "model"
@@ -201,7 +203,8 @@ def _numbers(dims: Dims) -> dict[str, Value]:
     numbers["attention.sliding_window_pattern"] = np.array(dims.sliding, np.bool_)
     if dims.family == "gemma3n":
         is_sparse = np.arange(dims.n_layer) < SPARSE_LAYERS
-        # the quantile of 0 is −∞: a layer that is not sparse keeps every value
+        # the quantile of 0 is −∞: a layer that is not sparse keeps every
+        # value
         scale = np.where(is_sparse, SPARSITY_MULTIPLIER, -np.inf).astype(np.float32)
         numbers |= {
             "altup.active_idx": 0,

@@ -1,11 +1,12 @@
-"""config.json + tensor names → what the decoder GGUF holds: its numbers, and for each of its
-tensors where the rows come from.
+"""config.json + tensor names → what the decoder GGUF holds: its numbers,
+and for each of its tensors where the rows come from.
 
-In: a :class:`~.checkpoint.Checkpoint`. Out: :class:`Dims` and a list of :class:`Source`. Every
-tensor of the checkpoint is mapped or listed as skipped with the reason; a missing, unexpected or
-misshapen one is an error that names it. This module does not know quantization. What llama.cpp
-fixes in code (src/models/gemma3.cpp, gemma3n.cpp) is checked here, because a file that says
-otherwise would load and answer nonsense.
+In: a :class:`~.checkpoint.Checkpoint`. Out: :class:`Dims` and a list of
+:class:`Source`. Every tensor of the checkpoint is mapped or listed as
+skipped with the reason; a missing, unexpected or misshapen one is an error
+that names it. This module does not know quantization. What llama.cpp fixes
+in code (src/models/gemma3.cpp, gemma3n.cpp) is checked here, because a file
+that says otherwise would load and answer nonsense.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ TOWERS = {
     "model.multi_modal_projector.": "vision",
 }
 
-# transformers' module → GGUF's tensor, within a layer: what both families have, then what gemma3n
-# adds
+# transformers' module → GGUF's tensor, within a layer: what both families
+# have, then what gemma3n adds
 _LAYER = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -71,8 +72,8 @@ _LAYER_3N = _LAYER | {
 }
 _BARE = ("altup.correct_output_scale",)  # a bare parameter, spelled without .weight
 
-# What transformers assumes when config.json leaves a number out (old multimodal configs leave out
-# most)
+# What transformers assumes when config.json leaves a number out (old
+# multimodal configs leave out most)
 _DEFAULTS = {
     "gemma3": {
         "vocab_size": 262208,
@@ -150,8 +151,8 @@ class Dims:
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of one checkpoint tensor, or zeros where ``name`` is None. ``cols`` picks column ranges,
-    in order; ``add`` is added to each value.
+    """Rows of one checkpoint tensor, or zeros where ``name`` is None.
+    ``cols`` picks column ranges, in order; ``add`` is added to each value.
     """
 
     name: str | None
@@ -161,7 +162,9 @@ class Part:
     add: float = 0.0
 
     def rows(self, tensors: TensorReader, start: int, stop: int, width: int) -> np.ndarray:
-        """Rows ``start … stop`` of this part as float32 ``[stop − start, width]``."""
+        """Rows ``start … stop`` of this part as float32 ``[stop − start,
+        width]``.
+        """
         if self.name is None:
             return np.zeros((stop - start, width), np.float32)
         is_vector = len(tensors.shape(self.name)) == 1  # a norm: one row
@@ -176,7 +179,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """One tensor of the GGUF: ``shape`` in ggml order, its rows stacked from ``parts``."""
+    """One tensor of the GGUF: ``shape`` in ggml order, its rows stacked
+    from ``parts``.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -192,7 +197,9 @@ class Source:
         return prod(self.shape[1:])
 
     def rows(self, tensors: TensorReader, start: int, stop: int) -> np.ndarray:
-        """Rows ``start … stop`` as float32 ``[stop − start, n_per_row]``, contiguous."""
+        """Rows ``start … stop`` as float32 ``[stop − start, n_per_row]``,
+        contiguous.
+        """
         pieces, at = [], 0
         for part in self.parts:
             a, b = max(start, at), min(stop, at + part.n_rows)
@@ -212,7 +219,9 @@ def text_config(config: dict) -> dict:
 
 
 def family_of(config: dict) -> Literal["gemma3", "gemma3n"]:
-    """``gemma3`` or ``gemma3n``. Raises UnsupportedModel naming what was found."""
+    """``gemma3`` or ``gemma3n``. Raises UnsupportedModel naming what was
+    found.
+    """
     model_type = str(config.get("model_type", "")).removesuffix("_text")
     architectures = config.get("architectures") or []
     is_embedding = bool(
@@ -232,8 +241,8 @@ def family_of(config: dict) -> Literal["gemma3", "gemma3n"]:
 
 
 def read_dims(config: dict) -> Dims:
-    """The decoder's numbers from config.json. Raises UnsupportedModel for what llama.cpp would
-    compute differently, CheckpointError for nonsense.
+    """The decoder's numbers from config.json. Raises UnsupportedModel for
+    what llama.cpp would compute differently, CheckpointError for nonsense.
     """
     family = family_of(config)
     text = _DEFAULTS[family] | {
@@ -282,7 +291,9 @@ def read_dims(config: dict) -> Dims:
 
 
 def _one_width(size: object, n_layer: int) -> object:
-    """The FFN width that all layers have, from one number or one for each layer."""
+    """The FFN width that all layers have, from one number or one for each
+    layer.
+    """
     widths = size if isinstance(size, list) else [size] * n_layer
     if len(widths) < n_layer or len(set(widths[:n_layer])) != 1:
         raise UnsupportedModel(
@@ -295,8 +306,8 @@ def _one_width(size: object, n_layer: int) -> object:
 
 
 def _rope(text: dict) -> tuple[float, float, float]:
-    """(base of the global layers, base of the sliding ones, linear factor of the global ones), from
-    the old keys or the new table.
+    """(base of the global layers, base of the sliding ones, linear factor
+    of the global ones), from the old keys or the new table.
     """
     parameters = text.get("rope_parameters")
     parameters = parameters if isinstance(parameters, dict) else {}
@@ -389,8 +400,8 @@ def _check_sparsity(text: dict, n_layer: int) -> None:
 
 @dataclass(frozen=True)
 class Cut:
-    """Which of a checkpoint's layers and FFN columns go into the file. The whole checkpoint is
-    ``Cut(range(n_layer), n_ff)``.
+    """Which of a checkpoint's layers and FFN columns go into the file. The
+    whole checkpoint is ``Cut(range(n_layer), n_ff)``.
     """
 
     layers: tuple[int, ...]
@@ -407,8 +418,8 @@ class Mapping:
 def map_tensors(
     checkpoint: Checkpoint, dims: Dims, cut: Cut | None = None, *, untied: bool = False
 ) -> Mapping:
-    """Every tensor of the decoder with where it comes from, ``cut`` applied; ``untied`` adds an
-    output head of its own.
+    """Every tensor of the decoder with where it comes from, ``cut``
+    applied; ``untied`` adds an output head of its own.
 
     Raises CheckpointError for a missing, unexpected or misshapen tensor.
     """
@@ -435,8 +446,8 @@ def map_tensors(
 
 
 def _present(checkpoint: Checkpoint, source: Source) -> Source:
-    """``source`` if the checkpoint has all of it, zeros for what is never read. Raises
-    CheckpointError.
+    """``source`` if the checkpoint has all of it, zeros for what is never
+    read. Raises CheckpointError.
     """
     for part in source.parts:
         if part.name is None or part.name in checkpoint:
@@ -449,7 +460,9 @@ def _present(checkpoint: Checkpoint, source: Source) -> Source:
 
 
 def _why_skipped(checkpoint: Checkpoint, dims: Dims, name: str, is_known: bool) -> str:
-    """Why no tensor of the GGUF comes from ``name``. Raises CheckpointError without a reason."""
+    """Why no tensor of the GGUF comes from ``name``. Raises CheckpointError
+    without a reason.
+    """
     tower = next((what for prefix, what in TOWERS.items() if name.startswith(prefix)), None)
     if tower:
         return f"the {tower} tower, not part of the decoder"
@@ -481,7 +494,9 @@ def _checkpoint_name(module: str, layer: int | None = None) -> str:
 
 
 def checkpoint_shapes(dims: Dims) -> dict[str, tuple[int, ...]]:
-    """Every name a checkpoint of these dims has, with its shape in numpy order."""
+    """Every name a checkpoint of these dims has, with its shape in numpy
+    order.
+    """
     gguf = {
         name: tuple(reversed(shape))
         for name, (shape, _) in expected_tensors(dims.family, dims.table()).items()
@@ -513,8 +528,8 @@ def _layer_modules(dims: Dims) -> dict[str, str]:
 
 
 def _mapping_table(dims: Dims, out: Dims, cut: Cut, head: str | None, untied: bool) -> list[Source]:
-    """Every tensor that the GGUF of ``out`` has, from a checkpoint of ``dims``; ``head`` is the
-    name of the checkpoint's own output head.
+    """Every tensor that the GGUF of ``out`` has, from a checkpoint of
+    ``dims``; ``head`` is the name of the checkpoint's own output head.
     """
     expected = expected_tensors(out.family, out.table())
     # Gemma3RMSNorm multiplies by 1 + weight, Gemma3nRMSNorm by weight
@@ -552,8 +567,9 @@ def _mapping_table(dims: Dims, out: Dims, cut: Cut, head: str | None, untied: bo
 
 
 def _gemma3n_parts(dims: Dims, cut: Cut) -> dict[str, list[Part]]:
-    """What Gemma 3n has beside its layers. The per-layer tables hold one block of columns (or rows)
-    for each layer; only those of ``cut.layers`` are kept.
+    """What Gemma 3n has beside its layers. The per-layer tables hold one
+    block of columns (or rows) for each layer; only those of ``cut.layers``
+    are kept.
     """
     width = dims.ple_width
     spans = _joined([(i * width, (i + 1) * width) for i in cut.layers])

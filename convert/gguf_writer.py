@@ -1,8 +1,10 @@
-"""The bytes of a GGUF before its tensors: key/value pairs and the tensor table.
+"""The bytes of a GGUF before its tensors: key/value pairs and the tensor
+table.
 
-In: pairs and tensors with their sizes. Out: the header, padded, with every offset. Strings and
-arrays carry 64-bit lengths, all numbers are little-endian (docs/gguf.md of ggml). Written here
-because gguf-py's writer collects the tensors before it knows their offsets; a streamed file knows
+In: pairs and tensors with their sizes. Out: the header, padded, with every
+offset. Strings and arrays carry 64-bit lengths, all numbers are
+little-endian (docs/gguf.md of ggml). Written here because gguf-py's writer
+collects the tensors before it knows their offsets; a streamed file knows
 the sizes first.
 """
 
@@ -33,8 +35,8 @@ def padded(n: int) -> int:
 def gguf_header(
     pairs: Iterable[Pair], tensors: Iterable[tuple[str, str, tuple[int, ...], int]]
 ) -> bytes:
-    """Header of a GGUF with these pairs and ``(name, type, shape in ggml order, bytes)`` of each
-    tensor in file order.
+    """Header of a GGUF with these pairs and ``(name, type, shape in ggml
+    order, bytes)`` of each tensor in file order.
 
     >>> header = gguf_header([("general.architecture", "gemma3")], [("a", "F32", (4, 2), 32)])
     >>> header[:4], len(header) % 32
@@ -54,7 +56,9 @@ def gguf_header(
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
-    """Refuse an output that cannot be made, before the work for it begins. Raises UsageError."""
+    """Refuse an output that cannot be made, before the work for it begins.
+    Raises UsageError.
+    """
     if path.is_dir():
         raise UsageError(f"{path} is a folder; give the name of a file")
     if path.exists() and not overwrite:
@@ -69,8 +73,8 @@ def write_gguf(
     pairs: Iterable[Pair],
     tensors: Sequence[tuple[str, tuple[int, ...], np.ndarray]],
 ) -> None:
-    """A small GGUF of F32 tensors (name, shape in ggml order, values), whole or not at all. Raises
-    RuntimeFailure (the disk).
+    """A small GGUF of F32 tensors (name, shape in ggml order, values),
+    whole or not at all. Raises RuntimeFailure (the disk).
     """
     blocks = [np.ascontiguousarray(values, np.float32).tobytes() for _, _, values in tensors]
     table = [

@@ -1,10 +1,12 @@
-"""Importance matrices: mean squares of what each weight's columns are multiplied with.
+"""Importance matrices: mean squares of what each weight's columns are
+multiplied with.
 
 Read, written, and measured.
 
-In: a GGUF of llama.cpp's imatrix format, or a bundle and a text to measure one with. Out: ``tensor
-name → float32 [n_per_row]``. The output head is measured too, which llama.cpp's own files normally
-lack: under the name the bundle has for it (``token_embd.weight`` when tied).
+In: a GGUF of llama.cpp's imatrix format, or a bundle and a text to measure
+one with. Out: ``tensor name → float32 [n_per_row]``. The output head is
+measured too, which llama.cpp's own files normally lack: under the name the
+bundle has for it (``token_embd.weight`` when tied).
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ def read_imatrix(path: Path) -> dict[str, np.ndarray]:
 
     Raises BundleError for a file that is none.
 
-    ``sum / count`` as llama.cpp's quantizer divides; an entry that was never reached counts as all
-    ones there and here.
+    ``sum / count`` as llama.cpp's quantizer divides; an entry that was
+    never reached counts as all ones there and here.
     """
     path = Path(path)
     if path.is_file() and _starts_otherwise(path):
@@ -69,7 +71,9 @@ def read_imatrix(path: Path) -> dict[str, np.ndarray]:
 
 
 def _means(path: Path, name: str, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Sums of squares [n] over counts [n_matrices] → mean squares [n] float32."""
+    """Sums of squares [n] over counts [n_matrices] → mean squares [n]
+    float32.
+    """
     is_whole = len(counts) and len(sums) % len(counts) == 0
     is_finite = np.isfinite(sums).all() and np.isfinite(counts).all()
     if not is_whole or not is_finite or (sums < 0).any():
@@ -89,8 +93,8 @@ def _starts_otherwise(path: Path) -> bool:
 
 
 def read_importance(path: Path, mapping: Mapping) -> dict[str, np.ndarray]:
-    """The entries of an importance matrix that the tensors of ``mapping`` will use. Raises
-    BundleError when it is of another model.
+    """The entries of an importance matrix that the tensors of ``mapping``
+    will use. Raises BundleError when it is of another model.
     """
     entries, found = read_imatrix(path), {}
     for source in mapping.sources:
@@ -121,8 +125,8 @@ def write_imatrix(
     chunk_tokens: int,
     datasets: list[str],
 ) -> None:
-    """Write ``name → (sums of squares [n_per_row], count)`` in llama.cpp's format
-    (tools/imatrix/imatrix.cpp, save_imatrix).
+    """Write ``name → (sums of squares [n_per_row], count)`` in llama.cpp's
+    format (tools/imatrix/imatrix.cpp, save_imatrix).
     """
     pairs: list[Pair] = [
         ("general.type", "imatrix"),
@@ -155,11 +159,11 @@ def calibrate(
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Calibration:
-    """Run ``text`` through the bundle's decoder in chunks of 512 tokens and write the importance
-    matrix to ``out``.
+    """Run ``text`` through the bundle's decoder in chunks of 512 tokens and
+    write the importance matrix to ``out``.
 
-    ``max_tokens`` bounds the work (0: the whole text). Raises UsageError (too little text, ``out``
-    exists), BundleError.
+    ``max_tokens`` bounds the work (0: the whole text). Raises UsageError
+    (too little text, ``out`` exists), BundleError.
     """
     from edge_gemma.engines.llama.calibration import watch_matmuls
     from edge_gemma.engines.llama.decoder import Decoder

@@ -1,9 +1,10 @@
-"""PEFT adapters: to a GGUF adapter for run time, or folded into the weights while they are
-converted.
+"""PEFT adapters: to a GGUF adapter for run time, or folded into the weights
+while they are converted.
 
-In: a PEFT folder (``adapter_config.json``, ``adapter_model.safetensors``) and the base checkpoint.
-Out: a GGUF adapter, or :class:`Merged`, which reads like a checkpoint. Targets that llama.cpp would
-silently not apply are refused by name; so is what is more than a low-rank product (DoRA, trained
+In: a PEFT folder (``adapter_config.json``, ``adapter_model.safetensors``)
+and the base checkpoint. Out: a GGUF adapter, or :class:`Merged`, which
+reads like a checkpoint. Targets that llama.cpp would silently not apply are
+refused by name; so is what is more than a low-rank product (DoRA, trained
 biases, saved modules). This module does not know quantization.
 """
 
@@ -30,8 +31,8 @@ from edge_gemma.convert.tensors import TensorReader
 from edge_gemma.bundles.description import GEMMA3N_KV_LAYERS
 from edge_gemma.errors import CheckpointError, UnsupportedModel, UsageError
 
-# transformers' module → GGUF's tensor, where llama.cpp multiplies with build_lora_mm
-# (src/models/gemma3.cpp, gemma3n.cpp)
+# transformers' module → GGUF's tensor, where llama.cpp multiplies with
+# build_lora_mm (src/models/gemma3.cpp, gemma3n.cpp)
 _TARGETS = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -60,7 +61,9 @@ _PLAIN: dict[str, object] = {
 
 @dataclass(frozen=True)
 class Delta:
-    """``scale · B @ A`` of one module: A ``[r, in]``, B ``[out, r]`` float32."""
+    """``scale · B @ A`` of one module: A ``[r, in]``, B ``[out, r]``
+    float32.
+    """
 
     layer: int
     target: str  # a key of the targets above
@@ -79,8 +82,8 @@ def targets_of(dims: Dims) -> dict[str, str]:
 
 
 def read_adapter(folder: str | Path, dims: Dims) -> list[Delta]:
-    """The low-rank pairs of a PEFT folder, checked against the base's dims. Raises CheckpointError,
-    UnsupportedModel.
+    """The low-rank pairs of a PEFT folder, checked against the base's dims.
+    Raises CheckpointError, UnsupportedModel.
     """
     folder = Path(folder)
     config = _adapter_config(folder)
@@ -164,8 +167,8 @@ def _delta(path: Path, module: str, pair: dict[str, np.ndarray], config: dict, d
 
 
 def _own_alpha(config: dict, module: str) -> float | None:
-    """PEFT's alpha_pattern: the first key that ends the module's name (or matches it as an
-    expression).
+    """PEFT's alpha_pattern: the first key that ends the module's name (or
+    matches it as an expression).
     """
     for key, value in (config.get("alpha_pattern") or {}).items():
         if re.fullmatch(rf"(.*\.)?({key})", module):
@@ -174,7 +177,9 @@ def _own_alpha(config: dict, module: str) -> float | None:
 
 
 class Merged(TensorReader):
-    """A checkpoint with adapters (folder, scale) added to the weights they belong to."""
+    """A checkpoint with adapters (folder, scale) added to the weights they
+    belong to.
+    """
 
     def __init__(
         self, checkpoint: Checkpoint, dims: Dims, adapters: tuple[tuple[Path, float], ...]
@@ -216,7 +221,8 @@ def convert_lora(
 
     ``base`` is the checkpoint it was trained on (only its config is read).
 
-    Returns notes on what has no effect. Raises CheckpointError, UnsupportedModel, UsageError.
+    Returns notes on what has no effect. Raises CheckpointError,
+    UnsupportedModel, UsageError.
     """
     folder, base, out = Path(folder), Path(base), Path(out)
     check_output(out, overwrite=overwrite)

@@ -1,14 +1,16 @@
-"""A MatFormer cut: which layers and how many FFN columns of a Gemma 3n go into the file.
+"""A MatFormer cut: which layers and how many FFN columns of a Gemma 3n go
+into the file.
 
 Slicing only, nothing is retrained.
 
-In: ``e2b`` or a TOML file. Out: a :class:`~.gemma.Cut`, checked against what Gemma 3n and llama.cpp
-allow, before any work starts.
+In: ``e2b`` or a TOML file. Out: a :class:`~.gemma.Cut`, checked against
+what Gemma 3n and llama.cpp allow, before any work starts.
 
-A file holds ``ffn = 8192`` (one width for all layers) and ``drop_layers = [20, 21, 22, 23, 24]``,
-either alone or both. The rules: the first 20 layers own the KV cache and stay (18 and 19 are also
-what the later ones read); FFN rows and columns are kept from the front, as they were nested in
-training; all layers have one width, because llama.cpp reads one for the file.
+A file holds ``ffn = 8192`` (one width for all layers) and ``drop_layers =
+[20, 21, 22, 23, 24]``, either alone or both. The rules: the first 20 layers
+own the KV cache and stay (18 and 19 are also what the later ones read); FFN
+rows and columns are kept from the front, as they were nested in training;
+all layers have one width, because llama.cpp reads one for the file.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ class _Slice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read_cut(slice: str, dims: Dims) -> Cut:
-    """The cut that ``slice`` (``e2b`` or a ``.toml`` file) makes of a checkpoint with ``dims``.
-    Raises UsageError, UnsupportedModel.
+    """The cut that ``slice`` (``e2b`` or a ``.toml`` file) makes of a
+    checkpoint with ``dims``. Raises UsageError, UnsupportedModel.
     """
     if dims.family != "gemma3n":
         raise UnsupportedModel(

@@ -1,12 +1,14 @@
-"""An ``mmproj`` GGUF of Gemma 3 (llama.cpp's vision file) → the same ONNX vision encoder a
-checkpoint gives.
+"""An ``mmproj`` GGUF of Gemma 3 (llama.cpp's vision file) → the same ONNX
+vision encoder a checkpoint gives.
 
-In: a path. Out: :class:`Mmproj`, a :class:`~edge_gemma.convert.tensors.TensorReader`, and
-:func:`vision_from_mmproj`. What it does not know: the graph (:mod:`.vision` writes it).
+In: a path. Out: :class:`Mmproj`, a
+:class:`~edge_gemma.convert.tensors.TensorReader`, and
+:func:`vision_from_mmproj`. What it does not know: the graph (:mod:`.vision`
+writes it).
 
-Names and values follow llama.cpp's ``conversion/gemma.py`` and ``tools/mtmd/clip.cpp``: the
-projector's norm holds weight + 1 there, and files before mid-2025 call the MLP's two matrices by
-each other's names.
+Names and values follow llama.cpp's ``conversion/gemma.py`` and
+``tools/mtmd/clip.cpp``: the projector's norm holds weight + 1 there, and
+files before mid-2025 call the MLP's two matrices by each other's names.
 """
 
 from __future__ import annotations
@@ -48,8 +50,8 @@ _MAX_TENSOR_BYTES = 1 << 30
 
 
 class Mmproj(TensorReader):
-    """The tensors of an ``mmproj`` file by canonical name. Raises BundleError (damaged),
-    UnsupportedModel (not Gemma 3's).
+    """The tensors of an ``mmproj`` file by canonical name. Raises
+    BundleError (damaged), UnsupportedModel (not Gemma 3's).
     """
 
     def __init__(self, path: str | Path):
@@ -89,7 +91,9 @@ class Mmproj(TensorReader):
         return tuple(reversed(self._tensor(name).shape))
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """``name`` as float32, dequantized; whole, or a slice along its first axis."""
+        """``name`` as float32, dequantized; whole, or a slice along its
+        first axis.
+        """
         tensor = self._tensor(name)
         values = self._dequantized(tensor).reshape(self.shape(name))
         if not np.isfinite(values).all():
@@ -150,8 +154,8 @@ def _check_kind(path: Path, header: Header) -> None:
 
 
 def vision_from_mmproj(path: str | Path, folder: Path, precision: str = "f16") -> VisionPart:
-    """Write ``vision_encoder.onnx`` (+ ``.data``) of an ``mmproj`` GGUF into ``folder``. Raises
-    BundleError, UnsupportedModel, UsageError.
+    """Write ``vision_encoder.onnx`` (+ ``.data``) of an ``mmproj`` GGUF
+    into ``folder``. Raises BundleError, UnsupportedModel, UsageError.
     """
     return write_vision_encoder(Mmproj(path), folder, precision)
 
@@ -197,8 +201,8 @@ def _config(header: Header, path: Path) -> dict:
 
 
 def vision_writer(mmproj: str | Path, precision: str = "f16") -> WriteVision:
-    """What ``import_gguf`` calls to give an imported Gemma 3 its vision encoder. It raises
-    UnsupportedModel, BundleError.
+    """What ``import_gguf`` calls to give an imported Gemma 3 its vision
+    encoder. It raises UnsupportedModel, BundleError.
     """
     mmproj = Path(mmproj)
 

@@ -1,12 +1,14 @@
-"""Builds an ONNX graph straight from numpy arrays, one tensor at a time: memory stays at about one
-tensor, whatever the model's size.
+"""Builds an ONNX graph straight from numpy arrays, one tensor at a time:
+memory stays at about one tensor, whatever the model's size.
 
-In: arrays and node names, in the order the data flows. Out: ``NAME.onnx`` (the graph and its small
-constants) and ``NAME.onnx.data`` (the large ones, each starting on a 64 KiB border so that every
-system can map it). It does not know which network it writes, and it never runs one.
+In: arrays and node names, in the order the data flows. Out: ``NAME.onnx``
+(the graph and its small constants) and ``NAME.onnx.data`` (the large ones,
+each starting on a 64 KiB border so that every system can map it). It does
+not know which network it writes, and it never runs one.
 
-Constants are called ``w.…``, intermediate values ``v.…``; only graph inputs and outputs keep the
-names given to them. (An input and a constant of the same name collide silently in onnxruntime.)
+Constants are called ``w.…``, intermediate values ``v.…``; only graph inputs
+and outputs keep the names given to them. (An input and a constant of the
+same name collide silently in onnxruntime.)
 """
 
 from __future__ import annotations
@@ -29,12 +31,13 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 ALIGNMENT = 64 * 1024  # of mapped files on Windows; a page has 4 KiB here, 16 on a Raspberry Pi 5
 INLINE_BYTES = 16 * 1024  # smaller constants stay in the graph itself
 OPSET, IR_VERSION = 17, 8
-# DequantizeLinear with a scale per block; the operators around it changed too (ReduceMean's axes)
+# DequantizeLinear with a scale per block; the operators around it changed
+# too (ReduceMean's axes)
 OPSET_OF_BLOCKS, IR_VERSION_OF_BLOCKS = 21, 10
 MICROSOFT = "com.microsoft"  # onnxruntime's own operators
 _INT8_PEAK = 127  # symmetric: −128 is not used, so that a weight and its negative quantize alike
-# 255 · 128 < 2^15: on AVX2 without VNNI, neighbouring products are added in 16 bits, which would
-# saturate
+# 255 · 128 < 2^15: on AVX2 without VNNI, neighbouring products are added in
+# 16 bits, which would saturate
 _INT8_PAIR_PEAK = 128
 
 Shape = Sequence[int | str]  # a string is a free dimension
@@ -52,7 +55,8 @@ class Matrix:
 class OnnxWriter:
     """A graph under construction.
 
-    A context manager: leaving it normally writes the graph, an exception leaves only partial files.
+    A context manager: leaving it normally writes the graph, an exception
+    leaves only partial files.
 
     >>> path = getfixture("tmp_path") / "double.onnx"
     >>> with OnnxWriter(path) as graph:
@@ -70,8 +74,8 @@ class OnnxWriter:
         self.data_path = self.path.with_name(self.path.name + ".data")
         # All constants, inline ones too: what a session must hold at least
         self.weights_bytes = 0
-        # Those of them that are stored in half precision and cast: a session that widens them when
-        # it is opened holds as much again
+        # Those of them that are stored in half precision and cast: a
+        # session that widens them when it is opened holds as much again
         self.half_bytes = 0
         self._nodes: list[onnx.NodeProto] = []
         self._constants: list[onnx.TensorProto] = []
@@ -106,14 +110,18 @@ class OnnxWriter:
         self._outputs.append(helper.make_tensor_value_info(name, _onnx_type(dtype), shape))
 
     def node(self, op: str, inputs: Sequence[str], *, domain: str = "", **attributes: Any) -> str:
-        """Append one operator; returns its output's name. "" is an absent optional input."""
+        """Append one operator; returns its output's name. "" is an absent
+        optional input.
+        """
         (output,) = self.nodes(op, inputs, 1, domain=domain, **attributes)
         return output
 
     def nodes(
         self, op: str, inputs: Sequence[str], n_outputs: int, *, domain: str = "", **attributes: Any
     ) -> tuple[str, ...]:
-        """Append one operator with ``n_outputs`` outputs; returns their names."""
+        """Append one operator with ``n_outputs`` outputs; returns their
+        names.
+        """
         outputs = tuple(self._name(op) for _ in range(n_outputs))
         self._nodes.append(helper.make_node(op, inputs, outputs, domain=domain, **attributes))
         return outputs
@@ -125,12 +133,13 @@ class OnnxWriter:
         body: Callable[..., tuple[str, ...]],
         shapes: Sequence[Shape],
     ) -> tuple[str, ...]:
-        """``body`` on the slices ``shape`` of ``values`` along their first axis, one after another;
-        its results, of ``shapes``, stacked.
+        """``body`` on the slices ``shape`` of ``values`` along their first
+        axis, one after another; its results, of ``shapes``, stacked.
 
-        A loop in the graph: the results are written where they belong, without a copy. The body may
-        use values from outside. Make its matrices outside: what stands in the body, a cast of a
-        weight too, runs for every slice.
+        A loop in the graph: the results are written where they belong,
+        without a copy. The body may use values from outside. Make its
+        matrices outside: what stands in the body, a cast of a weight too,
+        runs for every slice.
         """
         outer, self._nodes = self._nodes, []
         inputs = [self._name("slice") for _ in values]
@@ -153,8 +162,8 @@ class OnnxWriter:
 
     # ---- constants
     def constant(self, array: np.ndarray, name: str = "constant") -> str:
-        """Store ``array`` as it is (its dtype decides the type); large ones go to the data file at
-        once and need not be kept.
+        """Store ``array`` as it is (its dtype decides the type); large ones
+        go to the data file at once and need not be kept.
         """
         array = np.asarray(array)
         kind = _onnx_type(array.dtype)
@@ -184,8 +193,8 @@ class OnnxWriter:
         return end + padding
 
     def ints(self, *values: int) -> str:
-        """A small int64 vector (axes, shapes, slice bounds), stored once however often it is asked
-        for.
+        """A small int64 vector (axes, shapes, slice bounds), stored once
+        however often it is asked for.
         """
         return self._shared(("ints", values), np.array(values, np.int64))
 
@@ -203,8 +212,9 @@ class OnnxWriter:
         return self._scalars[key]
 
     def stored(self, array: np.ndarray, precision: Precision, name: str = "weight") -> str:
-        """``array`` as a float32 value, stored in half precision when ``precision`` is not f32 (for
-        weights of other operators than linear).
+        """``array`` as a float32 value, stored in half precision when
+        ``precision`` is not f32 (for weights of other operators than
+        linear).
         """
         if precision == "f32":
             return self.constant(np.asarray(array, np.float32), name)
@@ -223,20 +233,20 @@ class OnnxWriter:
         block: int = 32,
         name: str = "linear",
     ) -> str:
-        """``x @ weight.T (+ bias)`` for ``x [..., k]`` and ``weight [n, k]`` float32, with the
-        weight stored at ``precision``:
+        """``x @ weight.T (+ bias)`` for ``x [..., k]`` and ``weight [n,
+        k]`` float32, with the weight stored at ``precision``:
 
-        - ``f32``; ``f16``: stored as half, cast to float32 when the session is opened (half the
-          file, not half the memory);
-        - ``int8``: one scale per output channel and integer activations, one scale per call
-          (``DynamicQuantizeMatMul``);
-        - ``int8-block``, ``int4-block``: one scale per ``block`` weights (``MatMulNBits``); needs
-          no multiple of ``block``.
+        - ``f32``; ``f16``: stored as half, cast to float32 when the session
+          is opened (half the file, not half the memory);
+        - ``int8``: one scale per output channel and integer activations,
+          one scale per call (``DynamicQuantizeMatMul``);
+        - ``int8-block``, ``int4-block``: one scale per ``block`` weights
+          (``MatMulNBits``); needs no multiple of ``block``.
         """
         y = self.multiply(x, self.matrix(weight, precision, block=block, name=name))
         if bias is None:
             return y
-        return self.node("Add", [y, self.constant(np.asarray(bias, np.float32), "bias")])
+        return self.add(y, self.constant(np.asarray(bias, np.float32), "bias"))
 
     def matrix(
         self,
@@ -247,8 +257,9 @@ class OnnxWriter:
         accuracy_level: int = 4,
         name: str = "linear",
     ) -> Matrix:
-        """Store ``weight [n, k]`` once, for any number of :meth:`multiply`. ``accuracy_level`` of
-        the block types: 4 integer, 1 float32 activations.
+        """Store ``weight [n, k]`` once, for any number of :meth:`multiply`.
+        ``accuracy_level`` of the block types: 4 integer, 1 float32
+        activations.
         """
         check_precision(precision)
         n, k = weight.shape
@@ -278,11 +289,11 @@ class OnnxWriter:
     def widened_blocks(
         self, weight: np.ndarray, *, block: int = 32, name: str = "linear"
     ) -> Matrix:
-        """Store ``weight [n, k]`` as ``int8-block`` does, for an ordinary product: it is widened to
-        float32 as a whole just before it is used.
+        """Store ``weight [n, k]`` as ``int8-block`` does, for an ordinary
+        product: it is widened to float32 as a whole just before it is used.
 
-        Where a product has many rows, or comes in many strips, that beats ``MatMulNBits``, which
-        widens for every call. Needs OPSET_OF_BLOCKS.
+        Where a product has many rows, or comes in many strips, that beats
+        ``MatMulNBits``, which widens for every call. Needs OPSET_OF_BLOCKS.
         """
         assert self.opset >= OPSET_OF_BLOCKS, self.opset
         n, k = weight.shape
@@ -295,6 +306,31 @@ class OnnxWriter:
         widened = self.node("DequantizeLinear", stored, axis=0, block_size=block)
         return Matrix("MatMul", (widened,), {})
 
+    def add(self, a: str, b: str) -> str:
+        return self.node("Add", [a, b])
+
+    def sub(self, a: str, b: str) -> str:
+        return self.node("Sub", [a, b])
+
+    def mul(self, a: str, b: str) -> str:
+        return self.node("Mul", [a, b])
+
+    def div(self, a: str, b: str) -> str:
+        return self.node("Div", [a, b])
+
+    def concat(self, parts: Sequence[str], axis: int) -> str:
+        return self.node("Concat", parts, axis=axis)
+
+    def reshape(self, x: str, *shape: int) -> str:
+        return self.node("Reshape", [x, self.ints(*shape)])
+
+    def reshape_to(self, x: str, shape: str) -> str:
+        """``shape`` is an int64 vector that the graph computes."""
+        return self.node("Reshape", [x, shape])
+
+    def transpose(self, x: str, *perm: int) -> str:
+        return self.node("Transpose", [x], perm=list(perm))
+
     def multiply(self, x: str, matrix: Matrix) -> str:
         """``x @ weight.T`` with a stored matrix."""
         return self.node(matrix.op, [x, *matrix.constants], **matrix.attributes)
@@ -306,8 +342,8 @@ class OnnxWriter:
         return self.node("ReduceMean", [x, self.ints(*axes)], keepdims=0)
 
     def rms_norm(self, x: str, weight: np.ndarray, epsilon: float) -> str:
-        """``x · rsqrt(mean x² + epsilon) · weight`` over the last axis; ``weight`` as it multiplies
-        (not 1 + w).
+        """``x · rsqrt(mean x² + epsilon) · weight`` over the last axis;
+        ``weight`` as it multiplies (not 1 + w).
         """
         return self.node(
             "SimplifiedLayerNormalization",
@@ -318,15 +354,15 @@ class OnnxWriter:
         )
 
     def slice(self, x: str, start: str, stop: str, axis: int, step: int = 1) -> str:
-        """``x[start:stop:step]`` along one axis; the bounds are int64 vectors of one element
-        (:meth:`ints`, or computed).
+        """``x[start:stop:step]`` along one axis; the bounds are int64
+        vectors of one element (:meth:`ints`, or computed).
         """
         return self.node("Slice", [x, start, stop, self.ints(axis), self.ints(step)])
 
     # ---- the file
     def _write(self) -> None:
-        # onnxruntime runs a node early when it stands late: casts of constants come first here, so
-        # that each runs just before its use
+        # onnxruntime runs a node early when it stands late: casts of
+        # constants come first here, so that each runs just before its use
         constants = {tensor.name for tensor in self._constants}
         nodes = sorted(self._nodes, key=lambda node: not constants.issuperset(node.input))
         graph = helper.make_graph(
@@ -356,28 +392,31 @@ def check_precision(text: str) -> Precision:
 
 
 def quantize_channels(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """``weight [n, k]`` float32 → codes int8 ``[n, k]`` and scales ``[n]`` float32, so that weight
-    ≈ codes·scale.
+    """``weight [n, k]`` float32 → codes int8 ``[n, k]`` and scales ``[n]``
+    float32, so that weight ≈ codes·scale.
 
-    A channel's scale is the smallest that keeps every code within ±127 and the sum of codes 2j and
-    2j+1 within ±128. Then no kernel saturates, whatever the activations, for half of the error that
-    plain 7-bit weights would cost (uint8 weights are exact too, and half as fast).
+    A channel's scale is the smallest that keeps every code within ±127 and
+    the sum of codes 2j and 2j+1 within ±128. Then no kernel saturates,
+    whatever the activations, for half of the error that plain 7-bit weights
+    would cost (uint8 weights are exact too, and half as fast).
     """
     weight = np.asarray(weight, np.float32)
     n_even = weight.shape[1] // 2 * 2
     pair = np.abs(weight[:, 0:n_even:2] + weight[:, 1:n_even:2]).max(axis=1, initial=0)
-    # each of two codes may round up by half: one less than the peak leaves room for both
+    # each of two codes may round up by half: one less than the peak leaves
+    # room for both
     scales = np.maximum(np.abs(weight).max(axis=1) / _INT8_PEAK, pair / (_INT8_PAIR_PEAK - 1))
     scales[scales == 0] = 1.0
     return np.rint(weight / scales[:, None]).astype(np.int8), scales
 
 
 def quantize_blocks(weight: np.ndarray, bits: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """``weight [n, k]`` float32 → codes uint8 ``[n, blocks, block·bits/8]`` and scales ``[n,
-    blocks]`` float32, in ``MatMulNBits``' layout.
+    """``weight [n, k]`` float32 → codes uint8 ``[n, blocks, block·bits/8]``
+    and scales ``[n, blocks]`` float32, in ``MatMulNBits``' layout.
 
-    Symmetric around 2^(bits−1), its default zero point. The value of largest magnitude in a block
-    lands on −2^(bits−1), so 4 bits use all 16 codes (as ggml's Q4_0 does).
+    Symmetric around 2^(bits−1), its default zero point. The value of
+    largest magnitude in a block lands on −2^(bits−1), so 4 bits use all 16
+    codes (as ggml's Q4_0 does).
     """
     weight = np.asarray(weight, np.float32)
     n, k = weight.shape

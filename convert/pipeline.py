@@ -2,10 +2,11 @@
 
 The order of everything ``edge-gemma convert`` does.
 
-In: a checkpoint folder and :class:`Conversion`. Out: a bundle that exists whole or not at all.
-:func:`prepare` decides everything without reading a weight (that is also the dry run);
-:func:`convert` then does exactly that. A conversion that was killed leaves a hidden folder beside
-the output, which the next run for the same output removes.
+In: a checkpoint folder and :class:`Conversion`. Out: a bundle that exists
+whole or not at all. :func:`prepare` decides everything without reading a
+weight (that is also the dry run); :func:`convert` then does exactly that. A
+conversion that was killed leaves a hidden folder beside the output, which
+the next run for the same output removes.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from edge_gemma.errors import CheckpointError, RuntimeFailure, UsageError
 from edge_gemma.units import MiB, format_bytes
 
 DECODER = "decoder.gguf"
-# our names for the ids that config.json gives; the first key that is there counts (Gemma 3 spells
-# them …_index)
+# our names for the ids that config.json gives; the first key that is there
+# counts (Gemma 3 spells them …_index)
 _CONFIG_TOKENS = {
     "start_of_image": ("boi_token_id", "boi_token_index"),
     "end_of_image": ("eoi_token_id", "eoi_token_index"),
@@ -50,15 +51,16 @@ _PRECISIONS = {
     "vision": ("f32", "f16", "int8"),
 }
 _BYTES_PER_VALUE = {"f32": 4.0, "f16": 2.0, "int8": 1.05, "int8-block": 1.15, "int4-block": 0.65}
-# Python, numpy and libggml-base, and a vocabulary of 262,144 tokens while it is read
+# Python, numpy and libggml-base, and a vocabulary of 262,144 tokens while
+# it is read
 _BASE_MEMORY_BYTES = 180 * MiB
 _DISK_MARGIN_BYTES = 16 * MiB  # manifest, special rows, block sizes
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """``audio`` and ``vision``: a precision, "none", or None for the default where the checkpoint
-    has the tower.
+    """``audio`` and ``vision``: a precision, "none", or None for the
+    default where the checkpoint has the tower.
     """
 
     quant: str | Recipe = "q4_k_m"  # a recipe's name, a .toml file, or the recipe itself
@@ -71,7 +73,8 @@ class Conversion:
     overwrite: bool = False
     n_threads: int = 0  # 0: all cores
     verify: bool = True
-    # A text: put a quality receipt against the unquantized weights into the manifest
+    # A text: put a quality receipt against the unquantized weights into the
+    # manifest
     check: Path | None = None
     check_tokens: int = 0  # at most so many; 0: the whole text
 
@@ -102,7 +105,9 @@ class Prepared:
 
     @property
     def disk_bytes(self) -> int:
-        """What the output takes: exact for the decoder, the towers' weights by their precision."""
+        """What the output takes: exact for the decoder, the towers' weights
+        by their precision.
+        """
         return self.layout.total_bytes + sum(self.tower_bytes(tower) for tower in self.towers)
 
     def tower_bytes(self, tower: str) -> int:
@@ -114,8 +119,8 @@ class Prepared:
         return int(n_values * _BYTES_PER_VALUE[self.towers[tower]]) + MiB
 
     def memory_bytes(self, n_threads: int) -> int:
-        """An estimate of the peak: what is in flight is a few chunks of float32 rows and what
-        becomes of them.
+        """An estimate of the peak: what is in flight is a few chunks of
+        float32 rows and what becomes of them.
         """
         in_flight = (n_threads + 1) * CHUNK_VALUES * 4 * 3
         return _BASE_MEMORY_BYTES + len(self.layout.header) + in_flight
@@ -141,8 +146,8 @@ class Result:
 
 
 def prepare(folder: str | Path, options: Conversion) -> Prepared:
-    """Decide and check everything; nothing is written. Raises CheckpointError, UnsupportedModel,
-    UsageError.
+    """Decide and check everything; nothing is written. Raises
+    CheckpointError, UnsupportedModel, UsageError.
     """
     recipe = options.quant if isinstance(options.quant, Recipe) else read_recipe(options.quant)
     checkpoint = Checkpoint.open(folder)
@@ -195,7 +200,9 @@ def _map(checkpoint: Checkpoint, dims: Dims, recipe: Recipe, slice: str | None) 
 def _unmeasured(
     mapping: Mapping, types: dict[str, str], importance: dict[str, np.ndarray], file: str
 ) -> list[str]:
-    """A note on every quantized matrix that the importance matrix ``file`` says nothing about."""
+    """A note on every quantized matrix that the importance matrix ``file``
+    says nothing about.
+    """
     return [
         f"{source.name}: no importance in {file}, quantized without"
         for source in mapping.sources
@@ -237,7 +244,8 @@ def convert(
 ) -> Result:
     """Convert a checkpoint into the bundle ``out``.
 
-    Raises CheckpointError, UnsupportedModel, UsageError, RuntimeFailure (the disk).
+    Raises CheckpointError, UnsupportedModel, UsageError, RuntimeFailure
+    (the disk).
 
     >>> out = getfixture("tmp_path") / "bundle"
     >>> result = convert(getfixture("tiny_checkpoint"), out, Conversion(quant="q8_0"))
@@ -309,7 +317,9 @@ class _Parts:
 def _receipt(
     prepared: Prepared, options: Conversion, text: Path, decoder: Path, report: Report
 ) -> dict[str, float | int | str]:
-    """Quality against the same weights in bf16, which lie beside for as long as it takes."""
+    """Quality against the same weights in bf16, which lie beside for as
+    long as it takes.
+    """
     from edge_gemma.convert.quality import compare
 
     reference, n_threads = decoder.with_name(".reference.gguf"), options.threads()
@@ -397,7 +407,9 @@ def _manifest(
 
 
 def _special_tokens(config: dict, description: Description) -> dict[str, int]:
-    """The decoder's special tokens, and those of pictures and sound that config.json names."""
+    """The decoder's special tokens, and those of pictures and sound that
+    config.json names.
+    """
     tokens = dict(description.special_tokens)
     n_vocab = description.decoder.n_vocab
     for name, keys in _CONFIG_TOKENS.items():

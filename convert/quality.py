@@ -1,8 +1,10 @@
-"""What quantizing cost: perplexity and KL divergence against the weights it came from.
+"""What quantizing cost: perplexity and KL divergence against the weights it
+came from.
 
-In: two or more GGUFs of one vocabulary and a text. Out: a :class:`Receipt` for each. Everything is
-computed chunk by chunk with all models side by side, because the logits of 20,000 tokens would be
-20 GB. Every token after the first of a chunk (BOS) is scored.
+In: two or more GGUFs of one vocabulary and a text. Out: a :class:`Receipt`
+for each. Everything is computed chunk by chunk with all models side by
+side, because the logits of 20,000 tokens would be 20 GB. Every token after
+the first of a chunk (BOS) is scored.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ BLOCK_ROWS = 64  # logits rows at a time: 64 × 262,144 × 4 bytes = 64 MiB a mo
 
 @dataclass(frozen=True)
 class Receipt:
-    """Nats and fractions over ``tokens`` predicted tokens; ``kld_p99`` is the 99th percentile of
-    the tokens' divergences.
+    """Nats and fractions over ``tokens`` predicted tokens; ``kld_p99`` is
+    the 99th percentile of the tokens' divergences.
     """
 
     ppl: float
@@ -59,8 +61,8 @@ def compare(
     n_threads: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Receipt]:
-    """Receipts of ``candidates`` (name → GGUF) against ``reference`` on ``text``; ``max_tokens``
-    bounds the work (0: the whole text).
+    """Receipts of ``candidates`` (name → GGUF) against ``reference`` on
+    ``text``; ``max_tokens`` bounds the work (0: the whole text).
 
     Raises UsageError (too little text, another vocabulary), BundleError.
     """
@@ -130,8 +132,8 @@ def _score(
     targets: np.ndarray,
     sums: list[_Sums],
 ) -> None:
-    """Add one block of rows to the sums: the rows are dealt to the threads, the sums stay in this
-    one.
+    """Add one block of rows to the sums: the rows are dealt to the threads,
+    the sums stay in this one.
     """
     edges = np.linspace(0, len(targets), n_parts + 1).astype(int)
     jobs = [
@@ -151,10 +153,11 @@ def _score(
 def _score_rows(
     blocks: list[np.ndarray], targets: np.ndarray
 ) -> tuple[float, list[tuple[float, np.ndarray, int]]]:
-    """KL(p‖q) = Σ p·(x − y) − log Z_x + log Z_y for logits x of the reference and y of a candidate.
+    """KL(p‖q) = Σ p·(x − y) − log Z_x + log Z_y for logits x of the
+    reference and y of a candidate.
 
-    Row by row: a row of 262,144 float32 is 1 MiB and stays in the cache for all its passes; a block
-    of them would not.
+    Row by row: a row of 262,144 float32 is 1 MiB and stays in the cache for
+    all its passes; a block of them would not.
     """
     n = len(targets)
     nll_reference = 0.0
@@ -187,8 +190,9 @@ def _score_rows(
 def measure_speed(
     bundle: Bundle, *, n_prompt: int = 512, n_tokens: int = 128, n_threads: int = 0
 ) -> dict[str, float]:
-    """``prefill_tok_s``, ``decode_tok_s``, ``pss_bytes``, ``anon_bytes`` and ``file_bytes`` in use,
-    through the runtime's own loader (cold ranges released).
+    """``prefill_tok_s``, ``decode_tok_s``, ``pss_bytes``, ``anon_bytes``
+    and ``file_bytes`` in use, through the runtime's own loader (cold ranges
+    released).
     """
     return _child(
         bundle, {"n_prompt": n_prompt, "n_tokens": n_tokens, "repack": True, "n_threads": n_threads}

@@ -1,10 +1,13 @@
-"""float32 rows → ggml blocks, by llama.cpp's own code, with the checks that code does not make.
+"""float32 rows → ggml blocks, by llama.cpp's own code, with the checks that
+code does not make.
 
-In: a type's name and rows ``[n, n_per_row]`` float32. Out: bytes. ``ggml_quantize_chunk`` is called
-with ctypes in the libggml-base that llama-cpp-python ships: the same bytes as
-``llama_model_quantize``, no intermediate file, and two chunks on two cores, because ctypes releases
-the GIL. It does not check that a row is a multiple of the block (K-quants on rows of 640 corrupt
-the heap), so that is checked here. This room does not know which tensor gets which type.
+In: a type's name and rows ``[n, n_per_row]`` float32. Out: bytes.
+``ggml_quantize_chunk`` is called with ctypes in the libggml-base that
+llama-cpp-python ships: the same bytes as ``llama_model_quantize``, no
+intermediate file, and two chunks on two cores, because ctypes releases the
+GIL. It does not check that a row is a multiple of the block (K-quants on
+rows of 640 corrupt the heap), so that is checked here. This room does not
+know which tensor gets which type.
 """
 
 from __future__ import annotations
@@ -21,8 +24,8 @@ import numpy as np
 from edge_gemma.bundles.gguf import TYPE_IDS, TYPE_SIZES
 from edge_gemma.errors import MissingExtra, RuntimeFailure, UsageError
 
-# What llama.cpp's quantizer can write without an importance matrix; those that insist on one are
-# not offered
+# What llama.cpp's quantizer can write without an importance matrix; those
+# that insist on one are not offered
 TYPES = (
     "F32",
     "F16",
@@ -41,7 +44,8 @@ TYPES = (
     "IQ3_S",
     "Q2_K",
 )
-# Rows that are no multiple of 256 → a type of block 32 (src/llama-quant.cpp, tensor_type_fallback)
+# Rows that are no multiple of 256 → a type of block 32
+# (src/llama-quant.cpp, tensor_type_fallback)
 _FALLBACK = {
     "IQ4_XS": "IQ4_NL",
     "IQ3_S": "IQ4_NL",
@@ -54,8 +58,8 @@ _FALLBACK = {
 
 
 def to_bf16(values: np.ndarray) -> np.ndarray:
-    """``values`` float32 → bfloat16 of the same shape, rounded to nearest, ties to even, as ggml
-    and PyTorch round.
+    """``values`` float32 → bfloat16 of the same shape, rounded to nearest,
+    ties to even, as ggml and PyTorch round.
 
     >>> to_bf16(np.array([1 + 2**-8, 1 + 3 * 2**-8], np.float32)).tolist()  # both are ties
     [1.0, 1.015625]
@@ -64,8 +68,8 @@ def to_bf16(values: np.ndarray) -> np.ndarray:
 
 
 def fitting_type(name: str, n_per_row: int) -> str:
-    """``name``, or what llama.cpp falls back to when a row of ``n_per_row`` values is no multiple
-    of its block.
+    """``name``, or what llama.cpp falls back to when a row of ``n_per_row``
+    values is no multiple of its block.
 
     >>> fitting_type("Q4_K", 2048), fitting_type("Q4_K", 640), fitting_type("Q4_0", 100)
     ('Q4_K', 'Q5_0', 'F16')
@@ -84,8 +88,8 @@ def row_bytes(name: str, n_per_row: int) -> int:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """libggml-base of llama-cpp-python, found without importing it (which would load all of
-    llama.cpp).
+    """libggml-base of llama-cpp-python, found without importing it (which
+    would load all of llama.cpp).
     """
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or not spec.submodule_search_locations:
@@ -126,10 +130,11 @@ def _library() -> ctypes.CDLL:
 
 
 def quantize_rows(name: str, rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
-    """``rows [n, n_per_row]`` float32 → uint8 ``[n · row_bytes]``; ``importance [n_per_row]``
-    float32 weighs the columns.
+    """``rows [n, n_per_row]`` float32 → uint8 ``[n · row_bytes]``;
+    ``importance [n_per_row]`` float32 weighs the columns.
 
-    Raises UsageError when the type does not fit the rows, RuntimeFailure when a scale overflows.
+    Raises UsageError when the type does not fit the rows, RuntimeFailure
+    when a scale overflows.
 
     >>> quantize_rows("Q8_0", np.ones((2, 64), np.float32)).shape
     (136,)

@@ -1,14 +1,17 @@
-"""A recipe (TOML) → the type of every tensor. llama.cpp's mixes as tables, and edge recipes of our
-own.
+"""A recipe (TOML) → the type of every tensor. llama.cpp's mixes as tables,
+and edge recipes of our own.
 
-In: a recipe's name or file, the mapped tensors. Out: tensor name → ggml type, with a note for each
-that had to fall back. This room does not know what the weights are.
+In: a recipe's name or file, the mapped tensors. Out: tensor name → ggml
+type, with a note for each that had to fall back. This room does not know
+what the weights are.
 
-A recipe names a type per kind of tensor, ``head`` (what every token multiplies: the output head,
-tied or not), ``lookup`` (the token embedding once it is untied), ``ple``, ``matrix`` (the layers),
-``kept`` (the small matrices llama.cpp leaves alone), and rules that the first match decides. The
-stock recipes restate src/llama-quant.cpp, llama_tensor_get_type_impl, for gemma3 and gemma3n; tests
-hold them to what ``llama_model_quantize`` chooses.
+A recipe names a type per kind of tensor, ``head`` (what every token
+multiplies: the output head, tied or not), ``lookup`` (the token embedding
+once it is untied), ``ple``, ``matrix`` (the layers), ``kept`` (the small
+matrices llama.cpp leaves alone), and rules that the first match decides.
+The stock recipes restate src/llama-quant.cpp, llama_tensor_get_type_impl,
+for gemma3 and gemma3n; tests hold them to what ``llama_model_quantize``
+chooses.
 """
 
 from __future__ import annotations
@@ -25,8 +28,8 @@ from edge_gemma.convert.quantize import TYPES, fitting_type
 from edge_gemma.errors import UsageError
 
 FOLDER = Path(__file__).parent / "recipes"
-# Matrices llama.cpp never quantizes (tensor_allows_quantization); of them the two coefficient
-# tables stay F32 in its converter
+# Matrices llama.cpp never quantizes (tensor_allows_quantization); of them
+# the two coefficient tables stay F32 in its converter
 _KEPT = ("altup", "laurel", "per_layer_model_proj")
 _F32 = ("altup_correct_coef", "altup_predict_coef")
 
@@ -60,7 +63,8 @@ def names() -> list[str]:
 
 
 def read_recipe(name: str | Path) -> Recipe:
-    """A recipe by name, or from a ``.toml`` file of one's own. Raises UsageError.
+    """A recipe by name, or from a ``.toml`` file of one's own. Raises
+    UsageError.
 
     >>> read_recipe("q4_k_m").head
     'Q6_K'
@@ -93,8 +97,8 @@ def read_recipe(name: str | Path) -> Recipe:
 def choose_types(
     recipe: Recipe, mapping: Mapping, *, has_imatrix: bool = False
 ) -> tuple[dict[str, str], list[str]]:
-    """(tensor name → type, a note on every group of tensors whose rows do not fit the wanted
-    type).
+    """(tensor name → type, a note on every group of tensors whose rows do
+    not fit the wanted type).
     """
     types: dict[str, str] = {}
     misfits: dict[tuple[int, str, str], list[str]] = {}
@@ -112,7 +116,8 @@ def choose_types(
 
 
 def _together(names: list[str]) -> str:
-    """Many tensors' names in one line: those of several layers by what they are, with how many.
+    """Many tensors' names in one line: those of several layers by what they
+    are, with how many.
 
     >>> q = ["blk.0.attn_q.weight", "blk.1.attn_q.weight"]
     >>> _together(["output.weight", *q, "blk.3.attn_k.weight"])
@@ -156,7 +161,8 @@ def _wanted(recipe: Recipe, mapping: Mapping, source: Source, has_imatrix: bool)
 
 
 def _in_layers(which: str, i: int, n: int) -> bool:
-    # use_more_bits of llama.cpp: the first and last eighth, and every third layer between
+    # use_more_bits of llama.cpp: the first and last eighth, and every third
+    # layer between
     if which == "more_bits":
         return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
     return {

@@ -1,7 +1,9 @@
-"""Gemma 3's vision tower: SigLIP and the projector, pixels → ``soft_tokens [n_soft, n_embd]``.
+"""Gemma 3's vision tower: SigLIP and the projector, pixels → ``soft_tokens
+[n_soft, n_embd]``.
 
-In: weights and an output path. Out: the graph and the manifest's entry. Sources of the arithmetic:
-transformers 5.23 ``modeling_siglip.py`` and ``modeling_gemma3.py``.
+In: weights and an output path. Out: the graph and the manifest's entry.
+Sources of the arithmetic: transformers 5.23 ``modeling_siglip.py`` and
+``modeling_gemma3.py``.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ _LAYER = re.compile(re.escape(TOWER) + r"encoder\.layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class SiglipDims:
-    """The tower's numbers, checked; ``side`` and ``pool`` are patches along one edge."""
+    """The tower's numbers, checked; ``side`` and ``pool`` are patches along
+    one edge.
+    """
 
     image_size: int  # pixels along one edge
     patch: int  # pixels along one edge
@@ -62,7 +66,9 @@ class SiglipDims:
 
 
 def read_dims(tensors: TensorReader) -> SiglipDims:
-    """From config and shapes. Raises CheckpointError for a variant that is not Gemma 3's."""
+    """From config and shapes. Raises CheckpointError for a variant that is
+    not Gemma 3's.
+    """
     vision = tensors.config["vision_config"]
     width, _, patch, _ = tensors.shape(FIRST_WEIGHT)
     layers = {int(match[1]) for match in map(_LAYER.match, tensors.names()) if match}
@@ -93,17 +99,19 @@ def read_dims(tensors: TensorReader) -> SiglipDims:
 
 
 def write(tensors: TensorReader, path: Path, precision: str, only: str | None) -> VisionPart:
-    """Write the graph; ``only`` as in :func:`~edge_gemma.convert.vision.write_vision_encoder`."""
+    """Write the graph; ``only`` as in
+    :func:`~edge_gemma.convert.vision.write_vision_encoder`.
+    """
     dims = read_dims(tensors)
     with OnnxWriter(path, opset=OPSET_OF_BLOCKS) as writer:
         graph = ChannelLast(writer, tensors, precision, only)
         size = dims.image_size
         pixels = writer.input("pixels", np.float32, [1, 3, size, size])
         x = _embed_patches(graph, dims, pixels)
-        x = writer.node("Reshape", [x, writer.ints(dims.n_strips, *dims.strip)])
+        x = writer.reshape(x, dims.n_strips, *dims.strip)
         for number in range(dims.n_layer):
             x = _layer(graph, dims, x, f"{TOWER}encoder.layers.{number}.")
-        x = writer.node("Reshape", [x, writer.ints(dims.n_rows, dims.width)])
+        x = writer.reshape(x, dims.n_rows, dims.width)
         x = graph.layer_norm(x, TOWER + "post_layernorm", dims.epsilon)
         x, n_embd = _project(graph, dims, x)
         writer.output("soft_tokens", x, np.float32, [dims.n_soft, n_embd])
@@ -122,19 +130,22 @@ def write(tensors: TensorReader, path: Path, precision: str, only: str | None) -
 
 
 def _embed_patches(graph: ChannelLast, dims: SiglipDims, pixels: str) -> str:
-    """[side², width]. The patch convolution is one product over rows [side², 3 · patch²]."""
+    """[side², width]. The patch convolution is one product over rows
+    [side², 3 · patch²].
+    """
     writer, side, patch = graph.writer, dims.side, dims.patch
-    x = writer.node("Reshape", [pixels, writer.ints(3, side, patch, side, patch)])
-    x = writer.node("Transpose", [x], perm=[1, 3, 0, 2, 4])
-    x = writer.node("Reshape", [x, writer.ints(dims.n_rows, 3 * patch * patch)])
+    x = writer.reshape(pixels, 3, side, patch, side, patch)
+    x = writer.transpose(x, 1, 3, 0, 2, 4)
+    x = writer.reshape(x, dims.n_rows, 3 * patch * patch)
     # the first layer sees pixels: never quantized
     x = graph.linear(x, TOWER + "embeddings.patch_embedding", exact=True)
-    return writer.node("Add", [x, graph.table(_POSITIONS)])
+    return writer.add(x, graph.table(_POSITIONS))
 
 
 def _layer(graph: ChannelLast, dims: SiglipDims, x: str, name: str) -> str:
-    """One transformer layer on ``x [n_strips, *strip]``. All but attention runs strip by strip:
-    what is widest is never there whole, and a strip stays near the cores.
+    """One transformer layer on ``x [n_strips, *strip]``. All but attention
+    runs strip by strip: what is widest is never there whole, and a strip
+    stays near the cores.
     """
     writer = graph.writer
     projections = [f"{name}self_attn.{part}_proj" for part in "qkv"]
@@ -146,29 +157,29 @@ def _layer(graph: ChannelLast, dims: SiglipDims, x: str, name: str) -> str:
 
     def after(strip: str, seen: str) -> tuple[str]:
         attended = graph.linear(seen, name + "self_attn.out_proj")
-        strip = writer.node("Add", [strip, attended])
+        strip = writer.add(strip, attended)
         y = graph.layer_norm(strip, name + "layer_norm2", dims.epsilon)
         y = graph.gelu(graph.linear(y, name + "mlp.fc1"))
         y = graph.linear(y, name + "mlp.fc2")
-        return (writer.node("Add", [strip, y]),)
+        return (writer.add(strip, y),)
 
     q, k, v = writer.scan([x], dims.strip, before, [dims.strip] * 3)
     seen = graph.attention(q, k, v, dims.n_head, dims.n_rows, dims.width)
     graph.ready(name + "self_attn.out_proj", name + "mlp.fc1", name + "mlp.fc2")
-    seen = writer.node("Reshape", [seen, writer.ints(dims.n_strips, *dims.strip)])
+    seen = writer.reshape(seen, dims.n_strips, *dims.strip)
     (x,) = writer.scan([x, seen], dims.strip, after, [dims.strip])
     return x
 
 
 def _project(graph: ChannelLast, dims: SiglipDims, x: str) -> tuple[str, int]:
-    """Mean over pool × pool patches, norm (Gemma 3 stores weight − 1), product. Returns the soft
-    tokens and their width.
+    """Mean over pool × pool patches, norm (Gemma 3 stores weight − 1),
+    product. Returns the soft tokens and their width.
     """
     writer, pool = graph.writer, dims.pool
     pooled_side = dims.side // pool
     windows = writer.ints(pooled_side, pool, pooled_side, pool, dims.width)
-    x = writer.mean(writer.node("Reshape", [x, windows]), 1, 3)
-    x = writer.node("Reshape", [x, writer.ints(dims.n_soft, dims.width)])
+    x = writer.mean(writer.reshape_to(x, windows), 1, 3)
+    x = writer.reshape(x, dims.n_soft, dims.width)
     norm = 1 + graph.tensors.read(PROJECTOR + "mm_soft_emb_norm.weight")
     x = writer.rms_norm(x, norm, dims.epsilon)
     projection = graph.tensors.read(PROJECTOR + "mm_input_projection_weight")  # [width, n_embd]
@@ -177,10 +188,11 @@ def _project(graph: ChannelLast, dims: SiglipDims, x: str) -> tuple[str, int]:
 
 
 def _activation_bytes(dims: SiglipDims, precision: str) -> int:
-    """Attention is the widest moment: the residual, q, k and v as they are and head by head, the
-    output twice, two strips of scores, and a strip of the MLP that the heap still keeps. Measured
-    for Gemma 3 4B, whole process: 291 MiB anonymous at f32, 419 at f16, 441 at int8, of which about
-    65 are libraries.
+    """Attention is the widest moment: the residual, q, k and v as they are
+    and head by head, the output twice, two strips of scores, and a strip of
+    the MLP that the heap still keeps. Measured for Gemma 3 4B, whole
+    process: 291 MiB anonymous at f32, 419 at f16, 441 at int8, of which
+    about 65 are libraries.
     """
     rows, width, n_ff = dims.n_rows, dims.width, dims.n_ff
     per_row = 11 * width + 2 * n_ff // STRIPS + 2 * rows // STRIPS

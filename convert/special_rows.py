@@ -1,9 +1,10 @@
-"""The hard embeddings of Gemma 3n that its token table does not hold: end of image, end of audio
-and audio padding.
+"""The hard embeddings of Gemma 3n that its token table does not hold: end
+of image, end of audio and audio padding.
 
-In: a checkpoint. Out: ``special_rows.npy`` and the names of its rows. The ids of these tokens lie
-beyond the table of the decoder; what stands for them among embedding rows is an entry of the
-embedder's own table, normed, projected and normed again (transformers 5.23 ``modeling_gemma3n.py``,
+In: a checkpoint. Out: ``special_rows.npy`` and the names of its rows. The
+ids of these tokens lie beyond the table of the decoder; what stands for
+them among embedding rows is an entry of the embedder's own table, normed,
+projected and normed again (transformers 5.23 ``modeling_gemma3n.py``,
 ``Gemma3nMultimodalEmbedder``).
 """
 
@@ -28,8 +29,9 @@ _ROWS = {
 
 
 def write_special_rows(checkpoint: Checkpoint, folder: Path) -> tuple[str, ...]:
-    """Write ``special_rows.npy`` [n, n_embd] float32 for the embedders the checkpoint has; returns
-    the rows' names. Nothing is written, and () returned, where it has none (Gemma 3).
+    """Write ``special_rows.npy`` [n, n_embd] float32 for the embedders the
+    checkpoint has; returns the rows' names. Nothing is written, and ()
+    returned, where it has none (Gemma 3).
     """
     rows = {}
     for name, (embedder, index) in _ROWS.items():
@@ -42,11 +44,13 @@ def write_special_rows(checkpoint: Checkpoint, folder: Path) -> tuple[str, ...]:
 
 
 def hard_rows(checkpoint: Checkpoint, embedder: str, indices: list[int]) -> np.ndarray:
-    """Entries ``indices`` of an embedder's hard table as rows ``[len(indices), n_embd]`` float32.
+    """Entries ``indices`` of an embedder's hard table as rows
+    ``[len(indices), n_embd]`` float32.
 
-    ``embedder`` is ``model.embed_audio.`` (0 = end of audio, 127 = audio padding) or
-    ``model.embed_vision.`` (0 = end of image). The table's own ids start at its ``vocab_offset``.
-    Raises CheckpointError for an index outside the table.
+    ``embedder`` is ``model.embed_audio.`` (0 = end of audio, 127 = audio
+    padding) or ``model.embed_vision.`` (0 = end of image). The table's own
+    ids start at its ``vocab_offset``. Raises CheckpointError for an index
+    outside the table.
     """
     config = checkpoint.config.get(_CONFIG_OF[embedder]) or {}
     epsilon = float(config.get("rms_norm_eps", 1e-6))

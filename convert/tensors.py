@@ -13,7 +13,9 @@ import numpy as np
 
 
 class TensorReader(Protocol):
-    """Tensors under the names transformers 5 gives them. Reading is safe from several threads."""
+    """Tensors under the names transformers 5 gives them. Reading is safe
+    from several threads.
+    """
 
     @property
     def config(self) -> dict:
@@ -23,13 +25,14 @@ class TensorReader(Protocol):
     def names(self) -> list[str]: ...
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """In numpy order, without reading the tensor. Raises CheckpointError or BundleError for a
-        name that is not there.
+        """In numpy order, without reading the tensor. Raises
+        CheckpointError or BundleError for a name that is not there.
         """
         ...
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """``name`` as finite float32 ``[rows, …]``, whole or a contiguous slice along its first
-        axis. Raises CheckpointError or BundleError (damaged, not there).
+        """``name`` as finite float32 ``[rows, …]``, whole or a contiguous
+        slice along its first axis. Raises CheckpointError or BundleError
+        (damaged, not there).
         """
         ...

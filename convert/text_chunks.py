@@ -1,7 +1,8 @@
-"""A text file → chunks of 512 tokens, as calibration and quality receipts evaluate them.
+"""A text file → chunks of 512 tokens, as calibration and quality receipts
+evaluate them.
 
-In: a text, whatever can tokenize it. Out: tuples of ids that each begin with BOS where the model
-has one. It does not know what the chunks are for.
+In: a text, whatever can tokenize it. Out: tuples of ids that each begin
+with BOS where the model has one. It does not know what the chunks are for.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ class Tokenizer(Protocol):
 def read_chunks(
     text: Path, tokenizer: Tokenizer, *, max_tokens: int, purpose: str
 ) -> list[tuple[int, ...]]:
-    """The whole chunks of ``text``, of its first ``max_tokens`` tokens only unless that is 0.
+    """The whole chunks of ``text``, of its first ``max_tokens`` tokens only
+    unless that is 0.
 
-    Raises UsageError for a text that cannot be read or fills no chunk; ``purpose`` is what the
-    message says the tokens are for.
+    Raises UsageError for a text that cannot be read or fills no chunk;
+    ``purpose`` is what the message says the tokens are for.
     """
     try:
         content = text.read_text("utf-8", "replace")

@@ -1,5 +1,5 @@
-"""Does a new bundle run at all: a few greedy tokens, in a child process, so that a native abort
-becomes an error of ours.
+"""Does a new bundle run at all: a few greedy tokens, in a child process, so
+that a native abort becomes an error of ours.
 
 In: a bundle. Out: the text it generates. It does not judge the text.
 """
@@ -20,7 +20,9 @@ _CHILD = "import sys; from edge_gemma.convert.trial import _main; _main(sys.argv
 
 
 def try_out(bundle: Bundle) -> str:
-    """A few greedy tokens after "The": that the new file loads and computes. Raises BundleError."""
+    """A few greedy tokens after "The": that the new file loads and
+    computes. Raises BundleError.
+    """
     command = [sys.executable, "-c", _CHILD, str(bundle.decoder_path)]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:

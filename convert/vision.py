@@ -1,12 +1,13 @@
-"""Vision towers → ``vision_encoder.onnx``, straight from weights: SigLIP and projector (Gemma 3),
-or MobileNetV5, fusion and embedder (Gemma 3n).
+"""Vision towers → ``vision_encoder.onnx``, straight from weights: SigLIP
+and projector (Gemma 3), or MobileNetV5, fusion and embedder (Gemma 3n).
 
-In: a :class:`~edge_gemma.convert.tensors.TensorReader`. Out: the ONNX files in a folder and the
-manifest's :class:`~edge_gemma.bundles.manifest.VisionPart`. One tensor is in memory at a time. It
-never imports torch or timm.
+In: a :class:`~edge_gemma.convert.tensors.TensorReader`. Out: the ONNX files
+in a folder and the manifest's
+:class:`~edge_gemma.bundles.manifest.VisionPart`. One tensor is in memory at
+a time. It never imports torch or timm.
 
-The graph takes ``pixels [1, 3, side, side]`` float32 and gives ``soft_tokens [256, n_embd]``
-float32.
+The graph takes ``pixels [1, 3, side, side]`` float32 and gives
+``soft_tokens [256, n_embd]`` float32.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ def write_vision_encoder(
 ) -> VisionPart:
     """Write ``vision_encoder.onnx`` (+ ``.data``) into ``folder``.
 
-    ``only``: a pattern; weights whose names do not match it stay float32 (to measure one kind of
-    layer at a time). Raises CheckpointError, UsageError.
+    ``only``: a pattern; weights whose names do not match it stay float32
+    (to measure one kind of layer at a time). Raises CheckpointError,
+    UsageError.
     """
     if precision not in PRECISIONS:
         raise UsageError(

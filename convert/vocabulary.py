@@ -1,12 +1,14 @@
-"""``tokenizer.model`` or ``tokenizer.json`` → the vocabulary as GGUF wants it, the same from either
-file.
+"""``tokenizer.model`` or ``tokenizer.json`` → the vocabulary as GGUF wants
+it, the same from either file.
 
-In: a checkpoint's folder and config. Out: :class:`Vocabulary` — pieces, scores, types, special ids,
-chat template. The tokenizer itself is never run here; llama.cpp runs it from these tables.
+In: a checkpoint's folder and config. Out: :class:`Vocabulary` — pieces,
+scores, types, special ids, chat template. The tokenizer itself is never run
+here; llama.cpp runs it from these tables.
 
-Scores are sentencepiece's: 0, −1, −2 … in the order the BPE merges were learned. ``tokenizer.json``
-does not store them but keeps the merges in that order, so they are counted again; where a published
-vocabulary numbers with a gap, the gap is a fact below.
+Scores are sentencepiece's: 0, −1, −2 … in the order the BPE merges were
+learned. ``tokenizer.json`` does not store them but keeps the merges in that
+order, so they are counted again; where a published vocabulary numbers with
+a gap, the gap is a fact below.
 """
 
 from __future__ import annotations
@@ -30,13 +32,13 @@ MAX_PIECES = 1 << 24
 SPACE = "\u2581"  # sentencepiece's mark for a space
 ADDED_SCORE = -1000.0  # what llama.cpp's converter writes for added tokens
 PAD_SCORE = -10000.0  # and for rows of the table that no token has
-# Tokens that some checkpoints list as plain although they steer the model (llama.cpp
-# conversion/base.py does the same)
+# Tokens that some checkpoints list as plain although they steer the model
+# (llama.cpp conversion/base.py does the same)
 _CONTROL_NAMES = {"<pad>", "<mask>", "<2mass>", "[@BOS@]", "<start_of_turn>", "<end_of_turn>"}
 _CONTROL_PATTERN = re.compile(r"<unused\d+>|<\|.*\|>")
-# Gemma 3 numbers the single characters, which follow the 236,249 merged pieces, 31 lower than
-# counting would: (id of the first merged piece, id of the first single character) → gap. Read from
-# Google's own tokenizer.model.
+# Gemma 3 numbers the single characters, which follow the 236,249 merged
+# pieces, 31 lower than counting would: (id of the first merged piece, id of
+# the first single character) → gap. Read from Google's own tokenizer.model.
 _SCORE_GAPS = {(494, 236743): 31}
 
 
@@ -55,7 +57,9 @@ Piece = tuple[str, float, int]  # text, score, type
 
 
 def read_vocabulary(folder: Path, config: dict, n_vocab: int) -> Vocabulary:
-    """The vocabulary of ``n_vocab`` tokens beside a checkpoint. Raises CheckpointError."""
+    """The vocabulary of ``n_vocab`` tokens beside a checkpoint. Raises
+    CheckpointError.
+    """
     tokenizer_config: dict = {}
     if (folder / "tokenizer_config.json").is_file():
         tokenizer_config = read_json(folder / "tokenizer_config.json")
@@ -91,7 +95,9 @@ def read_vocabulary(folder: Path, config: dict, n_vocab: int) -> Vocabulary:
 
 
 def _columns(pieces: list[Piece | None]) -> tuple[list[bytes], np.ndarray, np.ndarray]:
-    """Tokens, scores and types of all rows; a row without a piece becomes ``[PADn]``."""
+    """Tokens, scores and types of all rows; a row without a piece becomes
+    ``[PADn]``.
+    """
     tokens: list[bytes] = []
     scores = np.empty(len(pieces), np.float32)
     types = np.empty(len(pieces), np.int32)
@@ -116,8 +122,8 @@ def _check_special(special: dict[str, int], n_vocab: int, folder: Path, source: 
 
 
 def _settle(text: str, score: float, kind: int) -> Piece:
-    """What a token is at run time, whichever file it came from: control tokens never match in
-    plain text, user-defined ones always do.
+    """What a token is at run time, whichever file it came from: control
+    tokens never match in plain text, user-defined ones always do.
     """
     named_control = text in _CONTROL_NAMES or _CONTROL_PATTERN.fullmatch(text)
     if kind in (UNKNOWN, CONTROL) or (kind == USER_DEFINED and named_control):
@@ -145,7 +151,8 @@ def _from_sentencepiece(path: Path) -> tuple[list[Piece], dict[str, int], bool]:
         pieces: list[Piece] = []
         for piece in model.pieces:
             text, score = piece.piece, piece.score  # bytes where the text is no UTF-8
-            # a type that the definition lacks is kept among the unknown fields
+            # a type that the definition lacks is kept among the unknown
+            # fields
             unknown = {field.field_number: field.data for field in UnknownFieldSet(piece)}
             kind = unknown.get(piece.TYPE_FIELD_NUMBER, piece.type)
             readable = isinstance(text, str) and text and score == score
@@ -170,8 +177,8 @@ def _from_sentencepiece(path: Path) -> tuple[list[Piece], dict[str, int], bool]:
 
 
 def _sentencepiece_messages():
-    """sentencepiece's generated module; it refuses to load beside an older protobuf than the one
-    it was generated with.
+    """sentencepiece's generated module; it refuses to load beside an older
+    protobuf than the one it was generated with.
     """
     from google.protobuf.runtime_version import VersionError
 
@@ -262,8 +269,8 @@ def _type_of(text: str, model: _Model) -> int:
 
 
 def _scores(path: Path, model: _Model, texts: list[str], types: list[int]) -> list[float]:
-    """Counted by the merges' order: a piece's rank is where its first merge stands; pieces without
-    one (single characters) follow by id.
+    """Counted by the merges' order: a piece's rank is where its first merge
+    stands; pieces without one (single characters) follow by id.
     """
     rank: dict[str, int] = {}
     for merge in model.merges:
@@ -287,7 +294,9 @@ def _scores(path: Path, model: _Model, texts: list[str], types: list[int]) -> li
 
 
 def _added_tokens(folder: Path, tokenizer_config: dict) -> Iterator[tuple[int, str, bool]]:
-    """(id, text, special) of the tokens added after training, from whichever files list them."""
+    """(id, text, special) of the tokens added after training, from
+    whichever files list them.
+    """
     path = folder / "added_tokens.json"
     if path.is_file():
         for text, i in read_json(path).items():
@@ -315,8 +324,8 @@ def _token_id(value: str | int, path: Path) -> int:
 
 
 def _special_ids(tokens: list[bytes], config: dict, tokenizer_config: dict) -> dict[str, int]:
-    """bos, eos, unk, pad and eot: config.json's ids, else the tokens tokenizer_config.json names,
-    found in the vocabulary.
+    """bos, eos, unk, pad and eot: config.json's ids, else the tokens
+    tokenizer_config.json names, found in the vocabulary.
     """
     ids: dict[bytes, int] = {}
     for i, token in enumerate(tokens):
