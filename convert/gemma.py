@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Literal
 
 import numpy as np
 from edge_gemma.convert.checkpoint import Checkpoint
@@ -27,6 +26,7 @@ from edge_gemma.bundles.description import (
     SWA_PERIOD,
     expected_tensors,
 )
+from edge_gemma.bundles.manifest import Family
 from edge_gemma.errors import CheckpointError, UnsupportedModel
 
 PREFIX = "model.language_model."
@@ -114,7 +114,7 @@ _DEFAULTS = {
 class Dims:
     """The decoder's numbers, checked. ``sliding`` has one entry a layer."""
 
-    family: Literal["gemma3", "gemma3n"]
+    family: Family
     n_layer: int
     n_embd: int
     n_ff: int
@@ -218,7 +218,7 @@ def text_config(config: dict) -> dict:
     return inner if isinstance(inner, dict) else config
 
 
-def family_of(config: dict) -> Literal["gemma3", "gemma3n"]:
+def family_of(config: dict) -> Family:
     """``gemma3`` or ``gemma3n``. Raises UnsupportedModel naming what was
     found.
     """
@@ -326,7 +326,7 @@ def _rope(text: dict) -> tuple[float, float, float]:
     return float(base), float(base_sliding), float(factor) if kind == "linear" else 1.0
 
 
-def _sliding(text: dict, family: str, n_layer: int) -> tuple[bool, ...]:
+def _sliding(text: dict, family: Family, n_layer: int) -> tuple[bool, ...]:
     kinds = text.get("layer_types")
     if kinds is not None:
         known = {"sliding_attention", "full_attention"}

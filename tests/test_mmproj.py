@@ -13,6 +13,9 @@ from edge_gemma.bundles.gguf import read_header
 from edge_gemma.engines.onnx.runtime import open_onnx
 from edge_gemma.errors import BundleError, UnsupportedModel
 
+FC1 = "model.vision_tower.encoder.layers.0.mlp.fc1.weight"
+NORM = "model.multi_modal_projector.mm_soft_emb_norm.weight"
+
 
 @pytest.fixture(scope="module")
 def mmproj(siglip_checkpoint, tmp_path_factory):
@@ -36,6 +39,15 @@ def test_mmproj_equals_the_checkpoint(mmproj, siglip_checkpoint, tmp_path):
         soft_tokens(tmp_path), soft_tokens(tmp_path / "checkpoint"), atol=1e-5
     )
     np.testing.assert_allclose(soft_tokens(tmp_path), seeing.reference("g3mm")["soft_6"], atol=1e-4)
+
+
+def test_slices_are_rows_of_the_whole(mmproj, siglip_checkpoint):
+    tensors = Mmproj(mmproj)
+    for name in ("model.vision_tower.post_layernorm.bias", FC1, NORM):
+        whole = tensors.read(name)
+        np.testing.assert_array_equal(whole, siglip_checkpoint.read(name))
+        np.testing.assert_array_equal(tensors.read(name, slice(3, 9)), whole[3:9])
+        assert whole.shape == tensors.shape(name)
 
 
 def test_half_precision_mmproj(siglip_checkpoint, tmp_path):
@@ -82,7 +94,7 @@ def test_refusals(mmproj, tmp_path, sample_gguf):
     ):
         Mmproj(tmp_path / "other.gguf")
     (tmp_path / "short.gguf").write_bytes(data[: len(data) // 2])
-    with pytest.raises(BundleError):
+    with pytest.raises(BundleError, match="short.gguf"):
         Mmproj(tmp_path / "short.gguf")
     (tmp_path / "renamed.gguf").write_bytes(
         data.replace(b"mm.soft_emb_norm.weight", b"mm.soft_emb_norn.weight")

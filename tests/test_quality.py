@@ -58,9 +58,12 @@ def test_calibration_measures_what_each_weight_is_multiplied_with(world, tmp_pat
         decoder.close()
     tensors = {t.name: t for t in bundle.manifest.decoder.tensors}
     data = bundle.decoder_path.read_bytes()
-    read = lambda name: np.frombuffer(
-        data, np.float32, tensors[name].nbytes // 4, tensors[name].offset
-    ).reshape(tuple(reversed(tensors[name].shape)))  # noqa: E731
+
+    def read(name: str) -> np.ndarray:
+        tensor = tensors[name]
+        values = np.frombuffer(data, np.float32, tensor.nbytes // 4, tensor.offset)
+        return values.reshape(tuple(reversed(tensor.shape)))
+
     x = read("token_embd.weight")[sum(chunks, [])] * np.sqrt(256)
     normed = (
         x / np.sqrt(np.square(x).mean(1, keepdims=True) + 1e-6) * read("blk.0.attn_norm.weight")

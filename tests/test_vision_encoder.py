@@ -198,7 +198,7 @@ def test_checkpoints_that_cannot_see(tiny_checkpoint, siglip_checkpoint, tmp_pat
     )
     with pytest.raises(
         CheckpointError,
-        match="position table has 256 rows; 448 px in patches of 14 px need 1024|not supported",
+        match="position table has 256 rows; 448 px in patches of 14 px need 1024",
     ):
         write_vision_encoder(other, tmp_path, "f32")
 

@@ -13,7 +13,7 @@ from edge_gemma.convert import vocabulary as v
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_gemma.errors import CheckpointError
+from edge_gemma.errors import CheckpointError, RuntimeFailure
 
 N = 768
 
@@ -38,10 +38,12 @@ def same(a: v.Vocabulary, b: v.Vocabulary) -> None:
 def test_pieces_and_scores_are_the_sentencepiece_librarys(tmp_path):
     vocabulary = v.read_vocabulary(folder_of(tmp_path, "tokenizer.model"), {}, N)
     library = sentencepiece.SentencePieceProcessor(str(REFERENCE / "tokenizer.model"))
+    plain = [i for i in range(N) if vocabulary.types[i] in (v.NORMAL, v.BYTE)]
+    assert len(plain) > 700
+    for i in plain:
+        assert vocabulary.tokens[i].decode() == library.IdToPiece(i)
+        assert vocabulary.scores[i] == library.GetScore(i)
     for i in range(N):
-        if vocabulary.types[i] in (v.NORMAL, v.BYTE):
-            assert vocabulary.tokens[i].decode() == library.IdToPiece(i)
-            assert vocabulary.scores[i] == library.GetScore(i)
         assert (vocabulary.types[i] == v.BYTE) == library.IsByte(i)
     assert vocabulary.special == {"bos": 2, "eos": 1, "unk": 3, "pad": 0, "eot": 9}
     assert (
@@ -203,15 +205,44 @@ def test_a_file_too_large_to_be_a_vocabulary_is_not_parsed(tmp_path, monkeypatch
         v.read_vocabulary(tmp_path, {}, N)
 
 
+MODEL = (REFERENCE / "tokenizer.model").read_bytes()
+
+
 @settings(max_examples=200)
-@given(data=st.binary(max_size=300))
+@given(
+    data=st.binary(max_size=300)
+    | st.builds(
+        lambda at, new: MODEL[:at] + new + MODEL[at + len(new) :],
+        st.integers(0, len(MODEL)),
+        st.binary(max_size=8),
+    )
+    | st.builds(lambda n: MODEL[:n], st.integers(0, len(MODEL)))
+)
 def test_any_bytes_are_a_model_or_refused(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "fuzz.model"
     path.write_bytes(data)
     try:
-        v._from_sentencepiece(path)
+        pieces, special, _ = v._from_sentencepiece(path)
     except CheckpointError as error:
         assert str(path) in str(error)
+    else:
+        assert all(text and v.NORMAL <= kind <= v.BYTE for text, _, kind in pieces)
+        assert all(0 <= i < len(pieces) for i in special.values())
+
+
+def test_a_protobuf_older_than_sentencepiece_wants_is_said(tmp_path, monkeypatch):
+    import sys
+
+    from google.protobuf import runtime_version
+
+    def too_old(*_):
+        raise runtime_version.VersionError("gencode 9.0.0 runtime 7.0.0")
+
+    monkeypatch.setattr(runtime_version, "ValidateProtobufRuntimeVersion", too_old)
+    monkeypatch.delitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", raising=False)
+    monkeypatch.delattr(sentencepiece, "sentencepiece_model_pb2", raising=False)
+    with pytest.raises(RuntimeFailure, match="gencode 9.* pip install --upgrade protobuf"):
+        v.read_vocabulary(folder_of(tmp_path, "tokenizer.model"), {}, N)
 
 
 def test_a_real_vocabulary_comes_back_from_its_gguf(sample_gguf):
