@@ -256,3 +256,22 @@ def test_layers_that_share_kv_find_it_in_a_layer_of_their_kind(tmp_path):
     path = parts.with_value(key, scalar(UINT32, 3)).write(tmp_path / "period.gguf")
     with pytest.raises(UnsupportedModel, match=r"pattern is 3 .*layers 19 sliding and 20 global"):
         describe(path)
+
+
+def test_gemma3n_as_it_is_published(tmp_path):
+    """The types that llama.cpp's converter writes: a count as a float, widths layer by layer, −inf
+    where a layer has no sparsity.
+    """
+    parts = Parts.read(tiny_gguf(tmp_path / "x.gguf", "gemma3n"))
+    for key, value in (
+        ("attention.shared_kv_layers", scalar(FLOAT32, 2.0)),
+        ("feed_forward_length", array(INT32, [256] * 22)),
+        ("activation_sparsity_scale", array(FLOAT32, [1.6448535] * 10 + [-math.inf] * 12)),
+    ):
+        parts = parts.with_value(f"gemma3n.{key}", value)
+    path = parts.write(tmp_path / "published.gguf")
+    assert describe(path).decoder.n_ff == 256 and len(describe(path).decoder.kv_layers) == 20
+    assert run_each([path]) == [f"{path} finite"]
+    path = parts.with_value("gemma3n.attention.shared_kv_layers", scalar(FLOAT32, 2.5)).write(path)
+    with pytest.raises(UnsupportedModel, match="shared_kv_layers is 2.5 .*a whole number"):
+        describe(path)

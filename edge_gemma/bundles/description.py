@@ -312,7 +312,8 @@ def _check_gemma3n(meta: Metadata, path: Path, n_layer: int) -> None:
     nonsense.
     """
     owners = GEMMA3N_KV_LAYERS
-    shared = meta.integer(
+    # the published files write this one as a float32
+    shared = meta.whole(
         "gemma3n.attention.shared_kv_layers", 0, MAX_LAYERS, max(0, n_layer - owners)
     )
     if n_layer < owners or shared != n_layer - owners:
@@ -327,7 +328,7 @@ def _check_gemma3n(meta: Metadata, path: Path, n_layer: int) -> None:
     meta.number(softcap, GEMMA3N_SOFTCAP, GEMMA3N_SOFTCAP, GEMMA3N_SOFTCAP)
     sparsity = "gemma3n.activation_sparsity_scale"
     if sparsity in meta:
-        meta.array(sparsity, ("float32",), n_layer)
+        meta.array(sparsity, ("float32",), n_layer)  # −inf in the layers without sparsity
 
 
 def _check_tensors(

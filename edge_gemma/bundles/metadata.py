@@ -43,6 +43,15 @@ class Metadata:
             self.refuse(key, f"a number from {low} to {high}")
         return value
 
+    def whole(self, key: str, low: int, high: int, default: int) -> int:
+        """A whole number written as a uint32 or as a float32; llama.cpp does not read the key."""
+        value = self._typed(key, ("uint32", "float32"), default)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not isinstance(value, int) or not low <= value <= high:
+            self.refuse(key, f"a whole number from {low} to {high}")
+        return value
+
     def number(self, key: str, low: float, high: float, default: float | None = None) -> float:
         """A float32 between ``low`` and ``high``, both allowed; never NaN or infinite."""
         value = self._typed(key, ("float32",), default)
