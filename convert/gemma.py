@@ -419,7 +419,7 @@ def map_tensors(
     checkpoint: Checkpoint, dims: Dims, cut: Cut | None = None, *, untied: bool = False
 ) -> Mapping:
     """Every tensor of the decoder with where it comes from, ``cut``
-    applied; ``untied`` adds an output head of its own.
+    applied; ``untied`` adds a separate output head.
 
     Raises CheckpointError for a missing, unexpected or misshapen tensor.
     """

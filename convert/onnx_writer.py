@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import onnx
@@ -40,6 +40,7 @@ _INT8_PEAK = 127  # symmetric: −128 is not used, so that a weight and its nega
 # 16 bits, which would saturate
 _INT8_PAIR_PEAK = 128
 
+Attribute = int | float | Sequence[int] | onnx.GraphProto
 Shape = Sequence[int | str]  # a string is a free dimension
 
 
@@ -109,7 +110,9 @@ class OnnxWriter:
         self._nodes.append(helper.make_node("Identity", [value], [name]))
         self._outputs.append(helper.make_tensor_value_info(name, _onnx_type(dtype), shape))
 
-    def node(self, op: str, inputs: Sequence[str], *, domain: str = "", **attributes: Any) -> str:
+    def node(
+        self, op: str, inputs: Sequence[str], *, domain: str = "", **attributes: Attribute
+    ) -> str:
         """Append one operator; returns its output's name. "" is an absent
         optional input.
         """
@@ -117,13 +120,22 @@ class OnnxWriter:
         return output
 
     def nodes(
-        self, op: str, inputs: Sequence[str], n_outputs: int, *, domain: str = "", **attributes: Any
+        self,
+        op: str,
+        inputs: Sequence[str],
+        n_outputs: int,
+        *,
+        domain: str = "",
+        **attributes: Attribute,
     ) -> tuple[str, ...]:
         """Append one operator with ``n_outputs`` outputs; returns their
         names.
         """
         outputs = tuple(self._name(op) for _ in range(n_outputs))
-        self._nodes.append(helper.make_node(op, inputs, outputs, domain=domain, **attributes))
+        node = helper.make_node(op, inputs, outputs, domain=domain)
+        for key, value in sorted(attributes.items()):
+            node.attribute.append(helper.make_attribute(key, value))
+        self._nodes.append(node)
         return outputs
 
     def scan(
@@ -403,8 +415,7 @@ def quantize_channels(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     weight = np.asarray(weight, np.float32)
     n_even = weight.shape[1] // 2 * 2
     pair = np.abs(weight[:, 0:n_even:2] + weight[:, 1:n_even:2]).max(axis=1, initial=0)
-    # each of two codes may round up by half: one less than the peak leaves
-    # room for both
+    # each of two codes may round up by half: the peak is lowered by one
     scales = np.maximum(np.abs(weight).max(axis=1) / _INT8_PEAK, pair / (_INT8_PAIR_PEAK - 1))
     scales[scales == 0] = 1.0
     return np.rint(weight / scales[:, None]).astype(np.int8), scales

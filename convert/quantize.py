@@ -6,7 +6,7 @@ In: a type's name and rows ``[n, n_per_row]`` float32. Out: bytes.
 llama-cpp-python ships: the same bytes as ``llama_model_quantize``, no
 intermediate file, and two chunks on two cores, because ctypes releases the
 GIL. It does not check that a row is a multiple of the block (K-quants on
-rows of 640 corrupt the heap), so that is checked here. This room does not
+rows of 640 corrupt the heap), so that is checked here. This module does not
 know which tensor gets which type.
 """
 
@@ -114,11 +114,9 @@ def _library() -> ctypes.CDLL:
         ]
         library.ggml_validate_row_data.restype = ctypes.c_bool
         library.ggml_validate_row_data.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
-        for name in TYPES:  # the ids and sizes in gguf_header.py against the library's own
-            library.ggml_row_size.restype, library.ggml_row_size.argtypes = (
-                ctypes.c_size_t,
-                [ctypes.c_int, ctypes.c_int64],
-            )
+        library.ggml_row_size.restype = ctypes.c_size_t
+        library.ggml_row_size.argtypes = [ctypes.c_int, ctypes.c_int64]
+        for name in TYPES:  # the ids and sizes of bundles/gguf.py against the library's own
             if library.ggml_row_size(TYPE_IDS[name], 256) != row_bytes(name, 256):
                 raise RuntimeFailure(
                     f"{path} lays out {name} differently; this edge-gemma was made for "

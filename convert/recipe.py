@@ -2,7 +2,7 @@
 and edge recipes of our own.
 
 In: a recipe's name or file, the mapped tensors. Out: tensor name → ggml
-type, with a note for each that had to fall back. This room does not know
+type, with a note for each that had to fall back. This module does not know
 what the weights are.
 
 A recipe names a type per kind of tensor, ``head`` (what every token
@@ -51,7 +51,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kept: str = "F16"
     lookup: str | None = None  # default: as the head when tied, else as the matrices (llama.cpp)
     ple: str | None = None  # default: as lookup
-    untied: bool = False  # write a head of its own even where the model ties it
+    untied: bool = False  # write a separate head even where the model ties it
     file_type: int = 1  # llama.h, enum llama_ftype: for display only
     rule: list[Rule] = []
     name: str = ""
