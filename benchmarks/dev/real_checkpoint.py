@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import struct
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from edge_gemma.benchmarks.dev.models import stream_safetensors, to_bf16
 from edge_gemma.convert.vocabulary import UNKNOWN, USER_DEFINED
 
-from edge_gemma.bundles.gguf import Header, Skipped, read_header
+from edge_gemma.bundles.gguf import Header, Skipped, TensorInfo, read_header
 from edge_gemma.errors import MissingExtra
 
 # GGUF → transformers, the inverse of the converter's table for gemma3
@@ -54,46 +56,37 @@ def sample_gguf() -> Path:
 
 def write_checkpoint(gguf_path: Path, out: Path) -> Path:
     """Dequantize a gemma3 GGUF into the folder ``out``."""
-    from gguf import GGMLQuantizationType, dequantize
-
     header = read_header(gguf_path)
     out.mkdir(parents=True, exist_ok=True)
-    names = {tensor.name: _checkpoint_name(tensor.name) for tensor in header.tensors}
-    table, offset = {"__metadata__": {"format": "pt"}}, 0
-    for tensor in header.tensors:
-        shape = list(reversed(tensor.shape))
-        nbytes = 2 * int(np.prod(shape, dtype=np.int64))
-        table[names[tensor.name]] = {
-            "dtype": "BF16",
-            "shape": shape,
-            "data_offsets": [offset, offset + nbytes],
-        }
-        offset += nbytes
-    head = json.dumps(table).encode()
-    head += b" " * (-len(head) % 8)
+    tensors = {_checkpoint_name(tensor.name): tensor for tensor in header.tensors}
     data = np.memmap(gguf_path, np.uint8, "r")
-    with open(out / "model.safetensors", "wb") as file:
-        file.write(struct.pack("<Q", len(head)) + head)
-        for tensor in header.tensors:
-            blocks = data[tensor.offset : tensor.offset + tensor.nbytes]
-            n_rows = int(np.prod(tensor.shape[1:], dtype=np.int64))
-            step = max(1, (1 << 22) // tensor.shape[0])
-            row_bytes = tensor.nbytes // n_rows
-            for start in range(0, n_rows, step):
-                rows = blocks[start * row_bytes : min(start + step, n_rows) * row_bytes].reshape(
-                    -1, row_bytes
-                )
-                values = (
-                    rows.copy().view(np.float32)
-                    if tensor.type == "F32"
-                    else dequantize(rows, GGMLQuantizationType[tensor.type])
-                )
-                file.write(
-                    _bf16(values - 1.0 if tensor.name.endswith("norm.weight") else values).tobytes()
-                )  # Gemma 3 stores norms less one
+
+    def pieces(name: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+        # Gemma 3 stores norms less one
+        less = 1.0 if name.endswith("norm.weight") else 0.0
+        for rows in _dequantized(data, tensors[name]):
+            yield to_bf16(rows - less)
+
+    shapes = {name: tuple(reversed(tensor.shape)) for name, tensor in tensors.items()}
+    stream_safetensors(out / "model.safetensors", shapes, pieces)
     (out / "config.json").write_text(json.dumps(_config(header), indent=1))
-    (out / "tokenizer.model").write_bytes(_tokenizer_model(gguf_path, header))
+    (out / "tokenizer.model").write_bytes(tokenizer_model(gguf_path))
     return out
+
+
+def _dequantized(data: np.ndarray, tensor: TensorInfo) -> Iterator[np.ndarray]:
+    """Rows of a tensor as float32, some 4 million values at a time."""
+    from gguf import GGMLQuantizationType, dequantize
+
+    n_rows = int(np.prod(tensor.shape[1:], dtype=np.int64))
+    step = max(1, (1 << 22) // tensor.shape[0])
+    blocks = data[tensor.offset : tensor.offset + tensor.nbytes].reshape(n_rows, -1)
+    for start in range(0, n_rows, step):
+        rows = blocks[start : start + step]
+        if tensor.type == "F32":
+            yield rows.copy().view(np.float32)
+        else:
+            yield dequantize(rows, GGMLQuantizationType[tensor.type])
 
 
 def _checkpoint_name(name: str) -> str:
@@ -107,17 +100,14 @@ def _checkpoint_name(name: str) -> str:
     return f"model.layers.{layer}.{_LAYER[tensor]}.weight"
 
 
-def _bf16(x: np.ndarray) -> np.ndarray:
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+def _config(header: Header) -> dict[str, Any]:
+    def get(key: str) -> Any:
+        return header.metadata[f"gemma3.{key}"]
 
-
-def _config(header: Header) -> dict:
-    get = lambda key: header.metadata[f"gemma3.{key}"]  # noqa: E731
     return {
         "architectures": ["Gemma3ForCausalLM"],
         "model_type": "gemma3_text",
-        "vocab_size": header.metadata["tokenizer.ggml.tokens"].length,
+        "vocab_size": _length(header.metadata["tokenizer.ggml.tokens"]),
         "hidden_size": get("embedding_length"),
         "intermediate_size": get("feed_forward_length"),
         "num_hidden_layers": get("block_count"),
@@ -138,61 +128,61 @@ def _config(header: Header) -> dict:
     }
 
 
-def _tokenizer_model(path: Path, header: Header) -> bytes:
-    """The vocabulary as a sentencepiece model: pieces, trainer_spec (BPE, byte fallback, ids),
-    normalizer_spec (no dummy prefix).
+def tokenizer_model(path: Path) -> bytes:
+    """The vocabulary of a Gemma GGUF as a sentencepiece model (BPE with byte fallback, no dummy
+    prefix).
     """
-    tokens, scores, types = (
-        header.metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "scores", "token_type")
-    )
-    assert (
-        isinstance(tokens, Skipped) and isinstance(scores, Skipped) and isinstance(types, Skipped)
-    )
+    from sentencepiece import sentencepiece_model_pb2
+
+    texts, scores, kinds = _vocabulary(path)
+    model = sentencepiece_model_pb2.ModelProto()
+    for text, score, kind in zip(texts, scores, kinds, strict=True):
+        if kind == USER_DEFINED:  # sentencepiece keeps its mark for spaces in those
+            text = text.replace(" ", "\u2581")
+        # a GGUF calls <unk> a control token; sentencepiece wants one unknown piece
+        piece_type = UNKNOWN if text == "<unk>" else int(kind)
+        model.pieces.add(piece=text, score=float(score), type=piece_type)
+    trainer = model.trainer_spec
+    trainer.model_type = trainer.BPE
+    trainer.byte_fallback = True
+    trainer.unk_id, trainer.bos_id, trainer.eos_id, trainer.pad_id = 3, 2, 1, 0
+    trainer.unk_piece, trainer.bos_piece = "<unk>", "<bos>"
+    trainer.eos_piece, trainer.pad_piece = "<eos>", "<pad>"
+    model.normalizer_spec.add_dummy_prefix = False
+    found: bytes = model.SerializeToString()
+    return found
+
+
+def _vocabulary(path: Path) -> tuple[list[str], list[float], list[int]]:
+    """Texts, scores and GGUF's token types; what the header's reader stepped over is read here."""
+    header = read_header(path)
     data = np.memmap(path, np.uint8, "r")
-    score = data[scores.offset : scores.offset + 4 * scores.length].view("<f4")
-    kind = data[types.offset : types.offset + 4 * types.length].view("<i4")
-    pieces, at, raw = [], tokens.offset, memoryview(data)
-    for i in range(tokens.length):
-        n = struct.unpack_from("<Q", raw, at)[0]
-        text = bytes(raw[at + 8 : at + 8 + n])
+
+    def numbers(key: str, dtype: str) -> list:
+        found = header.metadata[f"tokenizer.ggml.{key}"]
+        if isinstance(found, Skipped):
+            return data[found.offset : found.offset + 4 * found.length].view(dtype).tolist()
+        assert isinstance(found, list | tuple), key
+        return list(found)
+
+    texts = header.metadata["tokenizer.ggml.tokens"]
+    if isinstance(texts, Skipped):
+        texts = list(_strings(data, texts))
+    assert isinstance(texts, list | tuple), "tokens"
+    return list(texts), numbers("scores", "<f4"), numbers("token_type", "<i4")
+
+
+def _length(array: object) -> int:
+    assert isinstance(array, Skipped | list | tuple)
+    return array.length if isinstance(array, Skipped) else len(array)
+
+
+def _strings(data: np.ndarray, array: Skipped) -> Iterator[str]:
+    at = array.offset
+    for _ in range(array.length):
+        n = int(data[at : at + 8].view("<u8")[0])
+        yield data[at + 8 : at + 8 + n].tobytes().decode()
         at += 8 + n
-        if (
-            kind[i] == USER_DEFINED
-        ):  # user-defined pieces keep sentencepiece's mark for spaces there
-            text = text.replace(b" ", "\u2581".encode())
-        piece_type = (
-            UNKNOWN if text == b"<unk>" else int(kind[i])
-        )  # a GGUF calls it a control token; LiteRT-LM's sentencepiece wants one unknown piece
-        piece = (
-            _field(1, text)
-            + _tag(2, 5)
-            + struct.pack("<f", score[i])
-            + _tag(3, 0)
-            + _varint(piece_type)
-        )
-        pieces.append(_field(1, piece))
-    special = ((b"<unk>", 3), (b"<bos>", 2), (b"<eos>", 1), (b"<pad>", 0))
-    trainer = _tag(3, 0) + _varint(2) + _tag(35, 0) + _varint(1)
-    trainer += b"".join(
-        _tag(40 + n, 0) + _varint(id) + _field(45 + n, name) for n, (name, id) in enumerate(special)
-    )
-    return b"".join(pieces) + _field(2, trainer) + _field(3, _tag(3, 0) + _varint(0))
-
-
-def _varint(n: int) -> bytes:
-    out = bytearray()
-    while n > 0x7F:
-        out.append(n & 0x7F | 0x80)
-        n >>= 7
-    return bytes(out + bytes([n]))
-
-
-def _tag(number: int, wire: int) -> bytes:
-    return _varint(number << 3 | wire)
-
-
-def _field(number: int, content: bytes) -> bytes:
-    return _tag(number, 2) + _varint(len(content)) + content
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 from edge_gemma.convert.gemma import SPARSE_LAYERS, SPARSITY_MULTIPLIER
 
@@ -306,7 +307,7 @@ def data(spec: Spec, seed: int) -> Iterator[np.ndarray]:
                 spec.mean
             )
             if kind.name == "BF16":
-                piece = (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+                piece = values.astype(ml_dtypes.bfloat16).view(np.uint8)
             else:
                 piece = values.astype({"F16": np.float16, "F32": np.float32}[kind.name]).view(
                     np.uint8

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from edge_gemma.benchmarks.dev.vision_checkpoint import MOBILENET_WIDTH, SIZES
+from edge_gemma.benchmarks.dev.shapes import MOBILENET_WIDTH, TOWER_PX
 
 from edge_gemma.bundles.gguf import read_header
 from edge_gemma.errors import UsageError
@@ -52,7 +52,7 @@ def write_mmproj(checkpoint, path: Path, dtype: str = "f16") -> None:
         )
     siglip = "model.vision_tower.embeddings.patch_embedding.weight" in checkpoint.names()
     vision = checkpoint.config["vision_config"]
-    size = vision.get("image_size", SIZES["siglip"] if siglip else SIZES["mobilenetv5"])
+    size = vision.get("image_size", TOWER_PX["siglip" if siglip else "mobilenetv5"])
     writer = gguf.GGUFWriter(path, "clip", use_temp_file=False)
     writer.add_clip_has_vision_encoder(True)
     writer.add_vision_image_size(size)
