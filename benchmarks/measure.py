@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from edge_gemma.benchmarks.caps import Limits, Outcome
 from edge_gemma.benchmarks.caps import run as run_capped
@@ -27,6 +28,7 @@ from edge_gemma.machine.peak import PeakSampler
 # walking the page tables of 1.5 GB takes 15 ms of a core that the measured threads want: of two,
 # one waits for the other
 WALK_DUTY = 0.004
+NO_LIMITS = Limits()
 
 
 @dataclass
@@ -49,13 +51,13 @@ class Run:
 
     task: Task
     outcome: Outcome
-    result: dict = field(default_factory=dict)
+    result: dict[str, Any] = field(default_factory=dict)
     load_peak_rss_bytes: int = 0
     load_peak_pss_bytes: int = 0
     peak_pss_bytes: int = 0
     peak_rss_bytes: int = 0
     loaded_rss_bytes: int = 0
-    phases: list[dict] = field(default_factory=list)
+    phases: list[dict[str, Any]] = field(default_factory=list)
     timeline: list[Sample] = field(default_factory=list)
 
     @property
@@ -71,15 +73,19 @@ class Run:
 
     @property
     def planned_peak_bytes(self) -> int:
-        return self.result.get("planned_peak_bytes", 0)
+        return int(self.result.get("planned_peak_bytes", 0))
 
-    def to_dict(self) -> dict:
+    @property
+    def peak_anon_bytes(self) -> int:
+        return max(phase["peak_anon_bytes"] for phase in self.phases)
+
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def measure(
     task: Task,
-    limits: Limits = Limits(),
+    limits: Limits = NO_LIMITS,
     *,
     interval_s: float = 0.05,
     watch_pages: bool = False,
@@ -116,7 +122,7 @@ def measure(
         "so the measured peak is too low"
         for pid, name in shared
     ]
-    return watcher.run(outcome)
+    return watcher.finished(outcome)
 
 
 def _model_files(path: Path) -> list[Path]:
@@ -127,24 +133,31 @@ def _held_by_others(files: Sequence[Path]) -> list[tuple[int, str]]:
     """(process, file name) of who else has one of these files mapped."""
     if not sys.platform.startswith("linux"):
         return []
-    wanted = {
-        (found.st_dev, found.st_ino): path.name for path in files if (found := path.stat()).st_size
-    }
+    stats = [(path.name, path.stat()) for path in files]
+    wanted = {(st.st_dev, st.st_ino): name for name, st in stats if st.st_size}
     shared = []
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            lines = (
-                (folder / "maps").read_text().splitlines()
-                if int(folder.name) != os.getpid()
-                else []
-            )
-        except OSError:
-            continue  # gone, or somebody else's
-        for device, inode in {tuple(line.split()[3:5]) for line in lines if "/" in line}:
-            major, minor = (int(part, 16) for part in device.split(":"))
-            if name := wanted.get((os.makedev(major, minor), int(inode))):
+        if int(folder.name) == os.getpid():
+            continue
+        for device, inode in _mapped_files(folder):
+            if name := wanted.get((device, inode)):
                 shared.append((int(folder.name), name))
     return shared
+
+
+def _mapped_files(process: Path) -> set[tuple[int, int]]:
+    """(device, inode) of each file that a process of /proc has mapped."""
+    try:
+        lines = (process / "maps").read_text().splitlines()
+    except OSError:
+        return set()  # the process has ended, or belongs to another user
+    found = set()
+    for line in lines:
+        if "/" in line:
+            device, inode = line.split()[3:5]
+            major, minor = (int(part, 16) for part in device.split(":"))
+            found.add((os.makedev(major, minor), int(inode)))
+    return found
 
 
 class _Watcher:
@@ -154,8 +167,7 @@ class _Watcher:
         self, task: Task, interval_s: float, watch_pages: bool, on_phase: Callable[[str], None]
     ):
         self.task, self.interval_s, self.on_phase = task, interval_s, on_phase
-        self.facts: dict = {}
-        self.sampler: PeakSampler | None = None
+        self.facts: dict[str, Any] = {}
         self.load_peak = (0, 0)
         self.loaded_rss_bytes = 0
         self.timeline: list[Sample] = []
@@ -163,18 +175,27 @@ class _Watcher:
         self._watch = watch_pages
         self._stop = threading.Event()
         self._pages: threading.Thread | None = None
+        self._sampler: PeakSampler | None = None
+
+    @property
+    def sampler(self) -> PeakSampler:
+        assert self._sampler is not None, "the worker has not started"
+        return self._sampler
 
     def start(self, pid: int) -> None:
-        self.pid = pid
-        self.sampler = PeakSampler(pid=pid, interval_s=self.interval_s, duty=WALK_DUTY)
-        self.sampler.__enter__()
+        self._watch_process(pid)
         self.begin = time.perf_counter()
         if self._watch:
             self._pages = threading.Thread(target=self._look, daemon=True)
             self._pages.start()
 
+    def _watch_process(self, pid: int) -> None:
+        self.pid = pid
+        self._sampler = PeakSampler(pid=pid, interval_s=self.interval_s, duty=WALK_DUTY)
+        self._sampler.__enter__()
+
     def _look(self) -> None:
-        """A timeline at 10 Hz from the counters; which pages of the file are held, once a second."""
+        """A timeline at 10 Hz from the counters; which of the file's pages are held, once a second."""
         cold, checked = 0, -9.0
         while not self._stop.wait(0.1):
             try:
@@ -197,57 +218,52 @@ class _Watcher:
             return
         if "result" in found:
             self.facts |= found["result"]
-        if phase := found.get("phase"):
+        if phase := found.pop("phase", None):
             now = self.sampler.mark(phase)
             if phase == "loaded":
-                self.facts |= {key: value for key, value in found.items() if key != "phase"}
-                high = memory.high_water_bytes(self.pid)
-                self.load_peak = (
-                    max(self.sampler.peak_rss_bytes, high),
-                    self.sampler.peak_pss_bytes,
-                )
                 self.loaded_rss_bytes = now.rss_bytes if now else 0
-                if "watch_pid" in found:
-                    self._follow(found["watch_pid"])
-                else:
-                    self.sampler.rebase()
+                self._loaded(found)
             if phase == "exit":
                 self._close_sampler()
             self.on_phase(phase)
 
+    def _loaded(self, facts: dict[str, Any]) -> None:
+        """The end of load: its peaks are kept, and a new peak begins."""
+        self.facts |= facts
+        if "watch_pid" in facts:
+            self._follow(facts["watch_pid"])
+            return
+        high = memory.high_water_bytes(self.pid)
+        self.load_peak = (max(self.sampler.peak_rss_bytes, high), self.sampler.peak_pss_bytes)
+        self.sampler.rebase()
+
     def _follow(self, pid: int) -> None:
-        """The model lives in a server of the worker's: from here on that process is the measured
-        one.
-        """
+        """The model is in a process of the worker's: from here on that one is measured."""
         self.sampler.__exit__()
         self.load_peak = (memory.high_water_bytes(pid), memory.footprint(pid).pss_bytes)
-        self.pid = pid
-        self.sampler = PeakSampler(pid=pid, interval_s=self.interval_s, duty=WALK_DUTY)
-        self.sampler.__enter__()
+        self._watch_process(pid)
 
     def _close_sampler(self) -> None:
-        if self.sampler and not self._stop.is_set():
+        if self._sampler and not self._stop.is_set():
             self._stop.set()
-            self.sampler.__exit__()
+            self._sampler.__exit__()
 
     def stop(self) -> None:
-        if self.sampler:
-            self._close_sampler()
+        self._close_sampler()
         if self._pages:
             self._pages.join()
 
-    def run(self, outcome: Outcome) -> Run:
-        s = self.sampler
+    def finished(self, outcome: Outcome) -> Run:
         complete = "rounds" in self.facts
         return Run(
             self.task,
             outcome,
             self.facts if complete or not outcome.ok else {},
             *self.load_peak,
-            s.peak_pss_bytes,
-            s.peak_rss_bytes,
+            self.sampler.peak_pss_bytes,
+            self.sampler.peak_rss_bytes,
             self.loaded_rss_bytes,
-            [asdict(phase) for phase in s.phases],
+            [asdict(phase) for phase in self.sampler.phases],
             self.timeline,
         )
 
@@ -269,7 +285,7 @@ def interleave(
     repeats: int,
     runs: list[list[Run]],
     limits: Sequence[Limits] = (),
-    **options,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> list[list[Run]]:
     """Add ``repeats`` runs of each task to its list in ``runs``, in turns (forwards, then
     backwards), so that what drifts drifts for all.
@@ -277,19 +293,48 @@ def interleave(
     ``limits``: one for each task, or none at all. What was measured before an interruption is in
     ``runs``.
     """
+    done, total = 0, repeats * len(tasks)
     for repeat in range(repeats):
-        order = range(len(tasks)) if repeat % 2 == 0 else reversed(range(len(tasks)))
-        for i in order:
-            runs[i].append(measure(tasks[i], limits[i] if limits else Limits(), **options))
+        order = list(range(len(tasks)))
+        for i in order if repeat % 2 == 0 else reversed(order):
+            done += 1
+            progress(f"run {done} of {total}")
+            runs[i].append(measure(tasks[i], limits[i] if limits else NO_LIMITS))
     return runs
 
 
+def _found(runs: Sequence[Run], key: str) -> list[float]:
+    return [value for run in runs if run.ok and (value := run.median(key)) is not None]
+
+
 def median_of(runs: Sequence[Run], key: str) -> float | None:
-    found = [value for run in runs if run.ok and (value := run.median(key)) is not None]
+    found = _found(runs, key)
     return statistics.median(found) if found else None
 
 
 def spread_of(runs: Sequence[Run], key: str) -> float:
     """Half the range over the median: the noise that a comparison must exceed."""
-    found = [value for run in runs if run.ok and (value := run.median(key)) is not None]
+    found = _found(runs, key)
     return (max(found) - min(found)) / 2 / statistics.median(found) if len(found) > 1 else 0.0
+
+
+def medians(runs: Sequence[Run], *keys: str) -> dict[str, Any]:
+    """``key`` and ``key_spread`` of each, over the runs that ended well."""
+    return {key: median_of(runs, key) for key in keys} | {
+        f"{key}_spread": spread_of(runs, key) for key in keys
+    }
+
+
+MEMORY_KEYS = ("peak_pss_bytes", "peak_rss_bytes", "load_peak_rss_bytes", "loaded_rss_bytes")
+SPEED_KEYS = ("prefill_tok_s", "decode_tok_s", "ttft_s")
+
+
+def timed(good: Sequence[Run]) -> dict[str, Any]:
+    """Speeds, load time and how many runs: what rows of several benchmarks share."""
+    load_s = statistics.median(run.result["load_s"] for run in good)
+    return medians(good, *SPEED_KEYS) | {"load_s": load_s, "runs": len(good)}
+
+
+def memory_of(good: Sequence[Run]) -> dict[str, float]:
+    """Median peaks of several runs."""
+    return {key: statistics.median(getattr(run, key) for run in good) for key in MEMORY_KEYS}

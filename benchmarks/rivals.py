@@ -233,10 +233,11 @@ _MODULES = {
 
 def missing(system: str) -> str:
     """Why a system cannot be run here, or nothing."""
-    if system in OWN:
+    if system in OWN or ":" in system:
         return ""
+    names = [name for name in OWN if not name.endswith("encoder")] + list(SYSTEMS)
     if system not in SYSTEMS:
-        return f"no system {system!r} to compare with; there are: {', '.join([*OWN, *SYSTEMS])}"
+        return f"no system {system!r} to compare with; there are: {', '.join(names)}"
     if system == "llama-server":
         return (
             ""

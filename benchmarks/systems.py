@@ -1,15 +1,26 @@
 """What is measured: a :class:`Task`, and the ways to run one behind a single small interface.
 
 In: a task. Out: a :class:`System` that loads a model, reads a prompt and yields once for each new
-token. Here stand this project and the library it uses; what a user would pick instead is in
-``rivals.py``. What it does not know: time, memory, phases, processes.
+token; or one that encodes pictures. This project and the library it uses are here; what a user
+would pick instead is in ``rivals.py``. What it does not know: time, memory, phases, processes.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_gemma.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from edge_gemma.model import Model
+    from edge_gemma.plan.records import PlanRequest
 
 
 @dataclass(frozen=True)
@@ -27,10 +38,13 @@ class Task:
     rounds: int = 1
     budget_bytes: int = 0
     device: str = "auto"
-    mode: str = "generate"  # or, for edge-gemma: speech, text (see `answer_latency`)
+    mode: str = "generate"  # what is done with the loaded model: one of worker.MODES
     audio_s: float = 0.0  # seconds of sound to hear before the prompt
     image_px: int = 0  # an image of that size to see before the prompt
     pad_audio: bool = False
+    clips: tuple[str, ...] = ()  # recordings to listen to
+    minutes: float = 0.0  # so much sound out of the clips
+    one_encoder: bool = False  # plan as where two encoders do not fit together
     settings: tuple[tuple[str, object], ...] = ()  # more arguments of the system's loader, by name
 
     def to_json(self) -> str:
@@ -40,6 +54,7 @@ class Task:
     def from_json(cls, text: str) -> Task:
         fields = json.loads(text)
         fields["settings"] = tuple((name, value) for name, value in fields["settings"])
+        fields["clips"] = tuple(fields["clips"])
         return cls(**fields)
 
 
@@ -58,12 +73,16 @@ class System:
     def generate(self, ids: list[int], n_predict: int) -> Iterator[int]:
         raise NotImplementedError
 
-    def facts(self) -> dict:
+    def facts(self) -> dict[str, Any]:
         return {}
 
     def perceive(self) -> Iterator[str]:
         """Hear and see what the task says; yields ``listen`` or ``look`` as each begins."""
         raise SystemExit(f"{self.task.system} neither hears nor sees here")
+
+    def encode_picture(self, pixels: np.ndarray) -> np.ndarray:
+        """``pixels [side, side, 3]`` uint8 → soft tokens ``[n, n_embd]`` float32."""
+        raise SystemExit(f"{self.task.system} encodes no pictures here")
 
     def close(self) -> None:
         pass
@@ -84,18 +103,10 @@ class LlamaCpp(System):
         leave_amx_out()
         self._quiet = llama_cpp.llama_log_callback(lambda *_: None)
         llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p())
-        threads = (
-            {"n_threads": self.task.n_threads, "n_threads_batch": self.task.n_threads}
-            if self.task.n_threads
-            else {}
-        )
-        self.model = llama_cpp.Llama(
-            self.task.path,
-            n_ctx=self.task.n_ctx,
-            verbose=False,
-            **threads,
-            **dict(self.task.settings),
-        )
+        options: dict[str, Any] = {"n_ctx": self.task.n_ctx, "verbose": False}
+        if n := self.task.n_threads:
+            options |= {"n_threads": n, "n_threads_batch": n}
+        self.model = llama_cpp.Llama(self.task.path, **options, **dict(self.task.settings))
 
     def tokenize(self, text: str) -> list[int]:
         return self.model.tokenize(text.encode(), add_bos=True)
@@ -106,7 +117,7 @@ class LlamaCpp(System):
         ):
             yield 1
 
-    def facts(self) -> dict:
+    def facts(self) -> dict[str, Any]:
         import llama_cpp
 
         return {"version": f"llama-cpp-python {llama_cpp.__version__}"}
@@ -118,11 +129,17 @@ class LlamaCpp(System):
 class EdgeGemma(System):
     """This project, through its front door."""
 
+    model: Model
+
     def load(self) -> None:
         import edge_gemma
 
         task = self.task
-        request = edge_gemma.PlanRequest(n_threads=task.n_threads or None, **dict(task.settings))
+        settings: dict[str, Any] = dict(task.settings)
+        request = edge_gemma.PlanRequest(n_threads=task.n_threads or None, **settings)
+        if task.one_encoder:
+            self.model = _with_one_encoder_at_a_time(task, request)
+            return
         self.model = edge_gemma.load(
             task.path,
             budget=task.budget_bytes or None,
@@ -144,19 +161,16 @@ class EdgeGemma(System):
                 yield 1
 
     def perceive(self) -> Iterator[str]:
-        import numpy as np
+        from edge_gemma.benchmarks import inputs
 
         if self.task.audio_s:
             yield "listen"
-            self.model.encode_audio(sound(self.task.audio_s))
+            self.model.encode_audio(inputs.sound(self.task.audio_s))
         if self.task.image_px:
             yield "look"
-            image = np.random.default_rng(0).integers(
-                0, 255, (self.task.image_px, self.task.image_px, 3), dtype=np.uint8
-            )
-            self.model.encode_image(image)
+            self.model.encode_image(inputs.picture(self.task.image_px))
 
-    def facts(self) -> dict:
+    def facts(self) -> dict[str, Any]:
         plan = self.model.plan
         return {
             "planned_peak_bytes": plan.total_bytes,
@@ -170,13 +184,88 @@ class EdgeGemma(System):
         self.model.close()
 
 
-OWN: dict[str, type[System]] = {"edge-gemma": EdgeGemma, "llama_cpp.Llama": LlamaCpp}
+def _with_one_encoder_at_a_time(task: Task, request: PlanRequest) -> Model:
+    """Planned as on a board where both encoders do not fit together: the audio encoder is let go
+    while answering.
+    """
+    from edge_gemma.bundles.folder import Bundle
+    from edge_gemma.engines.llama.weights import repacked_here
+    from edge_gemma.model import Model, here
+    from edge_gemma.plan.ladder import make_plan
+
+    bundle = Bundle.open(task.path)
+    request = replace(request, n_ctx=task.n_ctx)
+    plan = make_plan(bundle.manifest, here(task.device), request, repacked_here).require()
+    items = tuple(
+        replace(item, phases=("listen",)) if item.name.startswith("audio encoder") else item
+        for item in plan.items
+    )
+    settings = replace(plan.settings, encoders="one at a time")
+    return Model(bundle, replace(plan, settings=settings, items=items))
 
 
-def sound(seconds: float):
-    """A hum with noise, at 16 kHz. # [n] float32"""
-    import numpy as np
+class AudioEncoderAlone(System):
+    """The audio encoder of a bundle, without its decoder. ``path``: the bundle."""
 
-    t = np.arange(int(seconds * 16000)) / 16000
-    noise = np.random.default_rng(0).standard_normal(len(t))
-    return (0.1 * np.sin(2 * np.pi * 220 * t) + 0.02 * noise).astype(np.float32)
+    def load(self) -> None:
+        from edge_gemma.bundles.folder import Bundle
+        from edge_gemma.hearing.encoder import AudioEncoder
+
+        self.bundle = Bundle.open(self.task.path)
+        self.encoder = AudioEncoder(self.bundle, n_threads=self.task.n_threads or 1)
+
+    def facts(self) -> dict[str, Any]:
+        part = self.bundle.manifest.audio
+        assert part is not None
+        return {"precision": part.precision, "weights_bytes": part.weights_bytes}
+
+    def close(self) -> None:
+        self.encoder.close()
+
+
+class VisionEncoderAlone(System):
+    """A vision encoder without a decoder. ``path``: a folder with ``vision_encoder.onnx``."""
+
+    def load(self) -> None:
+        from edge_gemma.engines.onnx.runtime import open_onnx
+
+        self.session = open_onnx(
+            Path(self.task.path) / "vision_encoder.onnx",
+            n_threads=self.task.n_threads or 1,
+            spin=True,
+            in_place=True,
+            sides={"side": self.task.image_px},
+        )
+
+    def encode_picture(self, pixels: np.ndarray) -> np.ndarray:
+        from edge_gemma.benchmarks import inputs
+
+        from edge_gemma.engines.onnx.runtime import run_onnx
+
+        planes = inputs.normalized(pixels, Path(self.task.path).name)
+        rows: np.ndarray = run_onnx(self.session, ["soft_tokens"], {"pixels": planes})[0]
+        return rows
+
+
+OWN: dict[str, type[System]] = {
+    "edge-gemma": EdgeGemma,
+    "llama_cpp.Llama": LlamaCpp,
+    "edge-gemma audio encoder": AudioEncoderAlone,
+    "edge-gemma vision encoder": VisionEncoderAlone,
+}
+
+
+def find_system(name: str) -> type[System]:
+    """A system by its name, or one from elsewhere as ``module:Class``. Raises UsageError."""
+    if name in OWN:
+        return OWN[name]
+    # late: what a rival needs (sockets, HTTP) must not count as memory of ours
+    from edge_gemma.benchmarks import rivals
+
+    if name in rivals.SYSTEMS:
+        return rivals.SYSTEMS[name]
+    module, colon, class_name = name.partition(":")
+    if not colon:
+        raise UsageError(rivals.missing(name))
+    found: type[System] = getattr(importlib.import_module(module), class_name)
+    return found

@@ -1,5 +1,5 @@
-"""The measured process: load one model with one system, read a prompt, write tokens, tell when each
-begins.
+"""The measured process: load one model with one system, do what the task's mode says, tell when
+each phase begins.
 
 In: a :class:`~edge_gemma.benchmarks.systems.Task` as JSON on the command line. Out: JSON lines on
 standard output: ``{"phase": …}`` as each phase begins, one ``{"result": …}``. It measures time
@@ -9,12 +9,18 @@ What it does not know: limits, other runs, reports.
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from edge_gemma.benchmarks.systems import OWN, System, Task, sound
+from edge_gemma.benchmarks.systems import System, Task, find_system
+
+Round = dict[str, Any]
+Mode = Callable[[System], list[Round]]
 
 # Own text, repeated as far as a prompt needs; a base model continues it without ever ending.
 PASSAGE = (
@@ -27,21 +33,31 @@ PASSAGE = (
     "mainland. At noon the wind usually turns, the flags change sides, and whoever has "
     "painted a fence hopes that the dust stays on the road. "
 )
-SETTLE_S = 0.25  # after a load the parent takes its bearings; outside everything that is timed
+SETTLE_S = 0.25  # after a load the parent looks at the memory; outside everything that is timed
+
+# mode → the function that gives its rounds; each module is imported only by its own modes, so that
+# no other run pays memory for it
+MODES = {
+    "generate": "edge_gemma.benchmarks.worker:generate_rounds",
+    "text": "edge_gemma.benchmarks.turns:typed_rounds",
+    "speech": "edge_gemma.benchmarks.turns:spoken_rounds",
+    "speech, encoded after its end": "edge_gemma.benchmarks.turns:spoken_rounds",
+    "conversation": "edge_gemma.benchmarks.turns:picture_turns",
+    "listen": "edge_gemma.benchmarks.turns:listened_rounds",
+    "encode": "edge_gemma.benchmarks.encoders:step_rounds",
+    "soak": "edge_gemma.benchmarks.encoders:soak_rounds",
+    "picture": "edge_gemma.benchmarks.encoders:picture_rounds",
+}
 
 
-def say(**fields) -> None:
+def say(**fields: object) -> None:
     print(json.dumps(fields), flush=True)
 
 
-def find_system(name: str) -> type[System]:
-    if name in OWN:
-        return OWN[name]
-    from edge_gemma.benchmarks import (
-        rivals,  # late: what a rival needs (sockets, HTTP) must not count as memory of ours
-    )
-
-    return rivals.SYSTEMS[name]
+def find_mode(name: str) -> Mode:
+    module, _, function = MODES[name].partition(":")
+    found: Mode = getattr(importlib.import_module(module), function)
+    return found
 
 
 def prompt_ids(system: System, n: int) -> list[int]:
@@ -63,100 +79,45 @@ def run(task: Task) -> None:
     load_s = time.perf_counter() - imported
     say(phase="loaded", load_s=load_s, **system.facts())
     time.sleep(SETTLE_S)
-    if task.mode == "generate" and (task.audio_s or task.image_px):
-        for phase in system.perceive():
-            say(phase=phase)
-    if task.mode != "generate":
-        rounds = answer_latency(system)
-    else:
-        rounds = generate_rounds(system)
+    rounds = find_mode(task.mode)(system)
     say(result={"load_s": load_s, "start_s": imported - begin, "rounds": rounds, **system.facts()})
     say(phase="exit")
     time.sleep(SETTLE_S)
     system.close()
 
 
-def generate_rounds(system: System) -> list[dict]:
+def generate_rounds(system: System) -> list[Round]:
     """A prompt, then tokens one by one; each round from nothing."""
     task = system.task
+    if task.audio_s or task.image_px:
+        for phase in system.perceive():
+            say(phase=phase)
     ids = prompt_ids(system, task.n_prompt)
     rounds = []
     for turn in range(task.rounds):
-        ids = (
-            [*ids[:1], *ids[2:], ids[1]] if turn else ids
-        )  # another text each round: nothing of the last one may be reused
+        if turn:  # another text each round: nothing of the last one may be reused
+            ids = [*ids[:1], *ids[2:], ids[1]]
         say(phase="prefill")
         start = time.perf_counter()
-        stamps = []
+        stamps: list[float] = []
         for _ in system.generate(ids, task.n_predict):
             if not stamps:
                 say(phase="decode")
             stamps.append(time.perf_counter())
-        decode_s = stamps[-1] - stamps[0]
-        rounds.append(
-            {
-                "ttft_s": stamps[0] - start,
-                "prefill_tok_s": len(ids) / (stamps[0] - start),
-                "decode_tok_s": (len(stamps) - 1) / decode_s if decode_s else None,
-                "n_decoded": len(stamps),
-                "worst_token_s": max((b - a for a, b in zip(stamps, stamps[1:])), default=0.0),
-            }
-        )
+        rounds.append(_token_times(len(ids), start, stamps))
     return rounds
 
 
-def answer_latency(system: System) -> list[dict]:
-    """From the end of what the user says to the first token of the answer.
-
-    ``speech``: ``audio_s`` seconds in packets of 80 ms, each encoded and prefilled as it comes; the
-    clock starts when the last packet arrives. Packets are handed over as fast as they are dealt
-    with, so nothing waits; ``rtf`` tells whether real time would have. ``text``: a conversation of
-    ``n_prompt`` tokens stands in the cache; the clock starts with a new turn of 32.
-    """
-    from edge_gemma import Audio, Rows, Sampling, Tokens
-    from edge_gemma.messages import Message
-
-    task, model = system.task, system.model
-    first_token = Sampling(temperature=0, max_tokens=task.n_predict)
-    rounds = []
-    for turn in range(task.rounds):
-        with model.session() as session:
-            if task.mode == "speech":
-                samples = sound(task.audio_s)
-                packets = [samples[i : i + 1280] for i in range(0, len(samples), 1280)]
-                before, after = model.prompt.listening(
-                    [Message("user", [Audio(), "Answer what was said."])], pad_audio=task.pad_audio
-                )
-                say(phase="listen")
-                session.append(before)
-                stream, n_rows, begin = model.encoder("audio").stream(), 0, time.perf_counter()
-                for packet in packets[:-1]:
-                    if len(rows := stream.push(packet)):
-                        session.append([Rows(rows)])
-                        n_rows += len(rows)
-                start = time.perf_counter()
-                found = [stream.push(packets[-1]), stream.finish()]
-                spans = [Rows(rows) for rows in found if len(rows)]
-                session.append([*spans, *after(n_rows + sum(len(span) for span in spans))])
-                rtf = (start - begin) / task.audio_s
-                stream.close()
-            else:
-                ids = prompt_ids(system, task.n_prompt + 33)
-                del ids[1 + turn]  # another text each round
-                say(phase="prefill")
-                if task.n_prompt:
-                    session.append([Tokens(ids[:-32])])
-                start, rtf = time.perf_counter(), None
-                session.append([Tokens(ids[-32:])])
-            say(phase="decode")
-            chunks = iter(session.generate(first_token))
-            while not next(chunks).token_ids:
-                pass
-            first = time.perf_counter()
-            for _ in chunks:
-                pass
-            rounds.append({"ttft_s": first - start, "rtf": rtf})
-    return rounds
+def _token_times(n_prompt: int, start: float, stamps: list[float]) -> Round:
+    ttft_s, decode_s = stamps[0] - start, stamps[-1] - stamps[0]
+    between = [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
+    return {
+        "ttft_s": ttft_s,
+        "prefill_tok_s": n_prompt / ttft_s,
+        "decode_tok_s": (len(stamps) - 1) / decode_s if decode_s else None,
+        "n_decoded": len(stamps),
+        "worst_token_s": max(between, default=0.0),
+    }
 
 
 if __name__ == "__main__":
