@@ -53,7 +53,8 @@ if setup["cpus"]: os.sched_setaffinity(0, setup["cpus"])
 if setup["data_bytes"]: resource.setrlimit(resource.RLIMIT_DATA, (setup["data_bytes"],) * 2)
 if not setup["may_lock"]:
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (8 << 20,) * 2)
-    ctypes.CDLL(None).prctl(24, 14, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_IPC_LOCK: gone at the exec below, for root too
+    # PR_CAPBSET_DROP, CAP_IPC_LOCK: gone at the exec below, for root too
+    ctypes.CDLL(None).prctl(24, 14, 0, 0, 0)
 os.execvp(argv[0], argv)
 """
 
@@ -82,6 +83,9 @@ class Limits:
             raise UsageError(
                 f"CPU {min(missing)} is not among those this process may use: {usable_cpus()}"
             )
+
+
+NO_LIMITS = Limits()
 
 
 @dataclass
@@ -115,12 +119,10 @@ class Outcome:
             )
         if self.timed_out:
             return f"stopped after {self.seconds:.0f} s"
-        return (
-            "done"
-            if self.ok
-            else f"failed (status {self.returncode}): "
-            f"{self.error_tail.strip().splitlines()[-1] if self.error_tail.strip() else 'no message'}"
-        )
+        if self.ok:
+            return "done"
+        lines = self.error_tail.strip().splitlines()
+        return f"failed (status {self.returncode}): {lines[-1] if lines else 'no message'}"
 
 
 def usable_cpus() -> list[int]:
@@ -150,7 +152,7 @@ def drop_cache(*paths: str | os.PathLike) -> None:
             os.close(file)
 
 
-# --- groups --------------------------------------------------------------------------------------------------------
+# --- groups ---
 
 
 @dataclass
@@ -219,7 +221,10 @@ def _homes(controller: str) -> Iterator[tuple[Path, int]]:
                     yield folder, 2
 
 
-def _make(controller: str, settings: dict[int, Sequence[tuple[str, object, bool]]]) -> Group | None:
+Setting = tuple[str, object, bool]  # file, value, whether the group is useless without it
+
+
+def _make(controller: str, settings: dict[int, list[Setting]]) -> Group | None:
     """A fresh group with the settings for its version, ``(file, value, required)``; None where that
     is not permitted.
     """
@@ -265,71 +270,77 @@ def _bury_stale(home: Path, version: int) -> None:
             Group(path, version).remove()
 
 
+NO_MEMORY_GROUP = (
+    "no permission to make a memory cgroup: only anonymous memory is limited (prlimit --data), "
+    "file pages are not. For a true limit run as root, or as: systemd-run --user --scope -p "
+    "MemoryMax=… edge-gemma bench …"
+)
+QUOTA_PERIOD_US = 100_000
+
+
+@dataclass
+class _Held:
+    """The limits of one run while it lasts."""
+
+    kind: str = "none"
+    groups: list[Group] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
 @contextmanager
-def _limited(limits: Limits, permit_groups: bool) -> Iterator[tuple[str, list[Group], list[str]]]:
-    """(kind, our groups, notes). The groups are gone afterwards, whatever happens."""
-    groups: list[Group] = []
-    notes: list[str] = []
-    kind = "none"
+def _limited(limits: Limits, permit_groups: bool) -> Iterator[_Held]:
+    """The limits, set. The groups are removed afterwards, whatever happens."""
+    held = _Held()
     try:
         if limits.memory_bytes:
-            n = limits.memory_bytes
-            group = None
-            if permit_groups:
-                group = _make(
-                    "memory",
-                    {
-                        1: [
-                            ("memory.limit_in_bytes", n, True),
-                            ("memory.memsw.limit_in_bytes", n, False),
-                            ("memory.swappiness", 0, False),
-                        ],
-                        2: [("memory.max", n, True), ("memory.swap.max", 0, False)],
-                    },
-                )
-            if group:
-                groups.append(group)
-                kind = f"cgroup v{group.version}"
-            elif sys.platform == "linux":
-                kind = "rlimit"
-                notes.append(
-                    "no permission to make a memory cgroup: only anonymous memory is limited "
-                    "(prlimit --data), file pages are not. "
-                    "For a true limit run as root, or as: systemd-run --user --scope -p "
-                    "MemoryMax=… edge-gemma bench …"
-                )
-            else:
-                notes.append(
-                    f"{sys.platform} has no memory limit for one process; the run was not limited"
-                )
+            _limit_memory(held, limits.memory_bytes, permit_groups)
         if limits.quota and limits.quota < len(limits.cpus or usable_cpus()):
-            period = 100_000
-            group = permit_groups and _make(
-                "cpu",
-                {
-                    1: [
-                        ("cpu.cfs_period_us", period, True),
-                        ("cpu.cfs_quota_us", int(limits.quota * period), True),
-                    ],
-                    2: [("cpu.max", f"{int(limits.quota * period)} {period}", True)],
-                },
-            )
-            if group:
-                groups.append(group)
-            else:
-                notes.append(f"no permission to limit CPU time to {limits.quota:g} cores")
-        yield kind, groups, notes
+            _limit_time(held, limits.quota, permit_groups)
+        yield held
     finally:
-        for group in groups:
+        for group in held.groups:
             group.remove()
 
 
-# --- running -------------------------------------------------------------------------------------------------------
+def _limit_memory(held: _Held, n_bytes: int, permit_groups: bool) -> None:
+    first: list[Setting] = [
+        ("memory.limit_in_bytes", n_bytes, True),
+        ("memory.memsw.limit_in_bytes", n_bytes, False),
+        ("memory.swappiness", 0, False),
+    ]
+    second: list[Setting] = [("memory.max", n_bytes, True), ("memory.swap.max", 0, False)]
+    group = _make("memory", {1: first, 2: second}) if permit_groups else None
+    if group:
+        held.groups.append(group)
+        held.kind = f"cgroup v{group.version}"
+    elif sys.platform == "linux":
+        held.kind = "rlimit"
+        held.notes.append(NO_MEMORY_GROUP)
+    else:
+        held.notes.append(
+            f"{sys.platform} has no memory limit for one process; the run was not limited"
+        )
+
+
+def _limit_time(held: _Held, quota: float, permit_groups: bool) -> None:
+    quota_us = int(quota * QUOTA_PERIOD_US)
+    first: list[Setting] = [
+        ("cpu.cfs_period_us", QUOTA_PERIOD_US, True),
+        ("cpu.cfs_quota_us", quota_us, True),
+    ]
+    second: list[Setting] = [("cpu.max", f"{quota_us} {QUOTA_PERIOD_US}", True)]
+    if permit_groups and (group := _make("cpu", {1: first, 2: second})):
+        held.groups.append(group)
+    else:
+        held.notes.append(f"no permission to limit CPU time to {quota:g} cores")
+
+
+# --- running ---
 
 
 def run(
     argv: Sequence[str],
-    limits: Limits = Limits(),
+    limits: Limits = NO_LIMITS,
     *,
     cold_files: Sequence[str | os.PathLike] = (),
     on_start: Callable[[int], None] = lambda pid: None,
@@ -352,15 +363,15 @@ def run(
     if shutil.which(argv[0]) is None:
         raise RuntimeFailure(f"cannot start {argv[0]}: not found")
     drop_cache(*cold_files)
-    with _limited(limits, permit_groups) as (kind, groups, notes):
+    with _limited(limits, permit_groups) as held:
         setup = {
             "parent": os.getpid(),
-            "groups": [str(group.path) for group in groups],
+            "groups": [str(group.path) for group in held.groups],
             "cpus": list(limits.cpus),
-            "data_bytes": limits.memory_bytes if kind == "rlimit" else 0,
+            "data_bytes": limits.memory_bytes if held.kind == "rlimit" else 0,
             "may_lock": limits.may_lock,
         }
-        outcome = Outcome(kind, limits.memory_bytes, notes=notes)
+        outcome = Outcome(held.kind, limits.memory_bytes, notes=held.notes)
         begin = time.perf_counter()
         with tempfile.TemporaryFile() as errors:
             child = subprocess.Popen(
@@ -376,6 +387,7 @@ def run(
             watchdog = _Watchdog(child, timeout_s)
             try:
                 on_start(child.pid)
+                assert child.stdout is not None
                 for line in child.stdout:
                     on_line(line.rstrip("\n"))
                 _, status, usage = os.wait4(child.pid, 0)
@@ -384,11 +396,12 @@ def run(
             finally:
                 outcome.timed_out = watchdog.stop()
                 _end(child)
-                child.stdout.close()
+                if child.stdout:
+                    child.stdout.close()
             outcome.seconds = time.perf_counter() - begin
             errors.seek(max(0, errors.seek(0, os.SEEK_END) - 4000))
             outcome.error_tail = errors.read().decode(errors="replace")
-        for group in groups:
+        for group in held.groups:
             peak, kills = group.counters()
             outcome.max_usage_bytes = max(outcome.max_usage_bytes, peak)
             outcome.oom_kills += kills

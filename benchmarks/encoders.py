@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 
 import numpy as np
-from edge_gemma.benchmarks.inputs import STEP_S, packets, picture, sound
+from edge_gemma.benchmarks.inputs import STEP_S, detector, packets, picture, sound
 from edge_gemma.benchmarks.systems import AudioEncoderAlone, System
 from edge_gemma.benchmarks.worker import Round, say
 
@@ -66,7 +66,7 @@ class _Soak:
     """Detection and encoder, packet by packet, and what it took."""
 
     encoder: AudioEncoder
-    detector: SpeechDetector = field(default_factory=SpeechDetector)
+    detector: SpeechDetector
     stream: AudioStream | None = None
     position: int = 0  # samples heard
     utterances: int = 0
@@ -127,7 +127,7 @@ def soak_rounds(system: System) -> list[Round]:
     the time it really took, and arrives when it would have been spoken.
     """
     task = system.task
-    soak = _Soak(_encoder(system))
+    soak = _Soak(_encoder(system), detector(task.clips))
     memory: list[Footprint] = []
     next_look = 0
     say(phase="listen")
@@ -150,12 +150,12 @@ def picture_rounds(system: System) -> list[Round]:
     say(phase="look")
     rounds = []
     for _ in range(task.rounds):
-        wall, cpu = time.perf_counter(), time.process_time()
+        wall, cpu = time.perf_counter(), system.cpu_seconds()
         rows = system.encode_picture(pixels)
         rounds.append(
             {
                 "picture_s": time.perf_counter() - wall,
-                "cpu_s": time.process_time() - cpu,
+                "cpu_s": system.cpu_seconds() - cpu,
                 "probe": np.asarray(rows, np.float64).reshape(-1)[::PROBE].tolist(),
             }
         )

@@ -12,11 +12,16 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from edge_gemma.benchmarks.caps import usable_cpus
 
+from edge_gemma.bundles.manifest import Manifest
 from edge_gemma.machine.footprint import load_psutil
 from edge_gemma.units import GiB, MiB, format_bytes
+
+CPUS = "/sys/devices/system/cpu"
+THROTTLED = "/sys/devices/platform/soc/soc:firmware/get_throttled"  # Raspberry Pi
 
 
 def _read(path: str) -> str:
@@ -26,7 +31,7 @@ def _read(path: str) -> str:
         return ""
 
 
-def describe_machine() -> dict:
+def describe_machine() -> dict[str, Any]:
     """Parts, and ``text``: one line that belongs under every table.
 
     >>> describe_machine()["text"] != ""
@@ -37,31 +42,29 @@ def describe_machine() -> dict:
     from edge_gemma.machine.probe import probe
 
     here = probe()
-    parts = {
-        "cpu": here.cpu or platform.processor() or platform.machine(),
+    cpu, n_cores = here.cpu or platform.processor() or platform.machine(), len(usable_cpus())
+    system = f"{platform.system()} {platform.release()} {platform.machine()}"
+    python, llama_cpp = platform.python_version(), _version("llama-cpp-python")
+    told = ("avx2", "avx512", "neon", "dotprod", "i8mm")
+    features = " ".join(feature for feature in here.cpu_features if feature in told)
+    return {
+        "cpu": cpu,
         "board": here.board,
-        "cores": len(usable_cpus()),
+        "cores": n_cores,
         "memory_bytes": here.total_bytes,
         "limit_bytes": here.limit_bytes,
         "page_bytes": here.page_bytes,
         "features": list(here.cpu_features),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "python": platform.python_version(),
+        "system": system,
+        "python": python,
         "numpy": numpy.__version__,
-        "llama_cpp": _version("llama-cpp-python"),
+        "llama_cpp": llama_cpp,
         "onnxruntime": _version("onnxruntime"),
+        "text": (
+            f"{cpu}, {n_cores} cores ({features}), {format_bytes(here.total_bytes)}, {system}, "
+            f"Python {python}, llama-cpp-python {llama_cpp}"
+        ),
     }
-    features = " ".join(
-        feature
-        for feature in parts["features"]
-        if feature in ("avx2", "avx512", "neon", "dotprod", "i8mm")
-    )
-    parts["text"] = (
-        f"{parts['cpu']}, {parts['cores']} cores ({features}), "
-        f"{format_bytes(parts['memory_bytes'])}, {parts['system']}, Python "
-        f"{parts['python']}, llama-cpp-python {parts['llama_cpp']}"
-    )
-    return parts
 
 
 def _version(package: str) -> str:
@@ -89,8 +92,7 @@ def bandwidth(n_threads: int, *, size_bytes: int = 256 * MiB, seconds: float = 1
     best = 0.0
     until = time.perf_counter() + seconds
     while True:
-        # bitwise or reads each word once and does next to nothing with it; add.reduce would do as
-        # well but for its pairwise order
+        # bitwise or reads each word once and does next to nothing with it
         threads = [threading.Thread(target=np.bitwise_or.reduce, args=(block,)) for block in blocks]
         begin = time.perf_counter()
         for thread in threads:
@@ -103,7 +105,7 @@ def bandwidth(n_threads: int, *, size_bytes: int = 256 * MiB, seconds: float = 1
             return best
 
 
-def bytes_per_token(manifest) -> int:
+def bytes_per_token(manifest: Manifest) -> int:
     """Weights a decoder reads for each token it writes: every matmul tensor once (a bundle's
     manifest).
     """
@@ -120,8 +122,8 @@ class Calm:
     True
     """
 
-    before: dict = field(default_factory=dict)
-    after: dict = field(default_factory=dict)
+    before: dict[str, Any] = field(default_factory=dict)
+    after: dict[str, Any] = field(default_factory=dict)
 
     def __enter__(self) -> Calm:
         # a load average would still count a benchmark that has just ended
@@ -132,59 +134,46 @@ class Calm:
         self.after = self._state()
 
     @staticmethod
-    def _state() -> dict:
+    def _state() -> dict[str, Any]:
         clocks = [
             int(text)
             for cpu in usable_cpus()
-            if (
-                text := _read(f"/sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_cur_freq")
-            ).isdigit()
+            if (text := _read(f"{CPUS}/cpu{cpu}/cpufreq/scaling_cur_freq")).isdigit()
         ]
-        zones = (
-            sorted(Path("/sys/class/thermal").glob("thermal_zone*"))
-            if Path("/sys/class/thermal").is_dir()
-            else []
-        )
         heat = [
             int(text) / 1000
-            for zone in zones
+            for zone in sorted(Path("/sys/class/thermal").glob("thermal_zone*"))
             if (text := _read(f"{zone}/temp")).lstrip("-").isdigit()
         ]
-        throttled = _read("/sys/devices/platform/soc/soc:firmware/get_throttled")  # Raspberry Pi
         return {
             "clock_mhz": max(clocks) // 1000 if clocks else None,
             "celsius": max(heat) if heat else None,
-            "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or None,
-            "throttled": throttled or None,
+            "governor": _read(f"{CPUS}/cpu0/cpufreq/scaling_governor") or None,
+            "throttled": _read(THROTTLED) or None,
         }
 
     def warnings(self) -> list[str]:
         found = []
         before, after = self.before, self.after
-        if before.get("busy", 0) > 0.1:
+        busy, governor = before.get("busy", 0), before.get("governor")
+        if busy > 0.1:
             found.append(
-                f"the machine was busy when it began ({before['busy']:.0%} of its cores in "
-                "use); expect slower and less steady figures"
+                f"the machine was busy when it began ({busy:.0%} of its cores in use); expect "
+                "slower and less steady figures"
             )
-        if (
-            before.get("clock_mhz")
-            and after.get("clock_mhz")
-            and after["clock_mhz"] < 0.9 * before["clock_mhz"]
-        ):
+        clock, later = before.get("clock_mhz"), after.get("clock_mhz")
+        if clock and later and later < 0.9 * clock:
             found.append(
-                f"the clock fell from {before['clock_mhz']} to {after['clock_mhz']} MHz on "
-                "the way: thermal throttling or a power limit"
+                f"the clock fell from {clock} to {later} MHz on the way: thermal throttling or a "
+                "power limit"
             )
-        if after.get("celsius") and after["celsius"] >= 80:
-            found.append(
-                f"{after['celsius']:.0f} °C at the end; a Raspberry Pi slows down from 80 °C on"
-            )
+        celsius = after.get("celsius")
+        if celsius and celsius >= 80:
+            found.append(f"{celsius:.0f} °C at the end; a Raspberry Pi slows down from 80 °C on")
         if (bits := after.get("throttled")) and int(bits, 16) & 0xF:
             found.append(f"the firmware reports throttling or low voltage (get_throttled {bits})")
-        if before.get("governor") not in (None, "performance"):
-            found.append(
-                f"the CPU governor is {before['governor']!r}; `performance` gives steadier figures"
-            )
+        if governor not in (None, "performance"):
+            found.append(f"the CPU governor is {governor!r}; `performance` gives steadier figures")
         return found
 
 

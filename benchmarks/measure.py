@@ -18,8 +18,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edge_gemma.benchmarks.caps import Limits, Outcome
+from edge_gemma.benchmarks.caps import NO_LIMITS, Limits, Outcome
 from edge_gemma.benchmarks.caps import run as run_capped
+from edge_gemma.benchmarks.sections import Steps, no_steps
 from edge_gemma.benchmarks.systems import Task
 
 from edge_gemma.machine import footprint as memory
@@ -28,7 +29,6 @@ from edge_gemma.machine.peak import PeakSampler
 # walking the page tables of 1.5 GB takes 15 ms of a core that the measured threads want: of two,
 # one waits for the other
 WALK_DUTY = 0.004
-NO_LIMITS = Limits()
 
 
 @dataclass
@@ -195,7 +195,7 @@ class _Watcher:
         self._sampler.__enter__()
 
     def _look(self) -> None:
-        """A timeline at 10 Hz from the counters; which of the file's pages are held, once a second."""
+        """A timeline at 10 Hz from the counters; the file's pages that are held, once a second."""
         cold, checked = 0, -9.0
         while not self._stop.wait(0.1):
             try:
@@ -285,7 +285,7 @@ def interleave(
     repeats: int,
     runs: list[list[Run]],
     limits: Sequence[Limits] = (),
-    progress: Callable[[str], None] = lambda text: None,
+    steps: Steps = no_steps,
 ) -> list[list[Run]]:
     """Add ``repeats`` runs of each task to its list in ``runs``, in turns (forwards, then
     backwards), so that what drifts drifts for all.
@@ -297,9 +297,9 @@ def interleave(
     for repeat in range(repeats):
         order = list(range(len(tasks)))
         for i in order if repeat % 2 == 0 else reversed(order):
-            done += 1
-            progress(f"run {done} of {total}")
+            steps(done, total)
             runs[i].append(measure(tasks[i], limits[i] if limits else NO_LIMITS))
+            done += 1
     return runs
 
 

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from edge_gemma.benchmarks.caps import Limits, usable_cpus
-from edge_gemma.benchmarks.measure import NO_LIMITS, Run, measure, memory_of, timed
+from edge_gemma.benchmarks.caps import NO_LIMITS, Limits, usable_cpus
+from edge_gemma.benchmarks.measure import Run, measure, memory_of, timed
 from edge_gemma.benchmarks.sections import OVERVIEW_NOTE, Progress, Row, Section, silent
 from edge_gemma.benchmarks.systems import Task
 
@@ -23,7 +23,7 @@ from edge_gemma.bundles.folder import Bundle
 from edge_gemma.bundles.manifest import Tensor
 from edge_gemma.errors import RuntimeFailure
 from edge_gemma.machine.device import Device, load_profile, profile_names
-from edge_gemma.machine.probe import find_device, probe
+from edge_gemma.machine.probe import find_device, this_machine
 from edge_gemma.machine.repack import repacked
 from edge_gemma.plan.ladder import make_plan
 from edge_gemma.plan.records import AFTER_LOAD, Plan, PlanRequest
@@ -93,7 +93,7 @@ def memory(
     )
     if len(bundles) > 1:
         section.note(OVERVIEW_NOTE)
-    host = probe()
+    host = this_machine()
     boards = {name: find_device(name) for name in devices or profile_names()}
     if run:
         section.note(*_beyond_this_machine(boards, host))
@@ -335,7 +335,7 @@ def capped(
     progress: Progress = silent,
 ) -> Section:
     """Each bundle under its hard limit, from a cold cache, in turns with the same without a limit.
-    ``limits_bytes``: one for each bundle. Raises RuntimeFailure when a bundle never runs to its end.
+    ``limits_bytes``: one for each bundle. Raises RuntimeFailure for a bundle whose every run fails.
     """
     section = Section("capped")
     with keeping(section):

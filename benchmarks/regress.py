@@ -11,12 +11,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from edge_gemma.benchmarks.bench import KINDS, Section
+from edge_gemma.benchmarks.sections import KINDS, Row, Section
 
 from edge_gemma.errors import UsageError
+from edge_gemma.files import written_whole
 from edge_gemma.units import MiB
 
+Machine = dict[str, Any]  # as describe_machine gives it
 FORMAT = "edge-gemma-bench"
 FLOOR_BYTES, FLOOR_TIME = 0.02, 0.05
 
@@ -47,7 +50,7 @@ class Change:
         )
 
 
-def to_json(sections: Sequence[Section], machine: dict) -> dict:
+def to_json(sections: Sequence[Section], machine: Machine) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": 1,
@@ -64,14 +67,13 @@ def to_json(sections: Sequence[Section], machine: dict) -> dict:
     }
 
 
-def save(path: Path, sections: Sequence[Section], machine: dict) -> None:
+def save(path: Path, sections: Sequence[Section], machine: Machine) -> None:
     """Whole or not at all; replaces what was there."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(to_json(sections, machine), indent=1))
-    partial.replace(path)
+    with written_whole(path) as file:
+        file.write(json.dumps(to_json(sections, machine), indent=1).encode())
 
 
-def read(path: Path) -> dict:
+def read(path: Path) -> dict[str, Any]:
     """An earlier file. Raises UsageError."""
     try:
         found = json.loads(path.read_text())
@@ -95,7 +97,7 @@ def read(path: Path) -> dict:
     return found
 
 
-def sections(found: dict) -> list[Section]:
+def sections(found: dict[str, Any]) -> list[Section]:
     """The sections of a file that was read. Raises UsageError."""
     names = Section.__dataclass_fields__
     try:
@@ -109,23 +111,20 @@ def sections(found: dict) -> list[Section]:
 
 
 def compare(
-    before: dict, sections: Sequence[Section], machine: dict
+    before: dict[str, Any], sections: Sequence[Section], machine: Machine
 ) -> tuple[list[Change], list[str]]:
     """(changes, notes). Speeds of two machines are not compared; memory is, where page size and CPU
     features agree.
     """
     notes = []
-    same_cpu = before["machine"].get("cpu") == machine.get("cpu") and before["machine"].get(
-        "cores"
-    ) == machine.get("cores")
+    other = before["machine"]
+    same_cpu = _agree(other, machine, "cpu", "cores")
     if not same_cpu:
         notes.append(
-            "measured on another machine before "
-            f"({before['machine'].get('text', 'unknown')}): times and speeds are not compared"
+            f"measured on another machine before ({other.get('text', 'unknown')}): times and "
+            "speeds are not compared"
         )
-    same_memory = all(
-        before["machine"].get(key) == machine.get(key) for key in ("page_bytes", "features")
-    )
+    same_memory = _agree(other, machine, "page_bytes", "features")
     if not same_memory:
         notes.append(
             "page size or CPU features differ, and with them what is repacked: memory is not "
@@ -138,6 +137,7 @@ def compare(
     }
     changes = []
     for section in sections:
+        comparable = {True: same_memory, False: same_cpu or section.kind == "quality"}
         for row in section.rows:
             name = _name(section.key, row)
             old = earlier.get((section.kind, name))
@@ -145,37 +145,27 @@ def compare(
                 notes.append(f"{section.kind} {name} was not measured before")
                 continue
             for field, better in section.better.items():
-                is_bytes = field.endswith("_bytes")
-                if (
-                    (same_memory if is_bytes else same_cpu or section.kind == "quality")
-                    and old.get(field)
-                    and row.get(field)
-                ):
-                    changes.append(
-                        _change(
-                            section.kind,
-                            name,
-                            field,
-                            better,
-                            old,
-                            row,
-                            FLOOR_BYTES if is_bytes else FLOOR_TIME,
-                        )
-                    )
+                measured_twice = old.get(field) and row.get(field)
+                if measured_twice and comparable[field.endswith("_bytes")]:
+                    changes.append(_change(section.kind, name, field, better, old, row))
     return changes, notes
 
 
-def _name(key: Sequence[str], row: dict) -> str:
+def _agree(one: Machine, other: Machine, *keys: str) -> bool:
+    return all(one.get(key) == other.get(key) for key in keys)
+
+
+def _name(key: Sequence[str], row: Row) -> str:
     return ", ".join(
         f"{row.get(field):g}" if isinstance(row.get(field), float) else str(row.get(field))
         for field in key
     )
 
 
-def _change(
-    kind: str, name: str, field: str, better: int, old: dict, row: dict, floor: float
-) -> Change:
-    noise = max(floor, 2 * (old.get(f"{field}_spread", 0.0) + row.get(f"{field}_spread", 0.0)))
+def _change(kind: str, name: str, field: str, better: int, old: Row, row: Row) -> Change:
+    floor = FLOOR_BYTES if field.endswith("_bytes") else FLOOR_TIME
+    spreads = old.get(f"{field}_spread", 0.0) + row.get(f"{field}_spread", 0.0)
+    noise = max(floor, 2 * spreads)
     change = row[field] / old[field] - 1
     verdict = "same" if abs(change) <= noise else "better" if change * better > 0 else "worse"
     return Change(kind, name, field, old[field], row[field], change, noise, verdict)

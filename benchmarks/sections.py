@@ -14,12 +14,22 @@ from edge_gemma.units import MiB
 
 Row = dict[str, Any]
 Progress = Callable[[str], None]
+Steps = Callable[[int, int], None]  # (done, total)
 Show = Callable[[Row, str], str]  # (row, field) → the cell's words
 ABSENT = "–"
 
 
 def silent(text: str) -> None:
     """The progress of whoever does not want any."""
+
+
+def no_steps(done: int, total: int) -> None:
+    """The steps of whoever does not want to see any."""
+
+
+def counted(progress: Progress) -> Steps:
+    """Steps told as text."""
+    return lambda done, total: progress(f"run {done} of {total}")
 
 
 # --- words for cells: (row, field) → text ---

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -84,8 +85,12 @@ class System:
         """``pixels [side, side, 3]`` uint8 → soft tokens ``[n, n_embd]`` float32."""
         raise SystemExit(f"{self.task.system} encodes no pictures here")
 
+    def cpu_seconds(self) -> float:
+        """CPU time so far of the process that computes."""
+        return time.process_time()
+
     def close(self) -> None:
-        pass
+        """Let go of the model."""
 
 
 class LlamaCpp(System):
@@ -106,7 +111,8 @@ class LlamaCpp(System):
         options: dict[str, Any] = {"n_ctx": self.task.n_ctx, "verbose": False}
         if n := self.task.n_threads:
             options |= {"n_threads": n, "n_threads_batch": n}
-        self.model = llama_cpp.Llama(self.task.path, **options, **dict(self.task.settings))
+        options |= dict(self.task.settings)
+        self.model = llama_cpp.Llama(self.task.path, **options)
 
     def tokenize(self, text: str) -> list[int]:
         return self.model.tokenize(text.encode(), add_bos=True)
@@ -149,13 +155,16 @@ class EdgeGemma(System):
         )
 
     def tokenize(self, text: str) -> list[int]:
-        return [id for span in self.model.spans(text) for id in span.ids]
+        from edge_gemma import Tokens
+
+        spans = self.model.spans(text)
+        return [id for span in spans if isinstance(span, Tokens) for id in span.ids]
 
     def generate(self, ids: list[int], n_predict: int) -> Iterator[int]:
         from edge_gemma import Sampling, Tokens
 
         for chunk in self.model.generate(
-            [Tokens(ids)], Sampling(temperature=0, max_tokens=n_predict)
+            [Tokens(tuple(ids))], Sampling(temperature=0, max_tokens=n_predict)
         ):
             for _ in chunk.token_ids:
                 yield 1
@@ -190,12 +199,13 @@ def _with_one_encoder_at_a_time(task: Task, request: PlanRequest) -> Model:
     """
     from edge_gemma.bundles.folder import Bundle
     from edge_gemma.engines.llama.weights import repacked_here
-    from edge_gemma.model import Model, here
+    from edge_gemma.machine.probe import machine_for
+    from edge_gemma.model import Model
     from edge_gemma.plan.ladder import make_plan
 
     bundle = Bundle.open(task.path)
     request = replace(request, n_ctx=task.n_ctx)
-    plan = make_plan(bundle.manifest, here(task.device), request, repacked_here).require()
+    plan = make_plan(bundle.manifest, machine_for(task.device), request, repacked_here).require()
     items = tuple(
         replace(item, phases=("listen",)) if item.name.startswith("audio encoder") else item
         for item in plan.items

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable
 
 import numpy as np
-from edge_gemma.benchmarks.inputs import PACKET, STEP_S, packets, picture, sound
+from edge_gemma.benchmarks.inputs import PACKET, STEP_S, detector, packets, picture, sound
 from edge_gemma.benchmarks.systems import EdgeGemma, System
 from edge_gemma.benchmarks.worker import Round, prompt_ids, say
 
@@ -61,9 +61,9 @@ def typed_rounds(system: System) -> list[Round]:
         with ours.model.session() as session:
             say(phase="prefill")
             if task.n_prompt:
-                session.append([Tokens(ids[:-TYPED_TOKENS])])
+                session.append([Tokens(tuple(ids[:-TYPED_TOKENS]))])
             start = time.perf_counter()
-            session.append([Tokens(ids[-TYPED_TOKENS:])])
+            session.append([Tokens(tuple(ids[-TYPED_TOKENS:]))])
             say(phase="decode")
             first = _first_token_at(session.generate(sampling))
         rounds.append({"ttft_s": first - start, "rtf": None})
@@ -119,7 +119,9 @@ def listened_rounds(system: System) -> list[Round]:
     turns, phase = 0, ""
     with ours.model.chat() as chat:
         options = ListenOptions(INSTRUCTION, sampling=sampling)
-        for record in Listener(chat, packets(system.task.clips), options).records():
+        clips = system.task.clips
+        listener = Listener(chat, packets(clips), options, detector=detector(clips))
+        for record in listener.records():
             turns += record.kind == "turn"
             begun = LISTENER_PHASES.get(record.kind, phase)
             if begun != phase:

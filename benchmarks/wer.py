@@ -1,25 +1,23 @@
 """Word error rate of a bundle on a folder of recordings with transcripts.
 
-    python -m edge_gemma.benchmarks.wer BUNDLE DATASET [--language English] [--limit N]
-
 In: a bundle that hears, and a folder of sound files. A transcript is ``NAME.txt`` beside
 ``NAME.wav``, or a line ``NAME text`` in a ``*.trans.txt`` (LibriSpeech), or ``text (NAME)`` in a
-file called ``transcription``. Out: one line per file on stderr, a summary as JSON on stdout.
+file called ``transcription``. Out: a line for each file, totals. The alignment is jiwer's.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
-import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from edge_gemma.benchmarks.sections import Progress, silent
 
-from edge_gemma.errors import EdgeGemmaError, UsageError
+from edge_gemma.errors import EdgeGemmaError, MissingExtra, UsageError
 
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3")
 
@@ -35,33 +33,27 @@ def words(text: str) -> list[str]:
 
 
 def errors(reference: list[str], heard: list[str]) -> int:
-    """Fewest substitutions, insertions and deletions that turn one into the other.
+    """Fewest substitutions, insertions and deletions that turn one into the other. Raises
+    MissingExtra.
 
     >>> errors("the cat sat".split(), "a cat sat down".split())
     2
     """
-    row = list(range(len(heard) + 1))
-    for i, word in enumerate(reference, 1):
-        diagonal, row[0] = row[0], i
-        for j, other in enumerate(heard, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (word != other))
-    return row[-1]
+    try:
+        import jiwer
+    except ImportError:
+        raise MissingExtra("Word error rates", "bench") from None
+    if not reference or not heard:  # jiwer refuses an empty reference
+        return len(reference) + len(heard)
+    found = jiwer.process_words(" ".join(reference), " ".join(heard))
+    return int(found.substitutions + found.insertions + found.deletions)
 
 
 def dataset(folder: Path) -> Iterator[tuple[Path, str]]:
     """(file, transcript) of every sound file that has one. Raises UsageError when there is none."""
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder; expected one with sound files and transcripts")
-    known: dict[str, str] = {}
-    for path in folder.rglob("*.trans.txt"):
-        known |= {
-            name: text
-            for name, _, text in (line.partition(" ") for line in path.read_text().splitlines())
-        }
-    for path in folder.rglob("transcription"):
-        for line in path.read_text().splitlines():
-            text, _, name = line.rpartition("(")
-            known[name.rstrip(") ")] = re.sub(r"</?s>", "", text)
+    known = _transcripts(folder)
     found = False
     for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SOUNDS):
         beside = path.with_suffix(".txt")
@@ -76,11 +68,25 @@ def dataset(folder: Path) -> Iterator[tuple[Path, str]]:
         )
 
 
+def _transcripts(folder: Path) -> dict[str, str]:
+    """Texts by file name, out of LibriSpeech's and the transcription files."""
+    known: dict[str, str] = {}
+    for path in folder.rglob("*.trans.txt"):
+        for line in path.read_text().splitlines():
+            name, _, text = line.partition(" ")
+            known[name] = text
+    for path in folder.rglob("transcription"):
+        for line in path.read_text().splitlines():
+            text, _, name = line.rpartition("(")
+            known[name.rstrip(") ")] = re.sub(r"</?s>", "", text)
+    return known
+
+
 def measure(
     hear: Callable[[Iterable[np.ndarray]], str],
     pairs: Iterable[tuple[Path, str]],
-    progress=lambda line: None,
-) -> dict:
+    progress: Progress = silent,
+) -> dict[str, Any]:
     """``hear(blocks) -> text`` over the pairs → totals. A file that cannot be read is counted, not
     skipped silently.
     """
@@ -92,12 +98,15 @@ def measure(
         n_files += 1
         try:
             heard = words(hear(file_blocks(path)))
+        except MissingExtra:
+            raise
         except EdgeGemmaError as error:
             n_failed += 1
             heard = []
             progress(f"{path.name}: {error}")
         wrong = errors(reference, heard)
-        n_words, n_errors = n_words + len(reference), n_errors + wrong
+        n_words += len(reference)
+        n_errors += wrong
         progress(f"{path.name}: {wrong} of {len(reference)} words wrong: {' '.join(heard)}")
     return {
         "wer": round(n_errors / n_words, 4) if n_words else None,
@@ -115,11 +124,9 @@ def run(
     language: str | None = None,
     limit: int | None = None,
     pad_audio: bool = True,
-    progress=lambda line: None,
-) -> dict:
+    progress: Progress = silent,
+) -> dict[str, Any]:
     """Load the bundle and measure it, greedily."""
-    from itertools import islice
-
     from edge_gemma import load
     from edge_gemma.conversation.listener import (
         TRANSCRIBE,
@@ -133,37 +140,9 @@ def run(
     instruction = TRANSCRIBE.format(language=language) if language else TRANSCRIBE_ANY
     options = ListenOptions(pad_audio=pad_audio, sampling=Sampling(temperature=0, max_tokens=448))
     with load(bundle) as model, model.chat(pad_audio=pad_audio) as chat:
-        return measure(
-            lambda blocks: " ".join(s.text for s in transcribe(chat, blocks, instruction, options)),
-            pairs,
-            progress,
-        ) | {"bundle": bundle}
 
+        def hear(blocks: Iterable[np.ndarray]) -> str:
+            segments = transcribe(chat, blocks, instruction, options)
+            return " ".join(segment.text for segment in segments)
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("bundle")
-    parser.add_argument("dataset", type=Path)
-    parser.add_argument("--language")
-    parser.add_argument("--limit", type=int)
-    parser.add_argument("--short", action="store_true", help="no padding rows")
-    options = parser.parse_args()
-    try:
-        result = run(
-            options.bundle,
-            options.dataset,
-            language=options.language,
-            limit=options.limit,
-            pad_audio=not options.short,
-            progress=lambda line: print(line, file=sys.stderr),
-        )
-    except EdgeGemmaError as error:
-        print(f"wer: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    print(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main()
+        return measure(hear, pairs, progress) | {"bundle": bundle}

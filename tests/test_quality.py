@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from checkpoints import write_checkpoint
 from edge_gemma.convert import imatrix as im
-from edge_gemma.convert.ladder import run as ladder
-from edge_gemma.convert.ladder import time_kept
+from edge_gemma.benchmarks.ladder import run as ladder
+from edge_gemma.benchmarks.ladder import time_kept
 from edge_gemma.convert.pipeline import Conversion, convert
 from edge_gemma.convert.quality import compare
 
@@ -233,10 +233,11 @@ def test_the_ladder_makes_a_table_and_a_plot(world, tmp_path, capsys):
 def test_speeds_can_be_added_to_a_kept_ladder_later(world, tmp_path, capsys):
     checkpoint, _, text = world
     where = [str(checkpoint), str(tmp_path / "ladder"), str(text), "--recipes", "q8_0,q4_0"]
-    main_ok("ladder", *where, "--rounds", "0", "--keep", "--tokens", "600", "--json")
+    main_ok("bench", "ladder", *where, "--rounds", "0", "--keep", "--tokens", "600", "--json")
     quality = json.loads(capsys.readouterr().out)
     assert [rung["decode_tok_s"] for rung in quality] == [0, 0]
     main_ok(
+        "bench",
         "ladder",
         *where[:-1],
         "q8_0,q6_k",
@@ -262,7 +263,7 @@ def test_speeds_can_be_added_to_a_kept_ladder_later(world, tmp_path, capsys):
             rounds=0,
             keep=True,
         )
-    main_ok("ladder", *where, "--speed-only", "--rounds", "1", "--json")
+    main_ok("bench", "ladder", *where, "--speed-only", "--rounds", "1", "--json")
     timed = json.loads(capsys.readouterr().out)
     assert all(rung["decode_tok_s"] > 0 and rung["pss_bytes"] > 0 for rung in timed)
     assert [(rung["recipe"], rung["receipt"]) for rung in timed] == [

@@ -1,9 +1,12 @@
 """A 64-bit Arm board in a virtual machine: real memory figures, emulated speed.
 
-    python -m edge_gemma.benchmarks.dev.armvm build DIR             a Debian arm64 machine with everything edge-gemma needs (once, some minutes)
-    python -m edge_gemma.benchmarks.dev.armvm memory DIR            270M, E2B (with and without ears) and E4B under hard limits: planned against measured
-    python -m edge_gemma.benchmarks.dev.armvm test DIR [PYTEST…]    the core of the test suite on arm64
-    python -m edge_gemma.benchmarks.dev.armvm run DIR -- COMMAND…   anything else, as root, with this checkout on its Python path
+    python -m edge_gemma.benchmarks.dev.armvm ACTION DIR
+
+    build                  a Debian arm64 machine with everything edge-gemma needs (once, minutes)
+    memory [MODEL…]        270M, E2B (with and without ears) and E4B under hard limits: planned
+                           against measured
+    test [PYTEST…]         the core of the test suite on arm64
+    run DIR -- COMMAND…    anything else, as root, with this checkout on its Python path
 
 In: this checkout and Debian's packages. Out: lines from the machine's console. A Cortex-A76 (the
 Raspberry Pi 5's core) under QEMU with a real Linux, real cgroup v2 limits and a real OOM killer.
@@ -29,11 +32,16 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from edge_gemma.benchmarks.sections import Row, in_mib, markdown_table, signed
+
 from edge_gemma.errors import RuntimeFailure, UsageError
 from edge_gemma.units import GiB, MiB, format_bytes, parse_bytes
 
 RELEASE, PYTHON = "bookworm", "3.11"  # Debian 12 and its Python; Raspberry Pi OS is built on it
-PACKAGES = "python3,busybox-static,linux-image-cloud-arm64,libgomp1,libstdc++6,libportaudio2,libasound2,ca-certificates"
+PACKAGES = (
+    "python3,busybox-static,linux-image-cloud-arm64,libgomp1,libstdc++6,libportaudio2,libasound2,"
+    "ca-certificates"
+)
 TOOLS = {
     "debootstrap": "debootstrap",
     "qemu-system-aarch64": "qemu-system-arm",
@@ -57,16 +65,19 @@ B=/bin/busybox
 for m in virtio virtio_ring virtio_mmio virtio_blk; do $B insmod /modules/$m.ko; done
 $B mount -t devtmpfs dev /dev; $B mount -t sysfs sys /sys
 while :; do for d in /sys/block/vd*; do
-  [ "$($B cat $d/serial 2>/dev/null)" = root ] && $B mount -t ext4 /dev/${d##*/} /new && $B umount /sys && exec $B switch_root /new /board-init
+  [ "$($B cat $d/serial 2>/dev/null)" = root ] || continue
+  $B mount -t ext4 /dev/${d##*/} /new && $B umount /sys && exec $B switch_root /new /board-init
 done; $B sleep 0.1; done
 """
 
 # First process of the machine: mounts what Linux needs, unpacks the job, runs it, switches the
 # machine off.
 _INIT = """#!/bin/sh
-export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TMPDIR=/var/tmp LANG=C.UTF-8 PYTHONDONTWRITEBYTECODE=1
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TMPDIR=/var/tmp LANG=C.UTF-8
+export PYTHONDONTWRITEBYTECODE=1
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t cgroup2 cgroup /sys/fs/cgroup
-mount -t devtmpfs dev /dev 2>/dev/null; mkdir -p /dev/shm; mount -t tmpfs -o size=75% tmp /tmp; mount -t tmpfs shm /dev/shm
+mount -t devtmpfs dev /dev 2>/dev/null; mkdir -p /dev/shm
+mount -t tmpfs -o size=75% tmp /tmp; mount -t tmpfs shm /dev/shm
 mount -o remount,rw /; ip link set lo up 2>/dev/null || busybox ip link set lo up
 for d in /sys/block/vd*; do
   case "$(cat $d/serial)" in
@@ -283,9 +294,7 @@ def _checkout() -> Path:
 
 
 def _call(*argv: str, env=None, cwd=None, stdin: bytes | None = None, binary: bool = False):
-    done = subprocess.run(
-        argv, env=env, cwd=cwd, input=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    done = subprocess.run(argv, env=env, cwd=cwd, input=stdin, capture_output=True)
     if done.returncode:
         tail = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()[-3:]
         raise RuntimeFailure(
@@ -294,7 +303,7 @@ def _call(*argv: str, env=None, cwd=None, stdin: bytes | None = None, binary: bo
     return done.stdout if binary else done.stdout.decode(errors="replace")
 
 
-# --- running -------------------------------------------------------------------------------------------------------
+# --- running ---
 
 
 def _job(commands: str) -> bytes:
@@ -382,6 +391,7 @@ def boot(
             errors="replace",
         )
         status, last = None, ""
+        assert machine.stdout is not None
         try:
             for line in machine.stdout:
                 line = line.rstrip("\r\n")
@@ -437,14 +447,11 @@ def test(folder: Path, arguments: Sequence[str]) -> Iterator[str]:
     )
 
 
-# --- the memory benchmark ------------------------------------------------------------------------------------------
+# --- the memory benchmark ---
 
-EARS, HEARD_S = (
-    "e2b-ears",
-    2.0,
-)  # E2B with the full-size int8 audio encoder, which hears so many seconds before the prompt
-# (model of benchmarks/spine.py, hard limit, n_ctx, prompt, tokens written); small, because every
-# token is emulated
+EARS, HEARD_S = "hear-e2b", 2.0  # E2B with ears hears so many seconds before the prompt
+# (model of bundles.py, hard limit, n_ctx, prompt, tokens written); small, because every token is
+# emulated
 CASES = (
     ("270m", 420 * MiB, 512, 128, 16),
     ("270m", 1 * GiB, 2048, 256, 8),
@@ -455,37 +462,25 @@ CASES = (
 )
 
 
-def memory(
-    folder: Path, work: Path, names: Sequence[str], say: Callable[[str], None]
-) -> list[dict]:
+def memory(folder: Path, work: Path, names: Sequence[str], say: Callable[[str], None]) -> list[Row]:
     """Run :data:`CASES` on the board and return their rows: planned against measured, under a real
     limit.
     """
-    from edge_gemma.benchmarks.hear import encoder_bundle
-    from edge_gemma.benchmarks.spine import Models
+    from edge_gemma.benchmarks.presets import Runner
 
-    models, image = Models(work), folder / "models.ext4"
+    runner, image = Runner(work=work, progress=say), folder / "models.ext4"
+    work.mkdir(parents=True, exist_ok=True)
     rows = []
-    for name in names or dict.fromkeys(
-        case[0] for case in CASES
-    ):  # one at a time: the image of all would take 15 GB of disk
-        bundle = (
-            encoder_bundle(work, "int8", models.gguf("e2b")).folder
-            if name == EARS
-            else models.bundle(name)
-        )
+    # one at a time: the image of all would take 15 GB of disk
+    for name in names or dict.fromkeys(case[0] for case in CASES):
         with tempfile.TemporaryDirectory(dir=work) as staging:
-            shutil.copytree(bundle, Path(staging) / name, copy_function=os.link)
+            shutil.copytree(runner.model(name), Path(staging) / name, copy_function=os.link)
             say(f"disk image of {name}")
             make_image(image, Path(staging))
+        command = f"python3 -W ignore -m edge_gemma.benchmarks.dev.armvm guest {name}\n"
+        lines = boot(folder, command, memory_bytes=6 * GiB, models=image, timeout_s=4 * 3600)
         try:
-            for line in boot(
-                folder,
-                f"python3 -W ignore -m edge_gemma.benchmarks.dev.armvm guest {name}\n",
-                memory_bytes=6 * GiB,
-                models=image,
-                timeout_s=4 * 3600,
-            ):
+            for line in lines:
                 if line.startswith(RESULT):
                     rows.append(json.loads(line.removeprefix(RESULT)))
                     say(row_text(rows[-1]))
@@ -500,7 +495,7 @@ def guest(names: Sequence[str]) -> None:
     """Inside the machine: one line of JSON for each case. Times are left out on purpose."""
     from edge_gemma.benchmarks.caps import Limits
     from edge_gemma.benchmarks.measure import measure
-    from edge_gemma.benchmarks.spine import planned_row
+    from edge_gemma.benchmarks.memory import planned_row
     from edge_gemma.benchmarks.systems import Task
 
     for name, limit_bytes, n_ctx, n_prompt, n_predict in CASES:
@@ -516,33 +511,25 @@ def guest(names: Sequence[str]) -> None:
             audio_s=HEARD_S if name == EARS else 0.0,
         )
         run = measure(task, Limits(limit_bytes), interval_s=0.2)
-        row = {
+        outcome = run.outcome
+        row: Row = {
             "model": name,
             "n_ctx": n_ctx,
             "limit_bytes": limit_bytes,
-            "limit": run.outcome.kind,
-            "outcome": run.outcome.describe(),
-            "oom_kills": run.outcome.oom_kills,
+            "limit": outcome.kind,
+            "outcome": outcome.describe(),
+            "oom_kills": outcome.oom_kills,
+            "max_usage_bytes": outcome.max_usage_bytes,
+            "major_faults": outcome.major_faults,
         }
-        row |= {
-            "max_usage_bytes": run.outcome.max_usage_bytes,
-            "major_faults": run.outcome.major_faults,
-        }
-        print(
-            RESULT
-            + json.dumps(
-                row
-                | (
-                    planned_row(name, n_ctx, run)
-                    if run.ok
-                    else {"error_tail": run.outcome.error_tail}
-                )
-            ),
-            flush=True,
-        )
+        if run.ok:
+            row |= planned_row(name, n_ctx, run)
+        else:
+            row["error_tail"] = outcome.error_tail
+        print(RESULT + json.dumps(row), flush=True)
 
 
-def row_text(row: dict) -> str:
+def row_text(row: Row) -> str:
     head = (
         f"{row['model']}, n_ctx {row['n_ctx']}, under {format_bytes(row['limit_bytes'])} "
         f"({row['limit']}): {row['outcome']}"
@@ -556,43 +543,36 @@ def row_text(row: dict) -> str:
     )
 
 
-def memory_table(rows: Sequence[dict]) -> str:
-    from edge_gemma.benchmarks.spine import mib, table
-
-    head = [
-        "model",
-        "n_ctx",
-        "hard limit MiB",
-        "outcome",
-        "OOM kills",
-        "planned MiB",
-        "measured PSS MiB",
-        "anonymous MiB",
-        "plan is off by",
-    ]
-    cells = [
+def memory_table(rows: Sequence[Row]) -> str:
+    table = [
         [
-            r["model"],
-            r["n_ctx"],
-            mib(r["limit_bytes"]),
-            r["outcome"],
-            r["oom_kills"],
-            *(
-                [
-                    mib(r["planned_peak_bytes"]),
-                    mib(r["peak_pss_bytes"]),
-                    mib(r["anon_bytes"]),
-                    f"{r['error']:+.1%}",
-                ]
-                if "error" in r
-                else ["–"] * 4
-            ),
+            "model",
+            "n_ctx",
+            "hard limit MiB",
+            "outcome",
+            "OOM kills",
+            "planned MiB",
+            "measured PSS MiB",
+            "anonymous MiB",
+            "plan is off by",
         ]
-        for r in rows
     ]
-    return "## On a Cortex-A76 in a virtual machine, Debian 12, 4 KiB pages, cgroup v2\n\n" + table(
-        head, cells
-    )
+    for row in rows:
+        table.append(
+            [
+                row["model"],
+                str(row["n_ctx"]),
+                in_mib(row["limit_bytes"]),
+                row["outcome"],
+                str(row["oom_kills"]),
+                in_mib(row.get("planned_peak_bytes")),
+                in_mib(row.get("peak_pss_bytes")),
+                in_mib(row.get("anon_bytes")),
+                signed(row.get("error")),
+            ]
+        )
+    title = "## On a Cortex-A76 in a virtual machine, Debian 12, 4 KiB pages, cgroup v2"
+    return f"{title}\n\n{markdown_table(table)}"
 
 
 def main() -> None:
@@ -604,7 +584,7 @@ def main() -> None:
     parser.add_argument(
         "rest",
         nargs="*",
-        help="after --: the command (run), pytest's arguments (test), 270m e2b e2b-ears e4b "
+        help="after --: the command (run), pytest's arguments (test), 270m e2b hear-e2b e4b "
         "(memory)",
     )
     parser.add_argument("--memory", default="4GiB", help="of the machine (run)")

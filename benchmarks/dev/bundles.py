@@ -25,7 +25,6 @@ from edge_gemma.errors import UsageError
 Note = Callable[[str], None]
 SEPARATE_HEAD = Types(head="q4_0", embed="q8_0")
 PRECISIONS = ("f32", "f16", "int8")
-AUDIO_PRECISION, VISION_PRECISION = "int8", "f16"  # of the encoders in hear-… and see-…
 # a random decoder's vocabulary need not name the tokens around sound and pictures
 START_OF_IMAGE, END_OF_IMAGE, START_OF_AUDIO = 255999, 256000, 256000
 
@@ -149,44 +148,43 @@ class _Maker:
             add_vision(decoder, self.tower(kind, n_embd), out)
 
 
-def add_audio(decoder: Bundle, tower: Path, out: Path, precision: str = AUDIO_PRECISION) -> Bundle:
-    """A bundle of ``decoder`` (its file is linked) and the audio tower of a checkpoint."""
+def add_audio(decoder: Bundle, tower: Path, out: Path) -> None:
+    """A bundle of ``decoder`` (its file is linked) and the audio tower of a checkpoint, as int8."""
     from edge_gemma.convert.audio import write_audio_encoder
     from edge_gemma.convert.checkpoint import Checkpoint
 
     with BundleWriter(out) as writer:
-        part = write_audio_encoder(Checkpoint.open(tower), writer.folder, precision)
+        part = write_audio_encoder(Checkpoint.open(tower), writer.folder, "int8")
         names = ("end_of_audio", "audio_padding")
         rows = np.random.default_rng(1).standard_normal((2, part.n_embd), np.float32)
         tokens = {"start_of_audio": START_OF_AUDIO}
-        return writer.commit(_joined(writer.folder, decoder, part, names, rows, tokens))
+        writer.commit(_joined(writer.folder, decoder, part, names, rows, tokens))
 
 
-def add_vision(
-    decoder: Bundle, tower: Path, out: Path, precision: str = VISION_PRECISION
-) -> Bundle:
-    """A bundle of ``decoder`` (its file is linked) and the vision tower of a checkpoint. Raises
-    UsageError when their widths differ.
+def add_vision(decoder: Bundle, tower: Path, out: Path) -> None:
+    """A bundle of ``decoder`` (its file is linked) and the vision tower of a checkpoint, as f16.
+    Raises UsageError when their widths differ.
     """
-    from edge_gemma.convert.audio import hard_rows
+    from edge_gemma.convert.special_rows import hard_rows
     from edge_gemma.convert.checkpoint import Checkpoint
     from edge_gemma.convert.vision import write_vision_encoder
 
     checkpoint, embedder = Checkpoint.open(tower), "model.embed_vision."
     with BundleWriter(out) as writer:
-        part = write_vision_encoder(checkpoint, writer.folder, precision)
+        part = write_vision_encoder(checkpoint, writer.folder, "f16")
         if part.n_embd != decoder.manifest.decoder.n_embd:
             raise UsageError(
                 f"the tower gives rows {part.n_embd} wide, {decoder.manifest.name} takes "
                 f"{decoder.manifest.decoder.n_embd}; write the tower with --n-embd "
                 f"{decoder.manifest.decoder.n_embd}"
             )
-        names, rows = (), np.zeros((0, part.n_embd), np.float32)
+        names: tuple[str, ...] = ()
+        rows = np.zeros((0, part.n_embd), np.float32)
         if embedder + "hard_embedding_norm.weight" in checkpoint.names():
             names = ("end_of_image",)
             rows = hard_rows(checkpoint, embedder, [0]).astype(np.float32)
         tokens = {"start_of_image": START_OF_IMAGE, "end_of_image": END_OF_IMAGE}
-        return writer.commit(_joined(writer.folder, decoder, part, names, rows, tokens))
+        writer.commit(_joined(writer.folder, decoder, part, names, rows, tokens))
 
 
 def _joined(

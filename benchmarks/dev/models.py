@@ -190,7 +190,8 @@ def write_gemma3n(size: str, out: Path, *, seed: int = 0) -> int:
     out.mkdir(parents=True)
     shards = _shards(sizes.shapes("gemma3n", size))
     pool = to_bf16(np.random.default_rng(seed).standard_normal(POOL_VALUES, np.float32))
-    total, weight_map = 0, {}
+    total = 0
+    weight_map: dict[str, str] = {}
     for k, shard in enumerate(shards):
         file = f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(shard, file)

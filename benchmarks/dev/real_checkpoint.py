@@ -135,7 +135,8 @@ def tokenizer_model(path: Path) -> bytes:
     from sentencepiece import sentencepiece_model_pb2
 
     texts, scores, kinds = _vocabulary(path)
-    model = sentencepiece_model_pb2.ModelProto()
+    # protobuf makes the class when the module is imported
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     for text, score, kind in zip(texts, scores, kinds, strict=True):
         if kind == USER_DEFINED:  # sentencepiece keeps its mark for spaces in those
             text = text.replace(" ", "\u2581")

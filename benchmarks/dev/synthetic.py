@@ -90,7 +90,7 @@ TINY = {
 
 @dataclass(frozen=True)
 class Types:
-    """GGML types by group. ``head="tied"`` leaves the token embedding to serve as the output head."""
+    """GGML types by group. ``head="tied"``: the token embedding is the output head too."""
 
     matmul: str = "Q4_0"
     ple: str = "Q8_0"
@@ -100,7 +100,7 @@ class Types:
 
 @dataclass(frozen=True)
 class Spec:
-    """One tensor to be written: ``std`` is that of its values (0: all zero), ``mean`` for F32 ones."""
+    """One tensor to be written. ``std``: of its values (0: all zero); ``mean``: of F32 ones."""
 
     name: str
     shape: tuple[int, ...]  # numpy order: the last is the row
@@ -224,7 +224,7 @@ def _tensors(shape: Shape, types: Types) -> Iterator[Spec]:
         yield replace(matrix("output.weight", s.n_vocab, s.n_embd), type=types.head)
 
 
-# --- values --------------------------------------------------------------------------------------------------------
+# --- values ---
 
 
 def _scale_columns(kind: gguf.GGMLQuantizationType) -> list[int]:
@@ -318,7 +318,7 @@ def data(spec: Spec, seed: int) -> Iterator[np.ndarray]:
         left -= piece.nbytes
 
 
-# --- vocabulary ----------------------------------------------------------------------------------------------------
+# --- vocabulary ---
 
 
 @dataclass(frozen=True)
@@ -401,7 +401,7 @@ def made_up_vocabulary(n: int) -> Vocabulary:
     return Vocabulary(tokens, scores, types, False).padded(n)
 
 
-# --- the file ------------------------------------------------------------------------------------------------------
+# --- the file ---
 
 
 def write(
@@ -479,6 +479,7 @@ def write(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        assert writer.fout
         out = writer.fout[0]
         for spec in specs:
             writer.write_padding(out, out.tell())

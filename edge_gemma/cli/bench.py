@@ -4,9 +4,10 @@ report page.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,18 +16,27 @@ from edge_gemma.cli.common import (
     BundlesArg,
     ContextOption,
     DevicesOption,
+    ForceOption,
     JsonOption,
     LanguageOption,
     PadAudioOption,
+    Progress,
     ThreadCountsOption,
     ThreadsOption,
     TokensOption,
     check_parents,
     note,
     print_json,
+    table,
 )
+from edge_gemma.cli.convert import CheckpointArg, ImatrixOption, checkpoint_folder
+
+if TYPE_CHECKING:
+    from edge_gemma.benchmarks.regress import Change
+    from edge_gemma.benchmarks.sections import Section
 
 REGRESSED = 1  # exit code when --against found something worse
+ALL_RECIPES = "q8_0,q6_k,q5_k_m,q4_k_m,q4_0,iq4_xs,q3_k_m"
 
 bench = typer.Typer(
     name="bench",
@@ -34,32 +44,100 @@ bench = typer.Typer(
     no_args_is_help=True,
 )
 
-Report = Annotated[
+ReportOption = Annotated[
     Path | None,
-    typer.Option("--report", help="Also write this HTML page, with PNG and JSON beside it"),
+    typer.Option("--report", help="Also write this HTML page, with PNG and JSON beside it."),
 ]
-Save = Annotated[Path | None, typer.Option("--save", help="Keep the figures in this file")]
-Against = Annotated[
+SaveOption = Annotated[Path | None, typer.Option("--save", help="Keep the figures in this file.")]
+AgainstOption = Annotated[
     Path | None,
     typer.Option(
         "--against",
         help="Compare with a file kept earlier; exit code 1 when something got worse by more than "
-        "the noise",
+        "the noise.",
     ),
 ]
-Repeats = Annotated[
+RepeatsOption = Annotated[
     int,
     typer.Option(
         "--repeats",
         min=1,
         max=100,
-        help="Interleaved runs; medians are shown with half their range",
+        help="Interleaved runs; medians are shown with half their range.",
     ),
 ]
 
-
 def register(app: typer.Typer) -> None:
     app.add_typer(bench)
+
+
+# --- presets ---
+
+
+@bench.command()
+def presets(json: JsonOption = False) -> None:
+    """The presets that `bench run` knows."""
+    from edge_gemma.benchmarks import presets as shipped
+
+    found = [shipped.read(name) for name in shipped.names()]
+    if as_json:
+        print_json({preset.name: preset.about for preset in found})
+    else:
+        print(table([(preset.name, preset.about) for preset in found]))
+
+
+@bench.command()
+def run(
+    preset: Annotated[
+        str, typer.Argument(metavar="PRESET", help="A preset (`bench presets`) or a .toml file.")
+    ],
+    work: Annotated[
+        Path | None,
+        typer.Option("--work", help="Where models are made and kept. Default: a temporary folder."),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model", help="NAME=BUNDLE: a bundle to take for one of the preset's models."
+        ),
+    ] = None,
+    clips: Annotated[
+        Path | None, typer.Option("--clips", help="A folder with recordings of speech.")
+    ] = None,
+    small: Annotated[
+        bool,
+        typer.Option("--small", help="Tiny models, one round: whether the preset runs at all."),
+    ] = False,
+    as_json: JsonOption = False,
+    report: ReportOption = None,
+    save: SaveOption = None,
+    against: AgainstOption = None,
+) -> None:
+    """Run a preset. Presets are the benchmarks behind the documentation's figures."""
+    from edge_gemma.benchmarks import presets as shipped
+
+    wanted = shipped.read(preset)
+    models = {name: _folders([bundle])[0] for name, bundle in map(_pair, model or ())}
+
+    def job(progress: Progress) -> list[Section]:
+        runner = shipped.Runner(
+            work or shipped.DEFAULT_WORK, models, clips, small, progress.stage
+        )
+        return runner.run(wanted)
+
+    _finish(job, Output(as_json, report, save, against))
+
+
+def _pair(text: str) -> tuple[str, str]:
+    from edge_gemma.errors import UsageError
+
+    name, equals, bundle = text.partition("=")
+    if not equals:
+        raise UsageError(f"--model takes NAME=BUNDLE; got {text!r}")
+    return name, bundle
+
+
+# --- one benchmark each ---
 
 
 @bench.command()
@@ -69,28 +147,29 @@ def wer(
         Path,
         typer.Argument(
             help="A folder of recordings with transcripts (NAME.txt beside NAME.wav, or "
-            "LibriSpeech's *.trans.txt)"
+            "LibriSpeech's *.trans.txt)."
         ),
     ],
     language: LanguageOption = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="So many recordings only")
+        int | None, typer.Option("--limit", min=1, help="So many recordings only.")
     ] = None,
     pad_audio: PadAudioOption = True,
     as_json: JsonOption = False,
 ) -> None:
     """Word error rate on recordings with transcripts, greedily decoded."""
-    from edge_gemma.benchmarks import wer as run
+    from edge_gemma.benchmarks import wer as rates
     from edge_gemma.store.installed import resolve
 
-    found = run.run(
-        str(resolve(bundle)),
-        dataset,
-        language=language,
-        limit=limit,
-        pad_audio=pad_audio,
-        progress=note,
-    )
+    with Progress() as progress:
+        found = rates.run(
+            str(resolve(bundle)),
+            dataset,
+            language=language,
+            limit=limit,
+            pad_audio=pad_audio,
+            progress=progress.note,
+        )
     if as_json:
         print_json(found)
     else:
@@ -107,26 +186,27 @@ def memory(
     device: DevicesOption = None,
     ctx: ContextOption = None,
     plan_only: Annotated[
-        bool, typer.Option("--plan-only", help="No runs, only what would be needed")
+        bool, typer.Option("--plan-only", help="No runs, only what would be needed.")
     ] = False,
     as_json: JsonOption = False,
-    report: Report = None,
-    save: Save = None,
-    against: Against = None,
+    report: ReportOption = None,
+    save: SaveOption = None,
+    against: AgainstOption = None,
 ) -> None:
     """What each bundle takes on each board. Planned, and measured under that board's limits where
     this machine can. --device may be repeated; all, the default, stands for every profile.
     """
-    from edge_gemma.benchmarks import bench as run
+    from edge_gemma.benchmarks import memory as benchmarks
 
-    names = run.device_names(device or ["all"])
-    _finish(
-        [lambda: run.memory(_folders(bundles), names, n_ctx=ctx, run=not plan_only, progress=note)],
-        as_json,
-        report,
-        save,
-        against,
-    )
+    names = benchmarks.device_names(device or ["all"])
+
+    def job(progress: Progress) -> list[Section]:
+        section = benchmarks.memory(
+            _folders(bundles), names, n_ctx=ctx, run=not plan_only, progress=progress.stage
+        )
+        return [section]
+
+    _finish(job, Output(as_json, report, save, against))
 
 
 @bench.command()
@@ -134,35 +214,31 @@ def speed(
     bundles: BundlesArg,
     depth: Annotated[
         list[int] | None,
-        typer.Option("--depth", min=1, help="Prompt length in tokens, repeatable"),
+        typer.Option("--depth", min=1, help="Prompt length in tokens, repeatable."),
     ] = None,
     threads: ThreadCountsOption = None,
-    repeats: Repeats = 3,
+    repeats: RepeatsOption = 3,
     as_json: JsonOption = False,
-    report: Report = None,
-    save: Save = None,
-    against: Against = None,
+    report: ReportOption = None,
+    save: SaveOption = None,
+    against: AgainstOption = None,
 ) -> None:
     """Prefill and decode speed, and load time. Over context length and threads, cold and warm, with
     the share of the memory's bandwidth. --threads may be repeated.
     """
-    from edge_gemma.benchmarks import bench as run
+    from edge_gemma.benchmarks import speed as benchmarks
 
-    _finish(
-        [
-            lambda: run.speed(
-                _folders(bundles),
-                depths=depth or (128, 512, 2048),
-                threads=threads or (),
-                repeats=repeats,
-                progress=note,
-            )
-        ],
-        as_json,
-        report,
-        save,
-        against,
-    )
+    def job(progress: Progress) -> list[Section]:
+        section = benchmarks.speed(
+            _folders(bundles),
+            depths=depth or (128, 512, 2048),
+            threads=threads or (),
+            repeats=repeats,
+            progress=progress.stage,
+        )
+        return [section]
+
+    _finish(job, Output(as_json, report, save, against))
 
 
 @bench.command()
@@ -170,136 +246,215 @@ def latency(
     bundles: BundlesArg,
     seconds: Annotated[
         list[float] | None,
-        typer.Option("--seconds", min=0.2, max=30, help="Length of the speech, repeatable"),
+        typer.Option("--seconds", min=0.2, max=30, help="Length of the speech, repeatable."),
     ] = None,
-    repeats: Repeats = 3,
+    after: Annotated[
+        bool, typer.Option("--after", help="Also encoded after its end, to compare.")
+    ] = False,
+    repeats: RepeatsOption = 3,
     as_json: JsonOption = False,
-    report: Report = None,
-    save: Save = None,
-    against: Against = None,
+    report: ReportOption = None,
+    save: SaveOption = None,
+    against: AgainstOption = None,
 ) -> None:
     """From the end of speech to the first token of the answer."""
-    from edge_gemma.benchmarks import bench as run
+    from edge_gemma.benchmarks import speed as benchmarks
 
-    _finish(
-        [
-            lambda: run.latency(
-                _folders(bundles),
-                lengths_s=seconds or (1, 2, 5, 10, 20, 30),
-                repeats=repeats,
-                progress=note,
-            )
-        ],
-        as_json,
-        report,
-        save,
-        against,
-    )
+    def job(progress: Progress) -> list[Section]:
+        section = benchmarks.latency(
+            _folders(bundles),
+            lengths_s=seconds or (1, 2, 5, 10, 20, 30),
+            after=after,
+            repeats=repeats,
+            progress=progress.stage,
+        )
+        return [section]
+
+    _finish(job, Output(as_json, report, save, against))
 
 
 @bench.command()
 def quality(
-    reference: Annotated[str, typer.Argument(help="The bundle or GGUF to measure against")],
+    reference: Annotated[str, typer.Argument(help="The bundle or GGUF to measure against.")],
     bundles: BundlesArg,
     text: Annotated[
-        Path, typer.Option("--text", help="A UTF-8 text to predict", show_default=False)
+        Path, typer.Option("--text", help="A UTF-8 text to predict.", show_default=False)
     ],
     tokens: TokensOption = 4096,
     as_json: JsonOption = False,
-    report: Report = None,
-    save: Save = None,
-    against: Against = None,
+    report: ReportOption = None,
+    save: SaveOption = None,
+    against: AgainstOption = None,
 ) -> None:
-    """Perplexity and KL divergence against a reference. Both have the same vocabulary."""
-    from edge_gemma.benchmarks import bench as run
+    """Perplexity and KL divergence against a reference of the same vocabulary."""
+    from edge_gemma.benchmarks import quality as benchmarks
 
-    _finish(
-        [
-            lambda: run.quality(
-                _file_or_bundle(reference),
-                [_file_or_bundle(b) for b in bundles],
-                text,
-                max_tokens=tokens,
-                progress=note,
-            )
-        ],
-        as_json,
-        report,
-        save,
-        against,
-    )
+    def job(progress: Progress) -> list[Section]:
+        section = benchmarks.quality(
+            _file_or_bundle(reference),
+            [_file_or_bundle(bundle) for bundle in bundles],
+            text,
+            max_tokens=tokens,
+            progress=progress.stage,
+        )
+        return [section]
+
+    _finish(job, Output(as_json, report, save, against))
 
 
 @bench.command()
 def compare(
-    bundle: Annotated[
-        str, typer.Argument(help="A bundle; llama_cpp.Llama on the same file is always compared")
-    ],
+    bundle: BundleArg,
     other: Annotated[
         list[str] | None,
         typer.Option(
             "--also",
             help="SYSTEM=MODEL, repeatable; systems: edge-gemma, llama_cpp.Llama, llama-server, "
-            "onnxruntime-genai, litert-lm, transformers",
+            "onnxruntime-genai, litert-lm, transformers.",
         ),
     ] = None,
     ctx: ContextOption = 2048,
-    prompt: Annotated[int, typer.Option("--prompt", min=1, help="Prompt length in tokens")] = 512,
+    prompt: Annotated[int, typer.Option("--prompt", min=1, help="Prompt length in tokens.")] = 512,
     threads: ThreadsOption = None,
-    repeats: Repeats = 3,
+    repeats: RepeatsOption = 3,
     as_json: JsonOption = False,
-    report: Report = None,
-    save: Save = None,
-    against: Against = None,
+    report: ReportOption = None,
+    save: SaveOption = None,
+    against: AgainstOption = None,
 ) -> None:
-    """One interleaved run against what a user would pick instead."""
-    from edge_gemma.benchmarks import bench as run
+    """One interleaved run against what a user would pick instead. llama_cpp.Llama on the same file
+    is always among them.
+    """
+    from edge_gemma.benchmarks import speed as benchmarks
+
+    others = [_system(text) for text in other or ()]
+    (folder,) = _folders([bundle])
+
+    def job(progress: Progress) -> list[Section]:
+        section = benchmarks.compare(
+            folder,
+            others,
+            n_prompt=prompt,
+            n_ctx=ctx or 2048,
+            n_threads=threads or 0,
+            repeats=repeats,
+            progress=progress.stage,
+        )
+        return [section]
+
+    _finish(job, Output(as_json, report, save, against))
+
+
+def _system(text: str) -> tuple[str, Path]:
     from edge_gemma.errors import UsageError
 
-    others = []
-    for text in other or ():
-        system, equals, path = text.partition("=")
-        if not equals or not Path(path).exists():
-            raise UsageError(f"--also takes SYSTEM=MODEL with a model that exists; got {text!r}")
-        others.append((system, Path(path)))
-    (folder,) = _folders([bundle])
-    _finish(
-        [
-            lambda: run.compare(
-                folder,
-                others,
-                n_prompt=prompt,
-                n_ctx=ctx or 2048,
-                n_threads=threads or 0,
-                repeats=repeats,
-                progress=note,
+    system, equals, path = text.partition("=")
+    if not equals or not Path(path).exists():
+        raise UsageError(f"--also takes SYSTEM=MODEL with a model that exists; got {text!r}")
+    return system, Path(path)
+
+
+@bench.command()
+def ladder(
+    checkpoint: CheckpointArg,
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT", help="A folder for the bundles, table.json, table.md and ladder.png."
+        ),
+    ],
+    text: Annotated[Path, typer.Argument(metavar="TEXT", help="The text to measure quality on.")],
+    recipes: Annotated[
+        str, typer.Option("--recipes", help="Comma-separated; a name may be followed by +imatrix.")
+    ] = ALL_RECIPES,
+    imatrix: ImatrixOption = None,
+    tokens: TokensOption = 0,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            "--rounds", help="Speed is the median of so many interleaved rounds; 0 skips it."
+        ),
+    ] = 3,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep the bundles; else only the table stays.")
+    ] = False,
+    add: Annotated[
+        bool,
+        typer.Option(
+            "--add", help="Add recipes to the table of an earlier run that kept its bundles in OUT."
+        ),
+    ] = False,
+    speed_only: Annotated[
+        bool,
+        typer.Option(
+            "--speed-only",
+            help="Time the bundles that an earlier run kept in OUT, and add that to its table.",
+        ),
+    ] = False,
+    threads: ThreadsOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Convert to several recipes and compare them. Size, bits per weight, perplexity, KL
+    divergence, speed, memory.
+
+    Quality takes long, speed wants a calm machine: `--rounds 0 --keep` first, then the same line
+    with `--speed-only`.
+    """
+    from edge_gemma.benchmarks import ladder as benchmarks
+
+    n_threads = threads or 0
+    with Progress() as progress:
+        if speed_only:
+            progress.stage("speed")
+            rungs = benchmarks.time_kept(
+                out, rounds=rounds, n_threads=n_threads, keep=keep, steps=progress.steps
             )
-        ],
-        as_json,
-        report,
-        save,
-        against,
-    )
+        else:
+            rungs = benchmarks.run(
+                checkpoint_folder(checkpoint),
+                out,
+                text,
+                recipes.split(","),
+                imatrix=imatrix,
+                max_tokens=tokens,
+                rounds=rounds,
+                keep=keep,
+                n_threads=n_threads,
+                speed_threads=n_threads,
+                overwrite=force,
+                add=add,
+                stage=progress.stage,
+                note=progress.note,
+                steps=progress.steps,
+            )
+    if as_json:
+        print_json([rung.record() for rung in rungs])
+    else:
+        print(benchmarks.table(rungs))
+
+
+# --- figures that were kept ---
 
 
 @bench.command()
 def report(
-    files: Annotated[list[Path], typer.Argument(help="Files kept with --save", show_default=False)],
-    out: Annotated[Path, typer.Argument(help="The HTML page to write")],
+    files: Annotated[list[Path], typer.Argument(help="Files kept with --save.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The HTML page to write.")],
 ) -> None:
     """One page of figures that were kept earlier."""
     from edge_gemma.benchmarks import regress
-    from edge_gemma.benchmarks.report import write_report
 
     check_parents(out)
-    sections, machine, notes = [], None, []
-    for file in files:
-        found = regress.read(file)
-        machine = machine or found["machine"]
-        if found["machine"].get("text") != machine.get("text"):
-            notes.append(f"{file.name} was measured elsewhere: {found['machine'].get('text', '')}")
-        sections += regress.sections(found)
-    _note_written(write_report(out, sections, machine or {}, notes))
+    found = [regress.read(file) for file in files]
+    machine = found[0]["machine"]
+    notes = [
+        f"{file.name} was measured elsewhere: {each['machine'].get('text', '')}"
+        for file, each in zip(files, found, strict=True)
+        if each["machine"].get("text") != machine.get("text")
+    ]
+    sections = [section for each in found for section in regress.sections(each)]
+    _write_report(out, sections, machine, notes)
 
 
 @bench.command()
@@ -307,10 +462,10 @@ def diff(
     before: Annotated[
         Path,
         typer.Argument(
-            help="A file kept with --save, or the JSON beside a report", show_default=False
+            help="A file kept with --save, or the JSON beside a report.", show_default=False
         ),
     ],
-    now: Annotated[Path, typer.Argument(help="Another one", show_default=False)],
+    now: Annotated[Path, typer.Argument(help="Another one.", show_default=False)],
     as_json: JsonOption = False,
 ) -> None:
     """What changed between two files of figures. Only what exceeds the noise that both state; exit
@@ -331,7 +486,17 @@ def diff(
 # --- shared ---
 
 
-def _folders(names: list[str]) -> list[Path]:
+@dataclass(frozen=True)
+class Output:
+    """What becomes of the figures."""
+
+    json: bool
+    report: Path | None
+    save: Path | None
+    against: Path | None
+
+
+def _folders(names: Sequence[str]) -> list[Path]:
     from edge_gemma.store.installed import resolve
 
     return [Path(resolve(name)) for name in names]
@@ -341,46 +506,43 @@ def _file_or_bundle(name: str) -> Path:
     return Path(name) if name.endswith(".gguf") else _folders([name])[0]
 
 
-def _note_written(files: Iterable[Path]) -> None:
-    note(f"wrote {', '.join(map(str, files))}")
+def _write_report(
+    path: Path, sections: Sequence[Section], machine: dict[str, Any], notes: Sequence[str]
+) -> None:
+    from edge_gemma.benchmarks.report import write_report
+
+    written = write_report(path, sections, machine, notes)
+    note(f"wrote {', '.join(str(file) for file in written)}")
 
 
-def _print_changes(changes: list, notes: list[str], every: bool = False) -> None:
-    for text in [*notes, *(str(change) for change in changes if every or change.verdict != "same")]:
+def _print_changes(changes: Sequence[Change], notes: Sequence[str], every: bool = False) -> None:
+    shown = [str(change) for change in changes if every or change.verdict != "same"]
+    for text in [*notes, *shown]:
         print(f"- {text}")
     if changes and all(change.verdict == "same" for change in changes):
         print(f"- {len(changes)} figures, none of them changed by more than the noise")
 
 
-def _finish(
-    jobs: list[Callable],
-    as_json: bool,
-    report: Path | None,
-    save: Path | None,
-    against: Path | None,
-) -> None:
+def _finish(job: Callable[[Progress], list[Section]], output: Output) -> None:
     """Run, print, keep, compare. What was measured before a Ctrl-C is printed and kept as well."""
     from edge_gemma.benchmarks import regress
     from edge_gemma.benchmarks.machine import Calm, describe_machine
 
     machine = describe_machine()
-    before = (
-        regress.read(against) if against else None
-    )  # a wrong file is told before an hour of measuring
-    check_parents(save, report)
-    with Calm() as calm:
-        sections = [job() for job in jobs]
+    # a wrong file is told before an hour of measuring
+    before = regress.read(output.against) if output.against else None
+    check_parents(output.save, output.report)
+    with Calm() as calm, Progress() as progress:
+        sections = job(progress)
     machine["warnings"] = calm.warnings()
     changes, notes = regress.compare(before, sections, machine) if before else ([], [])
-    if save:
-        regress.save(save, sections, machine)
-    if report:
-        from edge_gemma.benchmarks.report import write_report
-
-        _note_written(write_report(report, sections, machine, machine["warnings"]))
-    if as_json:
-        record = regress.to_json(sections, machine)
-        print_json(record | {"changes": changes, "notes": notes})
+    if output.save:
+        regress.save(output.save, sections, machine)
+    if output.report:
+        _write_report(output.report, sections, machine, machine["warnings"])
+    if output.json:
+        found = regress.to_json(sections, machine)
+        print_json(found | {"changes": changes, "notes": notes})
     else:
         print(machine["text"])
         for section in sections:

@@ -1,5 +1,4 @@
-"""`convert`, `convert-lora`, `calibrate`, `ladder`: from checkpoints to bundles, and what that cost
-in quality.
+"""`convert`, `convert-lora`, `calibrate`: from checkpoints to bundles.
 """
 
 from __future__ import annotations
@@ -49,7 +48,6 @@ def register(app: typer.Typer) -> None:
     app.command("convert")(convert)
     app.command("convert-lora")(convert_lora)
     app.command("calibrate")(calibrate)
-    app.command("ladder")(ladder)
 
 
 def convert(
@@ -148,7 +146,7 @@ def convert(
         check=check,
         check_tokens=check_tokens,
     )
-    folder = _checkpoint(checkpoint)
+    folder = checkpoint_folder(checkpoint)
     if dry_run:
         _print_plan(prepare(folder, options), options, out, as_json)
         return
@@ -272,85 +270,6 @@ def calibrate(
     print(f"{result.path}: {result.n_entries} matrices from {result.n_tokens} tokens")
 
 
-def ladder(
-    checkpoint: CheckpointArg,
-    out: Annotated[
-        Path,
-        typer.Argument(
-            metavar="OUT", help="A folder for the bundles, table.json, table.md and ladder.png."
-        ),
-    ],
-    text: Annotated[Path, typer.Argument(metavar="TEXT", help="The text to measure quality on.")],
-    recipes: Annotated[
-        str, typer.Option("--recipes", help="Comma-separated; a name may be followed by +imatrix.")
-    ] = "q8_0,q6_k,q5_k_m,q4_k_m,q4_0,iq4_xs,q3_k_m",
-    imatrix: ImatrixOption = None,
-    tokens: TokensOption = 0,
-    rounds: Annotated[
-        int,
-        typer.Option(
-            "--rounds", help="Speed is the median of so many interleaved rounds; 0 skips it."
-        ),
-    ] = 3,
-    keep: Annotated[
-        bool, typer.Option("--keep", help="Keep the bundles; else only the table stays.")
-    ] = False,
-    add: Annotated[
-        bool,
-        typer.Option(
-            "--add", help="Add recipes to the table of an earlier run that kept its bundles in OUT."
-        ),
-    ] = False,
-    speed_only: Annotated[
-        bool,
-        typer.Option(
-            "--speed-only",
-            help="Time the bundles that an earlier run kept in OUT, and add that to its table.",
-        ),
-    ] = False,
-    threads: ThreadsOption = None,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Convert to several recipes and compare them.
-
-    The table has size, bits per weight, perplexity, KL divergence, speed and memory.
-
-    Quality takes long, speed wants a calm machine: `--rounds 0 --keep` first, then the same line
-    with `--speed-only`.
-    """
-    from edge_gemma.convert.ladder import run, time_kept
-    from edge_gemma.convert.ladder import table as markdown
-
-    with Progress() as progress:
-        if speed_only:
-            progress.stage("speed")
-            rungs = time_kept(
-                out, rounds=rounds, n_threads=threads or 0, keep=keep, steps=progress.steps
-            )
-        else:
-            rungs = run(
-                _checkpoint(checkpoint),
-                out,
-                text,
-                recipes.split(","),
-                imatrix=imatrix,
-                max_tokens=tokens,
-                rounds=rounds,
-                keep=keep,
-                n_threads=threads or 0,
-                overwrite=force,
-                add=add,
-                stage=progress.stage,
-                note=progress.note,
-                steps=progress.steps,
-            )
-    if as_json:
-        print_json([rung.record() for rung in rungs])
-    else:
-        print(markdown(rungs))
-
-
 # --- helpers ---
 
 
@@ -362,7 +281,7 @@ def _list_recipes(on: bool) -> None:
         raise typer.Exit()
 
 
-def _checkpoint(text: str) -> Path:
+def checkpoint_folder(text: str) -> Path:
     """A folder, or a hub id when there is no such folder."""
     if Path(text).exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
         return Path(text).expanduser()

@@ -1,15 +1,19 @@
-"""The reference vision modules in torch, for `benchmarks/vision.py --torch-python`: run them, or
-export them to ONNX.
+"""The reference vision modules in torch, for `dev/vision.py --torch-python`: run them, or export
+them to ONNX.
 
 Stands alone: it is started by another interpreter, one with torch, transformers and timm, and
 imports nothing of this package.
+
+    python torch_vision.py export FOLDER KIND OUT.onnx
+    python torch_vision.py worker FOLDER KIND THREADS    pictures in, soft tokens out
 """
 
 import json
 import sys
-import time
 
 import numpy as np
+
+SIZES = {"siglip": 896, "mobilenetv5": 768}  # pixels a side
 
 
 def module(folder: str, kind: str):
@@ -18,7 +22,8 @@ def module(folder: str, kind: str):
     from transformers import AutoConfig, AutoModel
 
     torch.set_grad_enabled(False)
-    config = json.load(open(f"{folder}/config.json"))
+    with open(f"{folder}/config.json") as file:
+        config = json.load(file)
     vision = AutoConfig.for_model(**config["vision_config"])
     n_embd = config["text_config"]["hidden_size"]
 
@@ -80,49 +85,44 @@ def module(folder: str, kind: str):
     return found
 
 
-def pixels(kind: str) -> np.ndarray:
-    size = {"siglip": 896, "mobilenetv5": 768}[kind]
-    rng = np.random.default_rng(5)
-    y, x = np.mgrid[0:size, 0:size]
-    values = np.stack(
-        [255 * x / size, 255 * y / size, 127 + 127 * np.sin((x + y) / 37)], -1
-    ) + rng.normal(0, 8, (size, size, 3))
-    scaled = np.ascontiguousarray(
-        values.clip(0, 255).astype(np.uint8).transpose(2, 0, 1)[None], np.float32
-    ) / np.float32(255)
-    return (scaled - np.float32(0.5)) / np.float32(0.5) if kind == "siglip" else scaled
+def normalized(kind: str, pixels: np.ndarray) -> np.ndarray:  # [1, 3, size, size] float32
+    planes = np.ascontiguousarray(pixels.transpose(2, 0, 1)[None], np.float32) / np.float32(255)
+    half = np.float32(0.5)
+    return (planes - half) / half if kind == "siglip" else planes
 
 
-def main(command: str, folder: str, kind: str, last: str) -> None:
+def export(folder: str, kind: str, out: str) -> None:
     import torch
 
-    encoder = module(folder, kind)
-    if command == "export":
-        torch.onnx.export(
-            encoder,
-            (torch.tensor(pixels(kind)),),
-            last,
-            input_names=["pixels"],
-            external_data=True,
-            dynamo=True,
-        )
-        return
-    torch.set_num_threads(int(last))
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        wall, cpu = time.perf_counter(), time.process_time()
-        rows = encoder(torch.tensor(pixels(kind))).numpy()
-        print(
-            json.dumps(
-                {
-                    "seconds": time.perf_counter() - wall,
-                    "cpu_seconds": time.process_time() - cpu,
-                    "probe": rows.astype(np.float64).reshape(-1)[::997].tolist(),
-                }
-            ),
-            flush=True,
-        )
+    size = SIZES[kind]
+    example = torch.zeros((1, 3, size, size))
+    torch.onnx.export(
+        module(folder, kind),
+        (example,),
+        out,
+        input_names=["pixels"],
+        external_data=True,
+        dynamo=True,
+    )
+
+
+def worker(folder: str, kind: str, threads: str) -> None:
+    """Standard input: pictures of SIZES[kind] a side, 3 bytes a pixel. Standard output: "ready",
+    then for each picture a JSON line with the shape of its rows and their float32 bytes.
+    """
+    import torch
+
+    encoder, size = module(folder, kind), SIZES[kind]
+    torch.set_num_threads(int(threads))
+    out = sys.stdout.buffer
+    out.write(b"ready\n")
+    out.flush()
+    while data := sys.stdin.buffer.read(size * size * 3):
+        pixels = np.frombuffer(data, np.uint8).reshape(size, size, 3)
+        rows = encoder(torch.tensor(normalized(kind, pixels))).numpy().astype(np.float32)
+        out.write(json.dumps(list(rows.shape)).encode() + b"\n" + rows.tobytes())
+        out.flush()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    {"export": export, "worker": worker}[sys.argv[1]](*sys.argv[2:])
