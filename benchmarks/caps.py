@@ -59,6 +59,14 @@ os.execvp(argv[0], argv)
 """
 
 
+def usable_cpus() -> list[int]:
+    return (
+        sorted(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else list(range(os.cpu_count() or 1))
+    )
+
+
 @dataclass(frozen=True)
 class Limits:
     """``memory_bytes`` 0: none.
@@ -123,14 +131,6 @@ class Outcome:
             return "done"
         lines = self.error_tail.strip().splitlines()
         return f"failed (status {self.returncode}): {lines[-1] if lines else 'no message'}"
-
-
-def usable_cpus() -> list[int]:
-    return (
-        sorted(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else list(range(os.cpu_count() or 1))
-    )
 
 
 def drop_cache(*paths: str | os.PathLike) -> None:

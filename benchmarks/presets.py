@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edge_gemma.benchmarks import hearing, ladder, memory, seeing, speed
 from edge_gemma.benchmarks.sections import Progress, Section, silent
 
 from edge_gemma.errors import MissingExtra, UsageError
@@ -32,36 +31,24 @@ SOUNDS = (".wav", ".flac", ".ogg", ".mp3")
 Benchmark = Callable[..., Section]
 
 
-def _each(benchmark: Benchmark) -> Benchmark:
-    """A benchmark of one bundle, for several."""
-
-    def run(bundles: list[Path], **options: Any) -> Section:
-        first, *rest = [benchmark(bundle, **options) for bundle in bundles]
-        for section in rest:
-            first.add(section)
-        return first
-
-    run.__signature__ = inspect.signature(benchmark)  # type: ignore[attr-defined]
-    return run
-
-
-# what a step may name: each takes a list of folders first
-BENCHMARKS: dict[str, Benchmark] = {
-    "base": memory.base,
-    "memory": memory.memory,
-    "plan": memory.plan,
-    "capped": memory.capped,
-    "speed": speed.speed,
-    "latency": speed.latency,
-    "compare": _each(speed.compare),
-    "encoder": hearing.encoder,
-    "listening": hearing.listening,
-    "soak": hearing.soak,
-    "pictures": seeing.pictures,
-    "conversation": seeing.conversation,
-    "recipes": ladder.recipes,
+# what a step may name: each takes a list of folders first; imported by name, because some need an
+# extra that others do not
+BENCHMARKS = {
+    "base": "memory:base",
+    "memory": "memory:memory",
+    "plan": "memory:plan",
+    "capped": "memory:capped",
+    "speed": "speed:speed",
+    "latency": "speed:latency",
+    "compare": "speed:compare_each",
+    "encoder": "hearing:encoder",
+    "listening": "hearing:listening",
+    "soak": "hearing:soak",
+    "pictures": "seeing:pictures",
+    "conversation": "seeing:conversation",
+    "recipes": "ladder:recipes",
 }
-GIVEN = ("progress", "clips", "work")  # by whoever runs the preset, not by its file
+GIVEN = ("progress", "clips", "work", "others")  # by whoever runs the preset, not by its file
 
 # what small runs take for these arguments: does every step work at all
 SMALL: dict[str, object] = {
@@ -101,8 +88,19 @@ class Preset:
     steps: tuple[Step, ...]
 
 
+def find_benchmark(name: str) -> Benchmark:
+    module, _, function = BENCHMARKS[name].partition(":")
+    found: Benchmark = getattr(importlib.import_module(f"edge_gemma.benchmarks.{module}"), function)
+    return found
+
+
 def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def about(name: str) -> str:
+    """What a preset is for, in one line. Raises UsageError."""
+    return str(_load(name)[1]["about"])
 
 
 def read(name: str) -> Preset:
@@ -111,6 +109,12 @@ def read(name: str) -> Preset:
     >>> read("small").steps[0].bench
     'compare'
     """
+    path, data = _load(name)
+    steps = tuple(_step(path, step) for step in data["step"])
+    return Preset(path.stem, data["about"], steps)
+
+
+def _load(name: str) -> tuple[Path, dict[str, Any]]:
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     try:
         data = tomllib.loads(path.read_text("utf-8"))
@@ -120,10 +124,9 @@ def read(name: str) -> Preset:
         ) from None
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read the preset {path}: {error}") from None
-    steps = data.get("step", [])
-    if not isinstance(data.get("about"), str) or not steps:
+    if not isinstance(data.get("about"), str) or not data.get("step"):
         raise UsageError(f"{path}: a preset has a line `about` and at least one [[step]]")
-    return Preset(path.stem, data["about"], tuple(_step(path, step) for step in steps))
+    return path, data
 
 
 def _step(path: Path, data: dict[str, Any]) -> Step:
@@ -144,9 +147,8 @@ def _step(path: Path, data: dict[str, Any]) -> Step:
 
 
 def _arguments(bench: str) -> list[str]:
-    parameters = inspect.signature(BENCHMARKS[bench]).parameters.values()
-    keywords = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
-    return [name for name in keywords if name not in GIVEN]
+    _, *others = inspect.signature(find_benchmark(bench)).parameters  # the first: the models
+    return [name for name in others if name not in GIVEN]
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,8 @@ class Runner:
         return list(found.values())
 
     def _run_step(self, step: Step) -> Section:
-        parameters = inspect.signature(BENCHMARKS[step.bench]).parameters
+        benchmark = find_benchmark(step.bench)
+        parameters = inspect.signature(benchmark).parameters
         options = dict(step.options) | {"progress": self.progress}
         if self.small:
             options |= {name: SMALL[name] for name in parameters if name in SMALL}
@@ -187,7 +190,7 @@ class Runner:
         if "work" in parameters:
             options["work"] = self.work / "small" if self.small else self.work
         folders = [self.model(name) for name in step.models]
-        return BENCHMARKS[step.bench](folders, **options)
+        return benchmark(folders, **options)
 
     def _clips(self, bench: str) -> list[Path]:
         if self.clips is None:

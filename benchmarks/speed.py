@@ -122,7 +122,7 @@ class _Case:
     padding: bool = False
 
     def task(self, folder: Path, n_ctx: int) -> Task:
-        task = Task(OURS, str(folder), n_ctx=n_ctx, n_predict=8, rounds=2, mode=self.mode)
+        task = Task(OURS, str(folder), n_ctx=n_ctx, n_predict=8, rounds=3, mode=self.mode)
         if self.mode == "text":
             return replace(task, n_prompt=int(self.amount))
         return replace(task, n_prompt=0, audio_s=self.amount, pad_audio=self.padding)
@@ -274,6 +274,38 @@ def compare(
             section.note(f"{name}: {found[0].outcome.describe()}")
     section.note(*_ratios(section.rows))
     return section
+
+
+def compare_each(
+    bundles: Sequence[Path],
+    *,
+    n_prompt: int = 512,
+    n_predict: int = 128,
+    n_ctx: int = 2048,
+    n_threads: int = 0,
+    rounds: int = 2,
+    repeats: int = 3,
+    unlocked: bool = False,
+    progress: Progress = silent,
+) -> Section:
+    """:func:`compare` for several bundles, as one section."""
+    whole = Section("compare")
+    for bundle in bundles:
+        section = compare(
+            bundle,
+            n_prompt=n_prompt,
+            n_predict=n_predict,
+            n_ctx=n_ctx,
+            n_threads=n_threads,
+            rounds=rounds,
+            repeats=repeats,
+            unlocked=unlocked,
+            progress=progress,
+        )
+        whole.add(section)
+        if section.stopped:
+            break
+    return whole
 
 
 def _compared_row(name: str, task: Task, good: Sequence[Run]) -> Row:

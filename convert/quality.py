@@ -9,10 +9,7 @@ the first of a chunk (BOS) is scored.
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +21,7 @@ from pathlib import Path
 import numpy as np
 from edge_gemma.convert.text_chunks import CHUNK_TOKENS, read_chunks
 
-from edge_gemma.bundles.folder import Bundle
-from edge_gemma.errors import BundleError, UsageError
+from edge_gemma.errors import UsageError
 
 BLOCK_ROWS = 64  # logits rows at a time: 64 × 262,144 × 4 bytes = 64 MiB a model
 
@@ -182,92 +178,3 @@ def _score_rows(
             klds[k, i] = max(shift - log_z + log_zy, 0.0)  # below zero only by rounding
             same[k] += int(best == first)
     return nll_reference, list(zip(nll, klds, same, strict=True))
-
-
-# --- how fast it runs: in a child process, so that memory starts clean ---
-
-
-def measure_speed(
-    bundle: Bundle, *, n_prompt: int = 512, n_tokens: int = 128, n_threads: int = 0
-) -> dict[str, float]:
-    """``prefill_tok_s``, ``decode_tok_s``, ``pss_bytes``, ``anon_bytes``
-    and ``file_bytes`` in use, through the runtime's own loader (cold ranges
-    released).
-    """
-    return _child(
-        bundle, {"n_prompt": n_prompt, "n_tokens": n_tokens, "repack": True, "n_threads": n_threads}
-    )
-
-
-def _child(bundle: Bundle, request: dict) -> dict:
-    code = (
-        "import sys; from edge_gemma.convert.quality import _in_child; _in_child(sys.argv[1], "
-        "sys.argv[2])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(bundle.folder), json.dumps(request)],
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        how = f"stopped with signal {-done.returncode}" if done.returncode < 0 else "failed"
-        raise BundleError(f"{bundle.folder} did not finish a short generation: it {how}: {reason}")
-    return json.loads(done.stdout)
-
-
-def _in_child(folder: str, request: str) -> None:
-    from edge_gemma.engines.llama.weights import Weights
-    from edge_gemma.machine.footprint import footprint
-    from edge_gemma.plan.records import Plan, Settings
-    from edge_gemma.spans import Tokens
-
-    bundle, wanted = Bundle.open(folder), json.loads(request)
-    n_threads = wanted.get("n_threads") or len(os.sched_getaffinity(0))
-    settings = Settings(
-        n_ctx=1024,
-        n_ubatch=512 if wanted["n_prompt"] else 32,
-        n_threads=n_threads,
-        repack=wanted["repack"],
-    )
-    plan = Plan(True, 0, 0, 0, 0, (), settings, ())
-    with Weights(bundle, plan) as weights:
-        decoder = weights.decoder
-        context = decoder.context()
-        prompt = decoder.tokenize(
-            "The"
-            if not wanted["n_prompt"]
-            else "The quick brown fox jumps over the lazy dog. " * 100
-        )[: wanted["n_prompt"] or None]
-        ids = ([decoder.bos] if decoder.add_bos else []) + prompt
-        if wanted["n_prompt"]:
-            context.decode(
-                0, 0, Tokens(tuple(ids)), outputs="last"
-            )  # once unmeasured: pages, threads, buffers
-            context.clear(0)
-        weights.prefetch(ids)
-        started = time.perf_counter()
-        context.decode(0, 0, Tokens(tuple(ids)), outputs="last")
-        prefill = time.perf_counter() - started
-        said, started = [], time.perf_counter()
-        for k in range(wanted["n_tokens"]):
-            said.append(int(context.logits().argmax()))
-            context.decode_step([(0, len(ids) + k, said[-1])])
-        seconds = time.perf_counter() - started
-        weights.trim()
-        memory = footprint()
-        if not np.isfinite(context.logits()).all():
-            sys.exit("the logits are not finite")
-        text = b"".join(decoder.piece(i, special=True) for i in said).decode("utf-8", "replace")
-        print(
-            json.dumps(
-                {
-                    "text": text,
-                    "prefill_tok_s": len(ids) / prefill,
-                    "decode_tok_s": len(said) / seconds,
-                    "pss_bytes": memory.pss_bytes,
-                    "anon_bytes": memory.anon_bytes,
-                    "file_bytes": memory.file_bytes,
-                }
-            )
-        )

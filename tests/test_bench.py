@@ -8,18 +8,23 @@ import sys
 
 import pytest
 from edge_gemma.benchmarks import (
-    bench,
     machine,
     measure,
+    memory,
+    pictures,
+    presets,
+    quality,
     regress,
-    report,
     rivals,
-    spine,
+    sections,
+    speed,
+    turns,
+    worker,
 )
-from edge_gemma.benchmarks.bench import Section
 from edge_gemma.benchmarks.caps import Limits
 from edge_gemma.benchmarks.dev.synthetic import Types, tiny_gguf
 from edge_gemma.benchmarks.report import write_report
+from edge_gemma.benchmarks.sections import Section
 from edge_gemma.benchmarks.systems import Task
 
 from edge_gemma.errors import UsageError
@@ -30,7 +35,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A bundle of a gemma3n whose PLE and embedding are cold, large enough to be seen in a process."""
+    """A bundle of a gemma3n whose PLE and embedding are cold, large enough to be seen."""
     from edge_gemma.store.importer import import_gguf
 
     work = tmp_path_factory.mktemp("bench")
@@ -51,21 +56,20 @@ def task(folder, **changes):
     )
 
 
-def test_spine_base_runs_by_itself(folder):
+def test_base_runs_by_itself(folder):
     """Its script is text that no linter follows into the modules it names."""
-    from types import SimpleNamespace
-
-    text, rows = spine.base(SimpleNamespace(gguf=lambda name: folder / "decoder.gguf"))
-    assert [row["loaded"] for row in rows] == [
+    section = memory.base([folder])
+    assert [row["loaded"] for row in section.rows] == [
         "Python",
         "numpy",
         "edge-gemma and llama.cpp",
         "a vocabulary of 4096 tokens",
     ]
-    assert rows[-1]["anon_bytes"] > rows[0]["anon_bytes"] and "| Python |" in text
+    assert section.rows[-1]["anon_bytes"] > section.rows[0]["anon_bytes"]
+    assert "| Python |" in section.markdown()
 
 
-# --- one run -------------------------------------------------------------------------------------------------------
+# --- one run ---
 
 
 def test_a_run_is_timed_and_its_memory_counted(folder):
@@ -96,8 +100,6 @@ def test_a_run_is_timed_and_its_memory_counted(folder):
 
 def test_each_round_reads_its_whole_prompt(folder):
     """The runtime reuses what two prompts share; a benchmark must not be flattered by it."""
-    from edge_gemma.benchmarks import worker
-
     seen = []
 
     class Fake(worker.System):
@@ -131,12 +133,54 @@ def test_answer_latency_of_text(folder):
     assert run.ok and run.median("ttft_s") > 0 and len(run.result["rounds"]) == 2
 
 
-# --- sections ------------------------------------------------------------------------------------------------------
+class Timed:
+    """Stands in for LiveTurn: the same surface, and a record of what was called."""
+
+    def __init__(self, chat, instruction="", *, pad_audio=False, max_tokens=512):
+        self.calls.append(("turn", instruction, pad_audio, max_tokens))
+
+    def push(self, samples):
+        self.calls.append(("push", len(samples)))
+
+    def finish(self):
+        self.calls.append(("finish",))
+
+    def generate(self, sampling):
+        from edge_gemma.conversation.stream import Chunk
+
+        self.calls.append(("generate", sampling.max_tokens))
+        yield Chunk("a", token_ids=(5,))
+
+
+@pytest.mark.parametrize("mode", ["speech", "speech, encoded after its end"])
+def test_the_wait_for_an_answer_is_the_products_own(folder, monkeypatch, capsys, mode):
+    """Nothing but LiveTurn's own methods between the last packet and the first token."""
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+
+    from edge_gemma.benchmarks.systems import EdgeGemma
+
+    from edge_gemma.conversation import live_turn
+
+    monkeypatch.setattr(live_turn, "LiveTurn", type("Recorded", (Timed,), {"calls": []}))
+    system = EdgeGemma(task(folder, mode=mode, audio_s=0.1, n_predict=3, pad_audio=True))
+    system.model = SimpleNamespace(chat=lambda pad_audio: nullcontext(pad_audio))
+    (found,) = turns.spoken_rounds(system)
+    begun, *pushed, finished, answered = live_turn.LiveTurn.calls
+    assert begun == ("turn", turns.INSTRUCTION, True, 3)
+    live = [512, 512, 512, 64]  # 0.1 s are 1600 samples
+    assert pushed == [("push", n) for n in (live if mode == "speech" else [1600])]
+    assert (finished, answered) == (("finish",), ("generate", 3))
+    assert found["ttft_s"] >= found["encoder_s"] > 0
+    assert (found["rtf"] is None) == (mode != "speech")
+
+
+# --- sections ---
 
 
 @pytest.fixture(scope="module")
 def memory_section(folder):
-    return bench.memory(
+    return memory.memory(
         [folder], ["pi-zero-2w-512mb", "laptop-8gb"], n_ctx=256, n_prompt=32, n_predict=4
     )
 
@@ -160,7 +204,7 @@ def test_memory_plans_runs_and_holds_one_against_the_other(memory_section):
 
 
 def test_memory_without_cgroups_says_so(folder):
-    section = bench.memory(
+    section = memory.memory(
         [folder], ["pi-4-2gb"], n_ctx=256, n_prompt=32, n_predict=2, permit_groups=False
     )
     assert section.rows[0]["limit"] == "rlimit" and any(
@@ -201,7 +245,7 @@ def test_memory_of_what_does_not_fit_is_not_run(folder, tmp_path):
         'board="tight"\ncpu="small"\ntotal="48 MiB"\navailable="40 MiB"\npage="4 '
         'KiB"\ncpus=1\nfeatures=[]\nmemory_cgroup=true\n'
     )
-    section = bench.memory([folder], [str(board)])
+    section = memory.memory([folder], [str(board)])
     assert (
         not section.rows[0]["fits"]
         and "peak_pss_bytes" not in section.rows[0]
@@ -221,7 +265,7 @@ def test_several_models_get_a_table_of_boards_by_models():
         row | {"device": "a", "model": "n", "fits": False},
         row | {"device": "b", "model": "m"},
     ]
-    assert bench.board_overview(rows) == [
+    assert sections.board_overview(rows) == [
         ["MiB", "to spend", "m", "n"],
         ["a", "400", "300; 290 (+3.4%)", "no: 310"],
         ["b", "400", "300", "–"],
@@ -239,7 +283,7 @@ def test_ctrl_c_keeps_what_was_measured(folder, monkeypatch):
         return real(*arguments, **options)
 
     monkeypatch.setattr(measure, "measure", interrupted)
-    section = bench.latency([folder], turns=(0, 64), repeats=1)
+    section = speed.latency([folder], turns=(0, 64), repeats=1)
     assert (
         section.stopped
         and len(section.rows) == 1
@@ -249,7 +293,7 @@ def test_ctrl_c_keeps_what_was_measured(folder, monkeypatch):
 
 @pytest.fixture(scope="module")
 def compare_section(folder):
-    return bench.compare(folder, n_prompt=32, n_predict=4, n_ctx=128, n_threads=1, repeats=1)
+    return speed.compare(folder, n_prompt=32, n_predict=4, n_ctx=128, n_threads=1, repeats=1)
 
 
 def test_compare_runs_the_stock_library_on_the_same_file(compare_section):
@@ -266,11 +310,11 @@ def test_compare_says_what_is_not_installed(folder):
         match="no system 'ollama' to compare with; there are: edge-gemma, llama_cpp.Llama, "
         "transformers",
     ):
-        bench.compare(folder, [("ollama", folder)])
+        speed.compare(folder, [("ollama", folder)])
     for system in rivals.SYSTEMS:
         if reason := rivals.missing(system):
             with pytest.raises(UsageError, match=re.escape(reason)):
-                bench.compare(folder, [(system, folder)])
+                speed.compare(folder, [(system, folder)])
 
 
 def test_litert_lm_is_asked_as_its_interface_wants(folder, monkeypatch):
@@ -323,7 +367,7 @@ def test_litert_lm_is_asked_as_its_interface_wants(folder, monkeypatch):
 
 
 def test_speed_knows_the_roof(folder):
-    section = bench.speed([folder], depths=(32,), threads=(1,), repeats=1, n_predict=4)
+    section = speed.speed([folder], depths=(32,), threads=(1,), repeats=1, n_predict=4)
     (row,) = section.rows
     assert (
         row["decode_tok_s"] > 0
@@ -338,7 +382,7 @@ def test_quality_against_itself_is_zero(folder, tmp_path):
     pytest.importorskip("edge_gemma.convert.quality")
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog " * 60)
-    section = bench.quality(folder, [folder], text, max_tokens=512)
+    section = quality.quality(folder, [folder], text, max_tokens=512)
     assert (
         section.rows[1]["kld_mean"] == pytest.approx(0, abs=1e-6)
         and section.rows[1]["top1_agreement"] == 1.0
@@ -347,11 +391,83 @@ def test_quality_against_itself_is_zero(folder, tmp_path):
 
 def test_unknown_profile():
     with pytest.raises(UsageError, match="no device profile 'pi-9'"):
-        bench.device_names(["pi-9"])
-    assert len(bench.device_names(["all"])) >= 11
+        memory.device_names(["pi-9"])
+    assert len(memory.device_names(["all"])) >= 11
 
 
-# --- keeping and comparing -----------------------------------------------------------------------------------------
+# --- presets ---
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_every_preset_runs(tmp_path_factory, name):
+    """On models of a few MB under the presets' names, which the tests share."""
+    work = tmp_path_factory.getbasetemp() / "presets"
+    found = presets.Runner(work=work, small=True).run(presets.read(name))
+    assert found and all(section.rows for section in found)
+    for section in found:
+        text = section.markdown()
+        assert section.title in text and text.count("\n| ") >= len(section.rows)
+        assert not section.stopped
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("about = 'x'", "a line `about` and at least one"),
+        ("about = [", "cannot read the preset"),
+        ("about = 'x'\n[[step]]\nbench = 'sped'", "no benchmark 'sped'; a step names one of"),
+        ("about = 'x'\n[[step]]\nbench = 'speed'", "the step speed names no models"),
+        (
+            "about = 'x'\n[[step]]\nbench = 'speed'\nmodels = ['270m']\ndepth = [1]",
+            "speed has no argument depth; it has depths, threads, repeats, n_predict",
+        ),
+    ],
+)
+def test_wrong_presets_are_refused(tmp_path, text, message):
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        presets.read(str(path))
+    with pytest.raises(UsageError, match="no preset 'smal'; there are base, boards,"):
+        presets.read("smal")
+
+
+def test_a_preset_takes_a_bundle_of_ones_own(folder, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        "about = 'mine'\n[[step]]\nbench = 'memory'\nmodels = ['e2b']\n"
+        "devices = ['pi-5-4gb']\nrun = false\n"
+    )
+    (section,) = presets.Runner(tmp_path, {"e2b": folder}).run(presets.read(str(path)))
+    assert section.rows[0]["device"] == "pi-5-4gb" and "outcome" not in section.rows[0]
+
+
+def test_what_a_preset_lacks_is_told(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="soak listens to speech; give --clips FOLDER"):
+        presets.Runner(tmp_path).run(presets.read("soak"))
+    with pytest.raises(UsageError, match="no recordings in"):
+        presets.Runner(tmp_path, clips=tmp_path).run(presets.read("soak"))
+    # an installed wheel has no benchmarks/dev
+    monkeypatch.setattr(presets, "MAKER", "edge_gemma.benchmarks.absent.bundles")
+    with pytest.raises(UsageError, match="only a source checkout makes: .*--model e2b=BUNDLE"):
+        presets.Runner(tmp_path).run(presets.read("deep"))
+
+
+def test_what_is_shipped_does_not_import_what_is_not():
+    """The wheel leaves benchmarks/dev out."""
+    import ast
+    from pathlib import Path
+
+    for path in Path(presets.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            imported = [alias.name for alias in getattr(node, "names", [])]
+            imported.append(getattr(node, "module", None) or "")
+            assert not any("benchmarks.dev" in str(name) or name == "dev" for name in imported), (
+                path
+            )
+
+
+# --- keeping and comparing ---
 
 HERE = {"cpu": "A", "cores": 2, "page_bytes": 4096, "features": ["avx2"], "text": "machine A"}
 
@@ -424,7 +540,7 @@ def test_wrong_files_to_compare_with(tmp_path, content, message):
         regress.read(tmp_path / "absent.json")
 
 
-# --- the report ----------------------------------------------------------------------------------------------------
+# --- the report ---
 
 
 def test_the_report_is_one_page_without_a_network(tmp_path, memory_section, compare_section):
@@ -494,7 +610,9 @@ def test_labels_of_a_picture_are_told_apart():
     ]
     drawn = [
         text.get_text()
-        for text in report._timeline([{"budget_bytes": 0, "phases": phases, "items": []}, *samples])
+        for text in pictures._timeline(
+            [{"budget_bytes": 0, "phases": phases, "items": []}, *samples]
+        )
         .axes[0]
         .texts
     ]
@@ -504,7 +622,7 @@ def test_labels_of_a_picture_are_told_apart():
         {"system": system, "file": file, **row}
         for system, file in (("edge-gemma", "a"), ("llama_cpp.Llama", "b"), ("edge-gemma", "c"))
     ]
-    _, _, figure = next(report.draw(Section("compare", rows)))
+    _, _, figure = next(pictures.draw(Section("compare", rows)))
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [
         "edge-gemma, a",
         "llama_cpp.Llama",
@@ -517,10 +635,10 @@ def test_without_matplotlib_tables_and_json_remain(tmp_path, compare_section, mo
     written = write_report(tmp_path / "report.html", [compare_section], HERE)
     page = (tmp_path / "report.html").read_text()
     assert [path.suffix for path in written] == [".html", ".json"] and "<svg" not in page
-    assert "llama_cpp.Llama" in page and "pip install &#x27;edge-gemma[plots]&#x27;" in page
+    assert "llama_cpp.Llama" in page and "pip install &#39;edge-gemma[plots]&#39;" in page
 
 
-# --- the command line and the spine's own tables -------------------------------------------------------------------
+# --- the command line and rows ---
 
 
 def cli(*arguments, capsys):
@@ -607,14 +725,19 @@ def test_bench_refusals(folder, capsys):
 
 def test_planned_rows_and_ratios(folder):
     run = measure.measure(task(folder))
-    row = spine.planned_row("tiny", 256, run)
-    assert row["error"] == pytest.approx(
-        run.planned_peak_bytes / run.peak_pss_bytes - 1
-    ) and "| tiny | 256 |" in spine.plan_table([row])
-    ours, theirs = spine.summary("edge-gemma", [run, run]), spine.summary("llama_cpp.Llama", [run])
-    assert spine.ratio(ours, theirs)["decode_tok_s"] == pytest.approx(
-        1
-    ) and "| **ratio** | 1.00× |" in spine.system_table([ours, theirs, spine.ratio(ours, theirs)])
+    row = memory.planned_row("tiny", 256, run)
+    assert row["error"] == pytest.approx(run.planned_peak_bytes / run.peak_pss_bytes - 1)
+    assert "| tiny | 256 |" in Section("plan", [row]).markdown()
+    stock = {
+        "system": "llama_cpp.Llama",
+        "file": "f",
+        **measure.timed([run]),
+        **measure.memory_of([run]),
+    }
+    ours = measure.timed([run, run]) | measure.memory_of([run, run])
+    rows = [stock | {"system": "edge-gemma"} | ours, stock]
+    (told,) = speed._ratios(rows)
+    assert told.startswith("edge-gemma over llama_cpp.Llama, f: decode 1.00×, prefill 1.00×")
 
 
 def test_the_machine_describes_itself():

@@ -31,10 +31,10 @@ def ours() -> list:
 
 @pytest.fixture
 def groups():
-    with caps._limited(Limits(64 * MiB), True) as (kind, *_):
-        if not kind.startswith("cgroup"):
+    with caps._limited(Limits(64 * MiB), True) as held:
+        if not held.kind.startswith("cgroup"):
             pytest.skip("no permission to make a memory cgroup")
-    return kind
+    return held.kind
 
 
 def test_what_fits_runs_and_its_usage_is_known(groups):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import seeing
-from edge_gemma.benchmarks.dev.vision_mtmd import write_mmproj
+from edge_gemma.benchmarks.dev.mtmd import write_mmproj
 from edge_gemma.convert.mmproj import Mmproj, vision_from_mmproj
 from edge_gemma.convert.vision import write_vision_encoder
 

@@ -5,14 +5,13 @@ pictures inside the plan.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import seeing
 from checkpoints import recipe, write_checkpoint
-from edge_gemma.benchmarks.dev.vision_mtmd import write_mmproj
+from edge_gemma.benchmarks.dev.mtmd import write_mmproj
+from edge_gemma.benchmarks.seeing import conversation
 from edge_gemma.convert.checkpoint import Checkpoint
 from edge_gemma.convert.mmproj import vision_writer
 
@@ -105,34 +104,13 @@ def test_plan_knows_the_encoder(looking_bundle):
     ].phases == ("look",)
 
 
-def test_twenty_pictures_stay_inside_the_plan(looking_bundle, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "edge_gemma.benchmarks.vision",
-        "conversation",
-        str(looking_bundle.folder),
-        "--images",
-        "20",
-        "--ctx",
-        "256",
-        "--size",
-        "300",
-        "--threads",
-        "1",
-    ]
-    import os
-
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
-        check=True,
+def test_twenty_pictures_stay_inside_the_plan(looking_bundle):
+    section = conversation(
+        [looking_bundle.folder], n_pictures=20, n_ctx=256, image_px=300, n_threads=1
     )
-    result = json.loads(done.stdout)
-    assert result["turns_dropped"] > 0  # more pictures than the context holds at once
-    assert result["inside"], result
+    (row,) = section.rows
+    assert row["turns_dropped"] > 0  # more pictures than the context holds at once
+    assert row["peak_pss_bytes"] <= row["planned_peak_bytes"], row
 
 
 # ---- describe

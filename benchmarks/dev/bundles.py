@@ -165,8 +165,8 @@ def add_vision(decoder: Bundle, tower: Path, out: Path) -> None:
     """A bundle of ``decoder`` (its file is linked) and the vision tower of a checkpoint, as f16.
     Raises UsageError when their widths differ.
     """
-    from edge_gemma.convert.special_rows import hard_rows
     from edge_gemma.convert.checkpoint import Checkpoint
+    from edge_gemma.convert.special_rows import hard_rows
     from edge_gemma.convert.vision import write_vision_encoder
 
     checkpoint, embedder = Checkpoint.open(tower), "model.embed_vision."
@@ -183,6 +183,9 @@ def add_vision(decoder: Bundle, tower: Path, out: Path) -> None:
         if embedder + "hard_embedding_norm.weight" in checkpoint.names():
             names = ("end_of_image",)
             rows = hard_rows(checkpoint, embedder, [0]).astype(np.float32)
+        elif decoder.manifest.family == "gemma3n":  # small: a SigLIP stands in for its own tower
+            names = ("end_of_image",)
+            rows = np.random.default_rng(1).standard_normal((1, part.n_embd), np.float32)
         tokens = {"start_of_image": START_OF_IMAGE, "end_of_image": END_OF_IMAGE}
         writer.commit(_joined(writer.folder, decoder, part, names, rows, tokens))
 

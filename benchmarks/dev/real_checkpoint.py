@@ -166,15 +166,14 @@ def _vocabulary(path: Path) -> tuple[list[str], list[float], list[int]]:
         assert isinstance(found, list | tuple), key
         return list(found)
 
-    texts = header.metadata["tokenizer.ggml.tokens"]
-    if isinstance(texts, Skipped):
-        texts = list(_strings(data, texts))
-    assert isinstance(texts, list | tuple), "tokens"
-    return list(texts), numbers("scores", "<f4"), numbers("token_type", "<i4")
+    tokens = header.metadata["tokenizer.ggml.tokens"]
+    assert isinstance(tokens, Skipped | list | tuple), "tokens"
+    found = _strings(data, tokens) if isinstance(tokens, Skipped) else map(str, tokens)
+    return list(found), numbers("scores", "<f4"), numbers("token_type", "<i4")
 
 
 def _length(array: object) -> int:
-    assert isinstance(array, Skipped | list | tuple)
+    assert isinstance(array, Skipped | list | tuple), array
     return array.length if isinstance(array, Skipped) else len(array)
 
 

@@ -67,6 +67,7 @@ RepeatsOption = Annotated[
     ),
 ]
 
+
 def register(app: typer.Typer) -> None:
     app.add_typer(bench)
 
@@ -75,15 +76,15 @@ def register(app: typer.Typer) -> None:
 
 
 @bench.command()
-def presets(json: JsonOption = False) -> None:
+def presets(as_json: JsonOption = False) -> None:
     """The presets that `bench run` knows."""
     from edge_gemma.benchmarks import presets as shipped
 
-    found = [shipped.read(name) for name in shipped.names()]
+    found = {name: shipped.about(name) for name in shipped.names()}
     if as_json:
-        print_json({preset.name: preset.about for preset in found})
+        print_json(found)
     else:
-        print(table([(preset.name, preset.about) for preset in found]))
+        print(table(list(found.items())))
 
 
 @bench.command()
@@ -120,9 +121,7 @@ def run(
     models = {name: _folders([bundle])[0] for name, bundle in map(_pair, model or ())}
 
     def job(progress: Progress) -> list[Section]:
-        runner = shipped.Runner(
-            work or shipped.DEFAULT_WORK, models, clips, small, progress.stage
-        )
+        runner = shipped.Runner(work or shipped.DEFAULT_WORK, models, clips, small, progress.stage)
         return runner.run(wanted)
 
     _finish(job, Output(as_json, report, save, against))
@@ -286,7 +285,7 @@ def quality(
     save: SaveOption = None,
     against: AgainstOption = None,
 ) -> None:
-    """Perplexity and KL divergence against a reference of the same vocabulary."""
+    """Perplexity and KL divergence against a reference. Both have the same vocabulary."""
     from edge_gemma.benchmarks import quality as benchmarks
 
     def job(progress: Progress) -> list[Section]:
@@ -439,7 +438,9 @@ def ladder(
 
 @bench.command()
 def report(
-    files: Annotated[list[Path], typer.Argument(help="Files kept with --save.", show_default=False)],
+    files: Annotated[
+        list[Path], typer.Argument(help="Files kept with --save.", show_default=False)
+    ],
     out: Annotated[Path, typer.Argument(help="The HTML page to write.")],
 ) -> None:
     """One page of figures that were kept earlier."""

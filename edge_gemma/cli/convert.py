@@ -1,5 +1,4 @@
-"""`convert`, `convert-lora`, `calibrate`: from checkpoints to bundles.
-"""
+"""`convert`, `convert-lora`, `calibrate`: from checkpoints to bundles."""
 
 from __future__ import annotations
 
