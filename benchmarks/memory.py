@@ -24,7 +24,7 @@ from edge_gemma.bundles.manifest import Tensor
 from edge_gemma.errors import RuntimeFailure
 from edge_gemma.machine.device import Device, load_profile, profile_names
 from edge_gemma.machine.probe import find_device, this_machine
-from edge_gemma.machine.repack import repacked
+from edge_gemma.machine.repack import repacks_for
 from edge_gemma.plan.ladder import make_plan
 from edge_gemma.plan.records import AFTER_LOAD, Plan, PlanRequest
 from edge_gemma.units import format_bytes
@@ -167,7 +167,7 @@ def _repacks(board: Device) -> Callable[[Tensor], bool]:
         from edge_gemma.engines.llama.weights import repacked_here
 
         return repacked_here
-    return lambda tensor: repacked(tensor.type, tensor.shape, board.cpu_features)
+    return repacks_for(board)
 
 
 def _planned(bundle: Bundle, name: str, board: Device, plan: Plan) -> Row:

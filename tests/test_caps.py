@@ -1,4 +1,4 @@
-"""Limits on real child processes. Where the machine permits no cgroup, those tests say so and skip."""
+"""Limits on real child processes. Where the machine permits no cgroup, those tests skip."""
 
 import os
 import signal
