@@ -1,4 +1,4 @@
-"""The Arm machine's pure parts; building and booting it takes minutes and QEMU (docs/measure.md)."""
+"""The Arm machine's pure parts; building and booting it takes minutes and QEMU: docs/measure.md."""
 
 import io
 import os
