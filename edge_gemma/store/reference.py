@@ -20,7 +20,9 @@ _REFERENCE = re.compile(
     rf"(?P<repository>{_PART}/{_PART})(?:@(?P<revision>[^:\s]+))?(?::(?P<path>[^\s]+))?"
 )
 _URL = re.compile(
-    rf"https?://(?:huggingface\.co|hf\.co)/({_PART}/{_PART})(?:/(?:blob|resolve|tree)/([^/\s]+)(?:/([^\s?]*))?)?(?:\?\S*)?/?"
+    rf"https?://(?:huggingface\.co|hf\.co)/({_PART}/{_PART})"
+    r"(?:/(?:blob|resolve|tree)/([^/\s]+)(?:/([^\s?]*))?)?"  # revision and path
+    r"(?:\?\S*)?/?"
 )
 
 
