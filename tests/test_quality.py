@@ -12,9 +12,9 @@ import time
 import numpy as np
 import pytest
 from checkpoints import write_checkpoint
-from edge_gemma.convert import imatrix as im
 from edge_gemma.benchmarks.ladder import run as ladder
 from edge_gemma.benchmarks.ladder import time_kept
+from edge_gemma.convert import imatrix as im
 from edge_gemma.convert.pipeline import Conversion, convert
 from edge_gemma.convert.quality import compare
 
