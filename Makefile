@@ -7,7 +7,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed-$(EXTRAS)
 APT    := libportaudio2 pulseaudio pulseaudio-utils libasound2-plugins espeak-ng sox
 
-.PHONY: demo test test-slow check format setup system clean help
+.PHONY: demo test test-slow check docs docs-check format setup system clean help
 help:
 	@echo "make demo   real Gemma 3 270M, offline, inside a planned budget"
 	@echo "make test   the test suite"
@@ -29,6 +29,14 @@ check: $(STAMP)
 	@rm -rf $(TREE) && mkdir -p $(TREE)/edge_gemma
 	@for f in edge_gemma/* convert benchmarks device_profiles; do ln -s "$(CURDIR)/$$f" $(TREE)/edge_gemma/; done
 	cd $(TREE) && "$(CURDIR)/$(PY)" -m mypy --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.cache/mypy"
+	$(PY) -m edge_gemma.benchmarks.dev.doc_tables --check
+
+# The tables of docs/*.md out of docs/data/*.json; `make docs-check` says which pages are stale.
+docs: $(STAMP)
+	$(PY) -m edge_gemma.benchmarks.dev.doc_tables
+
+docs-check: $(STAMP)
+	$(PY) -m edge_gemma.benchmarks.dev.doc_tables --check
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix .

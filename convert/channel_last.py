@@ -22,7 +22,7 @@ PRECISIONS = ("f32", "f16", "int8")
 # 113 MB, several times
 STRIPS = 8
 # Kept in half precision, which costs 2 MiB and takes the error of all in 8
-# bits from 0.0247 to 0.0203: `python -m edge_gemma.benchmarks.vision kinds
+# bits from 0.0247 to 0.0203: `python -m edge_gemma.benchmarks.dev.vision kinds
 # FOLDER`
 NOT_IN_8_BITS = re.compile(r"timm_model\.blocks\.[01]\.")
 NORM_EPSILON = 1e-6  # timm RmsNorm2d, SigLIP's layer_norm_eps, Gemma's rms_norm_eps

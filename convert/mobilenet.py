@@ -30,7 +30,7 @@ IMAGE_SIZES = (768, 512, 256)
 MSFA_STRIPS = 4  # divides MSFA_SIDE
 # Peak beyond the weights of MobileNetV5 while it runs as
 # edge_gemma.seeing.encoder runs it (MiB, by precision and input side),
-# measured by `python -m edge_gemma.benchmarks.vision activations FOLDER`;
+# measured by `python -m edge_gemma.benchmarks.dev.vision activations FOLDER`;
 # half and int8 weights are widened one at a time, which counts here. What
 # lives at the same moment, and what the heap keeps between, differs from
 # picture to picture by half: this is the highest of eight and a tenth.

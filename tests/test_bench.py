@@ -754,3 +754,51 @@ def test_the_machine_describes_itself():
         and "'powersave'" in text
     )
     assert machine.Calm({"busy": 0.05}, {}).warnings() == []
+
+
+# --- tables of the documentation ---
+
+
+def test_the_documentations_tables_are_current():
+    from edge_gemma.benchmarks.dev import doc_tables
+
+    stale = [path.name for path, old, new in doc_tables.pages(doc_tables.CHECKOUT) if old != new]
+    assert stale == []
+
+
+def test_a_kept_file_becomes_a_table(tmp_path, monkeypatch):
+    from edge_gemma.benchmarks.dev import doc_tables
+
+    data = tmp_path / "docs" / "data"
+    data.mkdir(parents=True)
+    page = tmp_path / "docs" / "page.md"
+    page.write_text("Before.\n<!-- table: fast -->\nold\n<!-- end -->\nAfter.\n")
+    made = HERE | {"command": "edge-gemma bench speed m", "date": "2026-01-02"}
+    regress.save(data / "fast.json", [speed_section(20.0)], made)
+    ((path, _, text),) = doc_tables.pages(tmp_path)
+    assert path == page and text.startswith("Before.\n<!-- table: fast -->\n| model | threads |")
+    assert "| 20.0 ± 0% |" in text and "\nold\n" not in text and text.endswith("\nAfter.\n")
+    assert "<sub>`edge-gemma bench speed m`; machine A; 2026-01-02</sub>" in text
+    page.write_text(text)
+    assert [old == new for _, old, new in doc_tables.pages(tmp_path)] == [True]
+    regress.save(data / "unseen.json", [], made)
+    with pytest.raises(UsageError, match="no page shows docs/data: unseen"):
+        list(doc_tables.pages(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "is not JSON"),
+        ('{"head": ["a"], "rows": [["1"]]}', "does not say its command, machine, date"),
+        ('{"head": ["a"], "rows": [["1", "2"]]}', "each row needs a cell for each of the head's 1"),
+    ],
+)
+def test_wrong_figures_are_refused(tmp_path, content, message):
+    from edge_gemma.benchmarks.dev import doc_tables
+
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(UsageError, match=message):
+        doc_tables.table(tmp_path / "x.json")
+    with pytest.raises(UsageError, match="cannot read"):
+        doc_tables.table(tmp_path / "y.json")

@@ -1,6 +1,8 @@
 """Gemma 3n's audio tower in numpy, one whole clip at a time: what the streaming encoder is held
 against at its real size.
 
+    python -m edge_gemma.benchmarks.dev.audio_reference [--work DIR]    the largest difference
+
 In: a checkpoint and a clip's samples. Out: soft tokens ``[k, n_embd]`` float32. Nothing is shared
 with what it checks: no stream, no state, no graph; weights are read as they lie in the checkpoint,
 one at a time; attention and group norms are written over the whole clip, as transformers 5.23
@@ -10,12 +12,18 @@ own answers.
 
 from __future__ import annotations
 
+import argparse
 import math
+import os
+import tempfile
+from pathlib import Path
 
 import numpy as np
+from edge_gemma.benchmarks.inputs import sound
 from edge_gemma.convert.audio import EMBEDDER, TOWER, AudioConfig
 from edge_gemma.convert.checkpoint import Checkpoint
 
+from edge_gemma.hearing.encoder import AudioEncoder
 from edge_gemma.hearing.log_mel import LogMel
 
 
@@ -139,3 +147,37 @@ def _light_convolution(x: np.ndarray, at: str, weight, c: AudioConfig) -> np.nda
         _silu(_rms(np.clip(y, -c.clip, c.clip), weight(at + "conv_norm.weight"), c))
         @ weight(at + "linear_end.weight").T
     )
+
+
+def largest_difference(tower: Path, seconds: float) -> float:
+    """Of the values of soft tokens, which have an rms of 1: the encoder converted to f32 from the
+    checkpoint ``tower`` against :func:`encode`.
+    """
+    from edge_gemma.benchmarks.dev.bundles import encoder_bundle
+
+    checkpoint, samples = Checkpoint.open(tower), sound(seconds)
+    with tempfile.TemporaryDirectory(dir=tower.parent) as scratch:
+        bundle = encoder_bundle(tower, Path(scratch) / "bundle")
+        with AudioEncoder(bundle, n_threads=os.cpu_count() or 1) as encoder:
+            found = encoder.encode(samples)
+    wanted = encode(checkpoint, samples)
+    assert found.shape == wanted.shape, (found.shape, wanted.shape)
+    return float(np.abs(found - wanted).max())
+
+
+def main() -> None:
+    from edge_gemma.benchmarks.dev.bundles import Maker
+    from edge_gemma.benchmarks.presets import DEFAULT_WORK
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, default=DEFAULT_WORK, help="where weights are kept")
+    options = parser.parse_args()
+    tower = Maker(options.work, small=False, note=print).tower("audio")
+    for seconds in (3.0, 10.0):
+        print(f"{seconds:g} s: {largest_difference(tower, seconds):.2e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@ measures. What it does not know: benchmarks.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -19,7 +20,14 @@ from edge_gemma.benchmarks.dev import models, shapes
 from edge_gemma.benchmarks.dev.synthetic import SHAPES, Types, full_gguf, tiny_gguf
 
 from edge_gemma.bundles.folder import Bundle, BundleWriter, file_entry
-from edge_gemma.bundles.manifest import MANIFEST, AudioPart, Manifest, VisionPart
+from edge_gemma.bundles.manifest import (
+    MANIFEST,
+    AudioPart,
+    DecoderPart,
+    Manifest,
+    Source,
+    VisionPart,
+)
 from edge_gemma.errors import UsageError
 
 Note = Callable[[str], None]
@@ -47,10 +55,10 @@ SMALL_N_SOFT, SMALL_N_EMBD, SMALL_N_VOCAB = 16, 256, 4096
 
 def make(name: str, work: Path, *, small: bool = False, note: Note = lambda text: None) -> Path:
     """The folder of a model, kept in ``work``. Raises UsageError for a name that is not known."""
-    return _Maker(work / "small" if small else work, small, note).make(name)
+    return Maker(work / "small" if small else work, small, note).make(name)
 
 
-class _Maker:
+class Maker:
     def __init__(self, work: Path, small: bool, note: Note):
         self.work, self.small, self.note = work, small, note
         work.mkdir(parents=True, exist_ok=True)
@@ -146,6 +154,42 @@ class _Maker:
         else:
             kind = "mobilenetv5" if decoder.manifest.family == "gemma3n" else "siglip"
             add_vision(decoder, self.tower(kind, n_embd), out)
+
+
+def encoder_bundle(tower: Path, out: Path) -> Bundle:
+    """A bundle with the audio tower of a checkpoint as f32 and a decoder that is only a name."""
+    from edge_gemma.convert.audio import write_audio_encoder
+    from edge_gemma.convert.checkpoint import Checkpoint
+
+    with BundleWriter(out) as writer:
+        part = write_audio_encoder(Checkpoint.open(tower), writer.folder, "f32")
+        (writer.folder / "decoder.gguf").write_bytes(b"none")
+        decoder = DecoderPart(
+            file="decoder.gguf",
+            header_bytes=4,
+            header_sha256=hashlib.sha256(b"none").hexdigest(),
+            n_layer=1,
+            n_embd=part.n_embd,
+            n_ff=1,
+            n_head=1,
+            n_head_kv=1,
+            head_dim=1,
+            n_vocab=8,
+            n_ctx_train=1,
+            sliding_window=0,
+            kv_layers=("global",),
+        )
+        found = [path for path in writer.folder.iterdir() if not path.name.startswith(".")]
+        manifest = Manifest(
+            name="encoder",
+            family="gemma3n",
+            instruct=False,
+            decoder=decoder,
+            source=Source(origin="random weights"),
+            files={path.name: file_entry(path) for path in found},
+            audio=part,
+        )
+        return writer.commit(manifest)
 
 
 def add_audio(decoder: Bundle, tower: Path, out: Path) -> None:

@@ -4,8 +4,11 @@ report page.
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -530,6 +533,8 @@ def _finish(job: Callable[[Progress], list[Section]], output: Output) -> None:
     from edge_gemma.benchmarks.machine import Calm, describe_machine
 
     machine = describe_machine()
+    machine["command"] = shlex.join(["edge-gemma", *sys.argv[1:]])
+    machine["date"] = date.today().isoformat()
     # a wrong file is told before an hour of measuring
     before = regress.read(output.against) if output.against else None
     check_parents(output.save, output.report)

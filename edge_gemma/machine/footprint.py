@@ -24,7 +24,7 @@ from edge_gemma.errors import MissingExtra
 from edge_gemma.units import KiB, MiB
 
 # What a process holds with this package and llama.cpp loaded and no model: PSS, measured on x86-64
-# Linux, CPython 3.11, by `python -m edge_gemma.benchmarks.spine base`.
+# Linux, CPython 3.11, by `edge-gemma bench run base`.
 RUNTIME_ANON_BYTES = 36 * MiB
 RUNTIME_FILE_BYTES = 15 * MiB
 PAGE_BYTES = mmap.PAGESIZE  # 16 KiB on a Raspberry Pi 5

@@ -25,9 +25,9 @@ KV_PADDING = 256  # cells; llama.cpp rounds a cache up to it
 VOCABULARY_BYTES_PER_TOKEN = 120
 GRAPH_BYTES_PER_LAYER = 128 * KiB  # ggml's graph and scheduler nodes
 # The library once it was used, with an opened audio graph; it stays when an encoder is let go.
-# Measured by `python -m edge_gemma.benchmarks.hear memory`.
+# Measured by `edge-gemma bench run listening`.
 ONNXRUNTIME_BYTES = 32 * MiB
-# An opened vision graph, its weights mapped; `python -m edge_gemma.benchmarks.vision run`.
+# An opened vision graph, its weights mapped; `edge-gemma bench run pictures`.
 VISION_GRAPH_BYTES = 13 * MiB
 # A 12-megapixel photograph while it is decoded: RGBA and its RGB copy stand together.
 PICTURE_BYTES = 12_000_000 * (4 + 3)
