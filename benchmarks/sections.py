@@ -28,8 +28,8 @@ def no_steps(done: int, total: int) -> None:
 
 
 def counted(progress: Progress) -> Steps:
-    """Steps told as text."""
-    return lambda done, total: progress(f"run {done} of {total}")
+    """Steps told as text, each when it begins."""
+    return lambda done, total: progress(f"run {done + 1} of {total}")
 
 
 # --- words for cells: (row, field) → text ---

@@ -3,8 +3,10 @@
 import gguf
 import numpy as np
 import pytest
-from edge_gemma.benchmarks.dev import synthetic
+from edge_gemma.benchmarks.dev import bundles, models, shapes, synthetic
 from edge_gemma.benchmarks.dev.synthetic import SHAPES, Types, tensors, tiny_gguf
+from edge_gemma.convert.checkpoint import Checkpoint
+from safetensors.numpy import load_file
 
 from edge_gemma.engines.llama.library import library
 from edge_gemma.errors import UsageError
@@ -92,3 +94,58 @@ def test_refusals(tmp_path):
     with pytest.raises(UsageError, match="rows of 640 values; q4_k needs a multiple of 256"):
         list(spec.nbytes for spec in tensors(SHAPES["270m"], Types("q4_k")))
     assert not list(tmp_path.iterdir())
+
+
+def test_bf16_is_rounded_to_nearest_even_everywhere(tmp_path):
+    """A GGUF's BF16 tensors and a checkpoint's: the same value rounds in the same way."""
+    ties = np.array([1 + 2**-8, 1 + 3 * 2**-8, -(1 + 2**-8)], np.float32)
+    assert models.bf16(ties).tolist() == [1.0, 1.015625, -1.0]
+    exact = synthetic.Spec("x.weight", (64, 256), "F32", 1.0)
+    halved = synthetic.Spec("x.weight", (64, 256), "BF16", 1.0)
+    full, half = (b"".join(p.tobytes() for p in synthetic.data(s, 1)) for s in (exact, halved))
+    values = np.frombuffer(full, np.float32)
+    stored = np.frombuffer(half, np.uint16).astype(np.uint32) << 16
+    np.testing.assert_array_equal(stored.view(np.float32), models.bf16(values))
+    shapes = {"model.audio_tower.norm.weight": (7,), "model.embed_audio.x.weight": (5, 3)}
+    models.write_tower(tmp_path, shapes, {"model_type": "gemma3n"}, seed=3)
+    checkpoint = Checkpoint.open(tmp_path)
+    for name, shape in shapes.items():
+        wanted = models.bf16(models.values(name, shape, 3, "gemma3n"))
+        np.testing.assert_array_equal(checkpoint.read(name), wanted)
+
+
+def test_shapes_by_family_and_size():
+    for family, size, n_values in (
+        ("gemma3n", "e2b", 5.14e9),
+        ("gemma3n", "e4b", 7.58e9),
+        ("audio", "full", 0.68e9),
+        ("vision", "siglip", 0.42e9),
+        ("vision", "mobilenetv5", 0.30e9),
+    ):
+        found = shapes.shapes(family, size)
+        assert sum(map(np.prod, found.values())) == pytest.approx(n_values, rel=0.02)
+    with pytest.raises(UsageError, match="no shapes of vision clip; there are: gemma3n e2b"):
+        shapes.shapes("vision", "clip")
+
+
+def test_a_file_that_is_streamed_is_as_safetensors_writes_it(tmp_path):
+    rng = np.random.default_rng(0)
+    tensors = {"a": rng.standard_normal((3, 4)), "b": rng.standard_normal(5)}
+    models.write_safetensors(tmp_path / "whole.safetensors", tensors.items())
+
+    def rows(name, shape):
+        for row in tensors[name]:
+            yield models.to_bf16(np.atleast_1d(row))
+
+    shapes = {name: value.shape for name, value in tensors.items()}
+    assert models.stream_safetensors(tmp_path / "rows.safetensors", shapes, rows) == 2 * 17
+    whole, streamed = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "rows"))
+    assert whole.keys() == streamed.keys()
+    for name in whole:
+        np.testing.assert_array_equal(whole[name], streamed[name])
+
+
+def test_names_of_made_models(tmp_path):
+    with pytest.raises(UsageError, match="no model 'e3b' to make; there are 270m, 1b"):
+        bundles.make("e3b", tmp_path, small=True)
+    assert bundles.make("e2b", tmp_path, small=True) == bundles.make("e2b", tmp_path, small=True)

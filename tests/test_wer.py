@@ -1,17 +1,46 @@
 """Word error rates: counting, datasets, and the whole command on stub ears."""
 
+import sys
+
 import numpy as np
 import pytest
 import soundfile
 from edge_gemma.benchmarks.wer import dataset, errors, measure, words
+from hypothesis import given
+from hypothesis import strategies as st
 
-from edge_gemma.errors import MediaError, UsageError
+from edge_gemma.errors import MediaError, MissingExtra, UsageError
 
 
 def test_counting():
     assert errors([], []) == 0 and errors([], ["a"]) == 1 and errors(["a", "b"], []) == 2
     assert errors("a b c d".split(), "a x c".split()) == 2
     assert words("„Größe“, isn’t it?") == ["größe", "isn't", "it"]
+
+
+def edit_distance(reference: list[str], heard: list[str]) -> int:
+    """Levenshtein's, by its definition."""
+    if not reference or not heard:
+        return len(reference) + len(heard)
+    *a, x = reference
+    *b, y = heard
+    return min(
+        edit_distance(a, heard) + 1, edit_distance(reference, b) + 1, edit_distance(a, b) + (x != y)
+    )
+
+
+SENTENCES = st.lists(st.sampled_from(["a", "b", "it's"]), max_size=5)
+
+
+@given(SENTENCES, SENTENCES)
+def test_counting_is_the_edit_distance(reference, heard):
+    assert errors(reference, heard) == edit_distance(reference, heard)
+
+
+def test_without_jiwer_the_extra_is_named(monkeypatch, folder):
+    monkeypatch.setitem(sys.modules, "jiwer", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'edge-gemma\[bench\]'"):
+        measure(lambda blocks: "hello", dataset(folder))
 
 
 @pytest.fixture

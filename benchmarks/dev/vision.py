@@ -112,6 +112,7 @@ class TorchModule(System):
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
+        self._out().close()
 
 
 # --- what they read ---
@@ -132,6 +133,11 @@ class Choice:
     @property
     def kind(self) -> str:
         return tower_kind(Checkpoint.open(self.folder))
+
+    @property
+    def image_px(self) -> int:
+        config = Checkpoint.open(self.folder).config["vision_config"]
+        return int(config.get("image_size", TOWER_PX[self.kind]))
 
 
 def tower_kind(checkpoint: Checkpoint) -> str:
@@ -206,7 +212,7 @@ def run(choice: Choice, rounds: int) -> Section:
     return pictures(
         ours,
         others,
-        image_px=TOWER_PX[choice.kind],
+        image_px=choice.image_px,
         n_threads=choice.n_threads,
         rounds=rounds,
         reference="TorchModule",
