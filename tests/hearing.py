@@ -4,16 +4,16 @@ vision tower.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 from checkpoints import REFERENCE, write_checkpoint
-from edge_gemma.convert.audio import write_audio_encoder
+from edge_gemma.benchmarks.dev.bundles import audio_encoder_bundle
 from edge_gemma.convert.checkpoint import Checkpoint
 
-from edge_gemma.bundles.folder import Bundle, BundleWriter, file_entry
-from edge_gemma.bundles.manifest import DecoderPart, Manifest, Source
+from edge_gemma.bundles.folder import Bundle
+
+encoder_bundle = audio_encoder_bundle
 
 
 def reference() -> dict[str, np.ndarray]:
@@ -28,45 +28,6 @@ def audio_checkpoint(folder: Path, **options) -> Checkpoint:
     return Checkpoint.open(
         write_checkpoint("g3n", folder, keep=lambda name: "audio" in name, **options)
     )
-
-
-def encoder_bundle(checkpoint: Checkpoint, out: Path, precision: str = "f32") -> Bundle:
-    """A bundle with a real audio encoder; its decoder is only a name, for what never decodes."""
-    with BundleWriter(out) as writer:
-        stand_in = b"not read by these tests"
-        part = write_audio_encoder(checkpoint, writer.folder, precision)
-        (writer.folder / "decoder.gguf").write_bytes(stand_in)
-        dimensions = dict(
-            n_layer=1,
-            n_embd=part.n_embd,
-            n_ff=1,
-            n_head=1,
-            n_head_kv=1,
-            head_dim=1,
-            n_vocab=1024,
-            n_ctx_train=1024,
-            sliding_window=64,
-        )
-        manifest = Manifest(
-            name="encoder-only",
-            family="gemma3n",
-            instruct=False,
-            decoder=DecoderPart(
-                file="decoder.gguf",
-                kv_layers=("global",),
-                header_bytes=len(stand_in),
-                header_sha256=hashlib.sha256(stand_in).hexdigest(),
-                **dimensions,
-            ),
-            source=Source(origin="tests"),
-            files={
-                path.name: file_entry(path)
-                for path in writer.folder.iterdir()
-                if not path.name.startswith(".")
-            },
-            audio=part,
-        )
-        return writer.commit(manifest)
 
 
 def hearing_bundle(folder: Path) -> Bundle:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 from checkpoints import REFERENCE, write_checkpoint
+from edge_gemma.benchmarks.dev.bundles import vision_encoder_bundle
+
+encoder_bundle = vision_encoder_bundle
 
 # a MobileNetV5 of narrow blocks: every kind of block of the real one, in its order (timm's
 # notation)
@@ -72,49 +74,3 @@ def tower_checkpoint(name: str, folder: Path):
             recipe, folder, keep=lambda tensor: "vision" in tensor or "multi_modal" in tensor
         )
     )
-
-
-def encoder_bundle(checkpoint, out: Path, precision: str = "f32"):
-    """A bundle with a real vision encoder and a decoder that is only a name: for what never
-    decodes.
-    """
-    from edge_gemma.convert.vision import write_vision_encoder
-
-    from edge_gemma.bundles.folder import BundleWriter, file_entry
-    from edge_gemma.bundles.manifest import DecoderPart, Manifest, Source
-
-    with BundleWriter(out) as writer:
-        stand_in = b"not read by these tests"
-        part = write_vision_encoder(checkpoint, writer.folder, precision)
-        (writer.folder / "decoder.gguf").write_bytes(stand_in)
-        dimensions = dict(
-            n_layer=1,
-            n_embd=part.n_embd,
-            n_ff=1,
-            n_head=1,
-            n_head_kv=1,
-            head_dim=1,
-            n_vocab=1024,
-            n_ctx_train=1024,
-            sliding_window=64,
-        )
-        manifest = Manifest(
-            name="encoder-only",
-            family="gemma3" if part.kind == "siglip" else "gemma3n",
-            instruct=False,
-            decoder=DecoderPart(
-                file="decoder.gguf",
-                kv_layers=("global",),
-                header_bytes=len(stand_in),
-                header_sha256=hashlib.sha256(stand_in).hexdigest(),
-                **dimensions,
-            ),
-            source=Source(origin="tests"),
-            files={
-                path.name: file_entry(path)
-                for path in writer.folder.iterdir()
-                if not path.name.startswith(".")
-            },
-            vision=part,
-        )
-        return writer.commit(manifest)

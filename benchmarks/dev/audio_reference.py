@@ -153,11 +153,11 @@ def largest_difference(tower: Path, seconds: float) -> float:
     """Of the values of soft tokens, which have an rms of 1: the encoder converted to f32 from the
     checkpoint ``tower`` against :func:`encode`.
     """
-    from edge_gemma.benchmarks.dev.bundles import encoder_bundle
+    from edge_gemma.benchmarks.dev.bundles import audio_encoder_bundle
 
     checkpoint, samples = Checkpoint.open(tower), sound(seconds)
     with tempfile.TemporaryDirectory(dir=tower.parent) as scratch:
-        bundle = encoder_bundle(tower, Path(scratch) / "bundle")
+        bundle = audio_encoder_bundle(checkpoint, Path(scratch) / "bundle")
         with AudioEncoder(bundle, n_threads=os.cpu_count() or 1) as encoder:
             found = encoder.encode(samples)
     wanted = encode(checkpoint, samples)

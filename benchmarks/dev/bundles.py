@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 import numpy as np
@@ -30,7 +31,11 @@ from edge_gemma.bundles.manifest import (
 )
 from edge_gemma.errors import UsageError
 
+if TYPE_CHECKING:
+    from edge_gemma.convert.checkpoint import Checkpoint
+
 Note = Callable[[str], None]
+AudioPrecision = Literal["f32", "f16", "int8", "int8-block", "int4-block"]
 SEPARATE_HEAD = Types(head="q4_0", embed="q8_0")
 PRECISIONS = ("f32", "f16", "int8")
 # a random decoder's vocabulary need not name the tokens around sound and pictures
@@ -156,40 +161,56 @@ class Maker:
             add_vision(decoder, self.tower(kind, n_embd), out)
 
 
-def encoder_bundle(tower: Path, out: Path) -> Bundle:
-    """A bundle with the audio tower of a checkpoint as f32 and a decoder that is only a name."""
+def audio_encoder_bundle(
+    checkpoint: Checkpoint, out: Path, precision: AudioPrecision = "f32"
+) -> Bundle:
+    """A checkpoint's audio encoder; the decoder is only a name, for what never decodes."""
     from edge_gemma.convert.audio import write_audio_encoder
-    from edge_gemma.convert.checkpoint import Checkpoint
 
     with BundleWriter(out) as writer:
-        part = write_audio_encoder(Checkpoint.open(tower), writer.folder, "f32")
-        (writer.folder / "decoder.gguf").write_bytes(b"none")
-        decoder = DecoderPart(
-            file="decoder.gguf",
-            header_bytes=4,
-            header_sha256=hashlib.sha256(b"none").hexdigest(),
-            n_layer=1,
-            n_embd=part.n_embd,
-            n_ff=1,
-            n_head=1,
-            n_head_kv=1,
-            head_dim=1,
-            n_vocab=8,
-            n_ctx_train=1,
-            sliding_window=0,
-            kv_layers=("global",),
-        )
-        found = [path for path in writer.folder.iterdir() if not path.name.startswith(".")]
-        manifest = Manifest(
-            name="encoder",
-            family="gemma3n",
-            instruct=False,
-            decoder=decoder,
-            source=Source(origin="random weights"),
-            files={path.name: file_entry(path) for path in found},
-            audio=part,
-        )
-        return writer.commit(manifest)
+        part = write_audio_encoder(checkpoint, writer.folder, precision)
+        return writer.commit(_encoder_only(writer.folder, part))
+
+
+def vision_encoder_bundle(checkpoint: Checkpoint, out: Path, precision: str = "f32") -> Bundle:
+    """A checkpoint's vision encoder; the decoder is only a name, for what never decodes."""
+    from edge_gemma.convert.vision import write_vision_encoder
+
+    with BundleWriter(out) as writer:
+        part = write_vision_encoder(checkpoint, writer.folder, precision)
+        return writer.commit(_encoder_only(writer.folder, part))
+
+
+def _encoder_only(folder: Path, part: AudioPart | VisionPart) -> Manifest:
+    stand_in = b"never read"
+    (folder / "decoder.gguf").write_bytes(stand_in)
+    decoder = DecoderPart(
+        file="decoder.gguf",
+        kv_layers=("global",),
+        header_bytes=len(stand_in),
+        header_sha256=hashlib.sha256(stand_in).hexdigest(),
+        n_layer=1,
+        n_embd=part.n_embd,
+        n_ff=1,
+        n_head=1,
+        n_head_kv=1,
+        head_dim=1,
+        n_vocab=1024,
+        n_ctx_train=1024,
+        sliding_window=64,
+    )
+    found = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    siglip = isinstance(part, VisionPart) and part.kind == "siglip"
+    return Manifest(
+        name="encoder-only",
+        family="gemma3" if siglip else "gemma3n",
+        instruct=False,
+        decoder=decoder,
+        source=Source(origin="benchmarks/dev"),
+        files={path.name: file_entry(path) for path in found},
+        audio=part if isinstance(part, AudioPart) else None,
+        vision=part if isinstance(part, VisionPart) else None,
+    )
 
 
 def add_audio(decoder: Bundle, tower: Path, out: Path) -> None:
