@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import matplotlib
 from edge_gemma.benchmarks.sections import Row, Section
@@ -188,7 +188,7 @@ class _Anonymous:
     media_s: float
 
     @classmethod
-    def of(cls, items: Sequence[Any], starts: dict[str, float], samples: Sequence[Row]) -> Any:
+    def of(cls, items: Sequence[Any], starts: dict[str, float], samples: Sequence[Row]) -> Self:
         def planned(*begins: str) -> int:
             return sum(
                 n for name, n, kind, _ in items if kind == "anon" and name.startswith(begins)
