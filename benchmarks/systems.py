@@ -7,15 +7,12 @@ would pick instead is in ``rivals.py``. What it does not know: time, memory, pha
 
 from __future__ import annotations
 
-import importlib
 import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from edge_gemma.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -263,19 +260,3 @@ OWN: dict[str, type[System]] = {
     "edge-gemma audio encoder": AudioEncoderAlone,
     "edge-gemma vision encoder": VisionEncoderAlone,
 }
-
-
-def find_system(name: str) -> type[System]:
-    """A system by its name, or one from elsewhere as ``module:Class``. Raises UsageError."""
-    if name in OWN:
-        return OWN[name]
-    # late: what a rival needs (sockets, HTTP) must not count as memory of ours
-    from edge_gemma.benchmarks import rivals
-
-    if name in rivals.SYSTEMS:
-        return rivals.SYSTEMS[name]
-    module, colon, class_name = name.partition(":")
-    if not colon:
-        raise UsageError(rivals.missing(name))
-    found: type[System] = getattr(importlib.import_module(module), class_name)
-    return found

@@ -112,7 +112,8 @@ def listened_rounds(system: System) -> list[Round]:
     """The task's clips through a :class:`Listener`: detection, encoder, prefill and an answer of 48
     tokens to each.
     """
-    from edge_gemma.conversation.listener import Listener, ListenOptions
+    from edge_gemma.conversation.listener import Listener
+    from edge_gemma.conversation.transcription import ListenOptions
 
     ours = _ours(system)
     sampling = Sampling(temperature=0, max_tokens=ANSWER_TOKENS)
@@ -142,7 +143,7 @@ def picture_turns(system: System) -> list[Round]:
         os.environ["XDG_CACHE_HOME"] = fresh
         with ours.model.chat() as chat:
             for number in range(task.rounds):
-                shown = edge_gemma.Picture(np.roll(pixels, 40 * number, axis=1))
+                shown = edge_gemma.Image(np.roll(pixels, 40 * number, axis=1))
                 for chunk in chat.send([shown, f"Picture {number + 1}: what is new?"], sampling):
                     dropped += chunk.usage.dropped_turns if chunk.usage else 0
     return [{"turns_dropped": dropped}]

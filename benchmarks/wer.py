@@ -90,14 +90,14 @@ def measure(
     """``hear(blocks) -> text`` over the pairs → totals. A file that cannot be read is counted, not
     skipped silently.
     """
-    from edge_gemma.conversation.listener import file_blocks
+    from edge_gemma.conversation.transcription import blocks_of
 
     n_words = n_errors = n_files = n_failed = 0
     for path, text in pairs:
         reference = words(text)
         n_files += 1
         try:
-            heard = words(hear(file_blocks(path)))
+            heard = words(hear(blocks_of(path)))
         except MissingExtra:
             raise
         except EdgeGemmaError as error:
@@ -128,7 +128,7 @@ def run(
 ) -> dict[str, Any]:
     """Load the bundle and measure it, greedily."""
     from edge_gemma import load
-    from edge_gemma.conversation.listener import (
+    from edge_gemma.conversation.transcription import (
         TRANSCRIBE,
         TRANSCRIBE_ANY,
         ListenOptions,

@@ -17,7 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edge_gemma.benchmarks.systems import System, Task, find_system
+from edge_gemma.benchmarks.systems import OWN, System, Task
+
+from edge_gemma.errors import UsageError
 
 Round = dict[str, Any]
 Mode = Callable[[System], list[Round]]
@@ -57,6 +59,22 @@ def say(**fields: object) -> None:
 def find_mode(name: str) -> Mode:
     module, _, function = MODES[name].partition(":")
     found: Mode = getattr(importlib.import_module(module), function)
+    return found
+
+
+def find_system(name: str) -> type[System]:
+    """A system by its name, or one from elsewhere as ``module:Class``. Raises UsageError."""
+    if name in OWN:
+        return OWN[name]
+    # late: what a rival needs (sockets, HTTP) must not count as memory of ours
+    from edge_gemma.benchmarks import rivals
+
+    if name in rivals.SYSTEMS:
+        return rivals.SYSTEMS[name]
+    module, colon, class_name = name.partition(":")
+    if not colon:
+        raise UsageError(rivals.missing(name))
+    found: type[System] = getattr(importlib.import_module(module), class_name)
     return found
 
 

@@ -1,18 +1,19 @@
 """The one error tree. Every message says what was found, what was expected and what to do next.
 
     EdgeGemmaError
-    ├── UsageError           the request cannot mean anything: empty prompt, invalid schema, unknown profile   exit 2
+    ├── UsageError           the request cannot mean anything: an empty prompt, say  [exit 2]
     │   └── MissingExtra     the request needs an optional package that is not installed
-    ├── BundleError          a bundle, GGUF or manifest that is broken or not ours                             exit 3
+    ├── BundleError          a bundle, GGUF or manifest that is broken or not ours  [exit 3]
     │   ├── HashMismatch     a file's bytes are not the ones the manifest names
     │   └── UnsupportedModel an architecture or feature that this version does not run
-    ├── CheckpointError      a Hugging Face folder that cannot be converted                                    exit 3
-    ├── PlanRefused          the request does not fit; carries the plan                                        exit 4
-    ├── HubError             a download failed, or offline and not in the cache                                exit 5
-    ├── MediaError           audio or image input that cannot be used                                          exit 6
+    ├── CheckpointError      a Hugging Face folder that cannot be converted  [exit 3]
+    ├── PlanRefused          the request does not fit; carries the plan  [exit 4]
+    ├── HubError             a download failed, or offline and not in the cache  [exit 5]
+    ├── MediaError           audio or image input that cannot be used  [exit 6]
     │   └── DeviceLost       a microphone or camera that is absent or went away
-    └── RuntimeFailure       a foreign library failed at run time (llama.cpp, onnxruntime, the disk)           exit 7
-        └── ContextFull      a turn that cannot fit the context even alone
+    ├── RuntimeFailure       a foreign library or the disk failed at run time  [exit 7]
+    │   └── ContextFull      a turn that cannot fit the context even alone
+    └── Cancelled            a decode that was stopped from another thread  [exit 130]
 
 The command line prints ``str(error)`` and leaves with the exit code named here; ``--debug`` shows
 the traceback.
@@ -88,6 +89,18 @@ class RuntimeFailure(EdgeGemmaError):
 
 class ContextFull(RuntimeFailure):
     pass
+
+
+class Cancelled(EdgeGemmaError):
+    """A decode was stopped by ``cancel()``: positions before ``position`` are intact, later ones
+    are gone.
+    """
+
+    exit_code = 130
+
+    def __init__(self, position: int):
+        super().__init__("stopped")
+        self.position = position
 
 
 def first_line(error: BaseException) -> str:

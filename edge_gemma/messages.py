@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,17 +11,20 @@ import numpy as np
 
 from edge_gemma.spans import Rows
 
+# a path, a file's bytes, pixels, a Pillow image, or an opened seeing.picture.Picture
+PictureSource = Any
+
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    """A picture in a message: anything ``encode`` understands, or its soft tokens ``[n, n_embd]``
-    float32 at once.
+    """A picture in a message: a path, a file's bytes, pixels ``[h, w, 3]`` uint8 or a Pillow image;
+    or its soft tokens ``[n, n_embd]`` float32 at once.
 
     >>> Image(rows=np.zeros((256, 8), np.float32)).kind
     'image'
     """
 
-    source: Any = None
+    source: PictureSource = None
     size: int | None = None  # the encoder's input size in pixels, where it offers several
     rows: np.ndarray | None = None
     kind = "image"
@@ -28,13 +32,13 @@ class Image:
 
 @dataclass(frozen=True, eq=False)
 class Audio:
-    """A sound in a message: a file or samples for ``encode``, or its soft tokens ``[n, n_embd]``
-    float32 at once.
+    """A sound in a message: a file, or mono samples at 16 kHz ``[n]`` float32; or its soft tokens
+    ``[n, n_embd]`` float32 at once.
 
     ``Audio()`` alone is a clip still to be spoken: see :meth:`Prompt.listening`.
     """
 
-    source: Any = None
+    source: str | os.PathLike[str] | np.ndarray | None = None
     rows: np.ndarray | None = None
     kind = "audio"
 

@@ -1,8 +1,8 @@
 """The front door: ``load`` a bundle inside a budget, get a :class:`Model`, generate.
 
 In: a bundle (folder or installed name) and a request. Out: a context manager that owns weights, one
-KV cache and, when they are needed, the encoders. Conversations live in session.py and chat.py; this
-room plans, opens, lends the cache and closes.
+KV cache and, when they are needed, the encoders. Conversations live in conversation/; this module
+plans, opens, lends and closes.
 """
 
 from __future__ import annotations
@@ -10,36 +10,40 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from edge_gemma.bundles.folder import Bundle
-from edge_gemma.bundles.manifest import Sense, require
-from edge_gemma.conversation.batch import _Lane
+from edge_gemma.conversation.batch import Batch
 from edge_gemma.conversation.chat import Chat
-from edge_gemma.conversation.sequences import Cache
+from edge_gemma.conversation.sequences import Sequences
 from edge_gemma.conversation.session import Session
 from edge_gemma.conversation.stream import Chunk
-from edge_gemma.engines.llama.decoder import EVALUATE_ROWS
-from edge_gemma.engines.llama.weights import Weights, repacked_here
+from edge_gemma.engines.engine import EVALUATE_ROWS, Weights
+from edge_gemma.engines.llama.weights import Weights as LlamaWeights
+from edge_gemma.engines.llama.weights import repacked_here
 from edge_gemma.errors import UsageError
 from edge_gemma.machine.device import Device
-from edge_gemma.machine.probe import machine_for
-from edge_gemma.messages import Audio, Image
+from edge_gemma.machine.probe import find_device, machine_for
+from edge_gemma.machine.repack import repacks_for
+from edge_gemma.messages import Image, Part, PictureSource
 from edge_gemma.options import Sampling
 from edge_gemma.plan.ladder import make_plan
 from edge_gemma.plan.records import Plan, PlanRequest
 from edge_gemma.prompts.prompt import Prompt, read_special_rows
-from edge_gemma.spans import Span, Tokens
+from edge_gemma.seeing.video import Video
+from edge_gemma.senses import Senses
+from edge_gemma.spans import Rows, Span, Tokens
+from edge_gemma.store.installed import resolve
 from edge_gemma.units import parse_bytes
 
-PromptLike = str | Sequence[Span]
+PromptLike = str | Sequence[Part | Video | Tokens]
 
 
 def load(
-    bundle: str | os.PathLike | Bundle,
+    bundle: str | os.PathLike[str] | Bundle,
     *,
     budget: int | str | None = None,
     device: str | Device = "auto",
@@ -55,25 +59,52 @@ def load(
 
     Raises PlanRefused before anything is allocated, BundleError, UsageError.
 
-    >>> with load(getfixture("tiny_bundle"), n_ctx=512) as model:
+    >>> with load("my-gemma", n_ctx=512) as model:
     ...     model.plan.fits
     True
     """
-    if not isinstance(bundle, Bundle):
-        from edge_gemma.store.installed import resolve
-
-        bundle = Bundle.open(resolve(bundle))
-    changes = {"budget_bytes": None if budget is None else parse_bytes(budget), "n_ctx": n_ctx}
-    request = dataclasses.replace(
-        request, **{name: value for name, value in changes.items() if value is not None}
-    )
+    bundle = _opened(bundle)
+    request = _request(request, budget, n_ctx)
     if lora:
-        request = dataclasses.replace(
-            request,
-            lora_bytes=sum(Path(file).stat().st_size for file, _ in lora if Path(file).is_file()),
-        )
-    plan = make_plan(bundle.manifest, machine_for(device), request, repacked_here).require()
-    return Model(bundle, plan, lora=lora, on_progress=on_progress)
+        sizes = (Path(file).stat().st_size for file, _ in lora if Path(file).is_file())
+        request = dataclasses.replace(request, lora_bytes=sum(sizes))
+    made = make_plan(bundle.manifest, machine_for(device), request, repacked_here).require()
+    return Model(bundle, made, lora=lora, on_progress=on_progress)
+
+
+def plan_bundle(
+    bundle: str | os.PathLike[str] | Bundle,
+    *,
+    budget: int | str | None = None,
+    device: str | Device = "auto",
+    n_ctx: int | None = None,
+    request: PlanRequest = PlanRequest(),
+) -> Plan:
+    """What a bundle will take, without loading it: on this machine ("auto"), or on a board by its
+    profile's name ("pi-5-4gb"), which need not be here.
+
+    Nothing is raised for what does not fit: see ``plan.fits`` and ``plan.refusal``. Raises
+    BundleError, UsageError.
+
+    >>> plan_bundle("my-gemma", device="pi-5-4gb", n_ctx=512).fits
+    True
+    """
+    bundle = _opened(bundle)
+    found = find_device(device) if isinstance(device, str) else device
+    repacks = repacked_here if device == "auto" else repacks_for(found)
+    return make_plan(bundle.manifest, found, _request(request, budget, n_ctx), repacks)
+
+
+def _opened(bundle: str | os.PathLike[str] | Bundle) -> Bundle:
+    return bundle if isinstance(bundle, Bundle) else Bundle.open(resolve(bundle))
+
+
+def _request(request: PlanRequest, budget: int | str | None, n_ctx: int | None) -> PlanRequest:
+    if budget is not None:
+        request = dataclasses.replace(request, budget_bytes=parse_bytes(budget))
+    if n_ctx is not None:
+        request = dataclasses.replace(request, n_ctx=n_ctx)
+    return request
 
 
 class Model:
@@ -81,7 +112,6 @@ class Model:
 
     Made by :func:`load`; close it, or use it as a context manager. Sessions share its cache.
 
-    >>> model = getfixture("tiny_model")
     >>> model.detokenize(model.tokenize("a b"))
     'a b'
     """
@@ -92,20 +122,21 @@ class Model:
         plan: Plan,
         *,
         lora: Sequence[tuple[str | Path, float]] = (),
-        on_progress=None,
+        on_progress: Callable[[float], bool | None] | None = None,
     ):
         self.bundle, self.plan = bundle, plan
         manifest = bundle.manifest
-        self.weights = Weights(bundle, plan, lora=lora, on_progress=on_progress)
+        self.weights: Weights = LlamaWeights(bundle, plan, lora=lora, on_progress=on_progress)
         try:
             self.decoder = self.weights.decoder
-            self.cache = Cache(self.weights, manifest.files[manifest.decoder.file].sha256)
+            identity = manifest.files[manifest.decoder.file].sha256
+            self.sequences = Sequences(self.weights, identity)
             self.prompt = Prompt(manifest, self.decoder.tokenize, read_special_rows(bundle))
         except BaseException:
             self.weights.close()
             raise
-        self._encoders: dict[str, object] = {}
-        self._scratch = Session(self.cache)
+        self.senses = Senses(bundle, plan.settings)
+        self._scratch = Session(self.sequences)
 
     # text
 
@@ -121,108 +152,94 @@ class Model:
         )
 
     def spans(self, prompt: PromptLike) -> list[Span]:
-        """A plain text (begin-of-sequence is added) or spans, as spans. Raises UsageError for an
-        empty one.
+        """A text, parts or spans → spans. Before text and parts comes begin-of-sequence; pictures
+        and clips are encoded. Raises UsageError for an empty prompt, MediaError, UnsupportedModel.
         """
-        if not isinstance(prompt, str):
-            return list(prompt)
-        if not prompt:
+        if not isinstance(prompt, str | Sequence) or not len(prompt):
             raise UsageError(
                 "the prompt is empty; give some text, or spans with at least one position"
             )
-        return self.prompt.raw(prompt)
+        if isinstance(prompt, str):
+            return self.prompt.raw(prompt)
+        spans = [part for part in prompt if isinstance(part, Tokens | Rows)]
+        if len(spans) == len(prompt):
+            return list(spans)
+        parts = [part for part in prompt if not isinstance(part, Tokens)]
+        if len(parts) < len(prompt):
+            raise UsageError("a prompt is made of parts or of spans; token ids stand among parts")
+        return self.prompt.raw(self.senses.encoded(parts))
 
     # generating
 
-    def generate(self, prompt: PromptLike, options: Sampling = Sampling()) -> Iterator[Chunk]:
-        """Continue a text or spans; what it shares with the last such prompt is reused from the
-        cache.
+    def generate(
+        self, prompt: PromptLike, sampling: Sampling = Sampling()
+    ) -> Generator[Chunk, None, None]:
+        """Continue a text, parts (text, Image, Audio …) or spans; what it shares with the last such
+        prompt is reused from the cache.
 
-        >>> chunks = list(getfixture("tiny_model").generate("abc", Sampling(max_tokens=3, temperature=0)))
+        >>> chunks = list(model.generate("abc", Sampling(max_tokens=3, temperature=0)))
         >>> chunks[-1].finish_reason, chunks[-1].usage.completion_tokens
         ('length', 3)
         """
         self._scratch.replace(self.spans(prompt))
-        yield from self._scratch.generate(options)
+        yield from self._scratch.generate(sampling)
 
     def session(self) -> Session:
         """A conversation in spans; see :class:`Session`.
 
-        >>> with getfixture("tiny_model").session() as session:
+        >>> with model.session() as session:
         ...     session.append([Tokens([2, 300])])
         """
-        return Session(self.cache)
+        return Session(self.sequences)
 
     def chat(
-        self, *, system: str | None = None, tools: Sequence[Mapping] = (), pad_audio: bool = True
+        self,
+        *,
+        system: str | None = None,
+        tools: Sequence[Mapping] = (),
+        pad_audio: bool = True,
+        pan_and_scan: bool = False,
     ) -> Chat:
         """A conversation in turns; see :class:`Chat`.
 
-        >>> with getfixture("tiny_model").chat() as chat:
+        >>> with model.chat() as chat:
         ...     text = "".join(c.text for c in chat.send("Hi", Sampling(max_tokens=2, seed=3)))
         """
-        return Chat(self, system=system, tools=tools, pad_audio=pad_audio)
+        return Chat(
+            self.sequences,
+            self.prompt,
+            self.senses,
+            system=system,
+            tools=tools,
+            pad_audio=pad_audio,
+            pan_and_scan=pan_and_scan,
+        )
 
     def generate_batch(
-        self, prompts: Sequence[PromptLike], options: Sampling = Sampling()
-    ) -> Iterator[tuple[int, Chunk]]:
-        """Several prompts in one decode per step:
+        self, prompts: Sequence[PromptLike], sampling: Sampling = Sampling()
+    ) -> Batch:
+        """Several prompts in one decode per step: an iterator of ``(index, chunk)`` as they come,
+        as many at a time as ``n_seq_max`` holds; see :class:`Batch`, which can be cancelled.
 
-        ``(index, chunk)`` as they come. As many at a time as ``n_seq_max`` holds.
-
-        >>> ends = [i for i, chunk in getfixture("tiny_model").generate_batch(["a", "b"], Sampling(max_tokens=2)) if chunk.finish_reason]
-        >>> sorted(ends)
+        >>> batch = model.generate_batch(["a", "b"], Sampling(max_tokens=2))
+        >>> sorted(index for index, chunk in batch if chunk.finish_reason)
         [0, 1]
         """
-        waiting = list(enumerate(self.spans(p) for p in prompts))
-        active: list[_Lane] = []
-        self.cache.context.clear_cancel()
-        try:
-            while waiting or active:
-                while waiting and len(active) < self.plan.settings.n_seq_max:
-                    active.append(_Lane(self, *waiting.pop(0), options))
-                with self.cache.context.lock:
-                    new = [lane for lane in active if not lane.ids]
-                    # a prompt is prefilled by itself; its first token is sampled from its own
-                    # logits
-                    for lane in new:
-                        lane.session._prefill(lane.session.length, outputs="last")
-                        lane.next_id(0)
-                    ready = [
-                        lane for lane in active if lane.ids and not lane.done and lane not in new
-                    ]
-                    if ready:
-                        self.cache.context.decode_step(
-                            [
-                                (lane.session._sequence, lane.session.length - 1, lane.ids[-1])
-                                for lane in ready
-                            ]
-                        )
-                        for row, lane in enumerate(ready):
-                            lane.session._cached = lane.session.length
-                            lane.next_id(row)
-                for lane in active:
-                    yield from ((lane.index, chunk) for chunk in lane.take())
-                for lane in [lane for lane in active if lane.done]:
-                    active.remove(lane)
-                    lane.close()
-        finally:
-            for lane in active:
-                lane.close()
-            self.weights.trim()
+        return Batch(self.sequences, [self.spans(prompt) for prompt in prompts], sampling)
 
     async def agenerate(
-        self, prompt: PromptLike, options: Sampling = Sampling()
+        self, prompt: PromptLike, sampling: Sampling = Sampling()
     ) -> AsyncIterator[Chunk]:
         """:meth:`generate` without blocking the event loop; leaving the loop early stops the
         decoding.
 
-        >>> async def text(model):
+        >>> import asyncio
+        >>> async def chunks():
         ...     return [chunk async for chunk in model.agenerate("abc", Sampling(max_tokens=2))]
-        >>> len(asyncio.run(text(getfixture("tiny_model")))) >= 2
+        >>> len(asyncio.run(chunks())) >= 2
         True
         """
-        async for chunk in in_thread(self.generate(prompt, options), self._scratch.cancel):
+        async for chunk in in_thread(self.generate(prompt, sampling), self._scratch.cancel):
             yield chunk
 
     def evaluate(self, spans: PromptLike, rows: str | range = "all") -> Iterator[np.ndarray]:
@@ -231,7 +248,7 @@ class Model:
         ``rows`` is "all", "last" or a range of positions. A second context is made for it and freed
         at the end; the sessions keep theirs. Raises UsageError, RuntimeFailure (no memory for it).
 
-        >>> [block.shape[0] for block in getfixture("tiny_model").evaluate("abcd", rows="last")]
+        >>> [block.shape[0] for block in model.evaluate("abcd", rows="last")]
         [1]
         """
         spans = self.spans(spans)
@@ -242,12 +259,13 @@ class Model:
             )
         if rows not in ("all", "last") and not isinstance(rows, range):
             raise UsageError(f"rows is {rows!r}; expected 'all', 'last' or a range of positions")
-        wanted = None if rows == "all" else range(n - 1, n) if rows == "last" else rows
-        block = max(
-            [len(s) for s in spans if not isinstance(s, Tokens) and not s.causal], default=0
-        )
-        n_outputs = 1 if rows == "last" else max(EVALUATE_ROWS, block)
-        n_ubatch = max(self.plan.settings.n_ubatch if rows == "last" else EVALUATE_ROWS, block)
+        blocks = [len(span) for span in spans if isinstance(span, Rows) and not span.causal]
+        block = max(blocks, default=0)  # such rows are decoded together
+        wanted = rows if isinstance(rows, range) else None
+        n_outputs = n_ubatch = max(EVALUATE_ROWS, block)
+        if rows == "last":
+            wanted, n_outputs = range(n - 1, n), 1
+            n_ubatch = max(self.plan.settings.n_ubatch, block)
         settings = dataclasses.replace(
             self.plan.settings, n_ctx=max(n, 64), n_seq_max=1, n_ubatch=n_ubatch
         )
@@ -260,73 +278,20 @@ class Model:
 
     # media
 
-    def encode_audio(self, samples: np.ndarray) -> np.ndarray:
-        """Mono samples at 16 kHz, float32 in [−1, 1] → soft tokens ``[n, n_embd]`` float32, real
-        rows only.
+    def encode_audio(self, source: str | os.PathLike[str] | np.ndarray) -> np.ndarray:
+        """A sound file, or mono samples at 16 kHz ``[n]`` float32 in [−1, 1] → soft tokens ``[k,
+        n_embd]`` float32, real rows only. Raises UnsupportedModel, MediaError.
         """
-        return self.encoder("audio").encode(samples)
+        return self.senses.encode_audio(source)
 
-    def encode_image(self, image) -> np.ndarray:
-        """A picture (path, bytes, array ``[h, w, 3]`` uint8 or Pillow image) → soft tokens ``[n,
-        n_embd]`` float32, real rows only.
+    def encode_image(self, image: Image | PictureSource) -> np.ndarray:
+        """A picture (Image, path, bytes, array ``[h, w, 3]`` uint8 or Pillow image) → soft tokens
+        ``[k, n_embd]`` float32, real rows only. Raises UnsupportedModel, MediaError.
         """
-        return self.encoder("vision")(image)
-
-    def media(self, parts: Sequence, *, pan_and_scan: bool = False, used_tokens: int = 0) -> list:
-        """A message's parts with videos cut into frames and pictures checked, before anything is
-        encoded; see :func:`edge_gemma.seeing.soft_tokens.prepare`.
-        """
-        from edge_gemma.seeing.soft_tokens import prepare
-
-        manifest = self.bundle.manifest
-        return prepare(
-            parts,
-            manifest.vision,
-            self.plan.settings.n_ctx - used_tokens,
-            pan_and_scan=pan_and_scan,
-            name=manifest.name,
-        )
-
-    def encode(self, part: Image | Audio) -> np.ndarray:
-        """A part of a message → its soft tokens."""
-        if isinstance(part, Image):
-            return self.encode_image(part)
-        if isinstance(part.source, str | os.PathLike):
-            from edge_gemma.hearing.sound import read_audio
-
-            return self.encode_audio(read_audio(part.source))
-        return self.encode_audio(part.source)
-
-    def encoder(self, name: Sense):
-        """The open encoder "audio" or "vision", opened now if need be; where the plan holds one at
-        a time, the other is closed.
-        """
-        if name not in self._encoders:
-            require(self.bundle.manifest, name)
-            if self.plan.settings.encoders == "one at a time":
-                self.release_encoders()
-            n_threads = self.plan.settings.n_threads
-            if name == "audio":
-                from edge_gemma.hearing.encoder import AudioEncoder
-
-                self._encoders[name] = AudioEncoder(self.bundle, n_threads=n_threads)
-            else:
-                from edge_gemma.seeing.cache import SoftTokenCache
-                from edge_gemma.seeing.soft_tokens import Look
-
-                keep = self.plan.settings.encoders == "resident"
-                self._encoders[name] = Look(
-                    self.bundle, n_threads=n_threads, keep=keep, cache=SoftTokenCache()
-                )
-        return self._encoders[name]
-
-    def release_encoders(self) -> None:
-        """Close what is open; it opens again when it is needed."""
-        while self._encoders:
-            self._encoders.popitem()[1].close()
+        return self.senses.encode_image(image if isinstance(image, Image) else Image(image))
 
     def close(self) -> None:
-        self.release_encoders()
+        self.senses.close()
         self.weights.close()
 
     def __enter__(self) -> Model:
@@ -336,7 +301,9 @@ class Model:
         self.close()
 
 
-async def in_thread(chunks: Iterator[Chunk], cancel: Callable[[], None]) -> AsyncIterator[Chunk]:
+async def in_thread(
+    chunks: Generator[Chunk, None, None], cancel: Callable[[], None]
+) -> AsyncIterator[Chunk]:
     """Drive a blocking iterator from a worker thread, one item at a time; ``cancel`` unblocks it
     when the consumer leaves.
     """

@@ -22,6 +22,7 @@ from edge_gemma.errors import (
     UnsupportedModel,
     UsageError,
 )
+from edge_gemma.plan.records import Settings
 
 F32 = Conversion(quant="f32", verify=False, audio="none", vision="none")
 # Logits against transformers (float32): exact up to summation for gemma3; for gemma3n llama.cpp's
@@ -37,9 +38,7 @@ def logits_of(bundle: Bundle, ids) -> np.ndarray:
     from edge_gemma.engines.llama import decoder as decode
     from edge_gemma.spans import Tokens
 
-    decoder = decode.Decoder(
-        bundle.decoder_path, decode.Settings(n_ctx=512, n_ubatch=512, n_threads=2)
-    )
+    decoder = decode.Decoder(bundle.decoder_path, Settings(n_ctx=512, n_ubatch=512, n_threads=2))
     try:
         context = decoder.context(n_outputs=512)
         return np.concatenate(list(context.evaluate([Tokens(tuple(int(i) for i in ids))])))

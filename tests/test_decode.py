@@ -16,9 +16,9 @@ from edge_gemma.convert.pipeline import Conversion, convert
 
 from edge_gemma.bundles.folder import Bundle
 from edge_gemma.bundles.gguf import GGML_TYPES
-from edge_gemma.engines.llama.decoder import Cancelled, Decoder
+from edge_gemma.engines.llama.decoder import Decoder
 from edge_gemma.engines.llama.library import repacks
-from edge_gemma.errors import BundleError, UsageError
+from edge_gemma.errors import BundleError, Cancelled, UsageError
 from edge_gemma.plan.records import Settings
 from edge_gemma.prompts.prompt import read_special_rows
 from edge_gemma.spans import Rows, Tokens

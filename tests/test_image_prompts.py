@@ -16,7 +16,8 @@ from edge_gemma.bundles.folder import Bundle
 from edge_gemma.engines.llama.decoder import Decoder
 from edge_gemma.plan.records import Settings
 from edge_gemma.prompts.prompt import read_special_rows
-from edge_gemma.seeing.soft_tokens import Look
+from edge_gemma.seeing.picture import Picture
+from edge_gemma.seeing.soft_tokens import PictureEncoder
 from edge_gemma.spans import Rows, Tokens
 
 # transformers and llama.cpp differ by llama.cpp's f16 GELU table, and for Gemma 3n its top-k
@@ -78,8 +79,10 @@ def gemma3n(tmp_path_factory) -> Bundle:
 def test_gemma3_looks_at_pictures(looking_bundle, key, seeds):
     """From the pixels on: encoder and decoder of one converted bundle."""
     config = recipe("g3mm")["config"]
-    with Look(looking_bundle) as look:
-        pictures = [Rows(look(seeing.picture(seed)), causal=False) for seed in seeds]
+    with PictureEncoder(looking_bundle) as encoder:
+        pictures = [
+            Rows(encoder.encode(Picture(seeing.picture(seed))), causal=False) for seed in seeds
+        ]
     spans = spans_of(
         seeing.reference("g3mm")[f"ids_{key}"], {config["image_token_index"]: pictures}, {}
     )

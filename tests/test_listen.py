@@ -10,8 +10,9 @@ import hearing
 import numpy as np
 import pytest
 
-from edge_gemma.conversation.listener import Listener, ListenOptions, ask, transcribe
+from edge_gemma.conversation.listener import Listener
 from edge_gemma.conversation.live_turn import LiveTurn
+from edge_gemma.conversation.transcription import ListenOptions, ask, transcribe
 from edge_gemma.conversation.voice import Voice
 from edge_gemma.errors import DeviceLost, UnsupportedModel
 from edge_gemma.hearing.samples import BLOCK_SAMPLES
@@ -19,6 +20,7 @@ from edge_gemma.hearing.utterances import SpeechDetector, VadSettings
 from edge_gemma.messages import Audio, Message
 from edge_gemma.options import Sampling
 from edge_gemma.prompts.prompt import read_special_rows
+from edge_gemma.senses import Senses
 from edge_gemma.spans import Rows, Tokens
 
 REFERENCE = hearing.reference()
@@ -100,9 +102,9 @@ def test_after_the_last_sample_two_passes_are_left(hearing_model, monkeypatch):
     the rest of the prompt and its logits.
     """
     passes: list[tuple[str, int]] = []
-    decode = hearing_model.cache.context.decode
+    decode = hearing_model.sequences.context.decode
     monkeypatch.setattr(
-        hearing_model.cache.context,
+        hearing_model.sequences.context,
         "decode",
         lambda *a: passes.append((type(a[2]).__name__, len(a[2]))) or decode(*a),
     )
@@ -161,7 +163,7 @@ def test_a_spoken_turn_after_one_that_was_stopped_before_its_answer(hearing_mode
             turn.push(wave)
             turn.finish()
             list(turn.generate(GREEDY))
-            chat._append_only = False  # as after an answer without words
+            chat._continues = False  # as after an answer without words
             assert len(chat.messages) == expected
         spans = hearing_model.prompt.spans(chat.messages[:3], pad_audio=False)
         assert (
@@ -264,13 +266,8 @@ def test_records_of_a_session(hearing_model):
     assert not [t for t in threading.enumerate() if t.name.startswith("edge-gemma")]
 
 
-class FakeMicrophone:
-    """Stands for a live device: a Microphone whose blocks come from a script of arrays, callables
-    and errors.
-    """
-
-
 def live(script, monkeypatch):
+    """A live device: a Microphone whose blocks come from a script of arrays, callables and errors."""
     from edge_gemma.conversation import listener as listen
 
     class Scripted:
@@ -313,7 +310,7 @@ def live(script, monkeypatch):
 
 def run(listener):
     """All records until the script is over and the last answer has come."""
-    listener.source.at_end = lambda: None if listener._answer else listener.stop()
+    listener.source.at_end = lambda: None if listener.answering else listener.stop()
     return list(listener.records())
 
 
@@ -368,7 +365,7 @@ def test_speech_stops_an_answer(hearing_model, monkeypatch):
             kinds.append(record.kind)
             if record.kind == "silence" and kinds.count("silence") == 2:
                 voices_before = len(voices)
-            if stop.is_set() and listener._answer is None:
+            if stop.is_set() and not listener.answering:
                 break
             if stop.is_set():
                 listener.stop()
@@ -412,18 +409,17 @@ def test_the_encoder_is_let_go_while_answering_where_the_plan_says_so(hearing_mo
     for the next utterance.
     """
     plan = hearing_model.plan
-    monkeypatch.setattr(
-        hearing_model,
-        "plan",
-        replace(plan, settings=replace(plan.settings, encoders="one at a time")),
-    )
+    frugal = replace(plan.settings, encoders="one at a time")
+    monkeypatch.setattr(hearing_model, "senses", Senses(hearing_model.bundle, frugal))
     open_while: dict[str, set[bool]] = {}
     real = hearing_model.decoder.is_end  # asked once for every sampled token
     monkeypatch.setattr(
         hearing_model.decoder,
         "is_end",
         lambda token: (
-            open_while.setdefault("answering", set()).add("audio" in hearing_model._encoders)
+            open_while.setdefault("answering", set()).add(
+                "audio" in hearing_model.senses.open_encoders
+            )
             or real(token)
         ),
     )
@@ -436,12 +432,14 @@ def test_the_encoder_is_let_go_while_answering_where_the_plan_says_so(hearing_mo
             detector=SpeechDetector(probability=loudness),
         ).records():
             if record.kind == "partial":
-                open_while.setdefault("listening", set()).add("audio" in hearing_model._encoders)
+                open_while.setdefault("listening", set()).add(
+                    "audio" in hearing_model.senses.open_encoders
+                )
             assert record.kind != "failed", record
         assert len(chat.messages) == 4
     assert (
         open_while == {"listening": {True}, "answering": {False}}
-        and "audio" in hearing_model._encoders
+        and "audio" in hearing_model.senses.open_encoders
     )
 
 

@@ -13,10 +13,12 @@ import seeing
 from edge_gemma.bundles.folder import Bundle
 from edge_gemma.errors import MediaError, PlanRefused, UnsupportedModel, UsageError
 from edge_gemma.messages import Audio, Image
+from edge_gemma.plan.records import Settings
 from edge_gemma.seeing.cache import SoftTokenCache
 from edge_gemma.seeing.picture import Picture
-from edge_gemma.seeing.soft_tokens import Look, prepare, soft_token_cost
+from edge_gemma.seeing.soft_tokens import PictureEncoder, prepare, soft_token_cost
 from edge_gemma.seeing.video import Video
+from edge_gemma.senses import Senses
 
 
 @pytest.fixture
@@ -29,45 +31,51 @@ def test_every_way_to_name_a_picture(bundle, tmp_path):
 
     pixels = seeing.picture(6)
     Pillow.fromarray(pixels).save(tmp_path / "a.png")
-    with Look(bundle) as look:
-        expected = look(pixels)
-        np.testing.assert_allclose(expected, seeing.reference("g3mm")["soft_6"], atol=1e-4)
-        for part in (
-            tmp_path / "a.png",
-            str(tmp_path / "a.png"),
-            Picture(pixels),
-            Image(source=pixels),
-            Image(source=Picture(pixels), size=224),
-        ):
-            assert np.array_equal(look(part), expected)
-        rows = np.ones((16, 256), np.float32)
-        assert look(Image(rows=rows)) is rows
-        with pytest.raises(UsageError, match="a picture was expected, got Audio"):
-            look(Audio())
-        with pytest.raises(
-            UsageError, match="pictures of 512 px were asked for; this encoder takes 224"
-        ):
-            look(Image(source=pixels, size=512))
+    senses = Senses(bundle, Settings(n_ctx=4096))
+    expected = senses.encode_image(Image(pixels))
+    np.testing.assert_allclose(expected, seeing.reference("g3mm")["soft_6"], atol=1e-4)
+    for image in (
+        Image(tmp_path / "a.png"),
+        Image(str(tmp_path / "a.png")),
+        Image((tmp_path / "a.png").read_bytes()),
+        Image(Pillow.fromarray(pixels)),
+        Image(Picture(pixels)),
+        Image(Picture(pixels), size=224),
+    ):
+        assert np.array_equal(senses.encode_image(image), expected)
+    rows = np.ones((16, 256), np.float32)
+    assert senses.encode_image(Image(rows=rows)) is rows
+    with pytest.raises(UsageError, match="Audio"):
+        senses.encode_image(Image(Audio()))
+    with pytest.raises(
+        UsageError, match="pictures of 512 px were asked for; this encoder takes 224"
+    ):
+        senses.encode_image(Image(pixels, size=512))
+    senses.close()
 
 
 def test_encoder_comes_when_needed_and_goes_when_told(bundle, tmp_path):
     cache = SoftTokenCache(tmp_path)
-    look = Look(bundle, cache=cache)
+    look = PictureEncoder(bundle, cache=cache)
     assert not look.loaded
-    first = look(seeing.picture(1))
+    first = look.encode(Picture(seeing.picture(1)))
     assert look.loaded
     look.release()
-    assert np.array_equal(look(seeing.picture(1)), first) and not look.loaded  # from the cache
-    look(seeing.picture(2))
+    assert (
+        np.array_equal(look.encode(Picture(seeing.picture(1))), first) and not look.loaded
+    )  # from the cache
+    look.encode(Picture(seeing.picture(2)))
     assert look.loaded
-    with Look(bundle, keep=False, cache=None) as frugal:
-        assert np.array_equal(frugal(seeing.picture(1)), first) and not frugal.loaded
+    with PictureEncoder(bundle, keep=False, cache=None) as frugal:
+        assert (
+            np.array_equal(frugal.encode(Picture(seeing.picture(1))), first) and not frugal.loaded
+        )
 
 
 def test_a_picture_is_read_before_the_encoder_is_loaded(bundle):
-    with Look(bundle) as look:
+    with PictureEncoder(bundle) as look:
         with pytest.raises(MediaError):
-            look(b"no picture")
+            look.encode(Picture(b"no picture"))
         assert not look.loaded
 
 
@@ -75,19 +83,22 @@ def test_cache_knows_encoder_crop_and_size(bundle, siglip_checkpoint, tmp_path):
     cache = SoftTokenCache(tmp_path / "cache")
     other = seeing.encoder_bundle(siglip_checkpoint, tmp_path / "f16", "f16")
     wide = Picture(seeing.picture(3, 300, 700))
-    with Look(bundle, cache=cache) as look, Look(other, cache=cache) as look_f16:
-        assert not np.array_equal(look(wide), look_f16(wide))
-        assert not np.array_equal(look(wide), look(wide.crops()[0]))
+    with (
+        PictureEncoder(bundle, cache=cache) as look,
+        PictureEncoder(other, cache=cache) as look_f16,
+    ):
+        assert not np.array_equal(look.encode(wide), look_f16.encode(wide))
+        assert not np.array_equal(look.encode(wide), look.encode(wide.crops()[0]))
         assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
 def test_prepare_opens_counts_and_expands(bundle, tmp_path):
     vision = bundle.manifest.vision
     wide, square = seeing.picture(3, 300, 700), seeing.picture(3, 300, 300)
-    parts = prepare(["Look:", Picture(wide), Image(source=square), "Well?"], vision, 100)
+    parts = prepare(["Look:", Image(Picture(wide)), Image(source=square), "Well?"], vision, 100)
     assert [type(part).__name__ for part in parts] == ["str", "Image", "Image", "str"]
     assert all(isinstance(part.source, Picture) for part in parts[1:3])
-    parts = prepare([Picture(wide), Picture(square)], vision, 1000, pan_and_scan=True)
+    parts = prepare([Image(wide), Image(square)], vision, 1000, pan_and_scan=True)
     assert [part if isinstance(part, str) else "image" for part in parts] == [
         "Here is the original image ",
         "image",
@@ -97,7 +108,7 @@ def test_prepare_opens_counts_and_expands(bundle, tmp_path):
         "image",
         "image",
     ]
-    assert prepare("only text", None, 0) == ["only text"]
+    assert prepare(["only text"], None, 0) == ["only text"]
     rows = Image(rows=np.zeros((16, 256), np.float32))
     assert prepare([rows], None, 0) == [rows]
 
@@ -110,7 +121,7 @@ def test_prepare_samples_video_into_what_is_left(bundle, tmp_path):
     parts = prepare(["What happens?", Video(tmp_path / "a.gif")], bundle.manifest.vision, 1000)
     assert sum(isinstance(part, Image) for part in parts) == 10
     parts = prepare(
-        [Picture(seeing.picture(1)), Video(tmp_path / "a.gif")], bundle.manifest.vision, 130
+        [Image(seeing.picture(1)), Video(tmp_path / "a.gif")], bundle.manifest.vision, 130
     )
     assert [part for part in parts if isinstance(part, str)] == ["00:00 ", "\n00:03 ", "\n00:06 "]
 
@@ -122,7 +133,7 @@ def test_too_many_pictures_are_refused_with_the_number_that_fits(bundle):
         match=rf"21 pictures take 21 × {cost} = {21 * cost} tokens and 400 of the context are "
         rf"free: {400 // cost} fit",
     ):
-        prepare([Picture(seeing.picture(1, 8, 8))] * 21, bundle.manifest.vision, 400)
+        prepare([Image(seeing.picture(1, 8, 8))] * 21, bundle.manifest.vision, 400)
 
 
 def test_a_text_bundle_cannot_see():
@@ -130,12 +141,12 @@ def test_a_text_bundle_cannot_see():
         UnsupportedModel,
         match="gemma-270m has no vision encoder, so it cannot see; Gemma 3 4B and Gemma 3n can",
     ):
-        prepare(["What?", Picture(seeing.picture(1, 8, 8))], None, 4096, name="gemma-270m")
+        prepare(["What?", Image(seeing.picture(1, 8, 8))], None, 4096, name="gemma-270m")
 
 
 def test_a_bundle_that_hears_only_cannot_see(encoder_bundle):
     with pytest.raises(UnsupportedModel, match="cannot see"):
-        Look(Bundle.open(encoder_bundle))
+        PictureEncoder(Bundle.open(encoder_bundle))
 
 
 # ---- the cache

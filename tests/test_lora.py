@@ -15,6 +15,8 @@ from edge_gemma.convert.pipeline import Conversion, convert
 
 from edge_gemma.engines.llama import decoder as decode
 from edge_gemma.errors import CheckpointError, UnsupportedModel, UsageError
+from edge_gemma.plan.records import Settings
+from edge_gemma.spans import Tokens
 
 IDS = tuple(range(2, 60))
 PEFT = {
@@ -51,10 +53,10 @@ def write_adapter(folder, modules: dict[str, tuple[int, int]], *, rank=4, **chan
 
 def logits(path, lora=()):
     decoder = decode.Decoder(
-        path, decode.Settings(n_ctx=128, n_ubatch=128, n_threads=1, repack=False), lora=lora
+        path, Settings(n_ctx=128, n_ubatch=128, n_threads=1, repack=False), lora=lora
     )
     try:
-        return np.concatenate(list(decoder.context(n_outputs=128).evaluate([decode.Tokens(IDS)])))
+        return np.concatenate(list(decoder.context(n_outputs=128).evaluate([Tokens(IDS)])))
     finally:
         decoder.close()
 

@@ -46,7 +46,7 @@ def test_the_model(tiny_model):
         tiny_model.encode_image(pixels)
     with tiny_model.chat() as chat:
         with refused(SEE):
-            list(chat.send([edge_gemma.Picture(pixels), "?"]))
+            list(chat.send([edge_gemma.Image(pixels), "?"]))
         with refused(HEAR):
             list(chat.send([edge_gemma.Audio(np.zeros(16000, np.float32)), "?"]))
 

@@ -232,7 +232,7 @@ def test_a_short_clip_may_go_without_padding(prompt):
 @pytest.mark.parametrize("continued", [False, True])
 def test_listening_gives_the_same_spans_around_a_live_clip(prompt, pad, continued):
     chat = [Message("user", "Hello"), Message("assistant", "Hi")] if continued else []
-    before, after = prompt.listening(
+    listening = prompt.listening(
         [*chat, Message("user", ["Answer: ", Audio(), "briefly"])],
         continued=continued,
         pad_audio=pad,
@@ -242,7 +242,7 @@ def test_listening_gives_the_same_spans_around_a_live_clip(prompt, pad, continue
         continued=continued,
         pad_audio=pad,
     )
-    assert [*before, Rows(CLIP), *after(10)] == whole
+    assert [*listening.before, Rows(CLIP), *listening.after(10)] == whole
 
 
 def test_rows_of_ones_own_go_in_as_they_are(prompt):
@@ -250,21 +250,10 @@ def test_rows_of_ones_own_go_in_as_they_are(prompt):
     assert rows == Rows(CLIP) and before.ids[-1] != 108 and after.ids[0] != 108
 
 
-def test_an_encoder_makes_the_rows(prompt):
-    seen = []
-    spans = prompt.spans(
-        [Message("user", [Image("cat.jpg", size=512), "?"])],
-        encode=lambda part: seen.append((part.source, part.size)) or IMAGE,
-    )
-    assert spans == prompt.spans([Message("user", [Image(rows=IMAGE), "?"])]) and seen == [
-        ("cat.jpg", 512)
-    ]
-
-
 @pytest.mark.parametrize(
     "content, message",
     [
-        ([Image("cat.jpg")], r"Image\('cat.jpg'\) but there is no encoder here"),
+        ([Image("cat.jpg")], r"Image\('cat.jpg'\), which was not encoded"),
         ([Audio()], r"an empty Audio\(\).*through listening"),
         ([Image(rows=CLIP)], r"soft tokens of shape \[10, 8\]; this model takes 3 rows per image"),
         ([Image(rows=IMAGE[:, :4])], r"shape \[3, 4\]; this model takes \[n, 8\]"),
@@ -448,7 +437,7 @@ TOOLS = [
 ]
 
 
-def test_tools_go_into_the_first_user_turn_and_results_come_back_as_one(prompt):
+def test_tools_go_into_the_first_user_turn_and_results_come_back_as_one(gemma_tokenize):
     chat = [
         Message("user", "Light on!"),
         {"role": "assistant", "content": None, "tool_calls": [FunctionCall("light", {"on": True})]},
@@ -459,7 +448,7 @@ def test_tools_go_into_the_first_user_turn_and_results_come_back_as_one(prompt):
     ]
     texts = []
     spy = Prompt(
-        manifest(), lambda text, special: texts.append(text) or prompt._tokenize(text, special)
+        manifest(), lambda text, special: texts.append(text) or gemma_tokenize(text, special)
     )
     spy.spans(chat, tools=TOOLS)
     written = "".join(text for text in texts if not re.fullmatch(r"<\w+>", text))

@@ -22,6 +22,8 @@ from edge_gemma.bundles.folder import Bundle
 from edge_gemma.cli import main
 from edge_gemma.engines.llama import decoder as decode
 from edge_gemma.errors import BundleError, RuntimeFailure, UsageError
+from edge_gemma.plan.records import Settings
+from edge_gemma.spans import Tokens
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def test_calibration_measures_what_each_weight_is_multiplied_with(world, tmp_pat
     )  # the tied head is in it
     # the first layer's queries, keys and values see RMS-normed embeddings: that can be computed
     # here
-    decoder = decode.Decoder(bundle.decoder_path, decode.Settings(n_ctx=64))
+    decoder = decode.Decoder(bundle.decoder_path, Settings(n_ctx=64))
     try:
         ids = decoder.tokenize(text.read_text())[:1022]
         chunks = [[decoder.bos, *ids[:511]], [decoder.bos, *ids[511:]]]
@@ -144,12 +146,12 @@ def test_receipts_are_the_textbook_numbers(world, tmp_path):
 
     def log_softmax(path):
         decoder = decode.Decoder(
-            path, decode.Settings(n_ctx=512, n_ubatch=64, n_threads=1, flash_attention=False)
+            path, Settings(n_ctx=512, n_ubatch=64, n_threads=1, flash_attention=False)
         )
         try:
             ids = [decoder.bos, *decoder.tokenize(text.read_text())[:511]]
             x = np.concatenate(
-                list(decoder.context(n_outputs=64).evaluate([decode.Tokens(tuple(ids))]))
+                list(decoder.context(n_outputs=64).evaluate([Tokens(tuple(ids))]))
             ).astype(np.float64)[:-1]
         finally:
             decoder.close()

@@ -24,7 +24,8 @@ from edge_gemma.errors import (
     PlanRefused,
     UnsupportedModel,
 )
-from edge_gemma.seeing.soft_tokens import Look
+from edge_gemma.seeing.picture import Picture
+from edge_gemma.seeing.soft_tokens import PictureEncoder
 from edge_gemma.store.importer import import_gguf
 
 GREEDY = edge_gemma.Sampling(max_tokens=4, temperature=0)
@@ -62,8 +63,8 @@ def test_encode_image_and_a_message_with_pictures(looking_bundle, no_cache, phot
         with model.chat() as chat:
             texts = []
             for content in (
-                ["What is this?", edge_gemma.Picture(photo)],
-                ["And this?", edge_gemma.Image(seeing.picture(7)), edge_gemma.Picture(photo)],
+                ["What is this?", edge_gemma.Image(photo)],
+                ["And this?", edge_gemma.Image(seeing.picture(7)), edge_gemma.Image(photo)],
             ):
                 texts.append("".join(chunk.text for chunk in chat.send(content, GREEDY)))
             assert len(chat.messages) == 4 and len(texts) == 2
@@ -72,12 +73,12 @@ def test_encode_image_and_a_message_with_pictures(looking_bundle, no_cache, phot
         with (
             pytest.raises(
                 PlanRefused,
-                match=r"30 pictures take 30 × 22 = 660 tokens and 512 of the context are free: 23 "
+                match=r"30 pictures take 30 × 22 = 660 tokens and 508 of the context are free: 23 "
                 r"fit",
             ),
             model.chat() as chat,
         ):
-            list(chat.send([*[edge_gemma.Picture(photo)] * 30, "?"], GREEDY))
+            list(chat.send([*[edge_gemma.Image(photo)] * 30, "?"], GREEDY))
 
 
 def test_a_text_bundle_refuses_pictures(tiny_bundle, photo):
@@ -88,7 +89,7 @@ def test_a_text_bundle_refuses_pictures(tiny_bundle, photo):
             pytest.raises(UnsupportedModel, match="has no vision encoder, so it cannot see"),
             model.chat() as chat,
         ):
-            list(chat.send([edge_gemma.Picture(photo), "?"], GREEDY))
+            list(chat.send([edge_gemma.Image(photo), "?"], GREEDY))
 
 
 def test_plan_knows_the_encoder(looking_bundle):
@@ -213,8 +214,8 @@ def test_import_with_mmproj(sample_gguf, tmp_path):
         bundle.manifest.vision.n_embd,
     ) == ("siglip", "f16", 640)
     bundle.verify()
-    with Look(bundle) as look:
-        assert look(seeing.picture(6)).shape == (16, 640)
+    with PictureEncoder(bundle) as encoder:
+        assert encoder.encode(Picture(seeing.picture(6))).shape == (16, 640)
 
 
 def test_import_refuses_a_foreign_mmproj(siglip_checkpoint, sample_gguf, tmp_path):

@@ -232,7 +232,7 @@ def test_what_was_saved_is_checked_before_anything_is_restored(tiny_model, tiny_
         session.restore(tmp_path / "s")
         assert session._cached == 0 and session.length > 0
         assert ids(session.generate(SHORT))
-        other.cache.identity = "0" * 64
+        other.sequences.identity = "0" * 64
         with pytest.raises(BundleError, match="another bundle"):
             session.restore(tmp_path / "s")
 

@@ -249,7 +249,7 @@ def test_a_real_vocabulary_comes_back_from_its_gguf(sample_gguf):
     """real_checkpoint.py writes the tokenizer.model that converters, ours and others',
     begin with.
     """
-    from edge_gemma.benchmarks.dev.real_checkpoint import tokenizer_model
+    from edge_gemma.benchmarks.dev.sample import tokenizer_model
 
     library = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model(sample_gguf))
     assert (library.unk_id(), library.bos_id(), library.eos_id(), library.pad_id()) == (

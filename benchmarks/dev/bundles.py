@@ -112,7 +112,8 @@ class Maker:
         import_gguf(self.gguf(name), out, name=name)
 
     def _checkpoint(self, name: str) -> Path:
-        from edge_gemma.benchmarks.dev.real_checkpoint import sample_gguf, write_checkpoint
+        from edge_gemma.benchmarks.dev.real_checkpoint import write_checkpoint
+        from edge_gemma.benchmarks.dev.sample import sample_gguf
 
         folder = self.work / name
         if not (folder / "tokenizer.model").is_file():

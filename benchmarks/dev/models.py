@@ -23,6 +23,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from edge_gemma.benchmarks.dev import shapes as sizes
+from edge_gemma.benchmarks.dev.sample import sample_gguf, tokenizer_model
 from edge_gemma.benchmarks.dev.shapes import Shapes
 from safetensors.numpy import save_file
 
@@ -185,8 +186,6 @@ def write_gemma3n(size: str, out: Path, *, seed: int = 0) -> int:
     by a power of two: writing is as fast as the disk, and quantizing takes the time that real
     weights take. The vocabulary is the sample's.
     """
-    from edge_gemma.benchmarks.dev.real_checkpoint import sample_gguf, tokenizer_model
-
     out.mkdir(parents=True)
     shards = _shards(sizes.shapes("gemma3n", size))
     pool = to_bf16(np.random.default_rng(seed).standard_normal(POOL_VALUES, np.float32))

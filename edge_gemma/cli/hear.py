@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from edge_gemma.conversation.chat import Chat
-    from edge_gemma.conversation.listener import Heard, ListenOptions, Segment
+    from edge_gemma.conversation.listener import Heard
+    from edge_gemma.conversation.transcription import ListenOptions, Segment
     from edge_gemma.conversation.voice import Voice
     from edge_gemma.hearing.devices import Microphone, SoundDevice
     from edge_gemma.hearing.sound import AudioFile
@@ -171,7 +172,7 @@ def transcribe(
     as_json: JsonOption = False,
 ) -> None:
     """Write down what is said in a file or into the microphone."""
-    from edge_gemma.conversation.listener import TRANSCRIBE, TRANSCRIBE_ANY
+    from edge_gemma.conversation.transcription import TRANSCRIBE, TRANSCRIBE_ANY
 
     instruction = TRANSCRIBE.format(language=language) if language else TRANSCRIBE_ANY
     layout = _layout(srt, vtt, as_json)
@@ -200,7 +201,7 @@ def translate(
     """Translate what is said in a file or into the microphone. With --language, the model writes it
     down in that language first.
     """
-    from edge_gemma.conversation.listener import TRANSLATE, TRANSLATE_ONLY
+    from edge_gemma.conversation.transcription import TRANSLATE, TRANSLATE_ONLY
 
     instruction = TRANSLATE_ONLY.format(to=to)
     if language:
@@ -225,7 +226,7 @@ def _layout(srt: bool, vtt: bool, as_json: bool) -> Layout:
 
 
 def _listen_options(pad_audio: bool, pause: float, sampling: SamplingOptions) -> ListenOptions:
-    from edge_gemma.conversation.listener import ListenOptions
+    from edge_gemma.conversation.transcription import ListenOptions
     from edge_gemma.hearing.utterances import VadSettings
 
     return ListenOptions(
@@ -242,7 +243,7 @@ def _segments(
     layout: Layout,
 ) -> None:
     """Each utterance in ``blocks`` and what the model makes of it, printed as it is found."""
-    from edge_gemma.conversation.listener import transcribe
+    from edge_gemma.conversation.transcription import transcribe
 
     model, chat = _open_chat(bundle, loading, options)
     number = 0
@@ -269,7 +270,7 @@ def _print_segment(segment: Segment, number: int, layout: Layout) -> None:
 def cue(segment, number: int | None) -> str:
     """One subtitle with the blank line behind it; numbered and with decimal commas for SubRip.
 
-    >>> from edge_gemma.conversation.listener import Segment
+    >>> from edge_gemma.conversation.transcription import Segment
     >>> print(cue(Segment(3661.5, 3662.25, "Hello --> there"), 7))
     7
     01:01:01,500 --> 01:01:02,250
@@ -311,8 +312,8 @@ def ask(
     as_json: JsonOption = False,
 ) -> None:
     """Answer a question about a sound. With --mic, about the next utterance."""
-    from edge_gemma.conversation.listener import ListenOptions
-    from edge_gemma.conversation.listener import ask as answer_about
+    from edge_gemma.conversation.transcription import ListenOptions
+    from edge_gemma.conversation.transcription import ask as answer_about
     from edge_gemma.errors import UsageError
     from edge_gemma.machine.peak import PeakSampler
 

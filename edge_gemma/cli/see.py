@@ -99,7 +99,7 @@ def describe(
     """Say what pictures show, or answer a question about them. Several pictures can be compared."""
     from edge_gemma.errors import UsageError
     from edge_gemma.machine.peak import PeakSampler
-    from edge_gemma.messages import Image
+    from edge_gemma.messages import Image, Part
     from edge_gemma.seeing.video import Video
 
     images, question = split(words or [])
@@ -109,19 +109,17 @@ def describe(
             'describe BUNDLE photo.jpg "What is this?"'
         )
     pictures = _pictures(images, camera)  # before the model is loaded: a wrong name costs no time
-    media = [
+    media: list[Part | Video] = [
         *(Image(source=picture, size=size) for picture in pictures),
         *(Video(path, rate_hz=rate) for path in video or ()),
         question,
     ]
-    used_tokens = sampling.max_tokens // 2
     with PeakSampler() as peak:
         model, load_s = load_model(bundle, loading, ("vision",))
         peak.rebase()
-        with model, model.chat() as talk:
+        with model, model.chat(pan_and_scan=pan_and_scan) as talk:
             started = time.perf_counter()
-            parts = model.media(media, pan_and_scan=pan_and_scan, used_tokens=used_tokens)
-            chunks = talk.send(parts, sampling.sampling())
+            chunks = talk.send(media, sampling.sampling())
             answer = stream(chunks, talk.cancel, quiet=as_json)
             wall_s = time.perf_counter() - started
     cost = Cost(load_s, wall_s, model.plan.total_bytes, peak.peak_pss_bytes)

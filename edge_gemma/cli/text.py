@@ -61,25 +61,16 @@ def plan(
     """Say what a bundle will take on a device, byte by byte. Nothing is loaded. Exit code 4 when it
     does not fit.
     """
-    from edge_gemma.engines.llama.weights import repacked_here
     from edge_gemma.machine.probe import find_device
-    from edge_gemma.machine.repack import repacks_for
-    from edge_gemma.plan.ladder import make_plan
+    from edge_gemma.model import plan_bundle
 
     found = open_bundle(bundle)
-    is_here = planning.device == "auto"
-    device = find_device(planning.device)
-
-    made = make_plan(
-        found.manifest,
-        device,
-        planning.request(() if text_only else None),
-        repacked_here if is_here else repacks_for(device),
-    )
+    request = planning.request(() if text_only else None)
+    made = plan_bundle(found, device=planning.device, request=request)
     if as_json:
         print_json(made)
     else:
-        _print_plan(found.manifest.name, device.name, made)
+        _print_plan(found.manifest.name, find_device(planning.device).name, made)
     if not made.fits:
         raise typer.Exit(4)
 
@@ -231,7 +222,7 @@ def _prompt(given: str | None) -> str:
 def _continue(model: Model, parts: Sequence[Part], options: Sampling, *, quiet: bool) -> Answer:
     """The parts as they are, without the chat template, and what the model makes of them."""
     session = model.session()
-    session.replace(model.prompt.raw(model.media(parts), encode=model.encode))
+    session.replace(model.spans(parts))
     return stream(session.generate(options), session.cancel, quiet=quiet)
 
 

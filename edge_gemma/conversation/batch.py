@@ -1,66 +1,92 @@
-"""Several prompts in one decode per step."""
+"""Several prompts in one decode per step.
+
+In: prompts as spans. Out: ``(index, chunk)`` as they come, from as many prompts at a time as the KV
+cache has sequences.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+import threading
+from collections import deque
+from collections.abc import Generator, Sequence
 
+from edge_gemma.conversation.generation import Lane, TokenLoop
+from edge_gemma.conversation.sequences import Sequences
 from edge_gemma.conversation.session import Session
-from edge_gemma.conversation.stream import Chunk, TextStream, Usage
-from edge_gemma.engines.llama.sampler import Sampler
+from edge_gemma.conversation.stream import Chunk
 from edge_gemma.options import Sampling
 from edge_gemma.spans import Span
 
-if TYPE_CHECKING:
-    from edge_gemma.model import Model
 
+class Batch:
+    """An iterator of ``(index, chunk)``; the last chunk of each prompt has a finish reason, usage
+    and timings. A seed that is given counts up with the prompt's index.
 
-class _Lane:
-    """One prompt of a batch."""
+    :meth:`cancel`, from any thread, ends every prompt: those that run end as cancelled, those that
+    wait do not begin. Closing it (or leaving its ``with``) stops at once.
+    """
 
-    def __init__(self, model: Model, index: int, spans: list[Span], options: Sampling):
-        self.index, self.options, self._model = index, options, model
-        self.session = Session(model.cache)
-        self.session.replace(spans)
-        self.session.busy = True
-        self._prompt_tokens = self.session.length
-        seed = None if options.seed is None else (options.seed + index) % 2**32
-        self._sampler = Sampler(model.decoder, dataclasses.replace(options, seed=seed))
-        self._stream = TextStream(options.stop)
-        self.ids: list[int] = []
-        self._out: list[Chunk] = []
-        self.done = False
+    def __init__(self, sequences: Sequences, prompts: Sequence[Sequence[Span]], sampling: Sampling):
+        self._sequences, self._sampling = sequences, sampling
+        self._waiting = deque(enumerate(prompts))
+        self._sessions: dict[int, tuple[int, Session]] = {}  # by the lane's index
+        self._cancelled = threading.Event()
+        self._chunks = self._run()
 
-    def next_id(self, row: int) -> None:
-        decoder, context = self._model.decoder, self._model.cache.context
-        token = self._sampler.sample(context, row)
-        logprobs = (
-            (self._sampler.logprob(context, token, row),)
-            if self.options.logprobs is not None
-            else ()
-        )
-        if decoder.is_end(token):
-            return self._finish("stop")
-        self.ids.append(token)
-        self.session._keys.append(token)
-        self._out.append(Chunk(self._stream.push(decoder.piece(token)), (token,), logprobs))
-        if self._stream.stopped:
-            self._finish("stop_string")
-        elif len(self.ids) >= self.options.max_tokens:
-            self._finish("length")
-        elif self.session.length >= self.session.n_ctx:
-            self._finish("context")
+    def _run(self) -> Generator[tuple[int, Chunk], None, None]:
+        sequences = self._sequences
+        loop = TokenLoop(sequences.decoder, sequences.context, sequences.weights)
+        n_lanes = sequences.context.settings.n_seq_max
+        try:
+            while self._waiting or loop.n_active:
+                while self._waiting and loop.n_active < n_lanes and not self._cancelled.is_set():
+                    self._begin(loop, *self._waiting.popleft())
+                if self._cancelled.is_set():
+                    self._waiting.clear()
+                for lane, chunk in loop.step():
+                    index = self._sessions[lane.index][0]
+                    if chunk.finish_reason:
+                        self._end(lane)
+                    yield index, chunk
+        finally:
+            loop.close()
+            for _, session in self._sessions.values():
+                session.close()
+            self._sessions.clear()
 
-    def _finish(self, reason: str) -> None:
-        usage = Usage(self._prompt_tokens, 0, len(self.ids), self._sampler.seed)
-        self._out.append(Chunk(self._stream.finish(), finish_reason=reason, usage=usage))
-        self.done = True
+    def _begin(self, loop: TokenLoop, index: int, prompt: Sequence[Span]) -> None:
+        session = Session(self._sequences)
+        session.replace(prompt)
+        seed = self._sampling.seed
+        if seed is not None:
+            seed = (seed + index) % 2**32
+        lane = loop.add(session, dataclasses.replace(self._sampling, seed=seed))
+        self._sessions[lane.index] = index, session
 
-    def take(self) -> list[Chunk]:
-        out, self._out = self._out, []
-        return out
+    def _end(self, lane: Lane) -> None:
+        _, session = self._sessions.pop(lane.index)
+        session.close()
+
+    def cancel(self) -> None:
+        """End every prompt, from any thread."""
+        self._cancelled.set()
+        for _, session in list(self._sessions.values()):
+            session.cancel()
 
     def close(self) -> None:
-        self._sampler.close()
-        self.session.busy = False
-        self.session.close()
+        """Stop at once; nothing more comes."""
+        self._waiting.clear()
+        self._chunks.close()
+
+    def __iter__(self) -> Batch:
+        return self
+
+    def __next__(self) -> tuple[int, Chunk]:
+        return next(self._chunks)
+
+    def __enter__(self) -> Batch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,40 +1,56 @@
 """A conversation in turns: messages, the template around them, and what to forget when the context
 is full.
 
-In: messages of text, pictures, clips and rows. Out: chunks of the answer, and :class:`Reply`. What
-is in the KV cache is session.py's business.
+In: messages of text, pictures, clips, videos and rows; or a turn that comes piece by piece while it
+is spoken. Out: chunks of the answer, and :class:`Reply`. What is in the KV cache is session.py's
+business, how tokens come about generation.py's.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import msgspec
 import numpy as np
 
+from edge_gemma.conversation.fitting import fit
+from edge_gemma.conversation.sequences import Sequences
 from edge_gemma.conversation.session import Session
 from edge_gemma.conversation.stream import Chunk
-from edge_gemma.engines.llama.decoder import Cancelled
-from edge_gemma.errors import BundleError, ContextFull
-from edge_gemma.messages import Audio, Image, Message
+from edge_gemma.errors import BundleError, Cancelled, RuntimeFailure
+from edge_gemma.messages import Audio, Image, Message, Part
 from edge_gemma.options import Sampling
 from edge_gemma.prompts.calls import FunctionCall, parse_calls
+from edge_gemma.prompts.prompt import Listening, Prompt
+from edge_gemma.senses import Content, Senses
 from edge_gemma.spans import Rows, Span
-
-if TYPE_CHECKING:
-    from edge_gemma.model import Model
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A finished answer of :class:`Chat`: its text, the function calls in it, and the last chunk."""
+    """A finished answer of :class:`Chat`: its text, the function calls in it, the last chunk."""
 
     text: str
     calls: tuple[FunctionCall, ...]
     end: Chunk
+
+
+@dataclass
+class _OpenTurn:
+    """A spoken turn on its way: ``before`` are the messages it follows, ``after(n_rows)`` makes the
+    spans that close its clip.
+    """
+
+    before: list[Message]
+    dropped: int
+    head: tuple[Part, ...]
+    after: Callable[[int], list[Span]]
+    pad_audio: bool
+    clips: list[np.ndarray] = field(default_factory=list)  # soft tokens of finished clips
+    rows: list[np.ndarray] = field(default_factory=list)  # of the present one
 
 
 class Chat:
@@ -46,124 +62,201 @@ class Chat:
     quarter of it is free, so that this happens rarely; the rest is prefilled again and
     ``usage.dropped_turns`` says how many went.
 
-    >>> chat = getfixture("tiny_model").chat(system="Be brief.")
+    >>> chat = model.chat(system="Be brief.")
     >>> answer = "".join(chunk.text for chunk in chat.send("Hello", Sampling(max_tokens=4, seed=1)))
     >>> [message.role for message in chat.messages]
     ['system', 'user', 'assistant']
+
+    A turn that is being spoken comes in pieces instead: :meth:`begin_turn`, then :meth:`add_rows`
+    and :meth:`next_clip`, then :meth:`end_turn` and :meth:`answer` (live_turn.py does that from
+    samples).
     """
 
     def __init__(
         self,
-        model: Model,
+        sequences: Sequences,
+        prompt: Prompt,
+        senses: Senses,
         *,
         system: str | None = None,
         tools: Sequence[Mapping] = (),
         pad_audio: bool = True,
+        pan_and_scan: bool = False,
     ):
-        self.model, self.session = model, Session(model.cache)
+        self.session, self.senses = Session(sequences), senses
         self.messages: list[Message] = [Message("system", system)] if system else []
-        self.tools, self.pad_audio = tuple(tools), pad_audio
+        self.tools, self.pad_audio, self.pan_and_scan = tuple(tools), pad_audio, pan_and_scan
         self.reply: Reply | None = None
-        self._append_only = (
-            False  # whether the cache holds exactly the messages, the last answer open
-        )
+        self._prompt = prompt
+        # whether the cache holds exactly the messages, the last answer still open
+        self._continues = False
+        self._turn: _OpenTurn | None = None
+
+    # a turn that is there as a whole
 
     def send(
-        self, content, options: Sampling = Sampling(), *, role: str = "user"
-    ) -> Iterator[Chunk]:
-        """Say ``content`` (text, or a list of text, Image, Audio and Rows) and stream the answer.
+        self, content: Content, sampling: Sampling = Sampling(), *, role: str = "user"
+    ) -> Generator[Chunk, None, None]:
+        """Say ``content`` (text, or a list of text, Image, Audio, Video and Rows) and stream the
+        answer. Afterwards ``reply`` holds it.
 
-        Afterwards ``reply`` holds it.
-
-        A turn that is stopped before its answer begins is taken back whole. Raises ContextFull when
-        the turn cannot fit even alone, UsageError, MediaError.
+        A turn that is stopped or fails before its answer begins is taken back whole, forgotten
+        turns included. Raises ContextFull when the turn cannot fit even alone, UsageError,
+        MediaError, UnsupportedModel.
         """
-        self.messages.append(self._encoded(Message(role, content)))
-        parts: list[str] = []
-        answering = False
+        before, reserve = list(self.messages), self._reserve(sampling.max_tokens)
+        if not isinstance(content, str):
+            content = self.senses.encoded(
+                content, pan_and_scan=self.pan_and_scan, used_tokens=reserve
+            )
         try:
-            dropped = self._place(options)
-            for chunk in self.session.generate(options):
-                answering = True
+            dropped = self._place([*before, Message(role, content)], reserve)
+        except Cancelled:
+            yield Chunk("", finish_reason="cancelled")
+            return
+        yield from self._answer(sampling, before, dropped)
+
+    def _reserve(self, max_tokens: int) -> int:
+        """Positions that an answer should find free."""
+        return min(max_tokens, self.session.n_ctx // 4)
+
+    def _place(self, messages: list[Message], reserve: int) -> int:
+        """Prefill the last of the messages, forgetting the oldest turns if it does not fit. Returns
+        how many went. The chat's messages change only when all of it is in the cache.
+        """
+        session = self.session
+        if self._continues:
+            spans = self._render(messages, continued=True)
+            if session.length + _length(spans) + reserve <= session.n_ctx:
+                self._continues = False  # until the turn is answered
+                session.append(spans)
+                self.messages = messages
+                return 0
+        fitted = fit(messages, self._render, _length, n_ctx=session.n_ctx, n_reserve=reserve)
+        self._continues = False
+        session.replace(fitted.rendered)
+        session.append([])
+        self.messages = list(fitted.messages)
+        return fitted.dropped
+
+    def _render(self, messages: Sequence[Message], continued: bool = False) -> list[Span]:
+        return self._prompt.spans(
+            messages, tools=self.tools, continued=continued, pad_audio=self.pad_audio
+        )
+
+    # a turn that is being spoken
+
+    def begin_turn(
+        self, head: Sequence[Part] = (), *, pad_audio: bool = False, max_tokens: int = 512
+    ) -> None:
+        """A turn begins whose sound is still to come: ``head`` (an instruction) and what stands
+        before the first clip are prefilled now.
+
+        ``pad_audio`` fills each clip to 188 rows as transformers does. The messages change only
+        when the turn is answered. Raises ContextFull, UsageError (a bundle that cannot hear),
+        Cancelled.
+        """
+        head = tuple(head)
+        before = (*self.messages, Message("user", [*head, Audio()]))
+
+        def render(messages: Sequence[Message], continued: bool = False) -> Listening:
+            return self._prompt.listening(
+                messages, tools=self.tools, continued=continued, pad_audio=pad_audio
+            )
+
+        session, reserve, dropped = self.session, self._reserve(max_tokens), 0
+        rendered = render(before, continued=True) if self._continues else None
+        if rendered is not None and session.length + _around(rendered) + reserve <= session.n_ctx:
+            self._continues = False  # until the turn is answered
+            session.append(rendered.before)
+        else:
+            fitted = fit(before, render, _around, n_ctx=session.n_ctx, n_reserve=reserve)
+            before, rendered, dropped = fitted.messages, fitted.rendered, fitted.dropped
+            self._continues = False
+            session.replace(rendered.before)
+            session.append([])
+        self._turn = _OpenTurn(list(before[:-1]), dropped, head, rendered.after, pad_audio)
+
+    def add_rows(self, rows: np.ndarray, *, prefill: bool = True) -> None:
+        """Soft tokens ``[n, n_embd]`` float32 of the present clip, in order.
+
+        Without ``prefill`` they wait for what closes the clip, so that both take one pass. Raises
+        ContextFull, Cancelled.
+        """
+        turn = self._open_turn()
+        if len(rows):
+            self.session.append([Rows(rows)], prefill=prefill)
+            turn.rows.append(rows)
+
+    def next_clip(self) -> None:
+        """The present clip (30 s at most) ends, and another one of the same turn begins."""
+        turn = self._open_turn()
+        n_rows = self._close_clip(turn)
+        self.session.append(self._prompt.between_clips(n_rows, pad_audio=turn.pad_audio))
+
+    def end_turn(self) -> None:
+        """Everything was said. The decoder takes what is left when the answer starts."""
+        turn = self._open_turn()
+        n_rows = self._close_clip(turn)
+        self.session.append(turn.after(n_rows), prefill=False)
+
+    def answer(self, sampling: Sampling = Sampling()) -> Generator[Chunk, None, None]:
+        """Answer the turn that was spoken, after :meth:`end_turn`. From here on it is part of the
+        conversation. Raises UsageError, RuntimeFailure; the turn is taken back then.
+        """
+        turn = self._open_turn()
+        self._turn, unchanged = None, list(self.messages)
+        clips = (Audio(rows=rows) for rows in turn.clips)
+        self.messages = [*turn.before, Message("user", [*turn.head, *clips])]
+        yield from self._answer(sampling, unchanged, turn.dropped)
+
+    def abandon_turn(self) -> None:
+        """Forget the turn that is being spoken; the conversation is what it was before it."""
+        self._turn = None
+
+    def _open_turn(self) -> _OpenTurn:
+        if self._turn is None:
+            raise RuntimeFailure("no turn is being spoken; begin one with begin_turn")
+        return self._turn
+
+    def _close_clip(self, turn: _OpenTurn) -> int:
+        none = np.zeros((0, self.senses.n_embd), np.float32)
+        clip = np.concatenate([none, *turn.rows])
+        turn.clips.append(clip)
+        turn.rows = []
+        return len(clip)
+
+    # both
+
+    def _answer(
+        self, sampling: Sampling, unchanged: list[Message], dropped: int
+    ) -> Generator[Chunk, None, None]:
+        """Generate; the answer becomes a message. ``unchanged`` are the messages to go back to when
+        nothing of an answer comes.
+        """
+        parts: list[str] = []
+        begun = finished = False
+        try:
+            for chunk in self.session.generate(sampling):
+                begun = True
                 parts.append(chunk.text)
                 if chunk.finish_reason:
-                    chunk = self._finished(chunk, parts, dropped)
+                    chunk, finished = self._finished(chunk, parts, dropped), True
                 yield chunk
-        except Cancelled:
-            answering = False
-            yield Chunk("", finish_reason="cancelled")
         finally:
-            if not answering:
-                self.messages.pop()
-                self._append_only = False
-            elif (
-                self.messages[-1].role != "assistant"
-            ):  # the iterator was closed in the middle of the answer
-                self._finished(Chunk("", finish_reason="cancelled"), parts, 0)
+            if not begun:
+                self.messages = unchanged
+            elif not finished:  # the iterator was closed in the middle of the answer
+                self._finished(Chunk("", finish_reason="cancelled"), parts, dropped)
 
     def _finished(self, chunk: Chunk, parts: list[str], dropped: int) -> Chunk:
         text = "".join(parts)
         self.messages.append(Message("assistant", text))
-        self._append_only = bool(text.strip())
+        self._continues = bool(text.strip())
         if dropped and chunk.usage:
             chunk = replace(chunk, usage=replace(chunk.usage, dropped_turns=dropped))
         self.reply = Reply(text, tuple(parse_calls(text)) if self.tools else (), chunk)
         return chunk
-
-    def _encoded(self, message: Message) -> Message:
-        """Media as soft tokens, once: a later prefill must not run an encoder again."""
-        if isinstance(message.content, str):
-            return message
-        parts = self.model.media(message.content)
-        parts = [
-            type(p)(rows=self.model.encode(p))
-            if isinstance(p, Image | Audio) and p.rows is None
-            else p
-            for p in parts
-        ]
-        return Message(message.role, parts)
-
-    def _place(self, options: Sampling) -> int:
-        """Prefill the new turn, forgetting the oldest ones if it does not fit. Returns how many
-        turns went.
-        """
-        session, reserve = self.session, min(options.max_tokens, self.session.n_ctx // 4)
-        if self._append_only:
-            spans = self._render(continued=True)
-            if session.length + _length(spans) + reserve <= session.n_ctx:
-                session.append(spans)
-                return 0
-        spans, dropped = self._render(), 0
-        limit = session.n_ctx - reserve
-        if _length(spans) > limit:
-            limit = min(limit, session.n_ctx * 3 // 4)
-            while _length(spans) > limit and self._drop_oldest():
-                dropped += 1
-                spans = self._render()
-            if _length(spans) > session.n_ctx - min(reserve, 64):
-                raise ContextFull(
-                    f"the last turn alone takes {_length(spans)} of {session.n_ctx} "
-                    "positions; shorten it or load with a larger n_ctx"
-                )
-        session.replace(spans)
-        session.append([])
-        return dropped
-
-    def _render(self, continued: bool = False) -> list[Span]:
-        return self.model.prompt.spans(
-            self.messages, tools=self.tools, continued=continued, pad_audio=self.pad_audio
-        )
-
-    def _drop_oldest(self) -> bool:
-        """Forget the oldest user turn and everything up to the next; False when only the last turn
-        is left.
-        """
-        first = 1 if self.messages and self.messages[0].role == "system" else 0
-        users = [i for i, m in enumerate(self.messages) if i >= first and m.role == "user"]
-        if len(users) < 2:
-            return False
-        del self.messages[first : users[1]]
-        return True
 
     def cancel(self) -> None:
         """Stop the answer, from any thread."""
@@ -171,43 +264,30 @@ class Chat:
 
     def reset(self) -> None:
         """Forget every turn but the system text."""
-        self.messages = (
-            self.messages[:1] if self.messages and self.messages[0].role == "system" else []
-        )
-        self._append_only = False
+        system = self.messages[:1]
+        self.messages = system if system and system[0].role == "system" else []
+        self._continues, self._turn = False, None
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the conversation, its media and its KV cache to one file."""
-        plain = [
-            (
-                m.role,
-                [_part_out(p) for p in ([m.content] if isinstance(m.content, str) else m.content)],
-            )
-            for m in self.messages
-        ]
-        self.session.save(path, msgspec.msgpack.encode((plain, self._append_only)))
+    # on disk
 
-    def restore(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the conversation, its media and its KV cache to one file. Raises RuntimeFailure."""
+        plain = [(message.role, _content_out(message)) for message in self.messages]
+        self.session.save(path, msgspec.msgpack.encode((plain, self._continues)))
+
+    def restore(self, path: str | os.PathLike[str]) -> None:
         """Go on where a saved conversation stopped. Raises BundleError, ContextFull; on an error
         nothing has changed.
         """
         extra = self.session.restore(path)
         try:
-            plain, self._append_only = msgspec.msgpack.decode(
-                extra,
-                type=tuple[list[tuple[str, list[str | tuple[str, tuple[int, int], bytes]]]], bool],
+            plain, self._continues = msgspec.msgpack.decode(
+                extra, type=tuple[list[tuple[str, list[_SavedPart]]], bool]
             )
         except ValueError as error:
-            raise BundleError(f"{path} holds a session without turns ({error})") from None
-        self.messages = [
-            Message(
-                role,
-                [_part_in(p) for p in parts]
-                if len(parts) != 1 or not isinstance(parts[0], str)
-                else parts[0],
-            )
-            for role, parts in plain
-        ]
+            raise BundleError(f"{Path(path)} holds a session without turns ({error})") from None
+        self.messages = [Message(role, _content_in(parts)) for role, parts in plain]
+        self._turn = None
 
     def close(self) -> None:
         self.session.close()
@@ -215,7 +295,7 @@ class Chat:
     def __enter__(self) -> Chat:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -223,22 +303,45 @@ def _length(spans: Sequence[Span]) -> int:
     return sum(len(span) for span in spans)
 
 
-def _part_out(part):
+def _around(listening: Listening) -> int:
+    """Positions that a spoken turn takes beside its soft tokens."""
+    return _length(listening.before) + 2 + _length(listening.after(0))
+
+
+_SavedPart = str | tuple[str, tuple[int, int], bytes]  # text, or kind, shape and float32 bytes
+_KINDS: dict[str, Callable[[np.ndarray], Part]] = {
+    "image": lambda rows: Image(rows=rows),
+    "audio": lambda rows: Audio(rows=rows),
+    "rows": lambda rows: Rows(rows),
+    "block": lambda rows: Rows(rows, causal=False),
+}
+
+
+def _content_out(message: Message) -> list[_SavedPart]:
+    if isinstance(message.content, str):
+        return [message.content]
+    return [_part_out(part) for part in message.content]
+
+
+def _part_out(part: Part) -> _SavedPart:
     if isinstance(part, str):
         return part
-    rows = part.rows
-    kind = part.kind if isinstance(part, Image | Audio) else ("rows" if part.causal else "block")
-    return kind, list(rows.shape), np.ascontiguousarray(rows, np.float32).tobytes()
+    if isinstance(part, Rows):
+        kind, rows = "rows" if part.causal else "block", part.rows
+    else:
+        assert part.rows is not None  # media are encoded when they are sent
+        kind, rows = part.kind, np.ascontiguousarray(part.rows, np.float32)
+    return kind, (rows.shape[0], rows.shape[1]), rows.tobytes()
 
 
-def _part_in(part):
+def _content_in(parts: list[_SavedPart]) -> str | list[Part]:
+    if len(parts) == 1 and isinstance(parts[0], str):
+        return parts[0]
+    return [_part_in(part) for part in parts]
+
+
+def _part_in(part: _SavedPart) -> Part:
     if isinstance(part, str):
         return part
     kind, shape, data = part
-    rows = np.frombuffer(data, np.float32).reshape(shape)
-    return {
-        "image": lambda: Image(rows=rows),
-        "audio": lambda: Audio(rows=rows),
-        "rows": lambda: Rows(rows),
-        "block": lambda: Rows(rows, causal=False),
-    }[kind]()
+    return _KINDS[kind](np.frombuffer(data, np.float32).reshape(shape))

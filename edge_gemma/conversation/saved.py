@@ -1,5 +1,8 @@
-"""The file format of a saved conversation: header and checksum first, checked before llama.cpp
-reads a byte.
+"""The file format of a saved conversation: header and checksum first, checked before an engine
+reads a byte of it.
+
+In: a path. Out: :class:`Saved`. The layout is the magic line, a BLAKE2b checksum, and one
+MessagePack record.
 """
 
 from __future__ import annotations
@@ -10,29 +13,69 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from edge_gemma.conversation.positions import Positions
 from edge_gemma.errors import BundleError
+from edge_gemma.files import written_whole
 from edge_gemma.spans import Rows
 
-Key = (
-    int | tuple[str, int]
-)  # what a position holds: a token id, or (digest, index) of an embedding row
 SAVE_MAGIC = b"edge-gemma conversation 1\n"
 MAX_SAVED_BYTES = 8 << 30
+_CHECKSUM_BYTES = 32
 
 
-class _Saved(msgspec.Struct, forbid_unknown_fields=True):
+class Saved(msgspec.Struct, forbid_unknown_fields=True):
+    """A session on disk. ``state`` is the engine's own bytes, ``extra`` the caller's."""
+
     bundle_sha256: str
     n_ctx: int
     kv_type: str
     n_ubatch: int
     keys: list[int | tuple[str, int]]
     cached: int
-    rows: list[tuple[str, bool, tuple[int, int], bytes]]
+    rows: list[tuple[str, bool, tuple[int, int], bytes]]  # digest, causal, shape, float32 bytes
     state: bytes
     extra: bytes
 
+    def positions(self, n_vocab: int, n_embd: int, path: Path) -> Positions:
+        """What was appended. Raises BundleError for an id, a row or a shape that cannot be."""
+        positions = Positions()
+        for digest, causal, shape, data in self.rows:
+            if shape[1] != n_embd or len(data) != shape[0] * shape[1] * 4:
+                raise BundleError(
+                    f"{path} is damaged: embedding rows of shape {shape} in {len(data)} bytes"
+                )
+            rows = np.frombuffer(data, np.float32).reshape(shape)
+            positions.blocks[digest] = Rows(rows, causal, digest)
+        for key in self.keys:
+            if isinstance(key, int):
+                inside = 0 <= key < n_vocab
+            else:
+                block = positions.blocks.get(key[0])
+                inside = block is not None and 0 <= key[1] < len(block)
+            if not inside:
+                raise BundleError(f"{path} is damaged: position {key!r} names no token or row")
+        positions.keys = list(self.keys)
+        return positions
 
-def _read_saved(path: Path) -> _Saved:
+
+def rows_of(positions: Positions) -> list[tuple[str, bool, tuple[int, int], bytes]]:
+    """The embedding rows of a session, as :class:`Saved` holds them."""
+    return [
+        (digest, block.causal, (len(block), block.rows.shape[1]), block.rows.tobytes())
+        for digest, block in positions.blocks.items()
+    ]
+
+
+def write_saved(path: Path, saved: Saved) -> None:
+    """Write the file whole or not at all. Raises RuntimeFailure."""
+    body = msgspec.msgpack.encode(saved)
+    checksum = hashlib.blake2b(body, digest_size=_CHECKSUM_BYTES).digest()
+    with written_whole(path) as file:
+        file.write(SAVE_MAGIC + checksum + body)
+
+
+def read_saved(path: Path) -> Saved:
+    """Raises BundleError: not such a file, damaged, too large."""
     try:
         size = path.stat().st_size
         if size > MAX_SAVED_BYTES:
@@ -45,31 +88,11 @@ def _read_saved(path: Path) -> _Saved:
     start = len(SAVE_MAGIC)
     if not data.startswith(SAVE_MAGIC):
         raise BundleError(f"{path} is not a saved conversation of this version")
-    checksum, body = data[start : start + 32], memoryview(data)[start + 32 :]
-    if hashlib.blake2b(body, digest_size=32).digest() != checksum:
+    checksum = data[start : start + _CHECKSUM_BYTES]
+    body = memoryview(data)[start + _CHECKSUM_BYTES :]
+    if hashlib.blake2b(body, digest_size=_CHECKSUM_BYTES).digest() != checksum:
         raise BundleError(f"{path} is damaged: its checksum does not match. Nothing was restored")
     try:
-        return msgspec.msgpack.decode(body, type=_Saved)
+        return msgspec.msgpack.decode(body, type=Saved)
     except ValueError as error:
         raise BundleError(f"{path} is damaged: {error}") from None
-
-
-def _checked_keys(
-    saved: _Saved, n_vocab: int, n_embd: int, path
-) -> tuple[list[Key], dict[str, Rows]]:
-    rows = {}
-    for digest, causal, shape, data in saved.rows:
-        if shape[1] != n_embd or len(data) != shape[0] * shape[1] * 4:
-            raise BundleError(
-                f"{path} is damaged: embedding rows of shape {shape} in {len(data)} bytes"
-            )
-        rows[digest] = Rows(np.frombuffer(data, np.float32).reshape(shape), causal, digest)
-    for key in saved.keys:
-        inside = (
-            0 <= key < n_vocab
-            if isinstance(key, int)
-            else key[0] in rows and 0 <= key[1] < len(rows[key[0]])
-        )
-        if not inside:
-            raise BundleError(f"{path} is damaged: position {key!r} names no token or row")
-    return [k if isinstance(k, int) else tuple(k) for k in saved.keys], rows

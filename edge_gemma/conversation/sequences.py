@@ -1,56 +1,61 @@
-"""One KV cache, and who sits in it: the sequences that sessions take turns in.
+"""One KV cache and the sequences in it, which sessions take turns in.
 
-In: loaded weights. Out: a context whose ``n_seq_max`` sequences are lent; when all are taken the
-session idle longest gives its own up (what it appended stays with it, and is prefilled again when
-it is next used). So any number of sessions share what was planned.
+In: opened weights. Out: a context whose ``n_seq_max`` sequences are lent. When all are taken, the
+session that was idle longest gives its own up (what it appended stays with it, and is prefilled
+again when it is next used). So any number of sessions share what was planned.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
-from edge_gemma.engines.llama.decoder import Context, Decoder
-from edge_gemma.engines.llama.weights import Weights
+from edge_gemma.engines.engine import Context, Decoder, Weights
 from edge_gemma.errors import RuntimeFailure
 
 
-class Tenant(Protocol):
+class Holder(Protocol):
     """Who may hold a sequence."""
 
-    busy: bool
+    @property
+    def busy(self) -> bool: ...
 
     def give_up_sequence(self) -> int: ...
 
 
-class Cache:
-    """``identity``: the SHA-256 of the decoder's file, which saved conversations are held against."""
+class Sequences:
+    """The KV cache of a model. ``identity`` is the SHA-256 of the decoder's file, which saved
+    conversations are compared with.
+    """
 
     def __init__(self, weights: Weights, identity: str):
         self.weights, self.identity = weights, identity
         self.decoder: Decoder = weights.decoder
         self.context: Context = self.decoder.context()
-        self._tenants: dict[int, Tenant | None] = dict.fromkeys(
-            range(self.context.settings.n_seq_max)
-        )  # oldest use first
+        self._holders: dict[int, Holder | None] = {}  # the longest held first
+        for sequence in range(self.context.settings.n_seq_max):
+            self._holders[sequence] = None
 
-    def take_sequence(self, tenant: Tenant) -> int:
-        """A free sequence, else that of the tenant idle longest. Raises RuntimeFailure when all are
-        busy.
+    def take(self, holder: Holder) -> int:
+        """A free sequence, else that of the holder that was idle longest.
+
+        Raises RuntimeFailure when all are busy.
         """
-        free = next((sequence for sequence, held in self._tenants.items() if held is None), None)
-        if free is None:
-            idle = next(
-                (sequence for sequence, held in self._tenants.items() if not held.busy), None
-            )
-            if idle is None:
-                raise RuntimeFailure(
-                    f"all {len(self._tenants)} sequences of the KV cache are busy "
-                    "generating; load with a larger n_seq_max"
-                )
-            free = self._tenants[idle].give_up_sequence()
-        del self._tenants[free]
-        self._tenants[free] = tenant
-        return free
+        sequence = self._free()
+        del self._holders[sequence]
+        self._holders[sequence] = holder
+        return sequence
 
-    def return_sequence(self, sequence: int) -> None:
-        self._tenants[sequence] = None
+    def _free(self) -> int:
+        for sequence, holder in self._holders.items():
+            if holder is None:
+                return sequence
+        for holder in self._holders.values():
+            if holder is not None and not holder.busy:
+                return holder.give_up_sequence()
+        raise RuntimeFailure(
+            f"all {len(self._holders)} sequences of the KV cache are busy generating; load with a "
+            "larger n_seq_max"
+        )
+
+    def give_back(self, sequence: int) -> None:
+        self._holders[sequence] = None

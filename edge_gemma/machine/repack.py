@@ -8,8 +8,8 @@ import tomllib
 from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import resources
+from typing import Protocol
 
-from edge_gemma.bundles.manifest import Tensor
 from edge_gemma.machine.device import PROFILES, Device
 
 
@@ -44,9 +44,19 @@ def repacked(type: str, shape: Iterable[int], cpu_features: Iterable[str]) -> bo
     )
 
 
-def repacks_for(device: Device) -> Callable[[Tensor], bool]:
+class Weight(Protocol):
+    """What the rules look at: a manifest's tensor has it."""
+
+    @property
+    def type(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def repacks_for(device: Device) -> Callable[[Weight], bool]:
     """What ``make_plan`` asks about each weight, for a machine that is not this one: by the rules.
 
     For this machine llama.cpp itself is asked (engines/llama/weights.py, repacked_here).
     """
-    return lambda tensor: repacked(tensor.type, tensor.shape, device.cpu_features)
+    return lambda weight: repacked(weight.type, weight.shape, device.cpu_features)

@@ -28,8 +28,8 @@ _FENCE = re.compile(
 class FunctionCall:
     """One call the model asks for.
 
-    >>> parse_calls('{"name": "light", "parameters": {"on": true}}')
-    [FunctionCall(name='light', parameters={'on': True})]
+    >>> FunctionCall("light", {"on": True}).to_json()
+    '{"name": "light", "parameters": {"on": true}}'
     """
 
     name: str
@@ -78,8 +78,9 @@ def tools_text(tools: Sequence[Mapping]) -> str:
     """What the system text says about ``tools``: the answer's format, then their descriptions as
     one JSON array.
 
-    >>> print(tools_text([{"name": "now", "description": "The time."}]).splitlines()[-1])
-    [{"name": "now", "description": "The time.", "parameters": {"type": "object", "properties": {}}}]
+    >>> text = tools_text([{"name": "now", "description": "The time."}])
+    >>> json.loads(text.splitlines()[-1])[0]["parameters"]
+    {'type': 'object', 'properties': {}}
     """
     return (
         "You can call the functions listed below. To call one, answer with nothing but a "

@@ -1,4 +1,4 @@
-"""Watch the inputs of matrix products while llama.cpp runs: what an importance matrix is made of."""
+"""Watch what matrix products multiply while llama.cpp runs, for importance matrices."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def watch_matmuls(
     matmul = next(i for i in range(256) if op_name(i) == b"MUL_MAT")
 
     def on_tensor(pointer: int, ask: bool) -> bool:
-        tensor = _TensorHead.from_address(ctypes.cast(pointer, ctypes.c_void_p).value)
+        tensor = _TensorHead.from_address(ctypes.cast(pointer, ctypes.c_void_p).value or 0)
         if tensor.op != matmul:
             return False
         weight, rows = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from edge_gemma.engines.llama.library import library
 from edge_gemma.errors import UsageError
@@ -21,7 +22,8 @@ _NOTES = {
     "definitions",
     "deprecated",
 }
-_BY_SHAPE = (  # the first that applies wins in the converter; its companions are all it looks at
+# the first that applies wins in the converter; its companions are all it looks at
+_BY_SHAPE: tuple[tuple[set[str], set[str]], ...] = (
     ({"$ref"}, set()),
     ({"oneOf"}, set()),
     ({"anyOf"}, set()),
@@ -49,7 +51,7 @@ def schema_to_grammar(schema: dict) -> str:
 
     >>> schema_to_grammar({"type": "integer", "minimum": 3})
     Traceback (most recent call last):
-    edge_gemma.errors.UsageError: schema keyword 'minimum' at the top cannot be enforced while sampling; leave it out and check the answer
+    edge_gemma.errors.UsageError: schema keyword 'minimum' at the top cannot be enforced ...
     """
     library()
     from llama_cpp.llama_grammar import json_schema_to_gbnf
@@ -65,7 +67,7 @@ def schema_to_grammar(schema: dict) -> str:
         raise
     except RecursionError:
         raise UsageError("the schema is nested too deeply") from None
-    except Exception as error:  # the converter raises whatever Python raises on the way: KeyError, AssertionError, …
+    except Exception as error:  # the converter raises whatever Python does: KeyError, …
         raise UsageError(
             f"the schema cannot be turned into a grammar: {type(error).__name__}: {error}"
         ) from None
@@ -85,6 +87,12 @@ def _check_schema(schema: object, where: str, depth: int) -> None:
             f"schema keyword {min(extra)!r} at {where} cannot be enforced while sampling; "
             "leave it out and check the answer"
         )
+    _check_values(schema, where, present)
+    for name, child in _children(schema, where):
+        _check_schema(child, name, depth + 1)
+
+
+def _check_values(schema: dict[str, Any], where: str, present: set[str]) -> None:
     kind = schema.get("type")
     for name in kind if isinstance(kind, list) else [kind]:
         if name is not None and name not in _TYPES:
@@ -113,7 +121,11 @@ def _check_schema(schema: object, where: str, depth: int) -> None:
             raise UsageError(
                 f"schema {key} at {where} is {schema[key]!r}; expected 0 … {_MAX_REPEAT}"
             )
-    children = [
+
+
+def _children(schema: dict[str, Any], where: str) -> list[tuple[str, object]]:
+    """The schemas inside a schema, each with its place."""
+    children: list[tuple[str, object]] = [
         (f"{where}.{k}", v)
         for group in ("properties", "$defs", "definitions")
         for k, v in (schema.get(group) or {}).items()
@@ -128,5 +140,4 @@ def _check_schema(schema: object, where: str, depth: int) -> None:
         for k in ("items", "additionalProperties")
         if isinstance(schema.get(k), dict)
     ]
-    for name, child in children:
-        _check_schema(child, name, depth + 1)
+    return children

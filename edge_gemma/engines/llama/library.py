@@ -139,10 +139,12 @@ class _InitParams(ctypes.Structure):
 
 
 def _library_folder() -> Path:
-    return Path(
-        os.environ.get("LLAMA_CPP_LIB_PATH")
-        or Path(sys.modules["llama_cpp"].__file__).parent / "lib"
-    )
+    folder = os.environ.get("LLAMA_CPP_LIB_PATH")
+    if folder:
+        return Path(folder)
+    package = sys.modules["llama_cpp"].__file__
+    assert package is not None
+    return Path(package).parent / "lib"
 
 
 @functools.cache

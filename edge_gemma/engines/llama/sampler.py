@@ -1,9 +1,9 @@
 """Logits → one id: llama.cpp's own samplers in a fixed order, under a grammar where one is asked
 for.
 
-In: a context with a kept logits row, :class:`Sampling`. Out: ids and log-probabilities. llama.cpp
-itself is reached through ``decode`` only. The grammar never sees a token it does not allow:
-accepting one throws C++ through ctypes and ends the process.
+In: a row of logits ``[n_vocab]`` float32, from whichever engine, and :class:`Sampling`. Out: ids
+and log-probabilities. The grammar never sees a token it does not allow: accepting one throws C++
+through ctypes and ends the process.
 """
 
 from __future__ import annotations
@@ -11,67 +11,76 @@ from __future__ import annotations
 import ctypes
 import math
 import secrets
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from edge_gemma.engines.llama.decoder import Context, Decoder
 from edge_gemma.engines.llama.grammar import schema_to_grammar
 from edge_gemma.engines.llama.library import library
 from edge_gemma.errors import RuntimeFailure, UsageError
 from edge_gemma.options import Logprob, Sampling
 
-_CANDIDATE = np.dtype(
-    [("id", np.int32), ("logit", np.float32), ("p", np.float32)]
-)  # llama_token_data
+_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 MAX_GRAMMAR_BYTES = 1 << 20
 PENALTY_WINDOW = 64  # tokens the repeat penalty looks back on, llama.cpp's own default
 
+# llama.cpp's objects behind ctypes: opaque pointers, and its llama_token_data_array
+_Pointer = Any
+
 
 class Sampler:
-    """llama.cpp's sampler chain for one generation. Close it. Raises UsageError for a grammar that
-    does not parse.
+    """llama.cpp's sampler chain for one generation. Close it.
+
+    ``vocab`` is llama.cpp's vocabulary, ``suppressed`` are ids that are never chosen. Raises
+    UsageError for a grammar that does not parse.
     """
 
-    def __init__(self, decoder: Decoder, options: Sampling):
-        self._low, self.decoder, self.options = library(), decoder, options
-        self.seed = secrets.randbits(32) if options.seed is None else options.seed
-        self._chain = self._grammar = None
-        self._grammar = self._make_grammar()
+    def __init__(
+        self, vocab: _Pointer, n_vocab: int, suppressed: Sequence[int], sampling: Sampling
+    ):
+        self._low, self._sampling = library(), sampling
+        self._vocab, self._n_vocab = vocab, n_vocab
+        self._suppressed = np.array(suppressed, np.intp)
+        self.seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
+        self._chain: _Pointer = None
+        self._grammar: _Pointer = self._make_grammar()
         self._chain = self._make_chain()
-        self._candidates: np.ndarray | None = None
+        self._fresh = np.zeros(n_vocab, _CANDIDATE)  # ids in order, as llama.cpp wants them
+        self._fresh["id"] = np.arange(n_vocab, dtype=np.int32)
+        self._candidates = self._fresh.copy()
 
-    def _make_chain(self):
-        low, o = self._low, self.options
+    def _make_chain(self) -> _Pointer:
+        low, sampling = self._low, self._sampling
         chain = low.llama_sampler_chain_init(low.llama_sampler_chain_default_params())
-
-        def add(sampler) -> None:
-            low.llama_sampler_chain_add(chain, sampler)
-
-        if o.repeat_penalty != 1.0:
-            add(
-                low.llama_sampler_init_penalties(
-                    self.decoder.n_vocab, PENALTY_WINDOW, o.repeat_penalty, 0.0, 0.0
-                )
-            )
-        if o.temperature == 0:
-            add(low.llama_sampler_init_greedy())
-            return chain
-        if o.top_k:
-            add(low.llama_sampler_init_top_k(o.top_k))
-        if o.top_p < 1:
-            add(low.llama_sampler_init_top_p(o.top_p, 1))
-        if o.min_p > 0:
-            add(low.llama_sampler_init_min_p(o.min_p, 1))
-        add(low.llama_sampler_init_temp(o.temperature))
-        add(low.llama_sampler_init_dist(self.seed))
+        steps = []
+        if sampling.repeat_penalty != 1.0:
+            penalty = (PENALTY_WINDOW, sampling.repeat_penalty, 0.0, 0.0)
+            steps.append(low.llama_sampler_init_penalties(self._n_vocab, *penalty))
+        if sampling.temperature == 0:
+            steps.append(low.llama_sampler_init_greedy())
+        else:
+            steps += self._random_steps()
+        for step in steps:
+            low.llama_sampler_chain_add(chain, step)
         return chain
 
-    def _make_grammar(self):
-        text = (
-            self.options.grammar
-            if self.options.schema is None
-            else schema_to_grammar(self.options.schema)
-        )
+    def _random_steps(self) -> list[_Pointer]:
+        low, sampling, steps = self._low, self._sampling, []
+        if sampling.top_k:
+            steps.append(low.llama_sampler_init_top_k(sampling.top_k))
+        if sampling.top_p < 1:
+            steps.append(low.llama_sampler_init_top_p(sampling.top_p, 1))
+        if sampling.min_p > 0:
+            steps.append(low.llama_sampler_init_min_p(sampling.min_p, 1))
+        steps.append(low.llama_sampler_init_temp(sampling.temperature))
+        steps.append(low.llama_sampler_init_dist(self.seed))
+        return steps
+
+    def _make_grammar(self) -> _Pointer:
+        text = self._sampling.grammar
+        if self._sampling.schema is not None:
+            text = schema_to_grammar(self._sampling.schema)
         if text is None:
             return None
         data = text.encode()
@@ -80,7 +89,7 @@ class Sampler:
                 f"the grammar has {len(data)} bytes; expected GBNF text of 1 … "
                 f"{MAX_GRAMMAR_BYTES} bytes without NUL"
             )
-        grammar = self._low.llama_sampler_init_grammar(self.decoder.vocab, data, b"root")
+        grammar = self._low.llama_sampler_init_grammar(self._vocab, data, b"root")
         if not grammar:
             raise UsageError(
                 "the grammar does not parse as GBNF with a rule named root; `-v` shows where "
@@ -88,64 +97,59 @@ class Sampler:
             )
         return grammar
 
-    def sample(self, context: Context, row: int = -1) -> int:
-        """Choose, and accept, one id from the kept logits row."""
-        low = self._low
-        if self._grammar is None:
-            index = int(context._out_index[row])
-            return low.llama_sampler_sample(self._chain, context._ctx, index)  # applies and accepts
-        array = self._fill(context.logits(row))
-        token = self._apply(self._chain, array)
+    def sample(self, logits: np.ndarray) -> int:
+        """Choose one id from a row of logits ``[n_vocab]`` float32, and accept it. Raises
+        RuntimeFailure when nothing is left to choose from.
+        """
+        token = self._choose(logits, grammar_first=False)
         if not self._allowed(token):
             # Only now the grammar looks at all candidates: most tokens pass at the first try, and
             # 262,144 checks are slow.
-            array = self._fill(context.logits(row))
-            low.llama_sampler_apply(self._grammar, ctypes.byref(array))
-            token = self._apply(self._chain, array)
+            token = self._choose(logits, grammar_first=True)
             if not self._allowed(token):
                 raise RuntimeFailure(
                     "the grammar allows no token of this vocabulary here; it cannot be completed"
                 )
-        low.llama_sampler_accept(self._chain, token)
-        low.llama_sampler_accept(self._grammar, token)
+        self._low.llama_sampler_accept(self._chain, token)
+        if self._grammar is not None:
+            self._low.llama_sampler_accept(self._grammar, token)
         return token
 
-    def _fill(self, logits: np.ndarray):
-        if self._candidates is None:
-            self._candidates = np.zeros(len(logits), _CANDIDATE)
-        self._candidates["id"] = np.arange(len(logits), dtype=np.int32)
+    def _choose(self, logits: np.ndarray, *, grammar_first: bool) -> int:
+        np.copyto(self._candidates, self._fresh)  # samplers sort and cut the array in place
         self._candidates["logit"] = logits
-        return self._array(self._candidates)
-
-    def _array(self, candidates: np.ndarray):
-        low = self._low
-        return low.llama_token_data_array(
-            candidates.ctypes.data_as(low.llama_token_data_p), len(candidates), -1, False
-        )
-
-    def _apply(self, sampler, array) -> int:
-        self._low.llama_sampler_apply(sampler, ctypes.byref(array))
+        self._candidates["logit"][self._suppressed] = -np.inf
+        array = self._array(self._candidates)
+        if grammar_first:
+            self._low.llama_sampler_apply(self._grammar, ctypes.byref(array))
+        self._low.llama_sampler_apply(self._chain, ctypes.byref(array))
         if not 0 <= array.selected < array.size:
             raise RuntimeFailure("the samplers left no candidate; relax top_k, top_p or min_p")
         return int(array.data[array.selected].id)
 
+    def _array(self, candidates: np.ndarray) -> _Pointer:
+        low = self._low
+        data = candidates.ctypes.data_as(low.llama_token_data_p)
+        return low.llama_token_data_array(data, len(candidates), -1, False)
+
     def _allowed(self, token: int) -> bool:
+        if self._grammar is None:
+            return True
         one = np.array([(token, 0.0, 0.0)], _CANDIDATE)
-        self._low.llama_sampler_apply(self._grammar, ctypes.byref(array := self._array(one)))
+        array = self._array(one)
+        self._low.llama_sampler_apply(self._grammar, ctypes.byref(array))
         return array.size == 1 and bool(np.isfinite(one["logit"][0]))
 
-    def logprob(self, context: Context, token: int, row: int = -1) -> Logprob:
-        logits = context.logits(row).astype(np.float64)
-        shifted = logits - logits.max()
+    def logprob(self, logits: np.ndarray, token: int) -> Logprob:
+        """Log-probabilities of a row of logits as the model gave it, the most likely ids first."""
+        row = logits.astype(np.float64)
+        shifted = row - row.max()
         total = math.log(np.exp(shifted).sum())
-        n = self.options.logprobs or 0
-        best = np.argpartition(-logits, n)[:n] if n else np.empty(0, int)
-        best = best[np.argsort(-logits[best], kind="stable")]
-        return Logprob(
-            token,
-            float(shifted[token] - total),
-            tuple((int(i), float(shifted[i] - total)) for i in best),
-        )
+        n = self._sampling.logprobs or 0
+        best = np.argpartition(-row, n)[:n] if n else np.empty(0, np.intp)
+        best = best[np.argsort(-row[best], kind="stable")]
+        top = tuple((int(i), float(shifted[i] - total)) for i in best)
+        return Logprob(token, float(shifted[token] - total), top)
 
     def close(self) -> None:
         for sampler in (self._chain, self._grammar):

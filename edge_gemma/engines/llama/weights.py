@@ -27,19 +27,16 @@ from pathlib import Path
 
 from edge_gemma.bundles.folder import Bundle
 from edge_gemma.bundles.gguf import TYPE_IDS
-from edge_gemma.bundles.manifest import Tensor
+from edge_gemma.bundles.manifest import Manifest, Tensor
 from edge_gemma.engines.llama.decoder import Decoder
 from edge_gemma.engines.llama.library import repacks
 from edge_gemma.errors import BundleError
 from edge_gemma.machine.footprint import PAGE_BYTES, mapping_of
 from edge_gemma.plan.records import Plan
 
-_MADV_RANDOM, _MADV_WILLNEED, _MADV_DONTNEED, _MADV_POPULATE_READ = (
-    1,
-    3,
-    4,
-    22,
-)  # <asm-generic/mman-common.h>; the last since Linux 5.14
+# <asm-generic/mman-common.h>; the last since Linux 5.14
+_MADV_RANDOM, _MADV_WILLNEED, _MADV_DONTNEED = 1, 3, 4
+_MADV_POPULATE_READ = 22
 _MCL_FUTURE, _MCL_ONFAULT = 2, 4  # mlockall(2)
 _STEP = 0.02  # of the load, between two releases of what was copied
 
@@ -55,6 +52,16 @@ def repacked_here(tensor: Tensor) -> bool:
         and tensor.use != "lookup"
         and repacks(TYPE_IDS[tensor.type], *tensor.shape)
     )
+
+
+def media_tokens(manifest: Manifest) -> tuple[int, ...]:
+    """Ids that stand for pictures and sound in a prompt and never belong into an answer.
+
+    GGUFs list some of them as ordinary user-defined tokens, so llama.cpp would print them.
+    """
+    names = ("image", "audio")
+    tokens = manifest.special_tokens.items()
+    return tuple(sorted(id for name, id in tokens if any(medium in name for medium in names)))
 
 
 class Weights:
@@ -102,7 +109,13 @@ class Weights:
         with ExitStack() as mapped:
             if self._releasable:
                 mapped.enter_context(_lazy_mapping(self.path.stat().st_size))
-            self.decoder = Decoder(self.path, plan.settings, lora=lora, on_progress=progress)
+            self.decoder = Decoder(
+                self.path,
+                plan.settings,
+                lora=lora,
+                suppressed=media_tokens(bundle.manifest),
+                on_progress=progress,
+            )
         if self._releasable:
             self._settle(
                 _merge(
@@ -232,14 +245,13 @@ def _lazy_mapping(nbytes: int) -> Iterator[None]:
     systemd unit). Where that is missing nothing changes. The lock is taken back at once; it never
     holds a page in memory.
     """
+    assert _libc is not None
     if _libc.mlockall(_MCL_FUTURE | _MCL_ONFAULT) != 0:
         yield
         return
     try:
-        try:
-            mmap.mmap(
-                -1, nbytes, prot=mmap.PROT_READ
-            ).close()  # would the loader's mmap be refused now? ask first
+        try:  # would the loader's mmap be refused now?
+            mmap.mmap(-1, nbytes, prot=mmap.PROT_READ).close()
         except OSError:
             _libc.munlockall()
         yield
@@ -256,6 +268,7 @@ def _madvise(start: int, length: int, advice: int) -> None:
     """Advice only: a kernel that will not take it leaves the pages where they are, and the measured
     figures show it.
     """
+    assert _libc is not None  # only Linux gives pages back
     _libc.madvise(start, length, advice)
 
 
@@ -263,5 +276,5 @@ def _malloc_trim() -> None:
     """glibc keeps what the loader freed (the GGUF's second copy of the vocabulary); hand it back.
     Other C libraries do by themselves.
     """
-    if hasattr(_libc, "malloc_trim"):
+    if _libc is not None and hasattr(_libc, "malloc_trim"):
         _libc.malloc_trim(0)

@@ -1,0 +1,263 @@
+"""The token loop: rows of logits → chunks of answers, for one generation or several at once.
+
+In: something that holds a place in a KV cache (:class:`Place`, which a session is) and how to
+sample. Out: chunks, the last one with a finish reason, usage and timings. A single answer is a loop
+with one lane; a batch is a loop with several, which share one decode per step; lanes may join and
+leave between steps. This module knows no turns, templates or text formats.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from edge_gemma.conversation.stream import Chunk, TextStream, Timings, Usage
+from edge_gemma.engines.engine import Context, Decoder, Weights
+from edge_gemma.errors import Cancelled
+from edge_gemma.options import Logprob, Sampling
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """What a place prefilled since it was last asked."""
+
+    n_positions: int
+    seconds: float
+
+
+class Place(Protocol):
+    """What the loop asks of whoever holds a place in the KV cache."""
+
+    @property
+    def length(self) -> int:
+        """Positions so far."""
+
+    @property
+    def n_ctx(self) -> int: ...
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether somebody asked this generation to stop."""
+
+    def begin(self) -> None:
+        """A generation starts: the place may not be taken away until :meth:`end`."""
+
+    def prefill_all(self) -> None:
+        """Decode everything that is not in the cache yet and keep the logits of the last position.
+        Raises Cancelled, RuntimeFailure.
+        """
+
+    def next_token(self) -> tuple[int, int, int]:
+        """``(sequence, position, id)`` of the last token, which is not in the cache yet."""
+
+    def take_token(self, token: int) -> None:
+        """A sampled token becomes the last position; it is not in the cache yet."""
+
+    def step_done(self) -> None:
+        """The token of :meth:`next_token` was decoded."""
+
+    def end(self) -> Prefilled:
+        """The generation is over."""
+
+
+class Generation:
+    """One answer while it is generated: sampler, text stream, ids, finish reason and times.
+
+    ``n_room`` is how many tokens the context can still take. Raises UsageError (a grammar or schema
+    that cannot be enforced). Close it.
+    """
+
+    def __init__(self, decoder: Decoder, sampling: Sampling, n_room: int):
+        self._decoder, self._sampling, self._n_room = decoder, sampling, n_room
+        self._started = time.perf_counter()
+        self._first_s: float | None = None
+        self._last_s = self._started
+        self._sampler = decoder.sampler(sampling)
+        self._stream = TextStream(sampling.stop)
+        self.ids: list[int] = []
+        self.finish_reason: str | None = None
+
+    def take(self, logits: np.ndarray) -> Chunk | None:
+        """Sample from a row of logits ``[n_vocab]`` float32 → the token's chunk, or None for a
+        token that ends the turn. Sets ``finish_reason`` when it was the last.
+        """
+        token = self._sampler.sample(logits)
+        logprobs: tuple[Logprob, ...] = ()
+        if self._sampling.logprobs is not None:
+            logprobs = (self._sampler.logprob(logits, token),)
+        self._last_s = time.perf_counter()
+        self._first_s = self._first_s or self._last_s
+        if self._decoder.is_end(token):
+            self.finish_reason = "stop"
+            return None
+        self.ids.append(token)
+        text = self._stream.push(self._decoder.piece(token))
+        if self._stream.stopped:
+            self.finish_reason = "stop_string"
+        elif len(self.ids) >= self._sampling.max_tokens:
+            self.finish_reason = "length"
+        elif len(self.ids) >= self._n_room:
+            self.finish_reason = "context"
+        return Chunk(text, (token,), logprobs)
+
+    def last_chunk(self, prompt_tokens: int, prefilled: Prefilled) -> Chunk:
+        """What the text stream held back, with finish reason, usage and timings."""
+        return Chunk(
+            self._stream.finish(),
+            finish_reason=self.finish_reason or "cancelled",
+            usage=Usage(
+                prompt_tokens,
+                max(0, prompt_tokens - prefilled.n_positions),
+                len(self.ids),
+                self._sampler.seed,
+            ),
+            timings=self._timings(prefilled),
+        )
+
+    def _timings(self, prefilled: Prefilled) -> Timings:
+        n, first_s = len(self.ids), self._first_s
+        decode_s = self._last_s - first_s if first_s else 0.0
+        prefill_tok_s = None
+        if prefilled.n_positions and prefilled.seconds > 0:
+            prefill_tok_s = prefilled.n_positions / prefilled.seconds
+        return Timings(
+            ttft_s=first_s - self._started if first_s else None,
+            prefill_s=prefilled.seconds,
+            prefill_tok_s=prefill_tok_s,
+            decode_s=decode_s,
+            decode_tok_s=(n - 1) / decode_s if n > 1 and decode_s > 0 else None,
+        )
+
+    def close(self) -> None:
+        self._sampler.close()
+
+
+class Lane:
+    """One place and its generation in a :class:`TokenLoop`. ``index`` is its number there."""
+
+    def __init__(self, index: int, place: Place, generation: Generation):
+        self.index, self.place, self.generation = index, place, generation
+        self.prompt_tokens = place.length
+
+    @property
+    def done(self) -> bool:
+        return self.generation.finish_reason is not None
+
+    def take(self, logits: np.ndarray) -> list[tuple[Lane, Chunk]]:
+        """The next token's chunk; nothing for one that ends the turn."""
+        chunk = self.generation.take(logits)
+        if chunk is None:
+            return []
+        self.place.take_token(chunk.token_ids[0])
+        return [(self, chunk)]
+
+    def cancel(self) -> None:
+        self.generation.finish_reason = "cancelled"
+
+    def close(self) -> Chunk:
+        """End the generation → its last chunk."""
+        self.generation.close()
+        return self.generation.last_chunk(self.prompt_tokens, self.place.end())
+
+
+class TokenLoop:
+    """Generations that advance together: each step is one decode for all of them.
+
+    Closing it ends those that are still running.
+    """
+
+    def __init__(self, decoder: Decoder, context: Context, weights: Weights):
+        self._decoder, self._context, self._weights = decoder, context, weights
+        self._lanes: list[Lane] = []
+        self._n_added = 0
+
+    @property
+    def n_active(self) -> int:
+        return len(self._lanes)
+
+    def add(self, place: Place, sampling: Sampling) -> Lane:
+        """A new generation; its prompt is prefilled in the next step. Raises UsageError."""
+        generation = Generation(self._decoder, sampling, place.n_ctx - place.length)
+        lane = Lane(self._n_added, place, generation)
+        place.begin()
+        self._lanes.append(lane)
+        self._n_added += 1
+        return lane
+
+    def step(self) -> list[tuple[Lane, Chunk]]:
+        """Advance every lane by one token: the chunks, and the last chunk of each that ended.
+
+        A new lane's prompt is prefilled by itself and its first token sampled from its own logits.
+        A lane that was cancelled ends with what it has; the others are not disturbed. Raises
+        RuntimeFailure.
+        """
+        produced: list[tuple[Lane, Chunk]] = []
+        with self._context.lock:
+            ready = []
+            for lane in self._lanes:
+                if lane.place.cancelled:
+                    lane.cancel()
+                elif lane.generation.ids:
+                    ready.append(lane)
+                else:
+                    produced += self._first_token(lane)
+            if ready and self._decoded(ready):
+                for row, lane in enumerate(ready):
+                    produced += lane.take(self._context.logits(row))
+        ended = [lane for lane in self._lanes if lane.done]
+        for lane in ended:
+            self._lanes.remove(lane)
+            produced.append((lane, lane.close()))
+        if ended:
+            self._weights.trim()
+        return produced
+
+    def _first_token(self, lane: Lane) -> list[tuple[Lane, Chunk]]:
+        try:
+            lane.place.prefill_all()
+        except Cancelled:
+            if lane.place.cancelled:
+                lane.cancel()
+            return []  # or it was another session's stop: the prefill goes on in the next step
+        if lane.place.cancelled:
+            lane.cancel()
+            return []
+        return lane.take(self._context.logits())
+
+    def _decoded(self, lanes: list[Lane]) -> bool:
+        """One pass over the last token of each lane. False when it was stopped: nothing was decoded
+        then, and those that were not meant go on in the next step.
+        """
+        self._context.check_open()
+        items = [lane.place.next_token() for lane in lanes]
+        # even a single token: its rows lie on several pages, and each would be a wait of its own
+        self._weights.prefetch([token for _, _, token in items])
+        self._context.clear_cancel()
+        if any(lane.place.cancelled for lane in lanes):
+            return False
+        try:
+            self._context.decode_step(items)
+        except Cancelled:
+            return False
+        for lane in lanes:
+            lane.place.step_done()
+        return True
+
+    def run(self) -> Iterator[tuple[Lane, Chunk]]:
+        """Step until every lane has ended. Closing the iterator stops them."""
+        try:
+            while self._lanes:
+                yield from self.step()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End what is still running, and give back the rows that were looked up."""
+        if self._lanes:
+            self._weights.trim()
+        while self._lanes:
+            self._lanes.pop().close()

@@ -1,0 +1,159 @@
+"""The answer to a spoken turn: decoded and spoken in a thread, so that speech can stop it.
+
+In: a finished turn, how to sample, perhaps a voice. Out: :class:`Heard` records.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Literal
+
+from edge_gemma.conversation.chat import Chat
+from edge_gemma.conversation.live_turn import LiveTurn
+from edge_gemma.conversation.stream import Chunk
+from edge_gemma.conversation.voice import Voice
+from edge_gemma.errors import Cancelled, EdgeGemmaError
+from edge_gemma.options import Sampling
+
+
+@dataclass(frozen=True)
+class Heard:
+    """One record of a listening session. ``kind``:
+
+    - ``ready`` (a microphone is open), ``speech`` (an utterance began), ``partial`` (so many soft
+      tokens are in the decoder by now), ``silence`` (it ended; the answer starts), ``text`` (a
+      piece of the answer), ``turn`` (its whole text, its last chunk);
+    - ``interrupted`` (speech stopped the answer; ``text`` is what had come), ``dropped`` (``n``
+      blocks were lost so far), ``lost``, ``back`` (the microphone; ``text`` says why; what was said
+      until then is answered), ``failed`` (a turn that could not be answered; ``text`` says why).
+
+    ``at_s`` counts seconds of sound; ``wait_s`` (with turn) is the time from the last sample's
+    arrival to the first token.
+    """
+
+    kind: Literal[
+        "ready",
+        "speech",
+        "partial",
+        "silence",
+        "text",
+        "turn",
+        "interrupted",
+        "dropped",
+        "lost",
+        "back",
+        "failed",
+    ]
+    at_s: float
+    text: str = ""
+    n: int = 0
+    wait_s: float | None = None
+    end: Chunk | None = None
+
+
+class SpokenAnswer:
+    """Starts at once. ``heard_s`` is when the last sample arrived, by time.perf_counter;
+    ``ending`` is set when no utterance will follow.
+    """
+
+    def __init__(
+        self,
+        chat: Chat,
+        turn: LiveTurn,
+        sampling: Sampling,
+        voice: Voice | None,
+        *,
+        heard_s: float,
+        ending: threading.Event,
+    ):
+        self._chat, self._turn, self._sampling, self._voice = chat, turn, sampling, voice
+        self._heard_s, self._ending = heard_s, ending
+        self._records: queue.Queue[Heard | None] = queue.Queue()  # None: no more
+        self._stopped = threading.Event()
+        self._parts: list[str] = []
+        self.ended = False  # the last record was taken
+        self._thread = threading.Thread(target=self._run, name="edge-gemma-answer", daemon=True)
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more is decoded or spoken."""
+        return not self._thread.is_alive()
+
+    def next_record(self, timeout_s: float) -> Heard | None:
+        """The next record, or None when there is none yet, or none any more (``ended``)."""
+        try:
+            record = self._records.get(block=timeout_s > 0, timeout=timeout_s or None)
+        except queue.Empty:
+            return None
+        self.ended = record is None
+        return record
+
+    def _run(self) -> None:
+        try:
+            self._turn.finish()
+            if self._chat.senses.one_at_a_time:  # the plan counts the encoder while listening only
+                self._chat.senses.release()
+            end = self._decode()
+            if not self._stopped.is_set():
+                self._speak_rest()
+            if not self._stopped.is_set():
+                self._records.put(self._whole(end))
+        except Cancelled:
+            pass  # stopped before the first token
+        except EdgeGemmaError as error:
+            self._records.put(Heard("failed", 0.0, str(error)))
+        finally:
+            self._open_ears()
+            self._records.put(None)
+
+    def _decode(self) -> Chunk | None:
+        end = None
+        with closing(self._turn.generate(self._sampling)) as chunks:
+            for chunk in chunks:
+                end = chunk
+                if chunk.text:
+                    self._parts.append(chunk.text)
+                    self._records.put(Heard("text", 0.0, chunk.text))
+                    if self._voice:
+                        self._voice.push(chunk.text)
+                if self._stopped.is_set():
+                    break
+        return end
+
+    def _speak_rest(self) -> None:
+        if self._voice:
+            self._voice.finish()
+            self._voice.join()
+            if self._voice.error:
+                self._records.put(Heard("failed", 0.0, str(self._voice.error)))
+
+    def _whole(self, end: Chunk | None) -> Heard:
+        first_s = self._turn.first_token_s
+        wait_s = first_s - self._heard_s if first_s else None
+        return Heard("turn", 0.0, "".join(self._parts), wait_s=wait_s, end=end)
+
+    def _open_ears(self) -> None:
+        """The encoder is back before the next utterance, not after its first word."""
+        if self._chat.senses.one_at_a_time and not self._ending.is_set():
+            try:
+                self._chat.senses.audio()
+            except EdgeGemmaError as error:
+                self._records.put(Heard("failed", 0.0, str(error)))
+
+    def stop(self) -> str:
+        """Stop decoding and speaking, wait for the thread. Returns what had come of the answer."""
+        self._stopped.set()
+        self._chat.cancel()
+        if self._voice:
+            self._voice.stop()
+            self._voice.join()
+        self._thread.join()
+        return "".join(self._parts)
+
+    def close(self) -> None:
+        """Wait for the thread."""
+        self._thread.join()
