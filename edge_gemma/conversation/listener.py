@@ -22,7 +22,7 @@ import numpy as np
 from edge_gemma.conversation.chat import Chat
 from edge_gemma.conversation.live_turn import LiveTurn
 from edge_gemma.conversation.spoken_answer import Heard, SpokenAnswer
-from edge_gemma.conversation.transcription import ListenOptions, live_turn
+from edge_gemma.conversation.transcription import ListenOptions, Source, blocks_of, live_turn
 from edge_gemma.conversation.voice import Voice
 from edge_gemma.errors import Cancelled, DeviceLost, EdgeGemmaError, UsageError
 from edge_gemma.hearing.devices import Microphone
@@ -38,14 +38,14 @@ RETRY_S = 0.5  # between attempts to get a lost microphone back
 class Listener:
     """A conversation by voice. Iterate :meth:`records`; :meth:`stop` ends it from anywhere.
 
-    ``source`` is a :class:`Microphone` (opened and closed here) or any iterable of sample blocks
-    (which waits for each answer). ``make_voice`` makes a :class:`Voice` for each answer, None for a
-    silent one. ``gate(samples) -> bool`` is asked, block by block, before an utterance may begin (a
-    wake word); once it says yes, the next utterance is heard.
+    ``source`` is a :class:`Microphone` (opened and closed here), a sound file, or any iterable of
+    sample blocks; the last two wait for each answer. ``make_voice`` makes a :class:`Voice` for each
+    answer, None for a silent one. ``gate(samples) -> bool`` is asked, block by block, before an
+    utterance may begin (a wake word); once it says yes, the next utterance is heard.
     """
 
     chat: Chat
-    source: Microphone | Iterable[np.ndarray]
+    source: Microphone | Source
     options: ListenOptions = ListenOptions()
     make_voice: Callable[[], Voice | None] = lambda: None
     gate: Callable[[np.ndarray], bool] | None = None
@@ -76,7 +76,7 @@ class Listener:
                     yield Heard("ready", 0.0, self.source.name)
                     yield from listening.hear_live(self.source)
             else:
-                yield from listening.hear_all(self.source)
+                yield from listening.hear_all(blocks_of(self.source))
             if not self._stopping.is_set():
                 yield from listening.finish()
             yield from listening.drain(wait=True)

@@ -1,0 +1,126 @@
+"""What can be pasted: the programs in examples/ and the blocks of Python in the documentation."""
+
+from __future__ import annotations
+
+import dataclasses
+import doctest
+import io
+import json
+import re
+import runpy
+import shutil
+from pathlib import Path
+
+import pytest
+from test_doctests import user  # noqa: F401  (a fixture: the folder that the examples run in)
+
+import edge_gemma
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+MAX_LINES = 40
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Two of llama.cpp's threads wait for each other by spinning, which crawls on a machine that
+    does something else as well.
+    """
+    load = edge_gemma.load
+
+    def load_with_one_thread(bundle, *, request=edge_gemma.PlanRequest(), **options):  # noqa: B008
+        return load(bundle, request=dataclasses.replace(request, n_threads=1), **options)
+
+    monkeypatch.setattr(edge_gemma, "load", load_with_one_thread)
+
+
+def run(name: str, *arguments) -> None:
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"))["main"](*map(str, arguments))
+
+
+def test_every_example_is_short_and_run_here():
+    """And opens the front door only."""
+    tested = set(re.findall(r'^    run\("(\w+)"', Path(__file__).read_text(), re.MULTILINE))
+    programs = {path.stem: path.read_text() for path in (ROOT / "examples").glob("*.py")}
+    assert set(programs) == tested
+    for name, text in programs.items():
+        assert len(text.splitlines()) <= MAX_LINES, name
+        imported = re.findall(r"^from edge_gemma import (.*)$", text, re.MULTILINE)
+        names = {part.strip() for line in imported for part in line.split(",")}
+        assert names <= {*edge_gemma.__all__, "errors"}, name
+        assert "edge_gemma." not in "".join(re.findall(r"^(?:from|import) .*$", text, re.M)), name
+
+
+def test_chat(tiny_bundle, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nand again\n"))
+    run("chat", tiny_bundle)
+    assert capsys.readouterr().out.count("\n> ") == 2
+
+
+def test_plan_then_load(tiny_bundle, capsys):
+    run("plan_then_load", tiny_bundle, "1GiB")
+    assert capsys.readouterr().out.endswith("with 8192 tokens of context\nloaded, with 1 threads\n")
+    with pytest.raises(edge_gemma.errors.PlanRefused):
+        run("plan_then_load", tiny_bundle, "20MiB")
+    refused = capsys.readouterr().out.splitlines()
+    assert len(refused) == 4 and refused[0].startswith("8192 tokens of context need ")
+
+
+def test_hear_a_file(hearing_bundle, tmp_path, capsys):
+    import numpy as np
+    import soundfile
+
+    from edge_gemma.conversation.voice import espeak
+
+    if shutil.which("espeak-ng") is None:
+        pytest.skip("espeak-ng is not installed (make system)")
+    samples, rate_hz = espeak("en")("One sentence.")
+    silence = np.zeros(rate_hz, np.float32)
+    soundfile.write(tmp_path / "said.wav", np.concatenate([silence, samples, silence]), rate_hz)
+    run("hear_microphone", hearing_bundle.folder, tmp_path / "said.wav")
+    said = r"\(\d+\.\d\d s from your last word to the first of the answer\)"
+    assert re.search(said, capsys.readouterr().out)
+
+
+def test_describe_picture(looking_bundle, cat_png, capsys):
+    run("describe_picture", looking_bundle.folder, cat_png, cat_png, "Are they the same?")
+    assert capsys.readouterr().out.endswith("\n")
+
+
+def test_function_call(tiny_bundle, capsys):
+    run("function_call", tiny_bundle, "What time is it in Rome?")
+    assert re.match(r"time_in\(\{'zone': '\w+/\w+'\}\) = \d\d:\d\d\n", capsys.readouterr().out)
+
+
+def test_measure_a_board(tiny_bundle, capsys):
+    run("measure_a_board", tiny_bundle)
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["prefill_tok_s"] > 0 and figures["peak_rss_mib"] > 0
+
+
+def blocks() -> list:
+    found = []
+    for path in (ROOT / "docs" / "api.md", ROOT / "README.md"):
+        for match in BLOCK.finditer(path.read_text()):
+            line = path.read_text()[: match.start(1)].count("\n")
+            found.append(pytest.param(path, line, match[1], id=f"{path.name}:{line}"))
+    return found
+
+
+@pytest.mark.parametrize(("path", "line", "code"), blocks())
+def test_the_documentation_runs(path, line, code, user, capsys):  # noqa: F811
+    """Pasted into an empty Python, each block prints what its ``# →`` comments say, in order."""
+    user(doctest.DocTest([], {}, path.name, str(path), line, code))
+    exec(compile("\n" * line + code, str(path), "exec"), {"__name__": "__main__"})
+    out, position = capsys.readouterr().out, 0
+    for expected in re.findall(r"# → (.*)$", code, re.MULTILINE):
+        position = out.find(expected, position)
+        assert position >= 0, f"{expected!r} is not in its place in {out!r}"
+        position += len(expected)
+
+
+def test_every_public_name_has_an_example():
+    code = "\n".join(BLOCK.findall((ROOT / "docs" / "api.md").read_text()))
+    imported = re.findall(r"^from edge_gemma import (.*)$", code, re.MULTILINE)
+    names = {part.strip() for line in imported for part in line.split(",")} | {"Model", "load"}
+    assert set(edge_gemma.__all__) - names == set()
