@@ -42,6 +42,12 @@ def test_round_trip(copy):
     assert decode_manifest(encode_manifest(manifest)) == manifest
 
 
+def test_a_manifest_of_before_end_tokens_and_sampling_opens(copy):
+    edit(copy, lambda m: (m.pop("end_tokens", None), m.pop("sampling", None)))
+    manifest = Bundle.open(copy).manifest
+    assert manifest.end_tokens == () and manifest.sampling is None
+
+
 @pytest.mark.parametrize("path", ["../secret", "/etc/passwd", "a/../../b", "..\\up", ""])
 def test_paths_stay_inside(copy, path):
     edit(copy, lambda m: m["files"].update({path: {"size": 1, "sha256": "0" * 64}}))
@@ -71,6 +77,11 @@ def test_a_link_out_of_the_folder_is_refused(copy, tmp_path):
         (lambda m: m["decoder"]["tensors"][0].update(nbytes=1 << 50), "ends at byte"),
         (lambda m: m["decoder"]["tensors"][0].update(use="sometimes"), "use"),
         (lambda m: m["files"]["decoder.gguf"].update(sha256="short"), "sha256"),
+        (lambda m: m.update(end_tokens=[1, 1 << 20]), "end_tokens holds 1048576"),
+        (lambda m: m.update(end_tokens=[-1]), "end_tokens holds -1"),
+        (lambda m: m.update(sampling={"temperature": -1.0}), "sampling.temperature is -1"),
+        (lambda m: m.update(sampling={"top_p": 1.5}), "sampling.top_p is 1.5"),
+        (lambda m: m.update(sampling={"beams": 4}), "beams"),
         (
             lambda m: m["files"]["decoder.gguf"].update(size=5),
             "header_bytes|ends at byte|truncated",

@@ -92,6 +92,16 @@ class VisionPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     activation_bytes: dict[str, int]  # peak beyond the weights, by image size ("768": …)
 
 
+class SamplingDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How the model's authors sample it; None where they say nothing. Greedy is temperature 0."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repeat_penalty: float | None = None
+
+
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     origin: str  # file name, folder name or hub id, never an absolute path
     sha256: str | None = None
@@ -112,6 +122,10 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     # bos, eos, eot (<end_of_turn>), start_of_image, end_of_image, image_soft, start_of_audio,
     # end_of_audio, audio_soft, pad …
     special_tokens: dict[str, int] = {}
+    # ids that end an answer: eos, <end_of_turn>, generation_config.json's list. Empty in a bundle
+    # that was written before this field: eos and eot of special_tokens then
+    end_tokens: tuple[int, ...] = ()
+    sampling: SamplingDefaults | None = None
     # row order of special_rows.npy [n, n_embd] float32: end_of_image, end_of_audio, audio_padding
     # (gemma3n; see gemma3n's hard embeddings)
     special_rows: tuple[str, ...] = ()
@@ -190,6 +204,7 @@ def check_manifest(manifest: Manifest) -> None:
     """
     _check_files(manifest)
     _check_decoder(manifest.decoder, manifest.files[manifest.decoder.file].size)
+    _check_answers(manifest)
 
 
 def _check_files(manifest: Manifest) -> None:
@@ -249,3 +264,35 @@ def _check_decoder(decoder: DecoderPart, file_bytes: int) -> None:
                 f"{MANIFEST}: tensor {tensor.name!r} ends at byte {end} of a file of "
                 f"{file_bytes} bytes"
             )
+
+
+# (least, most) of each sampling default
+_SAMPLING_RANGES = {
+    "temperature": (0.0, 100.0),
+    "top_k": (0, 1 << 24),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "repeat_penalty": (0.01, 100.0),
+}
+
+
+def usable_sampling(name: str, value: object) -> bool:
+    """Whether ``value`` can be the sampling default ``name``."""
+    low, high = _SAMPLING_RANGES[name]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return low <= value <= high
+
+
+def _check_answers(manifest: Manifest) -> None:
+    n_vocab = manifest.decoder.n_vocab
+    for token in manifest.end_tokens:
+        if not 0 <= token < n_vocab:
+            raise BundleError(
+                f"{MANIFEST}: end_tokens holds {token}, outside the vocabulary of {n_vocab}"
+            )
+    defaults = {} if manifest.sampling is None else msgspec.structs.asdict(manifest.sampling)
+    for name, value in defaults.items():
+        if value is not None and not usable_sampling(name, value):
+            low, high = _SAMPLING_RANGES[name]
+            raise BundleError(f"{MANIFEST}: sampling.{name} is {value}, expected {low} … {high}")
