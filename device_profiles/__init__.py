@@ -1,1 +1,3 @@
-"""Boards as TOML, one file each. Imported as ``edge_gemma.device_profiles``; read by ``edge_gemma.machine``."""
+"""Boards as TOML, one file each. Imported as ``edge_gemma.device_profiles``; read by
+``edge_gemma.machine``.
+"""

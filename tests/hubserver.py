@@ -42,13 +42,11 @@ class Hub:
 
     def add(self, repository: str, folder: Path, inside: str = "") -> None:
         files = self.files.setdefault(repository, {})
+        base = folder if folder.is_dir() else folder.parent
         for path in folder.rglob("*") if folder.is_dir() else [folder]:
             if path.is_file():
-                files[
-                    f"{inside}/{path.relative_to(folder if folder.is_dir() else folder.parent)}".lstrip(
-                        "/"
-                    )
-                ] = path.read_bytes()
+                name = f"{inside}/{path.relative_to(base)}".lstrip("/")
+                files[name] = path.read_bytes()
 
 
 class _Handler(BaseHTTPRequestHandler):

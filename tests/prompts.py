@@ -8,14 +8,16 @@ TEMPLATE = """{{ bos_token }}
 {%- set turns = messages -%}
 {%- set lead = '' -%}
 {%- if turns[0].role == 'system' -%}
-    {%- set lead = (turns[0].content if turns[0].content is string else turns[0].content[0].text) + '\\n\\n' -%}
+    {%- set first = turns[0].content -%}
+    {%- set lead = (first if first is string else first[0].text) + '\\n\\n' -%}
     {%- set turns = turns[1:] -%}
 {%- endif -%}
 {%- for turn in turns -%}
     {%- if (loop.index0 % 2 == 1) != (turn.role == 'assistant') -%}
         {{ raise_exception('roles must alternate') }}
     {%- endif -%}
-    {{ '<start_of_turn>' ~ ('model' if turn.role == 'assistant' else turn.role) ~ '\\n' ~ (lead if loop.first else '') }}
+    {%- set role = 'model' if turn.role == 'assistant' else turn.role -%}
+    {{ '<start_of_turn>' ~ role ~ '\\n' ~ (lead if loop.first else '') }}
     {%- if turn.content is string -%}
         {{ turn.content | trim }}
     {%- else -%}

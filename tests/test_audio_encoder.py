@@ -57,8 +57,8 @@ def test_soft_tokens_equal_transformers(encoder, seconds):
 
 @pytest.mark.parametrize("seconds", ["0.9", "6.3"])
 def test_the_numpy_reference_equals_transformers(audio_checkpoint, seconds):
-    """What `benchmarks.dev.audio_reference` holds the full-size encoder against; 0.9 s ends on an odd number
-    of rows.
+    """What `benchmarks.dev.audio_reference` holds the full-size encoder against; 0.9 s ends on an
+    odd number of rows.
     """
     soft = audio_reference.encode(audio_checkpoint, REFERENCE[f"wave_{seconds}"])
     assert (

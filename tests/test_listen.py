@@ -14,7 +14,7 @@ from edge_gemma.conversation.listener import Listener
 from edge_gemma.conversation.live_turn import LiveTurn
 from edge_gemma.conversation.transcription import ListenOptions, ask, transcribe
 from edge_gemma.conversation.voice import Voice
-from edge_gemma.errors import DeviceLost, UnsupportedModel
+from edge_gemma.errors import DeviceLost, RuntimeFailure, UnsupportedModel
 from edge_gemma.hearing.samples import BLOCK_SAMPLES
 from edge_gemma.hearing.utterances import SpeechDetector, VadSettings
 from edge_gemma.messages import Audio, Message
@@ -154,6 +154,33 @@ def test_a_second_turn_continues_the_conversation(hearing_model):
         assert [m.role for m in chat.messages] == ["user", "assistant"] * 3
 
 
+def test_turns_forgotten_for_speech_are_reported(hearing_model):
+    """As for text: the last chunk says how many went, and only whole turns go."""
+    wave = REFERENCE["wave_6.3"]
+    with hearing_model.chat(system="Keep this.") as chat:
+        dropped = 0
+        for _ in range(24):
+            turn = LiveTurn(chat, "What is this? " * 4, max_tokens=GREEDY.max_tokens)
+            turn.push(wave)
+            turn.finish()
+            dropped += list(turn.generate(GREEDY))[-1].usage.dropped_turns
+        assert dropped > 0 and chat.messages[0].content == "Keep this."
+        assert len(chat.messages) == 1 + 2 * (24 - dropped)
+
+
+def test_an_abandoned_turn_forgets_nothing(hearing_model):
+    with hearing_model.chat() as chat:
+        list(chat.send("Hello", GREEDY))
+        before = list(chat.messages)
+        turn = LiveTurn(chat, "And this?")
+        turn.push(REFERENCE["wave_0.9"])
+        turn.abandon()
+        assert chat.messages == before
+        assert list(chat.send("Go on", GREEDY))[-1].finish_reason
+        with pytest.raises(RuntimeFailure, match="no turn is being spoken"):
+            chat.end_turn()
+
+
 def test_a_spoken_turn_after_one_that_was_stopped_before_its_answer(hearing_model):
     """The conversation is rendered anew then, with the soft tokens of the first turn in it."""
     wave = REFERENCE["wave_0.9"]
@@ -267,7 +294,7 @@ def test_records_of_a_session(hearing_model):
 
 
 def live(script, monkeypatch):
-    """A live device: a Microphone whose blocks come from a script of arrays, callables and errors."""
+    """A live Microphone whose blocks come from a script of arrays, callables and errors."""
     from edge_gemma.conversation import listener as listen
 
     class Scripted:

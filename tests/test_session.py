@@ -5,15 +5,23 @@ context says so.
 from __future__ import annotations
 
 import asyncio
-import threading
 
 import numpy as np
 import pytest
 
 import edge_gemma
 from edge_gemma import PlanRequest, Rows, Sampling, Tokens
-from edge_gemma.errors import BundleError, ContextFull, RuntimeFailure, UsageError
+from edge_gemma.conversation.fitting import fit
+from edge_gemma.errors import (
+    BundleError,
+    Cancelled,
+    ContextFull,
+    EdgeGemmaError,
+    RuntimeFailure,
+    UsageError,
+)
 from edge_gemma.machine.footprint import footprint
+from edge_gemma.messages import Message
 from edge_gemma.units import MiB
 
 SHORT = Sampling(seed=11, max_tokens=8)  # greedy would repeat one token: the weights are random
@@ -105,7 +113,6 @@ def test_a_busy_sequence_is_not_taken_away(tiny_model):
         with pytest.raises(RuntimeFailure, match="n_seq_max"):
             b.append(tiny_model.spans("a b c d"))
         running.close()
-        b._cached = 0
         b.replace(tiny_model.spans("a b c d"))
         assert ids(b.generate(SHORT))
 
@@ -131,13 +138,30 @@ def test_a_full_context_forgets_the_oldest_turns_and_says_so(tiny_model):
         assert chat.messages[-2].content == WORDS[39]
 
 
-def test_a_turn_that_can_never_fit_is_refused_and_taken_back(tiny_model):
+def test_a_turn_that_can_never_fit_is_refused_and_taken_back_whole(tiny_model):
+    """Nothing is forgotten for a turn that does not come about: not the turns before it, nor the
+    cache.
+    """
     with tiny_model.chat() as chat:
-        list(chat.send("hello", SHORT))
+        for word in WORDS[:3]:
+            list(chat.send(word, SHORT))
+        before, length = list(chat.messages), chat.session.length
+        assert len(before) == 6
         with pytest.raises(ContextFull, match="the last turn alone takes"):
             list(chat.send("x y z " * 400, SHORT))
-        assert [m.role for m in chat.messages] in (["user", "assistant"], [])
-        assert list(chat.send("still here", SHORT))[-1].finish_reason
+        assert chat.messages == before and chat.session.length == length
+        end = list(chat.send("still here", SHORT))[-1]
+        assert end.usage.reused_tokens >= length - 1 and end.usage.dropped_turns == 0
+
+
+def test_fitting_changes_nothing_it_is_given():
+    talk = [Message(role, "x" * 10) for role in ("system", *("user", "assistant") * 3, "user")]
+    kept = tuple(talk)
+    fitted = fit(
+        talk, render=list, length=lambda messages: 10 * len(messages), n_ctx=60, n_reserve=5
+    )
+    assert tuple(talk) == kept and fitted.dropped == 2  # 40 ≤ 45: a quarter is free
+    assert fitted.messages == (talk[0], *talk[5:])
 
 
 def test_a_prompt_longer_than_the_context_and_an_empty_one(tiny_model):
@@ -151,13 +175,13 @@ def test_a_prompt_longer_than_the_context_and_an_empty_one(tiny_model):
         list(session.generate(SHORT))
 
 
-def test_the_end_of_the_context_is_a_finish_reason(tiny_model):
+def test_the_end_of_the_context_is_a_finish_reason(tiny_model, monkeypatch):
+    monkeypatch.setattr(tiny_model.decoder, "is_end", lambda token: False)
     with tiny_model.session() as session:
         session.append([Tokens([2, *([300] * 505)])])
         end = list(session.generate(Sampling(max_tokens=400, temperature=0)))[-1]
-        assert end.finish_reason in ("context", "stop") and session.length <= 512
-        if end.finish_reason == "context":
-            assert session.length == 512
+        assert end.finish_reason == "context" and session.length == 512
+        assert end.usage.completion_tokens == 6
 
 
 def test_cancel_stops_and_the_session_goes_on(tiny_model):
@@ -172,15 +196,51 @@ def test_cancel_stops_and_the_session_goes_on(tiny_model):
         assert list(session.generate(SHORT))[-1].finish_reason != "cancelled"
 
 
-def test_a_cancelled_prefill_takes_the_turn_back(tiny_model):
+def test_a_cancelled_prefill_takes_the_turn_back(tiny_model, monkeypatch):
+    decode = tiny_model.sequences.context.decode
     with tiny_model.chat() as chat:
-        timer = threading.Timer(0.005, chat.cancel)
-        timer.start()
-        chunks = list(chat.send("x y z " * 60, SHORT))
-        timer.join()
-        if chunks[-1].usage is None:  # it was still prefilling
-            assert chat.messages == [] and chunks[-1].finish_reason == "cancelled"
+        list(chat.send("before", SHORT))
+
+        def stopped(*arguments):
+            chat.cancel()
+            decode(*arguments)
+
+        before = list(chat.messages)
+        monkeypatch.setattr(tiny_model.sequences.context, "decode", stopped)
+        (chunk,) = chat.send("x y z " * 60, SHORT)
+        assert chunk.finish_reason == "cancelled" and chunk.usage is None
+        assert chat.messages == before
+        monkeypatch.undo()
         assert list(chat.send("again", SHORT))[-1].finish_reason
+        assert [m.content for m in chat.messages if m.role == "user"] == ["before", "again"]
+
+
+def test_a_cancelled_append_is_one_of_our_errors(tiny_model, monkeypatch):
+    decode = tiny_model.sequences.context.decode
+    with tiny_model.session() as session:
+
+        def stopped(*arguments):
+            session.cancel()
+            decode(*arguments)
+
+        monkeypatch.setattr(tiny_model.sequences.context, "decode", stopped)
+        with pytest.raises(EdgeGemmaError) as stop:
+            session.append(tiny_model.spans("x y z " * 60))
+    assert isinstance(stop.value, Cancelled) and stop.value.position == 0
+    assert stop.value.exit_code == 130
+
+
+def test_another_sessions_cancel_does_not_end_an_answer(tiny_model):
+    sampling = Sampling(max_tokens=12, temperature=0)
+    with tiny_model.session() as session, tiny_model.session() as other:
+        session.append(tiny_model.spans(WORDS[0]))
+        expected = ids(session.generate(sampling))
+        session.replace(tiny_model.spans(WORDS[0]))
+        found = []
+        for chunk in session.generate(sampling):
+            found += chunk.token_ids
+            other.cancel()
+        assert found == expected
 
 
 def test_save_and_restore_continue_the_same(tiny_model, tmp_path):
@@ -251,6 +311,34 @@ def test_a_batch_answers_each_prompt(tiny_bundle):
         alone = [ids(model.generate(p, greedy)) for p in prompts]
     assert sorted(found) == list(range(5))
     assert [found[i] for i in range(5)] == alone
+
+
+def test_each_prompt_of_a_batch_ends_with_usage_and_timings(tiny_bundle):
+    prompts = ["one two", "three", "four five six"]
+    request = PlanRequest(n_seq_max=2, n_threads=1)
+    with edge_gemma.load(tiny_bundle, n_ctx=256, request=request) as model:
+        ends = {i: c for i, c in model.generate_batch(prompts, SHORT) if c.finish_reason}
+        n_prompt = [sum(map(len, model.spans(prompt))) for prompt in prompts]
+    assert sorted(ends) == [0, 1, 2]
+    for index, end in ends.items():
+        assert end.usage.prompt_tokens == n_prompt[index]
+        assert end.timings.ttft_s > 0 and end.timings.prefill_tok_s > 0
+
+
+def test_a_batch_can_be_cancelled(tiny_bundle):
+    """From outside: those that run end as cancelled, those that wait do not begin."""
+    prompts = ["one two", "three", "four five six", "seven"]
+    request = PlanRequest(n_seq_max=2, n_threads=1)
+    with edge_gemma.load(tiny_bundle, n_ctx=256, request=request) as model:
+        with model.generate_batch(prompts, Sampling(max_tokens=200, seed=1)) as batch:
+            found = []
+            for index, chunk in batch:
+                found.append((index, chunk.finish_reason))
+                if len(found) == 6:
+                    batch.cancel()
+        ends = {index: reason for index, reason in found if reason}
+        assert ends == {0: "cancelled", 1: "cancelled"} and len(found) < 12
+        assert ids(model.generate("one two", SHORT))  # the sequences were given back
 
 
 def test_async_streams_and_stops_without_blocking_the_loop(tiny_model):

@@ -1,5 +1,7 @@
 """Text pieces: however the bytes come, the text is the same and no character is ever cut."""
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -8,7 +10,7 @@ from edge_gemma.conversation.stream import TextStream
 
 def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
     edges = sorted({0, len(data), *(c % (len(data) + 1) for c in cuts)})
-    return [data[a:b] for a, b in zip(edges, edges[1:])]
+    return [data[a:b] for a, b in pairwise(edges)]
 
 
 @given(st.text(), st.lists(st.integers(0, 10**6)))

@@ -65,17 +65,9 @@ def prepare(
         raise PlanRefused(
             f"{n_pictures} pictures take {n_pictures} × {cost} = {n_pictures * cost} tokens and "
             f"{free_tokens} of the context are free: {free_tokens // cost} fit. Send fewer, "
-            "or load "
-            "with a larger n_ctx"
+            "or load with a larger n_ctx"
         )
-    left = free_tokens - n_pictures * cost
-    expanded = expand(opened, vision.image_sizes[0], cost, left)
-    prepared: list[Part] = []
-    for piece in expanded:
-        if isinstance(piece, Picture):
-            piece = Image(source=piece)
-        prepared.append(piece)
-    return prepared
+    return expand(opened, vision.image_sizes[0], cost, free_tokens - n_pictures * cost)
 
 
 def _opened(image: Image, pan_and_scan: bool) -> list[Part]:

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 
 from edge_gemma.errors import EdgeGemmaError, MediaError, MissingExtra, UsageError
+from edge_gemma.messages import Image, Part
 from edge_gemma.seeing.picture import Picture
 from edge_gemma.seeing.pixels import MAX_PIXELS, to_rgb
 from edge_gemma.seeing.source import local_file, pillow
@@ -40,8 +41,6 @@ _SOON_S = 1e-3  # a frame so little before the wanted time is the wanted one
 _LONGEST_S = 24 * 3600.0
 _MIN_FRAME_S = 0.02  # browsers show no frame of an animation for less
 _DEFAULT_FRAME_S = 0.1
-
-Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -138,17 +137,18 @@ class Video:
 
 def expand(
     parts: Sequence[Part | Video], size: int, tokens_per_image: int, max_tokens: int
-) -> list[Part | str | Picture]:
+) -> list[Part]:
     """A message's parts with each :class:`Video` replaced by its texts and frames;
     the videos share ``max_tokens`` evenly. Raises MediaError.
     """
     n_videos = sum(isinstance(part, Video) for part in parts)
-    expanded: list[Part | str | Picture] = []
+    expanded: list[Part] = []
     for part in parts:
-        if isinstance(part, Video):
-            expanded += part.parts(size, tokens_per_image, max_tokens // n_videos)
-        else:
+        if not isinstance(part, Video):
             expanded.append(part)
+            continue
+        for piece in part.parts(size, tokens_per_image, max_tokens // n_videos):
+            expanded.append(piece if isinstance(piece, str) else Image(source=piece))
     return expanded
 
 
