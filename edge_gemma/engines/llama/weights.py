@@ -6,7 +6,7 @@ back, and stay so.
 llama.cpp maps the file with MAP_POPULATE, so every page is resident before the first progress
 callback; and it copies the weights it repacks, leaving the originals mapped. The mapping is shared,
 read-only and file-backed, so dropping pages of it is always safe: a later read faults them in
-again. Three moments (figures in README.md):
+again. Three moments (figures in docs/measure.md):
 
 - where this process may lock memory, the map is made without its pages (:func:`_lazy_mapping`);
   elsewhere, at the first progress callback, the cold ranges go, pages and page cache;
