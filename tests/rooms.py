@@ -21,7 +21,7 @@ FOLDERS = {
     "edge_gemma": ROOT / "edge_gemma",
 }
 ROOMS = (
-    "ground",  # errors, units, files: everybody may import these
+    "ground",  # errors, units, files, sources: everybody may import these
     "records",  # spans, messages, options: what crosses rooms
     "bundles",
     "machine",
@@ -44,6 +44,7 @@ TOGETHER = {
     "errors": "ground",
     "units": "ground",
     "files": "ground",
+    "sources": "ground",
     "spans": "records",
     "messages": "records",
     "options": "records",

@@ -174,7 +174,7 @@ def test_describe(capsys, looking_bundle, no_cache, photo, tmp_path):
 def test_describe_refusals(capsys, looking_bundle, tiny_bundle, photo, tmp_path):
     assert run(capsys, "describe", looking_bundle.folder)[0] == 2
     code, _, err = run(capsys, "describe", looking_bundle.folder, "nothing.jpg", "What?")
-    assert code == 6 and "there is no image file nothing.jpg" in err and "Traceback" not in err
+    assert code == 6 and "there is no image file at nothing.jpg" in err and "Traceback" not in err
     code, _, err = run(capsys, "describe", looking_bundle.folder, tmp_path, "What?")
     assert code == 6 and "is a directory" in err
     code, _, err = run(

@@ -349,9 +349,11 @@ def compare(
 
 def _system(text: str) -> tuple[str, Path]:
     from edge_gemma.errors import UsageError
+    from edge_gemma.sources import exists, typed
 
     system, equals, path = text.partition("=")
-    if not equals or not Path(path).exists():
+    path = typed(path)
+    if not equals or not exists(path):
         raise UsageError(f"--also takes SYSTEM=MODEL with a model that exists; got {text!r}")
     return system, Path(path)
 

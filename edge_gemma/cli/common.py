@@ -158,17 +158,18 @@ def parse_scaled(text: str, option: str) -> tuple[Path, float]:
     0.5
     """
     from edge_gemma.errors import UsageError
+    from edge_gemma.sources import exists, typed
 
     path, colon, scale_text = text.rpartition(":")
-    if not colon or not path or Path(text).exists():
-        return Path(text), 1.0
+    if not colon or not path or exists(typed(text)):
+        return Path(typed(text)), 1.0
     try:
         scale = float(scale_text)
     except ValueError:
         scale = math.nan
     if not math.isfinite(scale):
         raise UsageError(f"cannot read {option} {text!r}; write it like PATH or PATH:0.5")
-    return Path(path), scale
+    return Path(typed(path)), scale
 
 
 def check_parents(*files: Path | None) -> None:

@@ -13,6 +13,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
@@ -26,6 +27,7 @@ from edge_gemma.cli.common import (
     VerboseOption,
     note,
 )
+from edge_gemma.sources import typed
 
 if TYPE_CHECKING:
     from edge_gemma.bundles.manifest import Sense
@@ -177,6 +179,27 @@ def _field_parameters(group: PlanningOptions | SamplingOptions) -> list[inspect.
     ]
 
 
+# parameters that are text because they may be something else than a path: a bundle's name, a data
+# URI, a recipe
+_MAYBE_PATHS = frozenset(
+    """audio base bundle bundles checkpoint dataset device file image other quant reference slice
+    voice""".split()
+)
+
+
+def with_typed_paths(name: str, value: Any) -> Any:
+    """A parameter's value with its paths read as a person types them: ``~``, quotes and escapes
+    (:func:`edge_gemma.sources.typed`).
+    """
+    if isinstance(value, list | tuple):
+        return [with_typed_paths(name, item) for item in value]
+    if isinstance(value, Path):
+        return Path(typed(str(value)))
+    if isinstance(value, str) and name in _MAYBE_PATHS:
+        return typed(value)
+    return value
+
+
 def complete(command: Callable[..., None], debug_option: object) -> Callable[..., None]:
     """``command`` with what every command has: ``--debug``, whose callback has used it by the time
     the command runs, and a quiet end after Ctrl-C.
@@ -192,8 +215,9 @@ def complete(command: Callable[..., None], debug_option: object) -> Callable[...
 
     @functools.wraps(command)
     def call(debug: bool, **given: Any) -> None:
+        meant = {name: with_typed_paths(name, value) for name, value in given.items()}
         try:
-            command(**given)
+            command(**meant)
         except KeyboardInterrupt:
             note("\nstopped")
             raise typer.Exit(INTERRUPTED) from None

@@ -11,6 +11,7 @@ import typer
 from edge_gemma.cli.answering import Cost, finish, load_model, stream
 from edge_gemma.cli.common import BundleArg, JsonOption, StatsOption, note
 from edge_gemma.cli.options import LOADING, SAMPLING, LoadingOptions, SamplingOptions, grouped
+from edge_gemma.sources import exists, is_data_uri, typed
 
 if TYPE_CHECKING:
     from edge_gemma.seeing.picture import Picture
@@ -43,14 +44,17 @@ def register(app: typer.Typer) -> None:
 
 def split(words: list[str]) -> tuple[list[str], str]:
     """``IMAGE… ["question"]`` → (images, question): the last word is the question unless it is a
-    file, or is named like a picture.
+    file, is named like a picture, or is a data URI.
 
     >>> split(["photo.jpg", "What is this?"])
     (['photo.jpg'], 'What is this?')
     """
-    if words and not Path(words[-1]).exists() and not words[-1].lower().endswith(_PICTURE_ENDINGS):
-        return words[:-1], words[-1]
-    return words, QUESTION
+    pictures, last = list(map(typed, words)), words[-1] if words else ""
+    if not words or exists(pictures[-1]) or is_data_uri(last):
+        return pictures, QUESTION
+    if pictures[-1].lower().endswith(_PICTURE_ENDINGS):
+        return pictures, QUESTION
+    return pictures[:-1], last
 
 
 def describe(

@@ -29,6 +29,7 @@ from edge_gemma.cli.options import (
     SamplingOptions,
     grouped,
 )
+from edge_gemma.sources import first_path, typed, typed_line
 from edge_gemma.units import format_bytes
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def _read_option(value: str | None, what: str) -> str | None:
     if value is None or not value.startswith("@"):
         return value
     try:
-        return Path(value[1:]).read_text()
+        return Path(typed(value[1:])).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {what} from {value[1:]}: {error}") from None
 
@@ -328,14 +329,15 @@ def _media_turn(word: str, rest: str) -> list[Part]:
     """``/image`` or ``/audio``: a file and, behind it, the question."""
     from edge_gemma.messages import Audio, Image
 
-    path, _, question = rest.strip().partition(" ")
+    path, question = first_path(rest)
     _require_file(word, path)
     parts: list[Part] = [Image(path) if word == "/image" else Audio(path)]
-    return [*parts, question] if question.strip() else parts
+    return [*parts, question] if question else parts
 
 
-def _keep(talk: Chat, word: str, path: str) -> None:
+def _keep(talk: Chat, word: str, rest: str) -> None:
     """``/save`` or ``/load``."""
+    path = typed_line(rest)
     _require_file(word, path)
     if word == "/save":
         talk.save(path)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
 from edge_gemma.errors import MediaError, MissingExtra, UsageError
+from edge_gemma.sources import Wanted, data_uri_bytes, is_data_uri, local_file
 from edge_gemma.units import MiB, format_bytes
 
 if TYPE_CHECKING:
@@ -22,13 +22,26 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image as PillowImage
 
-    # what a caller may give, and the forms it is kept in
-    AnySource = str | os.PathLike[str] | bytes | bytearray | memoryview | np.ndarray | PillowImage
-    Source = Path | bytes | np.ndarray | PillowImage
 
 MAX_FILE_BYTES = 256 * MiB
 EXIF_ORIENTATION = 0x0112
 _CHANNELS = (1, 3, 4)
+
+
+@runtime_checkable
+class BinarySource(Protocol):
+    """An open file: BytesIO, or what open(path, "rb") gives."""
+
+    def read(self, n_bytes: int, /) -> bytes: ...
+
+    def seek(self, offset: int, /) -> int: ...
+
+
+if TYPE_CHECKING:
+    # what a caller may give, and the forms it is kept in
+    Buffer = bytes | bytearray | memoryview
+    AnySource = str | os.PathLike[str] | Buffer | BinarySource | np.ndarray | PillowImage
+    Source = Path | bytes | np.ndarray | PillowImage
 
 
 def pillow() -> ModuleType:
@@ -40,27 +53,14 @@ def pillow() -> ModuleType:
     return Image
 
 
-def local_file(source: str | os.PathLike[str], what: str) -> Path:
-    """``source`` as the path of a file that is there and not empty; ``what``
-    (image, video) is for the message when it is not. Raises MediaError.
-    """
-    path = Path(source).expanduser()
-    if re.match(r"[a-z][a-z0-9+]+:/", str(path)):  # Path has folded // into /
-        raise MediaError(f"{source} is a network address; download it first and name the file")
-    if path.is_dir():
-        example = f", for instance {path}/*.jpg" if what == "image" else ""
-        raise MediaError(f"{path} is a directory; name the {what} files in it{example}")
-    if not path.is_file():
-        raise MediaError(f"there is no {what} file {path}")
-    if not path.stat().st_size:
-        raise MediaError(f"{path} is empty (0 bytes)")
-    return path
-
-
 def accept(source: AnySource) -> Source:
     """The source in the form that is kept. Raises MediaError, UsageError, MissingExtra."""
+    if isinstance(source, str) and is_data_uri(source):
+        return data_uri_bytes(source, Wanted("image", ("image/",), MAX_FILE_BYTES))
     if isinstance(source, str | os.PathLike):
         return _accept_path(source)
+    if isinstance(source, BinarySource):
+        source = _read_all(source)
     if isinstance(source, bytes | bytearray | memoryview):
         if not 1 <= len(source) <= MAX_FILE_BYTES:
             raise MediaError(f"image data of {len(source)} bytes; expected 1 to {MAX_FILE_BYTES}")
@@ -70,8 +70,18 @@ def accept(source: AnySource) -> Source:
     if isinstance(source, pillow().Image):
         return source
     raise UsageError(
-        f"an image is a path, bytes, a uint8 array or a Pillow image; got {type(source).__name__}"
+        "an image is a path, a data URI, bytes, a binary file, a uint8 array or a Pillow image; "
+        f"got {type(source).__name__}"
     )
+
+
+def _read_all(file: BinarySource) -> bytes:
+    """The bytes of an open binary file or BytesIO, from its beginning; it is left at its end."""
+    file.seek(0)
+    data = file.read(MAX_FILE_BYTES + 1)
+    if not isinstance(data, bytes):
+        raise UsageError("an image file must be opened for bytes: open(path, 'rb')")
+    return data
 
 
 def _accept_path(source: str | os.PathLike[str]) -> Path:

@@ -21,7 +21,8 @@ from edge_gemma.errors import EdgeGemmaError, MediaError, MissingExtra, UsageErr
 from edge_gemma.messages import Image, Part
 from edge_gemma.seeing.picture import Picture
 from edge_gemma.seeing.pixels import MAX_PIXELS, to_rgb
-from edge_gemma.seeing.source import local_file, pillow
+from edge_gemma.seeing.source import pillow
+from edge_gemma.sources import local_file
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
