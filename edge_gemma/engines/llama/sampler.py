@@ -46,9 +46,11 @@ class Sampler:
         self._chain: _Pointer = None
         self._grammar: _Pointer = self._make_grammar()
         self._chain = self._make_chain()
-        self._fresh = np.zeros(n_vocab, _CANDIDATE)  # ids in order, as llama.cpp wants them
-        self._fresh["id"] = np.arange(n_vocab, dtype=np.int32)
-        self._candidates = self._fresh.copy()
+        in_order = np.zeros(n_vocab, _CANDIDATE)
+        in_order["id"] = np.arange(n_vocab, dtype=np.int32)
+        self._candidates = in_order.copy()
+        # as bytes: numpy copies records twenty times slower
+        self._fresh_bytes, self._bytes = in_order.view(np.uint8), self._candidates.view(np.uint8)
 
     def _make_chain(self) -> _Pointer:
         low, sampling = self._low, self._sampling
@@ -116,7 +118,7 @@ class Sampler:
         return token
 
     def _choose(self, logits: np.ndarray, *, grammar_first: bool) -> int:
-        np.copyto(self._candidates, self._fresh)  # samplers sort and cut the array in place
+        self._bytes[:] = self._fresh_bytes  # samplers sort and cut the array in place
         self._candidates["logit"] = logits
         self._candidates["logit"][self._suppressed] = -np.inf
         array = self._array(self._candidates)
