@@ -30,13 +30,16 @@ check: $(STAMP)
 	@for f in edge_gemma/* convert benchmarks device_profiles; do ln -s "$(CURDIR)/$$f" $(TREE)/edge_gemma/; done
 	cd $(TREE) && "$(CURDIR)/$(PY)" -m mypy --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.cache/mypy"
 	$(PY) -m edge_gemma.benchmarks.dev.doc_tables --check
+	$(PY) tests/compatibility.py --check
 
 # The tables of docs/*.md out of docs/data/*.json; `make docs-check` says which pages are stale.
 docs: $(STAMP)
 	$(PY) -m edge_gemma.benchmarks.dev.doc_tables
+	$(PY) tests/compatibility.py
 
 docs-check: $(STAMP)
 	$(PY) -m edge_gemma.benchmarks.dev.doc_tables --check
+	$(PY) tests/compatibility.py --check
 
 # The packages floor by floor, out of their imports; tests/test_rooms.py holds the arrows.
 rooms:
