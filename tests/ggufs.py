@@ -80,7 +80,7 @@ class Parts:
         """A copy in which ``key`` has that value, or is missing."""
         pairs = {**self.pairs}
         if value is None:
-            del pairs[key]
+            pairs.pop(key, None)
         else:
             pairs[key] = value
         return Parts(pairs, self.n_tensors, self.table, self.data)

@@ -12,9 +12,10 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_gemma.bundles.gguf import Header, Skipped, find_strings, read_header
+from edge_gemma.bundles.gguf import Header, Skipped, read_header
 from edge_gemma.bundles.manifest import MAX_COUNT, DecoderPart, Family, KvLayer, Tensor, Use
 from edge_gemma.bundles.metadata import Metadata
+from edge_gemma.bundles.token_roles import read_roles
 from edge_gemma.errors import BundleError, UnsupportedModel
 
 SUPPORTED = "gemma3 (270M, 1B, 4B) and gemma3n (E2B, E4B)"
@@ -24,24 +25,6 @@ GEMMA3N_SOFTCAP = 30.0
 # one global layer per period, the last, unless the file says otherwise
 SWA_PERIOD: dict[Family, int] = {"gemma3": 6, "gemma3n": 5}
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
-# our name → Gemma's token; a vocabulary without one of these simply lacks that role
-SPECIAL_TOKENS = {
-    "start_of_turn": "<start_of_turn>",
-    "end_of_turn": "<end_of_turn>",
-    "start_of_image": "<start_of_image>",
-    "end_of_image": "<end_of_image>",
-    "image_soft": "<image_soft_token>",
-    "start_of_audio": "<start_of_audio>",
-    "end_of_audio": "<end_of_audio>",
-    "audio_soft": "<audio_soft_token>",
-}
-# our name → (key below tokenizer.ggml, whether every Gemma has it)
-_TOKEN_KEYS = {
-    "bos": ("bos_token_id", True),
-    "eos": ("eos_token_id", True),
-    "unk": ("unknown_token_id", False),
-    "pad": ("padding_token_id", False),
-}
 # Keys below the family's name that llama.cpp reads for every architecture (llama-model.cpp,
 # load_hparams) and that change what it computes: the only value with which a Gemma is a Gemma.
 _NEUTRAL_COUNTS = ("expert_count", "expert_used_count", "pooling_type", "nextn_predict_layers")
@@ -75,8 +58,10 @@ class Description:
     name: str
     decoder: DecoderPart
     special_tokens: dict[str, int]
+    end_tokens: tuple[int, ...]
     chat_template: str | None
     licence: str
+    notes: tuple[str, ...] = ()  # what the file says wrongly or leaves out, and what is taken
 
 
 def expected_tensors(family: Family, d: dict[str, int]) -> dict[str, tuple[tuple[int, ...], Use]]:
@@ -173,13 +158,16 @@ def describe(path: str | Path) -> Description:
         **dims,
     )
     template = meta.text("tokenizer.chat_template", "")
+    roles = read_roles(meta, path, vocabulary)
     return Description(
         family=family,
         name=meta.text("general.name", "") or path.stem,
         decoder=decoder,
-        special_tokens=_special_tokens(meta, path, vocabulary),
+        special_tokens=roles.special_tokens,
+        end_tokens=roles.end_tokens,
         chat_template=template if template.strip() else None,
         licence=meta.text("general.license", "gemma"),
+        notes=(*roles.notes, *_flag_notes(meta)),
     )
 
 
@@ -232,6 +220,26 @@ def _vocabulary(header: Header, meta: Metadata) -> Skipped:
     for name in ("remove_extra_whitespaces", "escape_whitespaces"):
         meta.flag(f"tokenizer.ggml.{name}", False)
     return tokens
+
+
+# flags of the tokenizer: (the only right value of a Gemma, what llama.cpp assumes for a
+# sentencepiece vocabulary where the key is missing)
+_FLAGS = {
+    "add_space_prefix": (False, True),
+    "add_bos_token": (True, True),
+    "add_eos_token": (False, False),
+}
+
+
+def _flag_notes(meta: Metadata) -> list[str]:
+    """What a file says wrongly about its tokenizer; the engine sets the right value."""
+    notes = []
+    for name, (right, assumed) in _FLAGS.items():
+        key = f"tokenizer.ggml.{name}"
+        if meta.flag(key, assumed) != right:
+            found = meta.value(key) if key in meta else "missing"
+            notes.append(f"{key} is {found}; taken is {right}, as every Gemma has it")
+    return notes
 
 
 def _dimensions(meta: Metadata, path: Path, family: Family, n_vocab: int) -> dict[str, int]:
@@ -291,20 +299,6 @@ def _check_numbers(meta: Metadata, family: Family, dims: dict[str, int]) -> None
     for name, dimension in same_as.items():
         size = dims[dimension]
         meta.integer(f"{family}.{name}", size, size, size)
-
-
-def _special_tokens(meta: Metadata, path: Path, vocabulary: Skipped) -> dict[str, int]:
-    found = find_strings(path, vocabulary, set(SPECIAL_TOKENS.values()))
-    tokens = {name: found[text] for name, text in SPECIAL_TOKENS.items() if text in found}
-    highest = vocabulary.length - 1
-    for key in meta.keys():
-        if key.startswith("tokenizer.ggml.") and key.endswith("_token_id"):
-            meta.integer(key, 0, highest)
-    for name, (suffix, required) in _TOKEN_KEYS.items():
-        key = f"tokenizer.ggml.{suffix}"
-        if required or key in meta:
-            tokens[name] = meta.integer(key, 0, highest)
-    return tokens
 
 
 def _check_gemma3n(meta: Metadata, path: Path, n_layer: int) -> None:

@@ -133,6 +133,15 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     vision: VisionPart | None = None
     recipe: dict[str, str] = {}  # name, and the type of each group of tensors
     quality: dict[str, float | int | str] | None = None  # the receipt of `convert --check`
+    # sentences for people: what was repaired, left out or taken otherwise than the source says
+    notes: tuple[str, ...] = ()
+
+
+def end_tokens(manifest: Manifest) -> tuple[int, ...]:
+    """The ids that end an answer, also of a manifest from before that field."""
+    tokens = manifest.special_tokens
+    usual = tuple(tokens[name] for name in ("eos", "end_of_turn") if name in tokens)
+    return manifest.end_tokens or usual
 
 
 @overload

@@ -111,6 +111,14 @@ class Metadata:
             self.refuse(key, f"{length} entries")
         return [bool(entry) for entry in value]
 
+    def integers(self, key: str, low: int, high: int, longest: int) -> list[int]:
+        """A short array of whole numbers between ``low`` and ``high``, both allowed."""
+        values = self._list(key, self._typed(key, _LAYER_ARRAYS))
+        whole = [value for value in values if isinstance(value, int) and low <= value <= high]
+        if len(whole) != len(values) or len(values) > longest:
+            self.refuse(key, f"at most {longest} numbers from {low} to {high}")
+        return whole
+
     def type(self, key: str) -> str:
         """GGUF's name of the value's type, "missing" where there is none."""
         return self._header.types.get(key, "missing")

@@ -20,6 +20,7 @@ import numpy as np
 
 from edge_gemma.bundles.folder import Bundle
 from edge_gemma.bundles.manifest import Manifest
+from edge_gemma.bundles.token_roles import CONTROL_TEXTS
 from edge_gemma.errors import BundleError, UsageError
 from edge_gemma.messages import Audio, Image, Message, Part
 from edge_gemma.prompts.template import GEMMA_TEMPLATE, render
@@ -86,8 +87,9 @@ class Prompt:
     ):
         self.manifest, self._special_rows = manifest, special_rows or {}
         self._bos = manifest.special_tokens.get("bos")
-        controls = {id for name, id in manifest.special_tokens.items() if name != "unk"}
-        self._text_ids = TextIds(tokenize, controls)
+        named = {name: id for name, id in manifest.special_tokens.items() if name != "unk"}
+        spelled = {CONTROL_TEXTS[name]: id for name, id in named.items() if name in CONTROL_TEXTS}
+        self._text_ids = TextIds(tokenize, named.values(), spelled)
 
     # ---- what callers use
 

@@ -7,7 +7,7 @@ control token counts only where the template wrote it; in a user's text it becom
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from edge_gemma.messages import Audio, Image, Part
 from edge_gemma.spans import Rows
@@ -18,11 +18,18 @@ _TOKEN_LIKE = re.compile(r"<[^<>\s]{1,64}>")
 
 
 class TextIds:
-    """A bundle's tokenizer, as a prompt uses it. ``control_ids`` are the ids of control tokens."""
+    """A bundle's tokenizer, as a prompt uses it. ``control_ids`` are the ids of control tokens;
+    ``spelled`` those whose spelling is known, whatever the tokenizer makes of it.
+    """
 
-    def __init__(self, tokenize: Callable[[str, bool], list[int]], control_ids: Collection[int]):
+    def __init__(
+        self,
+        tokenize: Callable[[str, bool], list[int]],
+        control_ids: Collection[int],
+        spelled: Mapping[str, int] | None = None,
+    ):
         self._tokenize, self._control_ids = tokenize, frozenset(control_ids)
-        self._controls: dict[str, int | None] = {}
+        self._controls: dict[str, int | None] = {**(spelled or {})}
 
     def control(self, text: str) -> int | None:
         """The id of a control token written out, or None for what only looks like one."""

@@ -95,6 +95,8 @@ def import_gguf(
             vision=seeing,
             chat_template=description.chat_template,
             special_tokens=description.special_tokens,
+            end_tokens=description.end_tokens,
+            notes=description.notes,
             recipe={"name": "imported", "relayout": "cold-first" if relayout else "as found"},
         )
         return writer.commit(manifest)

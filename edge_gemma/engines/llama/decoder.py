@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,57 @@ from edge_gemma.errors import BundleError, UsageError
 from edge_gemma.options import Sampling
 from edge_gemma.plan.records import Settings
 
+# What every Gemma's tokenizer does, whatever a file says: llama.cpp puts a space before each text
+# where the key is missing.
+_GEMMA_FLAGS: dict[str, bool | int] = {
+    "tokenizer.ggml.add_space_prefix": False,
+    "tokenizer.ggml.add_bos_token": True,
+    "tokenizer.ggml.add_eos_token": False,
+}
+# Spellings that llama.cpp takes for an end of generation in every vocabulary (llama-vocab.cpp,
+# load), and that may be text in a Gemma's: </s> is HTML there.
+_TAKEN_FOR_ENDS = (
+    "</s>",
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<|calls|>",
+    "<|flush|>",
+    "<|endoftext|>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+    "<|tool_response>",
+    "<turn|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<end_of_utterance>",
+    "<eos>",
+    "<end_of_turn>",
+    "<|fim_pad|>",
+    "<fim-pad>",
+    "<fim_pad>",
+    "<PAD>",
+    "[PAD]",
+    "<|fim_repo|>",
+    "<|repo_name|>",
+    "<fim-repo>",
+    "<REPO>",
+    "<reponame>",
+    "<|file_sep|>",
+)
+
 
 class Decoder:
     """Weights and vocabulary of one GGUF in llama.cpp.
 
     Holds no conversation; :meth:`context` makes what does. ``suppressed`` are ids that no sampler
-    chooses.
+    chooses, ``ends`` those that end an answer (default: the file's eos and end of turn),
+    ``controls`` those that stand for no text. ``overrides`` are metadata that count instead of the
+    file's: key → value.
 
     ``on_progress(fraction) -> bool`` is called while weights load; returning False stops the load
     (KeyboardInterrupt is raised for it). Raises BundleError when llama.cpp refuses the file.
@@ -39,6 +85,9 @@ class Decoder:
         *,
         lora: Sequence[tuple[str | Path, float]] = (),
         suppressed: Sequence[int] = (),
+        ends: Sequence[int] = (),
+        controls: Sequence[int] = (),
+        overrides: Mapping[str, bool | int] | None = None,
         on_progress: Callable[[float], bool] | None = None,
     ):
         self._low = low = llama.library()
@@ -46,6 +95,8 @@ class Decoder:
         self._model: Any = None  # llama.cpp's pointer
         self._adapters: list[tuple[Any, float]] = []
         self._contexts: set[Context] = set()
+        # llama.cpp reads the array while it loads
+        self._overrides = llama.kv_overrides({**_GEMMA_FLAGS, **(overrides or {})})
         llama.forget_log()
         try:
             self._load(path, lora, on_progress)
@@ -59,6 +110,22 @@ class Decoder:
         self.n_swa: int = low.llama_model_n_swa(self._model)
         self.bos: int = low.llama_vocab_bos(self.vocab)
         self.add_bos = bool(low.llama_vocab_get_add_bos(self.vocab))
+        usual = (low.llama_vocab_eos(self.vocab), low.llama_vocab_eot(self.vocab))
+        self.ends = frozenset(ends or (id for id in usual if id >= 0))
+        self._controls = frozenset(controls)
+        self._texts = self._mistaken_for_ends()
+        self._texts_pattern = re.compile("(" + "|".join(map(re.escape, self._texts)) + ")")
+
+    def _mistaken_for_ends(self) -> dict[str, int]:
+        """Tokens that are text here and that llama.cpp takes for control tokens: spelling → id."""
+        texts: dict[str, int] = {}
+        for spelling in _TAKEN_FOR_ENDS:
+            ids = self._tokenized(spelling, special=True)
+            if len(ids) != 1 or ids[0] in self.ends | self._controls:
+                continue
+            if self._low.llama_vocab_is_eog(self.vocab, ids[0]):
+                texts[spelling] = ids[0]
+        return texts
 
     def _load(
         self,
@@ -80,6 +147,7 @@ class Decoder:
                 stopped.set()
             return not stopped.is_set()
 
+        params.kv_overrides = self._overrides
         params.progress_callback = self._low.llama_progress_callback(progress)
         with llama.interrupts_held(stopped.set):
             self._model = self._low.llama_model_load_from_file(os.fsencode(path), params)
@@ -110,6 +178,15 @@ class Decoder:
         """Text → ids without BOS. ``special`` lets control tokens in the text be control tokens;
         user text never should. Raises UsageError (a text too long to tokenize).
         """
+        if special or not self._texts:
+            return self._tokenized(text, special)
+        ids: list[int] = []
+        for part in self._texts_pattern.split(text):
+            token = self._texts.get(part)
+            ids += self._tokenized(part, special) if token is None else [token]
+        return ids
+
+    def _tokenized(self, text: str, special: bool) -> list[int]:
         data = text.encode("utf-8", "surrogatepass")
         capacity = len(data) + 2
         while True:
@@ -125,6 +202,9 @@ class Decoder:
 
     def piece(self, token: int, special: bool = False) -> bytes:
         """The bytes a token stands for; control tokens give none unless ``special``."""
+        if not special and token in self._controls:
+            return b""
+        special = special or token in self._texts.values()
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
@@ -135,11 +215,15 @@ class Decoder:
 
     def is_end(self, token: int) -> bool:
         """Whether the token ends an answer."""
-        return bool(self._low.llama_vocab_is_eog(self.vocab, token))
+        return token in self.ends
 
     def sampler(self, sampling: Sampling) -> Sampler:
         """A sampler for one generation. Raises UsageError (a grammar that does not parse)."""
-        return Sampler(self.vocab, self.n_vocab, self.suppressed, sampling)
+        suppressed = self.suppressed
+        if sampling.grammar is not None or sampling.schema is not None:
+            # llama.cpp's grammar would take one of these for the end of the answer
+            suppressed = (*suppressed, *self._texts.values())
+        return Sampler(self.vocab, self.n_vocab, suppressed, sampling)
 
     def context(
         self,

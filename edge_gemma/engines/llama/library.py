@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -123,6 +123,21 @@ def reported_bytes() -> dict[str, int]:
         for buffer, nbytes in _reported:
             sizes[buffer] = sizes.get(buffer, 0) + nbytes
     return sizes
+
+
+def kv_overrides(values: Mapping[str, bool | int]) -> ctypes.Array:
+    """Metadata that count instead of a file's, as ``llama_model_params`` takes them. Keep the array
+    while a model loads.
+    """
+    low = library()
+    array = (low.llama_model_kv_override * (len(values) + 1))()  # ends with an empty key
+    for item, (key, value) in zip(array, values.items(), strict=False):
+        item.key = key.encode()
+        if isinstance(value, bool):
+            item.tag, item.value.val_bool = low.LLAMA_KV_OVERRIDE_TYPE_BOOL, value
+        else:
+            item.tag, item.value.val_i64 = low.LLAMA_KV_OVERRIDE_TYPE_INT, value
+    return array
 
 
 def supports_gpu() -> bool:

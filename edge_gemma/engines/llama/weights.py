@@ -27,7 +27,7 @@ from pathlib import Path
 
 from edge_gemma.bundles.folder import Bundle
 from edge_gemma.bundles.gguf import TYPE_IDS
-from edge_gemma.bundles.manifest import Manifest, Tensor
+from edge_gemma.bundles.manifest import Manifest, Tensor, end_tokens
 from edge_gemma.engines.llama.decoder import Decoder
 from edge_gemma.engines.llama.library import repacks
 from edge_gemma.errors import BundleError
@@ -62,6 +62,24 @@ def media_tokens(manifest: Manifest) -> tuple[int, ...]:
     names = ("image", "audio")
     tokens = manifest.special_tokens.items()
     return tuple(sorted(id for name, id in tokens if any(medium in name for medium in names)))
+
+
+def overrides(manifest: Manifest) -> dict[str, int]:
+    """What the manifest knows and a file may leave out or say wrongly, by GGUF key."""
+    family, tokens = manifest.family, manifest.special_tokens
+    values = {
+        f"{family}.attention.key_length": manifest.decoder.head_dim,
+        f"{family}.attention.value_length": manifest.decoder.head_dim,
+    }
+    keys = {
+        "bos": "bos_token_id",
+        "eos": "eos_token_id",
+        "end_of_turn": "eot_token_id",
+        "unk": "unknown_token_id",
+        "pad": "padding_token_id",
+    }
+    ids = {f"tokenizer.ggml.{keys[name]}": tokens[name] for name in keys if name in tokens}
+    return values | ids
 
 
 class Weights:
@@ -114,6 +132,9 @@ class Weights:
                 plan.settings,
                 lora=lora,
                 suppressed=media_tokens(bundle.manifest),
+                ends=end_tokens(bundle.manifest),
+                controls=[*bundle.manifest.special_tokens.values()],
+                overrides=overrides(bundle.manifest),
                 on_progress=progress,
             )
         if self._releasable:
