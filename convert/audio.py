@@ -1,8 +1,8 @@
 """The audio tower and its embedder, from a checkpoint to
 ``audio_encoder.onnx``: one streaming step with its state in and out.
 
-In: a Gemma 3n :class:`Checkpoint`. Out: the graph, its data file and the
-manifest's :class:`AudioPart`. Weights are read, turned and written one at a
+In: a Gemma 3n :class:`~edge_gemma.convert.tensors.TensorReader`. Out: the graph, its data
+file and the manifest's :class:`AudioPart`. Weights are read, turned and written one at a
 time. This module does not run the encoder, and does not know log-mel
 (:mod:`edge_gemma.hearing.log_mel`) or the order of steps
 (:mod:`edge_gemma.hearing.encoder`).
@@ -33,8 +33,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from edge_gemma.convert.checkpoint import Checkpoint
 from edge_gemma.convert.onnx_writer import OnnxWriter, Precision, Shape, check_precision
+from edge_gemma.convert.tensors import TensorReader
 
 from edge_gemma.bundles.manifest import AudioPart
 from edge_gemma.errors import CheckpointError, UnsupportedModel
@@ -43,6 +43,24 @@ from edge_gemma.hearing.encoder import STEP_FRAMES
 FILE = "audio_encoder.onnx"
 TOWER, EMBEDDER = "model.audio_tower.", "model.embed_audio."
 _END = 1 << 40  # beyond every axis: a slice up to it goes to the end
+
+
+# What transformers' Gemma3nAudioConfig assumes
+_DEFAULTS: dict[str, object] = {
+    "hidden_size": 1536,
+    "conf_num_hidden_layers": 12,
+    "conf_num_attention_heads": 8,
+    "conf_attention_context_left": 13,
+    "conf_attention_logit_cap": 50.0,
+    "conf_conv_kernel_size": 5,
+    "conf_reduction_factor": 4,
+    "conf_residual_weight": 0.5,
+    "rms_norm_eps": 1e-6,
+    "sscp_conv_group_norm_eps": 1e-3,
+    "sscp_conv_channel_size": [128, 32],
+    "input_feat_size": 128,
+    "gradient_clipping": 1e10,
+}
 
 
 @dataclass(frozen=True)
@@ -64,15 +82,15 @@ class AudioConfig:
     clip: float
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> AudioConfig:
+    def of(cls, tensors: TensorReader) -> AudioConfig:
         """Read and check; raises CheckpointError without an audio tower,
         UnsupportedModel for one of another architecture.
         """
-        raw = checkpoint.config.get("audio_config")
-        if not isinstance(raw, dict) or f"{TOWER}conformer.0.norm.weight" not in checkpoint.names():
+        raw = tensors.config.get("audio_config") or {}
+        if f"{TOWER}conformer.0.norm.weight" not in tensors.names():
             raise CheckpointError(
-                f"{checkpoint.folder} has no audio tower (only Gemma 3n E2B and E4B have "
-                "one); convert it with --audio-encoder none"
+                "the checkpoint has no audio tower (only Gemma 3n E2B and E4B have one); convert "
+                "it with --audio-encoder none"
             )
         fixed = {
             "conf_attention_context_right": 0,
@@ -86,11 +104,13 @@ class AudioConfig:
                     f"{expected} only"
                 )
         try:
-            config = cls._read(raw)
+            given = {key: value for key, value in dict(raw).items() if value is not None}
+            if "sscp_conv_eps" in given:  # an earlier spelling
+                given.setdefault("sscp_conv_group_norm_eps", given["sscp_conv_eps"])
+            config = cls._read(_DEFAULTS | given)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{checkpoint.folder}: audio_config is incomplete or malformed "
-                f"({type(error).__name__}: {error})"
+                f"config.json: audio_config is malformed ({type(error).__name__}: {error})"
             ) from None
         if (
             STEP_FRAMES % config.reduction
@@ -145,7 +165,7 @@ class AudioConfig:
 
 
 def write_audio_encoder(
-    checkpoint: Checkpoint,
+    tensors: TensorReader,
     folder: Path,
     precision: str,
     *,
@@ -158,10 +178,10 @@ def write_audio_encoder(
     and last projections, 1 % of the weights, stay at half precision when
     ``precision`` is coarser. Raises CheckpointError, UnsupportedModel.
     """
-    config = AudioConfig.of(checkpoint)
-    n_embd = checkpoint.shape(f"{EMBEDDER}embedding_projection.weight")[0]
+    config = AudioConfig.of(tensors)
+    n_embd = tensors.shape(f"{EMBEDDER}embedding_projection.weight")[0]
     with OnnxWriter(Path(folder) / FILE) as graph:
-        build = _Builder(checkpoint, config, graph, check_precision(precision))
+        build = _Builder(tensors, config, graph, check_precision(precision))
         _write_step(build, n_embd, progress)
     return AudioPart(
         file=FILE,
@@ -182,7 +202,7 @@ class _Builder:
     all parts share.
     """
 
-    checkpoint: Checkpoint
+    tensors: TensorReader
     config: AudioConfig
     graph: OnnxWriter
     precision: Precision
@@ -193,10 +213,10 @@ class _Builder:
         return "f32" if self.precision == "f32" else "f16"
 
     def read(self, name: str, *shape: int, prefix: str = TOWER) -> np.ndarray:
-        value = self.checkpoint.read(prefix + name)
+        value = self.tensors.read(prefix + name)
         if value.shape != shape:
             raise CheckpointError(
-                f"{self.checkpoint.folder}: tensor {prefix + name} has shape "
+                f"tensor {prefix + name} has shape "
                 f"{list(value.shape)}, audio_config implies {list(shape)}"
             )
         return value

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from edge_gemma.convert.convolutions import channel_first
 from edge_gemma.convert.tensors import TensorReader
 
 from edge_gemma.errors import CheckpointError
@@ -68,9 +69,17 @@ _DECODER_PARTS = (
     "altup_projections",
     "altup_unembed_projections",
 )
+# What training wrappers put into the names they save (torch.compile, FSDP, DDP, PEFT)
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+    r"|^(?:base_model\.model\.|module\.)+"
+)
 # Old and text-only spellings → the names transformers 5 writes; the first
 # match wins and is applied until none does.
 _RENAMES = (
+    (_WRAPPERS, ""),
+    # transformers 4.57 renames every "model" of a text-only Gemma 3n, inside a word as well
+    (re.compile(r"(?<=_model)\.language_model(?=_)"), ""),
     (re.compile(r"^model\.language_model\.model\."), "model.language_model."),
     (re.compile(r"^(?:model\.)?language_model\.lm_head\."), "lm_head."),
     (re.compile(r"^language_model\.model\."), "model.language_model."),
@@ -81,7 +90,10 @@ _RENAMES = (
         r"model.\1.",
     ),
     (re.compile(rf"^model\.(?=(?:{'|'.join(_DECODER_PARTS)})\.)"), "model.language_model."),
+    # the bare text model, saved without the class that holds it
+    (re.compile(rf"^(?=(?:{'|'.join(_DECODER_PARTS)})\.)"), "model.language_model."),
 )
+HEAD = "lm_head.weight"
 
 
 def canonical_name(stored: str) -> str:
@@ -93,14 +105,26 @@ def canonical_name(stored: str) -> str:
     >>> canonical_name("model.embed_tokens.weight")
     'model.language_model.embed_tokens.weight'
     """
-    for _ in range(4):
-        for pattern, replacement in _RENAMES:
-            renamed = pattern.sub(replacement, stored)
-            if renamed != stored:
-                stored = renamed
-                break
-        else:
-            break
+    renamed = _renamed(stored)
+    while renamed != stored:
+        stored, renamed = renamed, _renamed(renamed)
+    return stored
+
+
+def without_wrappers(stored: str) -> str:
+    """A name as the model that was trained spells it.
+
+    >>> without_wrappers("base_model.model.model.layers.0._orig_mod.mlp.up_proj")
+    'model.layers.0.mlp.up_proj'
+    """
+    return _WRAPPERS.sub("", stored)
+
+
+def _renamed(stored: str) -> str:
+    for pattern, replacement in _RENAMES:
+        renamed = pattern.sub(replacement, stored)
+        if renamed != stored:
+            return renamed
     return stored
 
 
@@ -123,14 +147,23 @@ def read_header(path: Path) -> list[Entry]:
     """The tensor table of one safetensors file, in file order. Raises
     CheckpointError for anything that is not exactly right.
     """
+    entries, _ = _header_and_framework(path)
+    return entries
+
+
+def _header_and_framework(path: Path) -> tuple[list[Entry], str]:
+    """:func:`read_header`, and the framework that wrote the file ("pt", "mlx", "" when the file
+    does not say).
+    """
     raw, size = _header_bytes(path)
     header = _json_object(raw, path)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
+    framework = metadata.get("format") if isinstance(metadata, dict) else None
     data_start = 8 + len(raw)
     entries = [_entry(path, stored, value, data_start) for stored, value in header.items()]
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     _check_no_holes(path, entries, data_start, size)
-    return entries
+    return entries, framework if isinstance(framework, str) else ""
 
 
 def _header_bytes(path: Path) -> tuple[bytes, int]:
@@ -249,12 +282,20 @@ class Checkpoint(TensorReader):
     """
 
     def __init__(
-        self, folder: Path, config: dict, entries: Iterable[Entry], ignored: Iterable[str] = ()
+        self,
+        folder: Path,
+        config: dict,
+        entries: Iterable[Entry],
+        ignored: Iterable[str] = (),
+        *,
+        framework: str = "",
+        notes: Iterable[str] = (),
     ):
         self.folder = folder
         self._config = config
         self.entries: dict[str, Entry] = {}
         self.ignored = tuple(ignored)  # stored names that were left out on purpose
+        self.framework = framework  # that wrote the files: "pt", "mlx", "" when they do not say
         for entry in entries:
             if (other := self.entries.get(entry.name)) is not None:
                 raise CheckpointError(
@@ -262,6 +303,19 @@ class Checkpoint(TensorReader):
                     f"{other.file.name} and as {entry.stored!r} in {entry.file.name}"
                 )
             self.entries[entry.name] = entry
+        shapes = {name: entry.shape for name, entry in self.entries.items()}
+        self._turned = channel_first(shapes, config, framework)
+        self.notes = tuple(notes)  # what was found and how it was read
+        if self._turned:
+            self.notes += (
+                f"{len(self._turned)} convolutions are stored channel-last (as MLX does) and are "
+                "read channel-first",
+            )
+
+    @property
+    def name(self) -> str:
+        """What the checkpoint is called: its folder, or in the hub's cache its repository."""
+        return checkpoint_name(self.folder)
 
     @classmethod
     def open(cls, folder: str | os.PathLike) -> Checkpoint:
@@ -278,14 +332,16 @@ class Checkpoint(TensorReader):
             raise CheckpointError(
                 f"{folder} is not a folder; expected one with config.json and *.safetensors{hint}"
             )
-        files = _weight_files(folder)
+        files, notes = _weight_files(folder)
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder} has no config.json; download the whole checkpoint")
         config = read_json(folder / "config.json")
         entries: list[Entry] = []
         ignored: list[str] = []
+        frameworks: set[str] = set()
         for path, expected in files.items():
-            found = read_header(path)
+            found, framework = _header_and_framework(path)
+            frameworks.add(framework)
             if expected is not None:
                 _check_against_index(folder, path, found, expected)
             for entry in found:
@@ -295,7 +351,8 @@ class Checkpoint(TensorReader):
                     ignored.append(entry.stored)
                 else:
                     raise _not_a_weight(entry)
-        return cls(folder, config, entries, ignored)
+        written_by = "mlx" if "mlx" in frameworks else min(frameworks)
+        return cls(folder, config, entries, ignored, framework=written_by, notes=notes)
 
     @property
     def config(self) -> dict:
@@ -317,7 +374,8 @@ class Checkpoint(TensorReader):
             ) from None
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.entry(name).shape
+        shape = self.entry(name).shape
+        return tuple(shape[axis] for axis in self._turned[name]) if name in self._turned else shape
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         """``name`` as float32 ``[rows, …]``, whole or a contiguous slice
@@ -339,11 +397,27 @@ class Checkpoint(TensorReader):
                 f"{entry.file}: tensor {entry.stored!r} holds NaN or infinity; the "
                 "checkpoint is damaged or diverged in training"
             )
-        return values.reshape(shape)
+        values = values.reshape(shape)
+        if name in self._turned:  # the first axis stays, so that rows stay rows
+            values = np.ascontiguousarray(values.transpose(self._turned[name]))
+        return values
+
+
+def checkpoint_name(folder: str | os.PathLike) -> str:
+    """The last part of a checkpoint's name: of its folder, or of the repository when the folder
+    is a snapshot in the hub's cache (``models--org--name/snapshots/COMMIT``).
+    """
+    path = Path(folder).resolve()
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        return path.parent.parent.name.split("--")[-1]
+    return path.name
 
 
 def _check_against_index(folder: Path, path: Path, found: list[Entry], expected: set[str]) -> None:
-    stored = {entry.stored for entry in found}
+    # an output head that is tied is listed by some tools and left out by others; whether one
+    # is needed is decided where tensors are mapped
+    stored = {entry.stored for entry in found if entry.name != HEAD}
+    expected = {name for name in expected if canonical_name(name) != HEAD}
     for name in sorted(expected - stored):
         raise CheckpointError(
             f"{folder / INDEX} places tensor {name!r} in {path.name}, which does "
@@ -395,15 +469,36 @@ def _read_exactly(path: Path, offset: int, out: memoryview) -> None:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
+def _weight_files(folder: Path) -> tuple[dict[Path, set[str] | None], list[str]]:
     """Every safetensors file to read, with the stored names its index
-    expects in it (None without an index).
+    expects in it (None without an index), and notes. A whole model.safetensors is read without
+    its index, as transformers does.
     """
+    whole = folder / "model.safetensors"
+    if whole.is_file():
+        return {whole: None}, _stale_index(folder)
+    return _sharded_files(folder), []
+
+
+def _stale_index(folder: Path) -> list[str]:
+    """A note when the index beside a whole file speaks of other files."""
+    if not (folder / INDEX).is_file():
+        return []
+    try:
+        files = read_json(folder / INDEX)["weight_map"].values()
+        others = sorted({str(file) for file in files} - {"model.safetensors"})
+    except (CheckpointError, KeyError, AttributeError, TypeError):
+        others = ["nothing that can be read"]
+    return [
+        f"{INDEX} lists {others[0]} while model.safetensors is there whole; the index is ignored"
+        for _ in others[:1]
+    ]
+
+
+def _sharded_files(folder: Path) -> dict[Path, set[str] | None]:
     if (folder / INDEX).is_file():
         return {**_indexed_files(folder)}
     found = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
-    if (folder / "model.safetensors") in found:
-        return {folder / "model.safetensors": None}
     if (folder / "adapter_config.json").is_file():
         raise CheckpointError(
             f"{folder} is a LoRA adapter, not a model; use `edge-gemma convert-lora {folder} "

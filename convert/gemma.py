@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
-from edge_gemma.convert.checkpoint import Checkpoint
+from edge_gemma.convert.checkpoint import HEAD, Checkpoint
 from edge_gemma.convert.tensors import TensorReader
 
 from edge_gemma.bundles.description import (
@@ -30,6 +30,7 @@ from edge_gemma.bundles.manifest import Family
 from edge_gemma.errors import CheckpointError, UnsupportedModel
 
 PREFIX = "model.language_model."
+EMBEDDING = PREFIX + "embed_tokens.weight"
 SPARSE_LAYERS, SPARSITY = 10, 0.95
 SPARSITY_MULTIPLIER = 1.6448536  # the 95 % quantile of a normal distribution
 TOWERS = {
@@ -281,13 +282,22 @@ def read_dims(config: dict) -> Dims:
         rope_base_sliding=rope_base_sliding,
         rope_factor=rope_factor,
         softcap=float(text.get("final_logit_softcapping") or 0.0),
-        tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", True))),
+        tied=_is_tied(text, config),
         ple_width=number("hidden_size_per_layer_input") if family == "gemma3n" else 0,
         ple_vocab=number("vocab_size_per_layer_input") if family == "gemma3n" else 0,
         n_kv_shared=number("num_kv_shared_layers") if family == "gemma3n" else 0,
     )
     _check_fixed(text, dims)
     return dims
+
+
+def _is_tied(text: dict, config: dict) -> bool:
+    """What config.json says of the output head; transformers ties it unless told otherwise."""
+    for section in (text, config):
+        value = section.get("tie_word_embeddings")
+        if value is not None:
+            return bool(value)
+    return True
 
 
 def _one_width(size: object, n_layer: int) -> object:
@@ -416,10 +426,18 @@ class Mapping:
 
 
 def map_tensors(
-    checkpoint: Checkpoint, dims: Dims, cut: Cut | None = None, *, untied: bool = False
+    checkpoint: Checkpoint,
+    dims: Dims,
+    cut: Cut | None = None,
+    *,
+    untied: bool = False,
+    own_head: bool | None = None,
 ) -> Mapping:
     """Every tensor of the decoder with where it comes from, ``cut``
     applied; ``untied`` adds a separate output head.
+
+    ``own_head``: the head is read from ``lm_head.weight``, not from the token embedding. Default:
+    where config.json unties them and the checkpoint has one.
 
     Raises CheckpointError for a missing, unexpected or misshapen tensor.
     """
@@ -432,10 +450,14 @@ def map_tensors(
                 f"tensor {checkpoint.entry(name).stored!r} has shape "
                 f"{list(checkpoint.shape(name))}, config.json asks for {list(shape)}"
             )
-    has_head = not dims.tied and "lm_head.weight" in checkpoint
-    head = "lm_head.weight" if has_head else None
+    if own_head is None:
+        own_head = not dims.tied and HEAD in checkpoint
+    head = HEAD if own_head else None
     table = _mapping_table(dims, out_dims, cut, head, untied)
-    sources = tuple(_present(checkpoint, source) for source in table)
+    sources = tuple(
+        source if source.parts == (Part(head, dims.n_vocab),) else _present(checkpoint, source)
+        for source in table
+    )
     used = {part.name for source in sources for part in source.parts}
     skipped = {name: "an integer buffer that no model reads" for name in checkpoint.ignored}
     for name in checkpoint.names():
@@ -466,12 +488,18 @@ def _why_skipped(checkpoint: Checkpoint, dims: Dims, name: str, is_known: bool) 
     tower = next((what for prefix, what in TOWERS.items() if name.startswith(prefix)), None)
     if tower:
         return f"the {tower} tower, not part of the decoder"
-    if name == "lm_head.weight":
-        return "config.json ties the output head to the token embedding"
+    if name == HEAD:
+        return "the output head, which is the token embedding"
     if is_known:
         return "a layer that the slice leaves out"
+    stored = checkpoint.entry(name).stored
+    if ".base_layer." in stored or "lora_" in stored:
+        raise CheckpointError(
+            f"tensor {stored!r} is of a PEFT adapter that was not merged; call merge_and_unload() "
+            "before saving, or convert the base with --merge ADAPTER"
+        )
     raise CheckpointError(
-        f"tensor {checkpoint.entry(name).stored!r} is not one that a {dims.family} "
+        f"tensor {stored!r} is not one that a {dims.family} "
         f"of {dims.n_layer} layers has; is config.json of this checkpoint?"
     )
 
@@ -504,7 +532,7 @@ def checkpoint_shapes(dims: Dims) -> dict[str, tuple[int, ...]]:
     shapes = {
         _checkpoint_name("embed_tokens"): gguf["token_embd.weight"],
         _checkpoint_name("norm"): gguf["output_norm.weight"],
-        "lm_head.weight": gguf["token_embd.weight"],
+        HEAD: gguf["token_embd.weight"],
     }
     for i in range(dims.n_layer):
         for module, name in _layer_modules(dims).items():

@@ -3,9 +3,10 @@ while they are converted.
 
 In: a PEFT folder (``adapter_config.json``, ``adapter_model.safetensors``)
 and the base checkpoint. Out: a GGUF adapter, or :class:`Merged`, which
-reads like a checkpoint. Targets that llama.cpp would silently not apply are
-refused by name; so is what is more than a low-rank product (DoRA, trained
-biases, saved modules). This module does not know quantization.
+reads like a checkpoint. A GGUF adapter holds plain low-rank pairs of the
+layers where llama.cpp applies them; merging also folds DoRA, embeddings,
+the output head, the towers and whole modules that were trained. What
+neither can do is refused by name. This module does not know quantization.
 """
 
 from __future__ import annotations
@@ -16,16 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from edge_gemma.convert.checkpoint import (
-    DTYPES,
-    Checkpoint,
-    Entry,
-    canonical_name,
-    read_header,
-    read_json,
-)
-from edge_gemma.convert.gemma import PREFIX, Dims, checkpoint_shapes, read_dims
+from edge_gemma.convert.adapter import Adapter, LowRank, open_adapter, read_config
+from edge_gemma.convert.checkpoint import HEAD, Checkpoint, checkpoint_name, read_json
+from edge_gemma.convert.gemma import EMBEDDING, PREFIX, Dims, checkpoint_shapes, read_dims
 from edge_gemma.convert.gguf_writer import Pair, check_output, write_gguf
+from edge_gemma.convert.head import same_rows
 from edge_gemma.convert.tensors import TensorReader
 
 from edge_gemma.bundles.description import GEMMA3N_KV_LAYERS
@@ -50,13 +46,8 @@ _TARGETS_3N = {
     "laurel.linear_right": "laurel_r",
 }
 # What adapter_config.json says of plain LoRA
-_PLAIN: dict[str, object] = {
-    "use_dora": False,
-    "bias": "none",
-    "modules_to_save": None,
-    "fan_in_fan_out": False,
-    "lora_bias": False,
-}
+_PLAIN: dict[str, object] = {"use_dora": False, "bias": "none", "modules_to_save": None}
+_SHARED_KV = re.compile(re.escape(PREFIX) + r"layers\.(\d+)\.self_attn\.[kv]_proj")
 
 
 @dataclass(frozen=True)
@@ -77,140 +68,237 @@ class Delta:
 
 
 def targets_of(dims: Dims) -> dict[str, str]:
-    """transformers' module → GGUF's tensor, for what an adapter may change."""
+    """transformers' module → GGUF's tensor, for what a GGUF adapter may change."""
     return _TARGETS_3N if dims.family == "gemma3n" else _TARGETS
 
 
 def read_adapter(folder: str | Path, dims: Dims) -> list[Delta]:
-    """The low-rank pairs of a PEFT folder, checked against the base's dims.
-    Raises CheckpointError, UnsupportedModel.
+    """The low-rank pairs of a PEFT folder that llama.cpp applies at run time, checked against the
+    base's dims. Raises CheckpointError, UnsupportedModel (anything else in it).
     """
-    folder = Path(folder)
-    config = _adapter_config(folder)
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        is_pickled = (folder / "adapter_model.bin").is_file()
-        hint = "; its adapter_model.bin is a pickle and is never opened" if is_pickled else ""
-        raise CheckpointError(f"{folder} has no adapter_model.safetensors{hint}")
-    pairs: dict[str, dict[str, np.ndarray]] = {}
-    entries = read_header(path)
-    values = _values(folder, entries)
-    for entry in entries:
-        match = re.fullmatch(
-            r"(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.default)?\.weight", entry.stored
-        )
-        if match is None:
-            raise UnsupportedModel(
-                f"{path}: tensor {entry.stored!r} is not a low-rank pair that llama.cpp "
-                "applies (an embedding or a saved module?); train linear layers only"
-            )
-        module = canonical_name(match[1] + ".weight").removesuffix(".weight")
-        pairs.setdefault(module, {})[match[2]] = values.read(entry.name)
-    return [_delta(path, module, pair, config, dims) for module, pair in sorted(pairs.items())]
+    return _plain_deltas(_open_plain(folder), dims)
 
 
-def _adapter_config(folder: Path) -> dict:
-    path = folder / "adapter_config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{folder} has no adapter_config.json; expected a PEFT folder")
-    config = read_json(path)
-    if config.get("peft_type", "LORA") != "LORA":
-        raise UnsupportedModel(
-            f"{folder} is a {config['peft_type']} adapter; only LORA can be applied"
-        )
+def _open_plain(folder: str | Path) -> Adapter:
+    """An adapter whose config says that it is plain LoRA. Raises UnsupportedModel."""
+    config = read_config(Path(folder))
     for key, expected in _PLAIN.items():
         if config.get(key) not in (expected, None, []):
             raise UnsupportedModel(
-                f"{path}: {key} is {config[key]!r}; only plain "
-                f"LoRA ({key} {expected!r}) can be converted. Merge it with PEFT first"
+                f"{Path(folder) / 'adapter_config.json'}: {key} is {config[key]!r}; only plain "
+                f"LoRA ({key} {expected!r}) can be applied at run time. Fold it into the "
+                "weights instead: `edge-gemma convert BASE OUT --merge ADAPTER`"
             )
-    return config
+    return open_adapter(folder)
 
 
-def _values(folder: Path, entries: list[Entry]) -> Checkpoint:
-    bad = next((entry for entry in entries if entry.dtype not in DTYPES), None)
-    if bad:
-        raise CheckpointError(
-            f"{bad.file}: tensor {bad.stored!r} has type {bad.dtype}; expected one of "
-            f"{', '.join(DTYPES)}"
+def _plain_deltas(adapter: Adapter, dims: Dims) -> list[Delta]:
+    for pair in adapter.pairs:
+        if pair.is_embedding:
+            raise UnsupportedModel(
+                f"{adapter.path}: '{pair.module}.lora_embedding_A' is not a low-rank pair that "
+                "llama.cpp applies; fold it with --merge, or train linear layers only"
+            )
+    for name in adapter.saved:
+        raise UnsupportedModel(
+            f"{adapter.path}: tensor {adapter.values.entry(name).stored!r} is not a low-rank pair "
+            "that llama.cpp applies (a saved module); fold it with --merge, or train linear "
+            "layers only"
         )
-    return Checkpoint(folder, {}, entries)
+    return [_delta(adapter.path, pair, dims) for pair in adapter.pairs]
 
 
-def _delta(path: Path, module: str, pair: dict[str, np.ndarray], config: dict, dims: Dims) -> Delta:
+def _delta(path: Path, pair: LowRank, dims: Dims) -> Delta:
     targets = targets_of(dims)
-    match = re.fullmatch(re.escape(PREFIX) + r"layers\.(\d+)\.(.+)", module)
+    match = re.fullmatch(re.escape(PREFIX) + r"layers\.(\d+)\.(.+)", pair.module)
     if match is None or match[2] not in targets or int(match[1]) >= dims.n_layer:
         raise UnsupportedModel(
-            f"{path} adapts {module!r}, which llama.cpp would not apply to a {dims.family} "
-            f"of {dims.n_layer} layers; it applies {', '.join(targets)}"
+            f"{path} adapts {pair.module!r}, which llama.cpp would not apply to a {dims.family} "
+            f"of {dims.n_layer} layers; it applies {', '.join(targets)}. --merge folds others"
         )
     layer, target = int(match[1]), match[2]
-    if pair.keys() != {"A", "B"}:
-        raise CheckpointError(
-            f"{path}: {module!r} has only lora_{next(iter(pair))}; the adapter is incomplete"
-        )
-    a, b = pair["A"], pair["B"]
     expected = checkpoint_shapes(dims)[f"{PREFIX}layers.0.{target}.weight"]
-    is_product = a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1]
-    if not is_product or (b.shape[0], a.shape[1]) != expected:
+    _check_shape(path, pair, expected)
+    return Delta(layer, target, pair.a, pair.b, pair.scale)
+
+
+def _check_shape(path: Path, pair: LowRank, expected: tuple[int, ...]) -> None:
+    """Raises CheckpointError when the product is not of the weight's shape."""
+    a, b = pair.a, pair.b
+    made = (a.shape[1], b.shape[0]) if pair.is_embedding else (b.shape[0], *a.shape[1:])
+    is_plain_b = all(side == 1 for side in b.shape[2:])
+    if made != expected or not is_plain_b:
         raise CheckpointError(
-            f"{path}: {module!r} has A {list(a.shape)} and B {list(b.shape)}; the base's "
+            f"{path}: {pair.module!r} has A {list(a.shape)} and B {list(b.shape)}; the base's "
             f"weight is {list(expected)}. Was it trained on another model?"
         )
-    rank = int(a.shape[0])
-    alpha = _own_alpha(config, module)
-    if alpha is None:
-        alpha = float(config.get("lora_alpha", rank))
-    divisor = math.sqrt(rank) if config.get("use_rslora") else rank
-    return Delta(layer, target, a, b, alpha / divisor)
 
 
-def _own_alpha(config: dict, module: str) -> float | None:
-    """PEFT's alpha_pattern: the first key that ends the module's name (or
-    matches it as an expression).
-    """
-    for key, value in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({key})", module):
-            return float(value)
-    return None
+# --- folded into the weights ---
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A low-rank pair that is added; with a magnitude the rows are then given that length."""
+
+    pair: LowRank
+    scale: float  # the user's
+
+    def apply(self, values: np.ndarray, rows: slice | None) -> np.ndarray:
+        pair = self.pair
+        left = pair.a.T if pair.is_embedding else pair.b.reshape(len(pair.b), -1)
+        right = pair.b.T if pair.is_embedding else pair.a.reshape(len(pair.a), -1)
+        if rows is not None:
+            left = left[rows]
+        product = (left @ right).reshape(values.shape)
+        values = values + np.float32(self.scale * pair.scale) * product
+        if pair.magnitude is None:
+            return values
+        magnitude = pair.magnitude.reshape(-1)
+        magnitude = magnitude if rows is None else magnitude[rows]
+        length = np.linalg.norm(values, axis=1)
+        return values * (magnitude / length)[:, None]
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A tensor that was trained whole; a scale below 1 goes part of the way."""
+
+    values: Checkpoint
+    name: str
+    scale: float
+
+    def apply(self, values: np.ndarray, rows: slice | None) -> np.ndarray:
+        trained = self.values.read(self.name, rows)
+        if self.scale == 1:
+            return trained
+        return values + np.float32(self.scale) * (trained - values)
 
 
 class Merged(TensorReader):
-    """A checkpoint with adapters (folder, scale) added to the weights they
+    """A checkpoint with adapters (folder, scale) folded into the weights they
     belong to.
+
+    ``separate_head`` says that the output head is no longer the token embedding; then
+    ``lm_head.weight`` can be read although the checkpoint does not hold it. Raises CheckpointError,
+    UnsupportedModel, UsageError.
     """
 
     def __init__(
         self, checkpoint: Checkpoint, dims: Dims, adapters: tuple[tuple[Path, float], ...]
     ):
-        self._checkpoint = checkpoint
-        self._deltas: dict[str, list[tuple[Delta, float]]] = {}
+        self._checkpoint, self._dims = checkpoint, dims
+        self._changes: dict[str, list[_Product | _Whole]] = {}
+        self.notes: list[str] = []
+        stays_tied = True
         for folder, scale in adapters:
             if not math.isfinite(scale):
                 raise UsageError(
                     f"the scale of {folder} is {scale}; expected a number, 1 for the adapter "
                     "as trained"
                 )
-            for delta in read_adapter(folder, dims):
-                name = f"{PREFIX}{delta.module}.weight"
-                self._deltas.setdefault(name, []).append((delta, scale))
+            adapter = open_adapter(folder)
+            self.notes += adapter.notes
+            for name in adapter.saved:
+                self._add_whole(adapter, name, scale)
+            for pair in adapter.pairs:
+                self._add_pair(adapter, pair, scale)
+            stays_tied &= bool(adapter.config.get("ensure_weight_tying"))
+        self._check_dora()
+        touched = {HEAD, EMBEDDING} & self._changes.keys()
+        self.separate_head = (
+            bool(touched) and dims.tied and not (stays_tied and HEAD not in touched)
+        )
+        if self.separate_head:
+            changed = " and ".join(sorted(name.removesuffix(".weight") for name in touched))
+            self.notes.append(
+                f"the adapter changes {changed}, so the output head is no longer the token "
+                "embedding: it is written as a matrix of its own"
+            )
+
+    def _base_of(self, name: str) -> str:
+        """The checkpoint's tensor that ``name`` starts from: a tied head is the embedding."""
+        return EMBEDDING if name == HEAD and HEAD not in self._checkpoint else name
+
+    def _add_whole(self, adapter: Adapter, name: str, scale: float) -> None:
+        base = self._base_of(name)
+        if base not in self._checkpoint:
+            raise UnsupportedModel(
+                f"{adapter.path}: tensor {adapter.values.entry(name).stored!r} is not one that the "
+                "base has; was the adapter trained on another model?"
+            )
+        found, expected = adapter.values.shape(name), self._checkpoint.shape(base)
+        if found != expected:
+            resized = " (was the vocabulary enlarged? Merge it with PEFT first)"
+            raise CheckpointError(
+                f"{adapter.path}: {name!r} has shape {list(found)}, the base's is "
+                f"{list(expected)}{resized if name in (HEAD, EMBEDDING) else ''}"
+            )
+        # PEFT stores embeddings that were not trained as well
+        if same_rows(adapter.values, name, self._checkpoint, base):
+            return
+        self._changes.setdefault(name, []).append(_Whole(adapter.values, name, scale))
+
+    def _add_pair(self, adapter: Adapter, pair: LowRank, scale: float) -> None:
+        name = f"{pair.module}.weight"
+        base = self._base_of(name)
+        if base not in self._checkpoint:
+            match = _SHARED_KV.fullmatch(pair.module)
+            if match and self._dims.family == "gemma3n" and int(match[1]) >= GEMMA3N_KV_LAYERS:
+                self.notes.append(
+                    f"{pair.module}: a layer that shares its KV never computes this; left out"
+                )
+                return
+            raise UnsupportedModel(
+                f"{adapter.path} adapts {pair.module!r}, which the base does not have; was the "
+                "adapter trained on another model?"
+            )
+        _check_shape(adapter.path, pair, self._checkpoint.shape(base))
+        if pair.magnitude is not None:
+            self._check_dora_pair(adapter, pair, scale)
+        self._changes.setdefault(name, []).append(_Product(pair, scale))
+
+    def _check_dora_pair(self, adapter: Adapter, pair: LowRank, scale: float) -> None:
+        is_matrix = pair.a.ndim == pair.b.ndim == 2 and not pair.is_embedding
+        if not is_matrix or scale != 1:
+            raise UnsupportedModel(
+                f"{adapter.path} adapts {pair.module!r} with DoRA"
+                + (
+                    f" at scale {scale:g}; only the whole (1) is defined"
+                    if is_matrix
+                    else ", which can be folded into matrices only. Merge it with PEFT first"
+                )
+            )
+        if pair.magnitude is not None and pair.magnitude.size != len(pair.b):
+            raise CheckpointError(
+                f"{adapter.path}: the magnitude of {pair.module!r} has {pair.magnitude.size} "
+                f"values, its weight {len(pair.b)} rows"
+            )
+
+    def _check_dora(self) -> None:
+        for name, changes in self._changes.items():
+            products = [change for change in changes if isinstance(change, _Product)]
+            if len(products) > 1 and any(c.pair.magnitude is not None for c in products):
+                raise UnsupportedModel(
+                    f"several adapters change {name!r} and one of them is DoRA, whose result "
+                    "depends on the order; merge them one after the other"
+                )
 
     @property
     def config(self) -> dict:
         return self._checkpoint.config
 
     def names(self) -> list[str]:
-        return self._checkpoint.names()
+        names = self._checkpoint.names()
+        return [*names, HEAD] if self.separate_head and HEAD not in self._checkpoint else names
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._checkpoint.shape(name)
+        return self._checkpoint.shape(self._base_of(name))
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        values = self._checkpoint.read(name, rows)
-        for delta, scale in self._deltas.get(name, ()):
-            b = delta.b if rows is None else delta.b[rows]
-            values = values + np.float32(scale * delta.scale) * (b @ delta.a)
+        values = self._checkpoint.read(self._base_of(name), rows)
+        for change in self._changes.get(name, ()):
+            values = change.apply(values, rows)
         return values
 
 
@@ -231,9 +319,10 @@ def convert_lora(
             f"{base} has no config.json; give the checkpoint folder the adapter was trained on"
         )
     dims = read_dims(read_json(base / "config.json"))
-    notes: list[str] = []
+    adapter = _open_plain(folder)
+    notes = list(adapter.notes)
     tensors: list[tuple[str, tuple[int, ...], np.ndarray]] = []  # shapes in ggml order
-    for delta in read_adapter(folder, dims):
+    for delta in _plain_deltas(adapter, dims):
         tensor = targets_of(dims)[delta.target]
         is_shared = dims.family == "gemma3n" and delta.layer >= GEMMA3N_KV_LAYERS
         if is_shared and tensor in ("attn_k", "attn_v"):
@@ -251,7 +340,7 @@ def convert_lora(
     pairs: list[Pair] = [
         ("general.architecture", dims.family),
         ("general.type", "adapter"),
-        ("general.name", folder.resolve().name),
+        ("general.name", checkpoint_name(folder)),
         ("adapter.type", "lora"),
         ("adapter.lora.alpha", 1.0),
     ]

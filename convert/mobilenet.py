@@ -45,7 +45,7 @@ def write(tensors: TensorReader, path: Path, precision: str, only: str | None) -
     """Write the graph; ``only`` as in
     :func:`~edge_gemma.convert.vision.write_vision_encoder`.
     """
-    vision = tensors.config["vision_config"]
+    vision = tensors.config.get("vision_config") or {}
     architecture = vision.get("architecture", ARCHITECTURE)
     if architecture != ARCHITECTURE:
         raise CheckpointError(

@@ -4,7 +4,8 @@ The order of everything ``edge-gemma convert`` does.
 
 In: a checkpoint folder and :class:`Conversion`. Out: a bundle that exists
 whole or not at all. :func:`prepare` decides everything without reading a
-weight (that is also the dry run); :func:`convert` then does exactly that. A
+weight (that is also the dry run; an output head is compared with the token
+embedding there); :func:`convert` then does exactly that. A
 conversion that was killed leaves a hidden folder beside the output, which
 the next run for the same output removes.
 """
@@ -23,18 +24,25 @@ import numpy as np
 from edge_gemma.convert.checkpoint import Checkpoint
 from edge_gemma.convert.decoder import CHUNK_VALUES, Layout, plan_layout, write_decoder
 from edge_gemma.convert.gemma import TOWERS, Dims, Mapping, map_tensors, read_dims
+from edge_gemma.convert.generation_config import Answers, read_answers
+from edge_gemma.convert.head import choose_head
+from edge_gemma.convert.lora import Merged
 from edge_gemma.convert.recipe import Recipe, choose_types, read_recipe
 from edge_gemma.convert.special_rows import write_special_rows
 from edge_gemma.convert.tensors import TensorReader
 from edge_gemma.convert.vocabulary import Vocabulary, read_vocabulary
 
-from edge_gemma.bundles.description import Description, describe
+from edge_gemma.bundles.description import describe
 from edge_gemma.bundles.folder import Bundle, BundleWriter, file_entry
 from edge_gemma.bundles.manifest import AudioPart, File, Manifest, Source, VisionPart
-from edge_gemma.errors import CheckpointError, RuntimeFailure, UsageError
+from edge_gemma.errors import RuntimeFailure, UsageError
 from edge_gemma.units import MiB, format_bytes
 
 DECODER = "decoder.gguf"
+NOT_RUN = (
+    "the encoders were written but not run: onnxruntime is not installed (pip install "
+    "'edge-gemma[hear,see]')"
+)
 # our names for the ids that config.json gives; the first key that is there
 # counts (Gemma 3 spells them …_index)
 _CONFIG_TOKENS = {
@@ -44,6 +52,18 @@ _CONFIG_TOKENS = {
     "start_of_audio": ("boa_token_id",),
     "end_of_audio": ("eoa_token_id",),
     "audio_soft": ("audio_token_id",),
+}
+# What transformers' Gemma3Config and Gemma3nConfig assume
+_DEFAULT_TOKENS = {
+    "gemma3": {"start_of_image": 255999, "end_of_image": 256000, "image_soft": 262144},
+    "gemma3n": {
+        "start_of_image": 255999,
+        "end_of_image": 262144,
+        "image_soft": 262145,
+        "start_of_audio": 256000,
+        "end_of_audio": 262272,
+        "audio_soft": 262273,
+    },
 }
 # What each tower's encoder may be written as
 _PRECISIONS = {
@@ -102,6 +122,9 @@ class Prepared:
     importance: dict[str, np.ndarray]
     notes: tuple[str, ...]
     towers: dict[str, str]  # audio | vision → precision
+    answers: Answers
+    special_tokens: dict[str, int]  # of pictures and sound
+    skipped: dict[str, str]  # stored name → why nothing is made of it
 
     @property
     def disk_bytes(self) -> int:
@@ -152,26 +175,32 @@ def prepare(folder: str | Path, options: Conversion) -> Prepared:
     recipe = options.quant if isinstance(options.quant, Recipe) else read_recipe(options.quant)
     checkpoint = Checkpoint.open(folder)
     dims = read_dims(checkpoint.config)
-    mapping = _map(checkpoint, dims, recipe, options.slice)
-    tensors: TensorReader = checkpoint
-    if options.merge:
-        from edge_gemma.convert.lora import Merged
-
-        tensors = Merged(checkpoint, dims, options.merge)
+    notes = list(checkpoint.notes)
+    head = choose_head(checkpoint, dims)
+    notes += head.notes
+    own_head, tensors = head.separate, _merged(checkpoint, dims, options, notes)
+    if isinstance(tensors, Merged):
+        own_head |= tensors.separate_head
+    mapping = _map(checkpoint, dims, recipe, options.slice, own_head)
     importance: dict[str, np.ndarray] = {}
-    types, notes = choose_types(recipe, mapping, has_imatrix=bool(options.imatrix))
+    types, type_notes = choose_types(recipe, mapping, has_imatrix=bool(options.imatrix))
+    notes += type_notes
     if options.imatrix:
         from edge_gemma.convert.imatrix import read_importance
 
         importance = read_importance(options.imatrix, mapping)
         notes += _unmeasured(mapping, types, importance, options.imatrix.name)
     vocabulary = read_vocabulary(checkpoint.folder, checkpoint.config, dims.n_vocab)
+    answers = read_answers(checkpoint.folder, checkpoint.config, vocabulary)
+    towers = _towers(checkpoint, options)
+    roles, role_notes = _media_tokens(checkpoint.config, dims, towers)
+    notes += [*vocabulary.notes, *answers.notes, *role_notes]
     layout = plan_layout(
         mapping.dims,
         mapping.sources,
         types,
         vocabulary,
-        name=options.name or checkpoint.folder.resolve().name,
+        name=options.name or checkpoint.name,
         file_type=recipe.file_type,
     )
     return Prepared(
@@ -183,18 +212,43 @@ def prepare(folder: str | Path, options: Conversion) -> Prepared:
         vocabulary=vocabulary,
         layout=layout,
         importance=importance,
-        notes=tuple(notes),
-        towers=_towers(checkpoint, options),
+        notes=tuple(dict.fromkeys(notes)),
+        towers=towers,
+        answers=answers,
+        special_tokens=roles,
+        skipped=_skipped(mapping, towers),
     )
 
 
-def _map(checkpoint: Checkpoint, dims: Dims, recipe: Recipe, slice: str | None) -> Mapping:
+def _merged(
+    checkpoint: Checkpoint, dims: Dims, options: Conversion, notes: list[str]
+) -> TensorReader:
+    """The checkpoint with the adapters folded in; what is to be said goes to ``notes``."""
+    if not options.merge:
+        return checkpoint
+    merged = Merged(checkpoint, dims, options.merge)
+    notes += merged.notes
+    return merged
+
+
+def _skipped(mapping: Mapping, towers: dict[str, str]) -> dict[str, str]:
+    """What no file of the bundle comes from: the decoder's leftovers, less the towers that are
+    written.
+    """
+    return {
+        name: reason for name, reason in mapping.skipped.items() if _tower_of(name) not in towers
+    }
+
+
+def _map(
+    checkpoint: Checkpoint, dims: Dims, recipe: Recipe, slice: str | None, own_head: bool
+) -> Mapping:
     cut = None
     if slice:
         from edge_gemma.convert.matformer import read_cut
 
         cut = read_cut(slice, dims)
-    return map_tensors(checkpoint, dims, cut, untied=recipe.untied)
+    return map_tensors(checkpoint, dims, cut, untied=recipe.untied, own_head=own_head)
 
 
 def _unmeasured(
@@ -266,14 +320,17 @@ def convert(
             check_loads(writer.folder / DECODER)
         bundle = writer.commit(manifest)
     seconds = time.perf_counter() - started
-    sample = None
+    sample, notes = None, prepared.notes
     if options.verify:
-        from edge_gemma.convert.trial import try_out
+        from edge_gemma.convert.trial import try_encoders, try_out
 
         report.stage("verify")
         bundle.verify()
         sample = try_out(bundle)
-    return Result(bundle, seconds, prepared.notes, prepared.mapping.skipped, sample)
+        if not try_encoders(bundle):
+            notes = (*notes, NOT_RUN)
+            report.note(NOT_RUN)
+    return Result(bundle, seconds, notes, prepared.skipped, sample)
 
 
 def _write(prepared: Prepared, options: Conversion, folder: Path, report: Report) -> Manifest:
@@ -290,7 +347,7 @@ def _write(prepared: Prepared, options: Conversion, folder: Path, report: Report
     )
     parts = _Parts(
         files={DECODER: decoder},
-        special_rows=write_special_rows(prepared.checkpoint, folder),
+        special_rows=write_special_rows(prepared.tensors, folder),
         audio=_write_audio(prepared, folder, report),
         vision=_write_vision(prepared, folder, report),
     )
@@ -367,7 +424,7 @@ def _write_audio(prepared: Prepared, folder: Path, report: Report) -> AudioPart 
     from edge_gemma.convert.audio import write_audio_encoder
 
     report.stage("audio encoder")
-    return write_audio_encoder(prepared.checkpoint, folder, prepared.towers["audio"])
+    return write_audio_encoder(prepared.tensors, folder, prepared.towers["audio"])
 
 
 def _write_vision(prepared: Prepared, folder: Path, report: Report) -> VisionPart | None:
@@ -376,7 +433,7 @@ def _write_vision(prepared: Prepared, folder: Path, report: Report) -> VisionPar
     from edge_gemma.convert.vision import write_vision_encoder
 
     report.stage("vision encoder")
-    return write_vision_encoder(prepared.checkpoint, folder, prepared.towers["vision"])
+    return write_vision_encoder(prepared.tensors, folder, prepared.towers["vision"])
 
 
 def _manifest(
@@ -388,7 +445,7 @@ def _manifest(
 ) -> Manifest:
     # What the runtime will read there, by the code that it reads with
     description = describe(decoder)
-    origin = prepared.checkpoint.folder.resolve().name
+    origin = prepared.checkpoint.name
     return Manifest(
         name=description.name,
         family=prepared.mapping.dims.family,
@@ -397,7 +454,10 @@ def _manifest(
         source=Source(origin=origin, tool="edge-gemma convert"),
         files=parts.files,
         chat_template=description.chat_template,
-        special_tokens=_special_tokens(prepared.checkpoint.config, description),
+        # the decoder's own, and those of pictures and sound that config.json names
+        special_tokens={**description.special_tokens, **prepared.special_tokens},
+        end_tokens=prepared.answers.end_tokens,
+        sampling=prepared.answers.sampling,
         special_rows=parts.special_rows,
         audio=parts.audio,
         vision=parts.vision,
@@ -406,22 +466,30 @@ def _manifest(
     )
 
 
-def _special_tokens(config: dict, description: Description) -> dict[str, int]:
-    """The decoder's special tokens, and those of pictures and sound that
-    config.json names.
+def _media_tokens(
+    config: dict, dims: Dims, towers: dict[str, str]
+) -> tuple[dict[str, int], list[str]]:
+    """The ids of pictures and sound by our names, and notes on those without a row. What
+    config.json leaves out of a model that has the tower is transformers' default.
     """
-    tokens = dict(description.special_tokens)
-    n_vocab = description.decoder.n_vocab
+    found: dict[str, int] = {}
+    notes: list[str] = []
+    defaults = _DEFAULT_TOKENS[dims.family]
     for name, keys in _CONFIG_TOKENS.items():
         value = next((config[key] for key in keys if type(config.get(key)) is int), None)
+        tower = "audio" if "audio" in name else "vision"
+        if value is None and tower in towers:
+            value = defaults.get(name)
         if value is None:
             continue
-        if not 0 <= value < n_vocab:
-            raise CheckpointError(
-                f"config.json gives {name} the id {value}, outside the vocabulary of {n_vocab}"
+        if 0 <= value < dims.n_vocab:
+            found[name] = value
+        else:
+            notes.append(
+                f"config.json gives {name} the id {value}, which has no row in the table of "
+                f"{dims.n_vocab}; ignored"
             )
-        tokens[name] = value
-    return tokens
+    return found, notes
 
 
 def _recipe_record(recipe: Recipe, options: Conversion) -> dict[str, str]:

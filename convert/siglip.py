@@ -69,15 +69,16 @@ def read_dims(tensors: TensorReader) -> SiglipDims:
     """From config and shapes. Raises CheckpointError for a variant that is
     not Gemma 3's.
     """
-    vision = tensors.config["vision_config"]
+    vision = tensors.config.get("vision_config") or {}
     width, _, patch, _ = tensors.shape(FIRST_WEIGHT)
     layers = {int(match[1]) for match in map(_LAYER.match, tensors.names()) if match}
     dims = SiglipDims(
-        image_size=int(vision.get("image_size", 896)),
+        # what config.json leaves out is what transformers' SiglipVisionConfig has
+        image_size=int(vision.get("image_size", 224)),
         patch=patch,
         width=width,
         n_layer=1 + max(layers),
-        n_head=int(vision.get("num_attention_heads", 16)),
+        n_head=int(vision.get("num_attention_heads", 12)),
         n_ff=tensors.shape(TOWER + "encoder.layers.0.mlp.fc1.weight")[0],
         n_soft=int(tensors.config.get("mm_tokens_per_image", 256)),
         epsilon=float(vision.get("layer_norm_eps", NORM_EPSILON)),

@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from edge_gemma.convert.checkpoint import Checkpoint
+from edge_gemma.convert.tensors import TensorReader
 
 from edge_gemma.errors import CheckpointError
 
@@ -28,22 +28,22 @@ _ROWS = {
 }
 
 
-def write_special_rows(checkpoint: Checkpoint, folder: Path) -> tuple[str, ...]:
+def write_special_rows(tensors: TensorReader, folder: Path) -> tuple[str, ...]:
     """Write ``special_rows.npy`` [n, n_embd] float32 for the embedders the
     checkpoint has; returns the rows' names. Nothing is written, and ()
     returned, where it has none (Gemma 3).
     """
     rows = {}
     for name, (embedder, index) in _ROWS.items():
-        if f"{embedder}hard_embedding_norm.weight" in checkpoint:
-            n_rows = checkpoint.shape(f"{embedder}embedding.weight")[0]
-            rows[name] = hard_rows(checkpoint, embedder, [index % n_rows])
+        if f"{embedder}hard_embedding_norm.weight" in tensors.names():
+            n_rows = tensors.shape(f"{embedder}embedding.weight")[0]
+            rows[name] = hard_rows(tensors, embedder, [index % n_rows])
     if rows:
         np.save(folder / FILE, np.concatenate(list(rows.values())).astype(np.float32))
     return tuple(rows)
 
 
-def hard_rows(checkpoint: Checkpoint, embedder: str, indices: list[int]) -> np.ndarray:
+def hard_rows(tensors: TensorReader, embedder: str, indices: list[int]) -> np.ndarray:
     """Entries ``indices`` of an embedder's hard table as rows
     ``[len(indices), n_embd]`` float32.
 
@@ -52,15 +52,15 @@ def hard_rows(checkpoint: Checkpoint, embedder: str, indices: list[int]) -> np.n
     ids start at its ``vocab_offset``. Raises CheckpointError for an index
     outside the table.
     """
-    config = checkpoint.config.get(_CONFIG_OF[embedder]) or {}
+    config = tensors.config.get(_CONFIG_OF[embedder]) or {}
     epsilon = float(config.get("rms_norm_eps", 1e-6))
     table = f"{embedder}embedding.weight"
-    n_rows = checkpoint.shape(table)[0]
+    n_rows = tensors.shape(table)[0]
     if not all(0 <= i < n_rows for i in indices):
         raise CheckpointError(f"{table} has {n_rows} rows, asked for {indices}")
-    x = np.concatenate([checkpoint.read(table, slice(i, i + 1)) for i in indices])  # [k, hidden]
-    x = _rms_norm(x, epsilon) * checkpoint.read(f"{embedder}hard_embedding_norm.weight")
-    projection = checkpoint.read(f"{embedder}embedding_projection.weight")  # [n_embd, hidden]
+    x = np.concatenate([tensors.read(table, slice(i, i + 1)) for i in indices])  # [k, hidden]
+    x = _rms_norm(x, epsilon) * tensors.read(f"{embedder}hard_embedding_norm.weight")
+    projection = tensors.read(f"{embedder}embedding_projection.weight")  # [n_embd, hidden]
     return _rms_norm(x @ projection.T, epsilon)
 
 

@@ -38,13 +38,13 @@ def write_vision_encoder(
             f"unknown precision {precision!r} for a vision encoder; choose one of "
             f"{', '.join(PRECISIONS)}, or none"
         )
+    for tower in (mobilenet, siglip):
+        if tower.FIRST_WEIGHT in tensors.names():
+            return tower.write(tensors, Path(folder) / FILE, precision, only)
     if not isinstance(tensors.config.get("vision_config"), dict):
         raise CheckpointError(
             "config.json has no vision_config: this checkpoint has no vision tower"
         )
-    for tower in (mobilenet, siglip):
-        if tower.FIRST_WEIGHT in tensors.names():
-            return tower.write(tensors, Path(folder) / FILE, precision, only)
     raise CheckpointError(
         "the checkpoint has a vision_config but neither SigLIP nor MobileNetV5 tensors; "
         "download it whole"

@@ -51,6 +51,7 @@ class Vocabulary:
     add_space_prefix: bool
     chat_template: str | None
     source: str  # the file it was read from
+    notes: tuple[str, ...] = ()  # what was left out, and why
 
 
 Piece = tuple[str, float, int]  # text, score, type
@@ -63,35 +64,68 @@ def read_vocabulary(folder: Path, config: dict, n_vocab: int) -> Vocabulary:
     tokenizer_config: dict = {}
     if (folder / "tokenizer_config.json").is_file():
         tokenizer_config = read_json(folder / "tokenizer_config.json")
+    unused: dict[int, str] = {}
     if (folder / "tokenizer.model").is_file():
         source = folder / "tokenizer.model"
         own_pieces, special, prefix = _from_sentencepiece(source)
     elif (folder / "tokenizer.json").is_file():
         source = folder / "tokenizer.json"
-        own_pieces, special, prefix = _from_tokenizer_json(source)
+        own_pieces, special, prefix, unused = _from_tokenizer_json(source, n_vocab)
     else:
         raise CheckpointError(
             f"{folder} has neither tokenizer.model nor tokenizer.json; copy one of them "
             "there from the model this checkpoint was tuned from"
         )
-    if len(own_pieces) > n_vocab:
-        raise CheckpointError(
-            f"{source} has {len(own_pieces)} tokens, config.json says vocab_size {n_vocab}; they "
-            "are of different models"
-        )
-    pieces: list[Piece | None] = [*own_pieces, *[None] * (n_vocab - len(own_pieces))]
+    surplus = unused | _surplus(own_pieces, n_vocab, source)  # tokens without a row in the table
+    pieces: list[Piece | None] = [*own_pieces[:n_vocab]]
+    pieces += [None] * (n_vocab - len(pieces))
     for i, text, is_special in _added_tokens(folder, tokenizer_config):
-        if i >= n_vocab:
-            raise CheckpointError(
-                f"{folder}: the added token {text!r} has id {i}, outside the vocabulary of "
-                f"{n_vocab}"
-            )
-        pieces[i] = (text, ADDED_SCORE, CONTROL if is_special else USER_DEFINED)
+        if i < n_vocab:
+            pieces[i] = (text, ADDED_SCORE, CONTROL if is_special else USER_DEFINED)
+        else:
+            surplus[i] = text
     tokens, scores, types = _columns(pieces)
-    special |= _special_ids(tokens, config, tokenizer_config)
-    _check_special(special, n_vocab, folder, source)
+    notes = _surplus_notes(surplus, n_vocab)
+    named, unusable = _special_ids(tokens, config, tokenizer_config)
+    special = {name: i for name, i in special.items() if i < n_vocab} | named
+    for name in ("bos", "eos"):
+        if name not in special:
+            raise _no_special_token(name, unusable, n_vocab, source)
+    for name, i in unusable.items():
+        notes.append(
+            f"config.json gives {name} the id {i}, outside the vocabulary of {n_vocab}; ignored"
+        )
     template = _chat_template(folder, tokenizer_config)
-    return Vocabulary(tokens, scores, types, special, prefix, template, source.name)
+    return Vocabulary(tokens, scores, types, special, prefix, template, source.name, tuple(notes))
+
+
+def _surplus(pieces: list[Piece], n_vocab: int, source: Path) -> dict[int, str]:
+    """Id → text of the pieces behind the end of the table. Raises CheckpointError when text is
+    made of them: then the tokenizer is another model's.
+    """
+    beyond = pieces[n_vocab:]
+    if any(kind in (NORMAL, BYTE) for _, _, kind in beyond):
+        raise _of_another_model(source, len(pieces), n_vocab)
+    return {n_vocab + i: text for i, (text, _, _) in enumerate(beyond)}
+
+
+def _of_another_model(source: Path, n_tokens: int, n_vocab: int) -> CheckpointError:
+    return CheckpointError(
+        f"{source} has {n_tokens} tokens, config.json says vocab_size {n_vocab}, and text "
+        "is made of those that have no row; they are of different models"
+    )
+
+
+def _surplus_notes(surplus: dict[int, str], n_vocab: int) -> list[str]:
+    if not surplus:
+        return []
+    first = min(surplus)
+    named = f"{surplus[first]!r} ({first})"
+    if len(surplus) > 1:
+        named += f" and {len(surplus) - 1} more tokens have"
+    else:
+        named += " has"
+    return [f"{named} no row in the table of {n_vocab}; ignored: the model cannot use them"]
 
 
 def _columns(pieces: list[Piece | None]) -> tuple[list[bytes], np.ndarray, np.ndarray]:
@@ -108,17 +142,15 @@ def _columns(pieces: list[Piece | None]) -> tuple[list[bytes], np.ndarray, np.nd
     return tokens, scores, types
 
 
-def _check_special(special: dict[str, int], n_vocab: int, folder: Path, source: Path) -> None:
-    for name, i in special.items():
-        if not 0 <= i < n_vocab:
-            raise CheckpointError(
-                f"{folder}: the {name} token has id {i}, outside the vocabulary of {n_vocab}"
-            )
-    for name in ("bos", "eos"):
-        if name not in special:
-            raise CheckpointError(
-                f"{source} and config.json name no {name} token; every Gemma has one"
-            )
+def _no_special_token(
+    name: str, unusable: dict[str, int], n_vocab: int, source: Path
+) -> CheckpointError:
+    if name in unusable:
+        return CheckpointError(
+            f"{source.parent}: the {name} token has id {unusable[name]}, outside the vocabulary "
+            f"of {n_vocab}"
+        )
+    return CheckpointError(f"{source} and config.json name no {name} token; every Gemma has one")
 
 
 def _settle(text: str, score: float, kind: int) -> Piece:
@@ -233,8 +265,12 @@ def _decode_tokenizer(path: Path, kind: type[T]) -> T:
         raise CheckpointError(f"{path} is not a BPE tokenizer.json: {error}") from None
 
 
-def _from_tokenizer_json(path: Path) -> tuple[list[Piece], dict[str, int], bool]:
-    """(pieces, special ids, whether a space is put before the text)."""
+def _from_tokenizer_json(
+    path: Path, n_vocab: int
+) -> tuple[list[Piece], dict[str, int], bool, dict[int, str]]:
+    """(pieces, special ids, whether a space is put before the text, id → text of what is listed
+    at or behind the end of the table).
+    """
     tokenizer = _decode_tokenizer(path, _Tokenizer)
     model = tokenizer.model
     if model.type not in (None, "BPE") or not model.byte_fallback:
@@ -242,12 +278,16 @@ def _from_tokenizer_json(path: Path) -> tuple[list[Piece], dict[str, int], bool]
             f"{path} is a {model.type} tokenizer with byte_fallback {model.byte_fallback}; "
             "Gemma's is BPE with byte fallback"
         )
-    ids = sorted(model.vocab.values())
+    beyond = _beyond(path, model, n_vocab)
+    ids = sorted(i for i in model.vocab.values() if i not in beyond)
     if not ids or ids[-1] >= MAX_PIECES or ids != list(range(len(ids))):
         raise CheckpointError(
             f"{path}: the vocabulary's ids do not run from 0 to {len(ids) - 1} without gaps"
         )
-    texts = sorted(model.vocab, key=model.vocab.__getitem__)
+    texts = sorted(
+        (text for text in model.vocab if model.vocab[text] not in beyond),
+        key=model.vocab.__getitem__,
+    )
     types = [_type_of(text, model) for text in texts]
     for token in tokenizer.added_tokens:
         if 0 <= token.id < len(types):
@@ -258,7 +298,21 @@ def _from_tokenizer_json(path: Path) -> tuple[list[Piece], dict[str, int], bool]
         special["unk"] = model.vocab[model.unk_token]
     steps = msgspec.json.encode([tokenizer.normalizer, tokenizer.pre_tokenizer])
     prefix = b'"Prepend"' in steps
-    return list(zip(texts, scores, types, strict=True)), special, prefix
+    return list(zip(texts, scores, types, strict=True)), special, prefix, beyond
+
+
+def _beyond(path: Path, model: _Model, n_vocab: int) -> dict[int, str]:
+    """Id → text of the vocabulary's entries without a row in the table. Raises CheckpointError
+    when text is made of them: of single characters, bytes, or what merges make.
+    """
+    beyond = {i: text for text, i in model.vocab.items() if i >= n_vocab}
+    if not beyond:
+        return {}
+    merged = {"".join(_pair(path, merge)) for merge in model.merges}
+    for text in beyond.values():
+        if len(text) == 1 or text in merged or _type_of(text, model) == BYTE:
+            raise _of_another_model(path, len(model.vocab), n_vocab)
+    return beyond
 
 
 def _type_of(text: str, model: _Model) -> int:
@@ -268,16 +322,20 @@ def _type_of(text: str, model: _Model) -> int:
     return CONTROL if text == model.unk_token else NORMAL
 
 
+def _pair(path: Path, merge: str | tuple[str, str]) -> tuple[str, str]:
+    pair = tuple(merge.split(" ")) if isinstance(merge, str) else merge
+    if len(pair) != 2:
+        raise CheckpointError(f"{path}: the merge {merge!r} is not a pair")
+    return pair
+
+
 def _scores(path: Path, model: _Model, texts: list[str], types: list[int]) -> list[float]:
     """Counted by the merges' order: a piece's rank is where its first merge
     stands; pieces without one (single characters) follow by id.
     """
     rank: dict[str, int] = {}
     for merge in model.merges:
-        pair = tuple(merge.split(" ")) if isinstance(merge, str) else merge
-        if len(pair) != 2:
-            raise CheckpointError(f"{path}: the merge {merge!r} is not a pair")
-        rank.setdefault("".join(pair), len(rank))
+        rank.setdefault("".join(_pair(path, merge)), len(rank))
     normal = [i for i, kind in enumerate(types) if kind == NORMAL]
     last = len(rank)
     order = sorted(normal, key=lambda i: (rank.get(texts[i], last), i))
@@ -323,9 +381,11 @@ def _token_id(value: str | int, path: Path) -> int:
     return i
 
 
-def _special_ids(tokens: list[bytes], config: dict, tokenizer_config: dict) -> dict[str, int]:
-    """bos, eos, unk, pad and eot: config.json's ids, else the tokens
-    tokenizer_config.json names, found in the vocabulary.
+def _special_ids(
+    tokens: list[bytes], config: dict, tokenizer_config: dict
+) -> tuple[dict[str, int], dict[str, int]]:
+    """bos, eos, unk, pad and eot: the tokens that tokenizer_config.json names, found in the
+    vocabulary, else config.json's ids. With them, config.json's ids that have no row.
     """
     ids: dict[bytes, int] = {}
     for i, token in enumerate(tokens):
@@ -337,26 +397,33 @@ def _special_ids(tokens: list[bytes], config: dict, tokenizer_config: dict) -> d
         if isinstance(text, str):
             named[name] = text.encode()
     found = {name: ids[text] for name, text in named.items() if text in ids}
+    unusable: dict[str, int] = {}
     for name in ("bos", "eos", "pad"):
         if name in found:
             continue
+        configured = configured_ids(config, f"{name}_token_id")
+        usable = [i for i in configured if 0 <= i < len(tokens)]
         own_spelling = ids.get(f"<{name}>".encode())  # as Gemma writes it, when no file names it
-        configured = _configured_id(config, f"{name}_token_id")
-        if configured is not None:
-            found[name] = configured
+        if usable:
+            # instruct checkpoints list <eos> and <end_of_turn>
+            found[name] = usable[0]
         elif own_spelling is not None:
             found[name] = own_spelling
-    return found
+        if configured and not usable:
+            unusable[name] = configured[0]
+    return found, unusable
 
 
-def _configured_id(config: dict, key: str) -> int | None:
+def configured_ids(config: dict, key: str) -> list[int]:
+    """The id, or list of ids, that a config gives for ``key``; the decoder's own section counts
+    first. Empty when there is none.
+    """
     for section in (config.get("text_config"), config):
         value = section.get(key) if isinstance(section, dict) else None
-        if isinstance(value, list) and value:
-            value = value[0]  # instruct checkpoints list <eos> and <end_of_turn>
-        if type(value) is int:
-            return value
-    return None
+        ids = [i for i in (value if isinstance(value, list) else [value]) if type(i) is int]
+        if ids:
+            return ids
+    return []
 
 
 def _chat_template(folder: Path, tokenizer_config: dict) -> str | None:

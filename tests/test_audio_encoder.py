@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from checkpoints import recipe, write_checkpoint
 from edge_gemma.benchmarks.dev import audio_reference
-from edge_gemma.convert.audio import write_audio_encoder
+from edge_gemma.convert.audio import AudioConfig, write_audio_encoder
 from edge_gemma.convert.checkpoint import Checkpoint
 from edge_gemma.convert.special_rows import hard_rows
 from hypothesis import given, settings
@@ -183,9 +183,29 @@ def test_shapes_that_belie_the_config_are_refused_by_name(tmp_path):
         write_audio_encoder(changed(tmp_path, sscp_conv_channel_size=[8, 16]), tmp_path, "f32")
 
 
-def test_an_incomplete_config_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="audio_config is incomplete or malformed.*TypeError"):
-        write_audio_encoder(changed(tmp_path, hidden_size=None), tmp_path, "f32")
+def test_a_malformed_config_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="audio_config is malformed .ValueError"):
+        write_audio_encoder(changed(tmp_path, hidden_size="wide"), tmp_path, "f32")
+
+
+def test_what_the_config_leaves_out_is_transformers_default(tmp_path):
+    """Gemma3nAudioConfig's, and the earlier spelling sscp_conv_eps."""
+    defaults = {
+        "hidden_size": 1536,
+        "conf_num_hidden_layers": 12,
+        "conf_num_attention_heads": 8,
+        "sscp_conv_channel_size": [128, 32],
+    }
+    whole = AudioConfig.of(changed(tmp_path / "whole", **defaults))
+    data = recipe("g3n")
+    for config in (None, {}, {"model_type": "gemma3n_audio"}, {"rms_norm_eps": None}):
+        data["config"]["audio_config"] = config
+        folder = write_checkpoint(data, tmp_path / "bare", keep=lambda name: "audio" in name)
+        assert AudioConfig.of(Checkpoint.open(folder)) == whole
+    own = {"sscp_conv_group_norm_eps": None, "sscp_conv_eps": 0.25}
+    assert AudioConfig.of(changed(tmp_path / "early", **own)).group_norm_epsilon == 0.25
+    with pytest.raises(CheckpointError, match=r"shape .*, audio_config implies \[128, 1, 3, 3\]"):
+        write_audio_encoder(Checkpoint.open(folder), tmp_path, "f32")
 
 
 def test_a_damaged_encoder_is_refused(encoder_bundle, tmp_path):

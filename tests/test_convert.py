@@ -308,15 +308,23 @@ def test_untied_checkpoints_keep_their_head(tmp_path):
     np.testing.assert_allclose(
         logits_of(bundle, reference["input_ids"])[-8:], 2 * reference["logits_last8"], atol=0.02
     )
-    (folder / "config.json").write_text(
-        json.dumps(data["config"])
-    )  # tied: the head is skipped, and said so
+    # config.json ties them, or says nothing: a head that differs is kept all the same, and said so
+    for changes in ({}, {"tie_word_embeddings": None}):
+        (folder / "config.json").write_text(json.dumps(data["config"] | changes))
+        kept = convert(folder, tmp_path / "kept", F32)
+        assert any(note.startswith("lm_head.weight differs from") for note in kept.notes)
+        assert not kept.bundle.manifest.decoder.tied_head and "lm_head.weight" not in kept.skipped
+        assert kept.bundle.decoder_path.read_bytes() == bundle.decoder_path.read_bytes()
+        shutil.rmtree(tmp_path / "kept")
+    write_safetensors(folder / "model.safetensors", [*tensors, ("lm_head.weight", tensors[0][1])])
     tied = convert(folder, tmp_path / "tied", F32)
-    assert (
-        "ties the output head" in tied.skipped["lm_head.weight"]
-        and tied.bundle.manifest.decoder.tied_head
-    )
-    shutil.rmtree(tmp_path / "tied")
+    assert tied.skipped == {"lm_head.weight": "the output head, which is the token embedding"}
+    assert tied.bundle.manifest.decoder.tied_head and tied.notes == ()
+
+
+def test_an_untied_head_that_is_missing_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="tie_word_embeddings false, but there is no lm_head"):
+        prepare(small(tmp_path, config={"tie_word_embeddings": False}), F32)
 
 
 def test_the_audio_tower_goes_into_the_bundle(tmp_path):

@@ -205,7 +205,10 @@ def test_broken_adapters_are_refused(tiny_checkpoint, tmp_path):
         read_adapter(adapter, dims)
     write_safetensors(
         adapter / "adapter_model.safetensors",
-        [("base_model.model.model.embed_tokens.lora_embedding_A", np.zeros((4, 256), np.float32))],
+        [
+            ("base_model.model.model.embed_tokens.lora_embedding_A", np.zeros((4, 768), "f4")),
+            ("base_model.model.model.embed_tokens.lora_embedding_B", np.zeros((256, 4), "f4")),
+        ],
     )
     with pytest.raises(UnsupportedModel, match="lora_embedding_A' is not a low-rank pair"):
         read_adapter(adapter, dims)

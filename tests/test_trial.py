@@ -1,11 +1,13 @@
 """Does a new bundle run: what the child process says, and what becomes of its failures."""
 
+import importlib.util
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from edge_gemma.convert.trial import N_TOKENS, try_out
+from edge_gemma.convert.trial import N_TOKENS, try_encoders, try_out
 
 from edge_gemma.bundles.folder import Bundle
 from edge_gemma.errors import BundleError
@@ -53,6 +55,30 @@ def test_a_file_cut_short_is_an_error(tiny_bundle, tmp_path):
     bundle.decoder_path.write_bytes(data[: len(data) // 2])
     with pytest.raises(BundleError, match="was written, but a short generation failed"):
         try_out(bundle)
+
+
+def test_each_encoder_is_run_once(encoder_bundle, looking_bundle, tiny_bundle, monkeypatch):
+    for folder in (encoder_bundle, looking_bundle.folder, tiny_bundle):
+        assert try_encoders(Bundle.open(folder))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name)
+    )
+    assert not try_encoders(Bundle.open(encoder_bundle)) and try_encoders(Bundle.open(tiny_bundle))
+
+
+def test_an_encoder_that_cannot_run_is_an_error(encoder_bundle, tmp_path):
+    """Its graph loads, and one of its weights has become infinite."""
+    folder = tmp_path / "broken"
+    shutil.copytree(encoder_bundle, folder)
+    data = next(folder.glob("*.onnx.data"))
+    with open(data, "r+b") as file:
+        file.seek(data.stat().st_size // 2 // 4096 * 4096)
+        file.write(np.full(4096, np.inf, np.float32).tobytes())
+    with pytest.raises(
+        BundleError, match="running an encoder failed: the soft tokens of the audio"
+    ):
+        try_encoders(Bundle.open(folder))
 
 
 def test_without_the_extra_one_error_says_what_to_install():

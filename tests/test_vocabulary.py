@@ -173,11 +173,6 @@ def test_added_tokens_padding_and_templates(tmp_path):
             "the id 99999999999",
         ),
         (
-            {"tokenizer.model": None, "added_tokens.json": b'{"x": 800}'},
-            N,
-            "outside the vocabulary of 768",
-        ),
-        (
             {
                 "tokenizer.model": None,
                 "tokenizer_config.json": b'{"added_tokens_decoder": {"3": 4}}',
@@ -194,6 +189,114 @@ def test_refusals(tmp_path, files, n_vocab, message):
         )
     with pytest.raises(CheckpointError, match=message):
         v.read_vocabulary(tmp_path, {}, n_vocab)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("added_tokens.json", {"<image_soft_token>": N}),
+        ("added_tokens.json", {"<image_soft_token>": N + 32}),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {str(N): {"content": "<image_soft_token>", "special": True}}},
+        ),
+    ],
+)
+def test_a_token_behind_the_table_is_ignored_with_a_note(tmp_path, name, content):
+    """Google's own 270M and 1B list <image_soft_token> one beyond their table."""
+    folder = folder_of(tmp_path, "tokenizer.model")
+    plain = v.read_vocabulary(folder, {}, N)
+    (folder / name).write_text(json.dumps(content))
+    vocabulary = v.read_vocabulary(folder, {}, N)
+    same(plain, vocabulary)
+    assert plain.notes == ()
+    [note] = vocabulary.notes
+    assert note.startswith("'<image_soft_token>' (") and f"no row in the table of {N}" in note
+    wider = v.read_vocabulary(folder, {}, N + 64)  # with a row it is a token like any other
+    assert b"<image_soft_token>" in wider.tokens and wider.notes == ()
+
+
+@pytest.mark.parametrize("where", ["added_tokens", "vocab", "both", "vocab with a gap"])
+def test_a_token_behind_the_table_in_tokenizer_json(tmp_path, where):
+    folder = folder_of(tmp_path, "tokenizer.json")
+    plain = v.read_vocabulary(folder, {}, N)
+    data = json.loads((REFERENCE / "tokenizer.json").read_text())
+    i = N + 5 if "gap" in where else N
+    if where in ("added_tokens", "both"):
+        added = {"id": i, "content": "<image_soft_token>", "special": True}
+        data["added_tokens"].append(dict.fromkeys(data["added_tokens"][0], False) | added)
+    if where != "added_tokens":
+        data["model"]["vocab"]["<image_soft_token>"] = i
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    vocabulary = v.read_vocabulary(folder, {}, N)
+    same(plain, vocabulary)
+    assert len(vocabulary.notes) == 1 and f"'<image_soft_token>' ({i})" in vocabulary.notes[0]
+
+
+def test_pieces_that_text_is_made_of_must_have_rows(tmp_path):
+    folder = folder_of(tmp_path, "tokenizer.json")
+    with pytest.raises(CheckpointError, match="768 tokens, config.json says vocab_size 767"):
+        v.read_vocabulary(folder, {}, N - 1)
+
+
+def test_surplus_pieces_of_tokenizer_model_are_dropped(tmp_path):
+    """Gemma 3n's tokenizer beside a text model whose table was cut."""
+    folder = folder_of(tmp_path, "tokenizer.model")
+    plain = v.read_vocabulary(folder, {}, N)
+    piece = sentencepiece.sentencepiece_model_pb2.ModelProto.SentencePiece
+    from sentencepiece import sentencepiece_model_pb2 as messages
+
+    model = messages.ModelProto.FromString((folder / "tokenizer.model").read_bytes())
+    for i in range(256):
+        model.pieces.append(piece(piece=f"<unused{7000 + i}>", score=0.0, type=v.USER_DEFINED))
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    vocabulary = v.read_vocabulary(folder, {}, N)
+    same(plain, vocabulary)
+    assert vocabulary.notes == (
+        f"'<unused7000>' ({N}) and 255 more tokens have no row in the table of {N}; ignored: the "
+        "model cannot use them",
+    )
+
+
+def test_a_special_id_behind_the_table_loses_its_role(tmp_path):
+    folder = folder_of(tmp_path, "tokenizer.json")
+    vocabulary = v.read_vocabulary(folder, {"pad_token_id": N + 1}, N)
+    assert vocabulary.special["pad"] == 0  # as the vocabulary spells it
+    assert vocabulary.notes == (
+        f"config.json gives pad the id {N + 1}, outside the vocabulary of {N}; ignored",
+    )
+    eos = {"eos_token_id": [N + 2, 1]}  # the first that has a row
+    assert v.read_vocabulary(folder, eos, N).special["eos"] == 1
+    text = (folder / "tokenizer.json").read_text().replace("<eos>", "<soe>")
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(CheckpointError, match="the eos token has id 5000, outside"):
+        v.read_vocabulary(folder, {"eos_token_id": 5000}, N)
+
+
+@settings(max_examples=60)
+@given(
+    tokens=st.dictionaries(
+        st.text("abc<>_▁", min_size=2, max_size=9).map(lambda text: f"<{text}>"),
+        st.integers(0, 3 * N),
+        max_size=6,
+    ),
+    where=st.sampled_from(["added_tokens.json", "tokenizer_config.json"]),
+    n_vocab=st.integers(N, 2 * N),
+)
+def test_any_tokens_beyond_any_table(tmp_path_factory, tokens, where, n_vocab):
+    """Whatever is listed behind the end: the table has n_vocab rows, and every surplus is noted."""
+    folder = tmp_path_factory.mktemp("beyond")
+    folder_of(folder, "tokenizer.model")
+    listed = {text: i for text, i in tokens.items() if i > 13}  # not over bos, eos, <end_of_turn>
+    decoder = {str(i): {"content": text} for text, i in listed.items()}
+    content = listed if where == "added_tokens.json" else {"added_tokens_decoder": decoder}
+    (folder / where).write_text(json.dumps(content))
+    vocabulary = v.read_vocabulary(folder, {}, n_vocab)
+    assert len(vocabulary.tokens) == len(vocabulary.scores) == len(vocabulary.types) == n_vocab
+    beyond = {i for i in listed.values() if i >= n_vocab}
+    assert len(vocabulary.notes) == bool(beyond)
+    if len(beyond) > 1:
+        assert f"and {len(beyond) - 1} more tokens" in vocabulary.notes[0]
 
 
 def test_a_file_too_large_to_be_a_vocabulary_is_not_parsed(tmp_path, monkeypatch):

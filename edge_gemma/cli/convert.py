@@ -318,7 +318,7 @@ def _print_plan(prepared: Prepared, options: Conversion, out: Path, as_json: boo
                 for (group, kind), (count, n_bytes) in groups.items()
             ],
             "notes": prepared.notes,
-            "skipped": prepared.mapping.skipped,
+            "skipped": prepared.skipped,
         }
         print_json(record)
         return
