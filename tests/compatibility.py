@@ -3,7 +3,7 @@
     python tests/compatibility.py           writes the page (also: make docs)
     python tests/compatibility.py --check   says when it is stale (part of make check)
 
-Every row is a test that carries ``@pytest.mark.compat(kind=…, what=…, happens=…)``: a layout or file
+Every row is a test with ``@pytest.mark.compat(kind=…, what=…, happens=…)``: a layout or file
 that somebody has, and what happens to it. A row without a passing test cannot be: the page is made
 from what pytest collects, and the suite runs it.
 """

@@ -126,6 +126,11 @@ def test_debug_before_or_behind_the_command(arguments):
         main(arguments)
 
 
+def test_debug_between_a_group_and_its_command():
+    with pytest.raises(EdgeGemmaError, match="absent.json"):
+        main(["bench", "--debug", "diff", "absent.json", "absent.json"])
+
+
 def test_debug_by_the_environment_and_where_errors_are_raised(run, monkeypatch):
     assert run("inspect", "no-such-bundle")[0] == 3
     assert run("pull", "not a reference")[0] == 2

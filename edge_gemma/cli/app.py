@@ -70,7 +70,12 @@ def _finish(tree: typer.Typer) -> None:
             command.callback = complete(command.callback, DebugOption)
     for group in tree.registered_groups:
         if group.typer_instance is not None:
+            group.typer_instance.callback()(_group)
             _finish(group.typer_instance)
+
+
+def _group(debug: DebugOption = False) -> None:
+    """Options between the name of a group and the name of its command."""
 
 
 for group in GROUPS:

@@ -4,16 +4,13 @@ report page.
 
 from __future__ import annotations
 
-import shlex
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import date
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from edge_gemma.cli.bench_output import REGRESSED, Output, finish_run, print_changes, write_page
 from edge_gemma.cli.common import (
     BundleArg,
     BundlesArg,
@@ -28,17 +25,14 @@ from edge_gemma.cli.common import (
     ThreadsOption,
     TokensOption,
     check_parents,
-    note,
     print_json,
     table,
 )
 from edge_gemma.cli.convert import CheckpointArg, ImatrixOption, checkpoint_folder
 
 if TYPE_CHECKING:
-    from edge_gemma.benchmarks.regress import Change
     from edge_gemma.benchmarks.sections import Section
 
-REGRESSED = 1  # exit code when --against found something worse
 ALL_RECIPES = "q8_0,q6_k,q5_k_m,q4_k_m,q4_0,iq4_xs,q3_k_m"
 
 bench = typer.Typer(
@@ -127,7 +121,7 @@ def run(
         runner = shipped.Runner(work or shipped.DEFAULT_WORK, models, clips, small, progress.stage)
         return runner.run(wanted)
 
-    _finish(job, Output(as_json, report, save, against))
+    finish_run(job, Output(as_json, report, save, against))
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -208,7 +202,7 @@ def memory(
         )
         return [section]
 
-    _finish(job, Output(as_json, report, save, against))
+    finish_run(job, Output(as_json, report, save, against))
 
 
 @bench.command()
@@ -240,7 +234,7 @@ def speed(
         )
         return [section]
 
-    _finish(job, Output(as_json, report, save, against))
+    finish_run(job, Output(as_json, report, save, against))
 
 
 @bench.command()
@@ -272,7 +266,7 @@ def latency(
         )
         return [section]
 
-    _finish(job, Output(as_json, report, save, against))
+    finish_run(job, Output(as_json, report, save, against))
 
 
 @bench.command()
@@ -301,7 +295,7 @@ def quality(
         )
         return [section]
 
-    _finish(job, Output(as_json, report, save, against))
+    finish_run(job, Output(as_json, report, save, against))
 
 
 @bench.command()
@@ -344,7 +338,7 @@ def compare(
         )
         return [section]
 
-    _finish(job, Output(as_json, report, save, against))
+    finish_run(job, Output(as_json, report, save, against))
 
 
 def _system(text: str) -> tuple[str, Path]:
@@ -460,7 +454,7 @@ def report(
         if each["machine"].get("text") != machine.get("text")
     ]
     sections = [section for each in found for section in regress.sections(each)]
-    _write_report(out, sections, machine, notes)
+    write_page(out, sections, machine, notes)
 
 
 @bench.command()
@@ -484,22 +478,9 @@ def diff(
     if as_json:
         print_json({"changes": changes, "notes": notes})
     else:
-        _print_changes(changes, notes, every=True)
+        print_changes(changes, notes, every=True)
     if any(change.verdict == "worse" for change in changes):
         raise typer.Exit(REGRESSED)
-
-
-# --- shared ---
-
-
-@dataclass(frozen=True)
-class Output:
-    """What becomes of the figures."""
-
-    json: bool
-    report: Path | None
-    save: Path | None
-    against: Path | None
 
 
 def _folders(names: Sequence[str]) -> list[Path]:
@@ -510,55 +491,3 @@ def _folders(names: Sequence[str]) -> list[Path]:
 
 def _file_or_bundle(name: str) -> Path:
     return Path(name) if name.endswith(".gguf") else _folders([name])[0]
-
-
-def _write_report(
-    path: Path, sections: Sequence[Section], machine: dict[str, Any], notes: Sequence[str]
-) -> None:
-    from edge_gemma.benchmarks.report import write_report
-
-    written = write_report(path, sections, machine, notes)
-    note(f"wrote {', '.join(str(file) for file in written)}")
-
-
-def _print_changes(changes: Sequence[Change], notes: Sequence[str], every: bool = False) -> None:
-    shown = [str(change) for change in changes if every or change.verdict != "same"]
-    for text in [*notes, *shown]:
-        print(f"- {text}")
-    if changes and all(change.verdict == "same" for change in changes):
-        print(f"- {len(changes)} figures, none of them changed by more than the noise")
-
-
-def _finish(job: Callable[[Progress], list[Section]], output: Output) -> None:
-    """Run, print, keep, compare. What was measured before a Ctrl-C is printed and kept as well."""
-    from edge_gemma.benchmarks import regress
-    from edge_gemma.benchmarks.machine import Calm, describe_machine
-
-    machine = describe_machine()
-    machine["command"] = shlex.join(["edge-gemma", *sys.argv[1:]])
-    machine["date"] = date.today().isoformat()
-    # a wrong file is told before an hour of measuring
-    before = regress.read(output.against) if output.against else None
-    check_parents(output.save, output.report)
-    with Calm() as calm, Progress() as progress:
-        sections = job(progress)
-    machine["warnings"] = calm.warnings()
-    changes, notes = regress.compare(before, sections, machine) if before else ([], [])
-    if output.save:
-        regress.save(output.save, sections, machine)
-    if output.report:
-        _write_report(output.report, sections, machine, machine["warnings"])
-    if output.json:
-        found = regress.to_json(sections, machine)
-        print_json(found | {"changes": changes, "notes": notes})
-    else:
-        print(machine["text"])
-        for section in sections:
-            print("\n" + section.markdown())
-        for text in machine["warnings"]:
-            print(f"- {text}")
-        _print_changes(changes, notes)
-    if any(section.stopped for section in sections):
-        raise KeyboardInterrupt
-    if any(change.verdict == "worse" for change in changes):
-        raise typer.Exit(REGRESSED)

@@ -1,4 +1,4 @@
-"""Ids → UTF-8-safe text pieces, with timings and a finish reason. Pure: this room knows bytes and
+"""Ids → UTF-8-safe text pieces, with timings and a finish reason. Pure: this module knows bytes and
 clocks only.
 """
 

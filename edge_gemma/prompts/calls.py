@@ -3,7 +3,7 @@ answer → parsed calls.
 
 In: tool descriptions (name, description, JSON schema of the parameters) and generated text. Out:
 text, a schema, :class:`FunctionCall`. Gemma 3 has no tokens for tools: the format is agreed on in
-the prompt (ai.google.dev/gemma/docs/capabilities/function-calling). This room calls no function;
+the prompt (ai.google.dev/gemma/docs/capabilities/function-calling). This module calls no function;
 whoever has the calls decides what to run.
 """
 

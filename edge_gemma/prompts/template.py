@@ -2,7 +2,7 @@
 
 In: jinja source from a bundle, messages as plain dicts. Out: text. The template may read the
 messages and write text; it reaches no attribute, file or module, and what could make something huge
-of something small is taken away. This room knows no tokens.
+of something small is taken away. This module knows no tokens.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """llama.cpp itself: the library, its log, and what its CPU kernels do with a weight.
 
-The only room that imports llama_cpp.
+The only module that imports llama_cpp, with the schema converter in grammar.py.
 
 In: nothing but the installed llama-cpp-python. Out: its low-level module (:func:`library`) for
 decode.py and sample.py, and answers to questions about it: may layers go to a GPU, is a weight
