@@ -54,6 +54,7 @@ RUNTIME = ROOMS[: ROOMS.index("doctor") + 1]
 # the only modules that import a foreign library
 WALLS = {
     "llama_cpp": "edge_gemma.engines.llama",
+    "llguidance": "edge_gemma.engines.guidance",
     "onnxruntime": "edge_gemma.engines.onnx",
     "sounddevice": "edge_gemma.hearing.devices",
     "huggingface_hub": "edge_gemma.store.hub",

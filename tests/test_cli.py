@@ -76,7 +76,7 @@ def test_plan_json(tiny_bundle):
         (["run", "{bundle}", "hi", "--ctx", "99999999"], 2, "context of 99999999"),
         (["run", "{bundle}", "hi", "--budget", "lots"], 2, "lots"),
         (["run", "{bundle}", "hi", "--schema", "{"], 2, "not JSON"),
-        (["run", "{bundle}", "hi", "--schema", '{"minimum":1}'], 2, "minimum"),
+        (["run", "{bundle}", "hi", "--schema", '{"uniqueItems":true}'], 2, "uniqueItems"),
         (["run", "{bundle}", "hi", "--temp", "-3"], 2, "temperature"),
         (["run", "{bundle}", "hi", "--image", "cat.png"], 3, "cannot see"),
         (["run", "{bundle}", "hi", "--no-such-option"], 2, "no-such-option"),

@@ -184,6 +184,22 @@ def test_the_ladder_is_taken_in_order_and_never_concedes_what_was_named(manifest
     assert not refused.fits and refused.concessions == () and refused.settings.n_ctx == 1024
 
 
+def test_structured_output_counts_where_it_is_asked_for_and_is_conceded(manifest):
+    plain, asked = plan(manifest), plan(manifest, PlanRequest(structured=True))
+    (item,) = (item for item in asked.items if item.name == "structured output")
+    assert item.bytes == manifest.decoder.n_vocab * 272 and item.kind == "anon"
+    assert asked.total_bytes == plain.total_bytes + item.bytes
+    frugal = {"n_ctx": 512, "n_ubatch": 64, "kv_type": "q8_0", "repack": False}
+    without = plan(manifest, PlanRequest(**frugal))
+    budget = without.needed_bytes + item.bytes // 2
+    conceded = plan(manifest, PlanRequest(**frugal, budget_bytes=budget, structured=True))
+    assert conceded.fits and not conceded.settings.guidance
+    assert conceded.concessions == (
+        "structured output by llama.cpp's grammar: fewer schema keywords",
+    )
+    assert plan(manifest, PlanRequest(**frugal, structured=True)).settings.guidance
+
+
 def test_refusal_prints_the_arithmetic_and_the_nearest_that_fits(manifest):
     named = PlanRequest(n_ctx=1024, n_ubatch=64, kv_type="f16", repack=True)
     budget = plan(manifest, named).needed_bytes - 100_000

@@ -32,9 +32,16 @@ if TYPE_CHECKING:
 
 
 def load_model(
-    bundle: str, loading: LoadingOptions, senses: tuple[Sense, ...] | None = None
+    bundle: str,
+    loading: LoadingOptions,
+    senses: tuple[Sense, ...] | None = None,
+    *,
+    structured: bool = False,
 ) -> tuple[Model, float]:
-    """Plan and load; returns the model and the seconds it took."""
+    """Plan and load; returns the model and the seconds it took.
+
+    ``structured``: answers will be held to a schema.
+    """
     from edge_gemma import load
     from edge_gemma.engines.llama import library as llama
 
@@ -44,7 +51,7 @@ def load_model(
         model = load(
             open_bundle(bundle),
             device=loading.device,
-            request=loading.request(senses),
+            request=loading.request(senses, structured=structured),
             lora=[parse_scaled(text, "--lora") for text in loading.lora or ()],
             on_progress=line.fraction,
         )

@@ -66,8 +66,12 @@ class PlanningOptions:
         ),
     ] = None
 
-    def request(self, senses: tuple[Sense, ...] | None = None) -> PlanRequest:
-        """``senses``: those the command will use; None: all the bundle has."""
+    def request(
+        self, senses: tuple[Sense, ...] | None = None, *, structured: bool = False
+    ) -> PlanRequest:
+        """``senses``: those the command will use; None: all the bundle has. ``structured``: answers
+        will be held to a schema.
+        """
         from edge_gemma.plan.records import PlanRequest
         from edge_gemma.units import parse_bytes
 
@@ -81,6 +85,7 @@ class PlanningOptions:
             repack=self.repack,
             n_gpu_layers=self.gpu_layers,
             senses=senses,
+            structured=structured,
         )
 
 

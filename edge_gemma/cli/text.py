@@ -193,7 +193,9 @@ def run(
     if image:
         senses.append("vision")
     with PeakSampler() as peak:
-        model, load_s = load_model(bundle, loading, tuple(senses))
+        model, load_s = load_model(
+            bundle, loading, tuple(senses), structured=options.schema is not None
+        )
         peak.rebase()  # a plan's peak counts from the end of load
         with model:
             started = time.perf_counter()

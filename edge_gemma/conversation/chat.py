@@ -104,6 +104,7 @@ class Chat:
         turns included. Raises ContextFull when the turn cannot fit even alone, UsageError,
         MediaError, UnsupportedModel.
         """
+        self.session.check(sampling)
         before, reserve = list(self.messages), self._reserve(sampling.max_tokens)
         if not isinstance(content, str):
             content = self.senses.encoded(

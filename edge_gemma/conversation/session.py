@@ -111,6 +111,12 @@ class Session:
                     n_positions = 0
         self._cached = min(n_positions, self._cached)
 
+    def check(self, sampling: Sampling) -> None:
+        """Raises UsageError for a grammar or schema that cannot be enforced, before anything is
+        prefilled for it.
+        """
+        self._sequences.decoder.check(sampling)
+
     def generate(self, sampling: Sampling = Sampling()) -> Generator[Chunk, None, None]:
         """Continue from what was appended.
 

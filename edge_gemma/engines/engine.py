@@ -146,6 +146,9 @@ class Decoder(Protocol):
         enforced).
         """
 
+    def check(self, sampling: Sampling) -> None:
+        """Raises UsageError where :meth:`sampler` would. Ask before a prompt is prefilled."""
+
     def close(self) -> None: ...
 
 

@@ -31,6 +31,9 @@ ONNXRUNTIME_BYTES = 32 * MiB
 VISION_GRAPH_BYTES = 13 * MiB
 # A 12-megapixel photograph while it is decoded: RGBA and its RGB copy stand together.
 PICTURE_BYTES = 12_000_000 * (4 + 3)
+# llguidance's tables of a vocabulary, while they are made (afterwards 170): measured on Gemma's
+# 262,144 tokens
+STRUCTURED_BYTES_PER_TOKEN = 272
 # Of the total, kept free where anonymous repacked weights could starve the mapped ones.
 HEADROOM = 0.04
 
@@ -48,7 +51,7 @@ class Costs:
         repacks: Callable[[Tensor], bool],
     ):
         self.manifest, self.device = manifest, device
-        self.lora_bytes = request.lora_bytes
+        self.lora_bytes, self.structured = request.lora_bytes, request.structured
         self.senses = wanted_senses(manifest, request)
         tensors = manifest.decoder.tensors
         matmul = [t for t in tensors if t.use == "matmul"]
@@ -80,11 +83,17 @@ class Costs:
             *self._kv(s),
             Item("compute buffers", self.compute_bytes(s), "anon", AFTER_LOAD),
             Item("logits and sampling", logits, "anon", ("prefill", "decode")),
+            *self._structured(s),
             Item("LoRA adapters", self.lora_bytes, "anon", PHASES),
             *self._encoders(s),
             *self._mapped_while_loading(s),
         ]
         return tuple(row for row in rows if row.bytes > 0)
+
+    def _structured(self, s: Settings) -> Iterator[Item]:
+        if self.structured and s.guidance:
+            tables = self.manifest.decoder.n_vocab * STRUCTURED_BYTES_PER_TOKEN
+            yield Item("structured output", tables, "anon", AFTER_LOAD)
 
     def _copied_bytes(self, s: Settings) -> int:
         """Weights in buffers of their own: on the GPU, or repacked for the CPU."""

@@ -15,7 +15,9 @@ conceded:
 3. ``n_ctx`` 4096 → 2048 → 1024 → 512.
 4. Encoders one at a time: each is opened when it is needed and closed before the next, instead of
    both staying open.
-5. No repacked weights: slower (about a third), but then every weight is a clean file page that the
+5. Structured output, where it was asked for, by llama.cpp's grammar instead of llguidance's tables:
+   fewer schema keywords.
+6. No repacked weights: slower (about a third), but then every weight is a clean file page that the
    kernel may take back. With repacked weights, which are anonymous, the plan keeps HEADROOM free,
    so that pressure never falls on the hot pages.
 """
@@ -128,6 +130,10 @@ def _ladder(
     if len(senses) > 1:
         settings = replace(settings, encoders="one at a time")
         done = (*done, "encoders one at a time: each loads when it is needed")
+        yield settings, done
+    if request.structured:
+        settings = replace(settings, guidance=False)
+        done = (*done, "structured output by llama.cpp's grammar: fewer schema keywords")
         yield settings, done
     if request.repack is None and settings.n_gpu_layers == 0:
         settings = replace(settings, repack=False)

@@ -25,6 +25,7 @@ class Settings:
     repack: bool = True
     n_gpu_layers: int = 0
     flash_attention: bool = True
+    guidance: bool = True  # schemas by llguidance's tables, else by llama.cpp's grammar
     # both stay open, or each is opened when it is needed and closed before the other
     encoders: Literal["resident", "one at a time"] = "resident"
 
@@ -43,6 +44,7 @@ class PlanRequest:
     n_gpu_layers: int | None = None
     senses: tuple[Sense, ...] | None = None  # whose encoders to count; None: all the bundle has
     lora_bytes: int = 0
+    structured: bool = False  # answers will be held to JSON schemas: count what that takes
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from edge_gemma.engines.constraint import TokenTable
+from edge_gemma.engines.guidance import Guidance, is_installed
 from edge_gemma.engines.llama import library as llama
 from edge_gemma.engines.llama.context import Context, LoadedModel
 from edge_gemma.engines.llama.sampler import Sampler
 from edge_gemma.errors import BundleError, UsageError
+from edge_gemma.machine.footprint import trim_heap
 from edge_gemma.options import Sampling
 from edge_gemma.plan.records import Settings
 
@@ -64,6 +67,7 @@ _TAKEN_FOR_ENDS = (
     "<reponame>",
     "<|file_sep|>",
 )
+_SPACE_MARK = "▁".encode()  # how a vocabulary writes a space
 
 
 class Decoder:
@@ -97,6 +101,8 @@ class Decoder:
         self._contexts: set[Context] = set()
         # llama.cpp reads the array while it loads
         self._overrides = llama.kv_overrides({**_GEMMA_FLAGS, **(overrides or {})})
+        self._guidance: Guidance | None = None  # made when the first schema comes
+        self._guidance_lock = threading.Lock()
         llama.forget_log()
         try:
             self._load(path, lora, on_progress)
@@ -218,12 +224,55 @@ class Decoder:
         return token in self.ends
 
     def sampler(self, sampling: Sampling) -> Sampler:
-        """A sampler for one generation. Raises UsageError (a grammar that does not parse)."""
-        suppressed = self.suppressed
-        if sampling.grammar is not None or sampling.schema is not None:
+        """A sampler for one generation. Raises UsageError (a grammar that does not parse, a schema
+        that cannot be enforced).
+        """
+        suppressed, constraint = self.suppressed, None
+        if sampling.schema is not None and self._uses_guidance():
+            constraint = self._made_guidance().constraint(sampling.schema)
+        elif sampling.grammar is not None or sampling.schema is not None:
             # llama.cpp's grammar would take one of these for the end of the answer
             suppressed = (*suppressed, *self._texts.values())
-        return Sampler(self.vocab, self.n_vocab, suppressed, sampling)
+        return Sampler(self.vocab, self.n_vocab, suppressed, sampling, constraint)
+
+    def check(self, sampling: Sampling) -> None:
+        """Raises UsageError where :meth:`sampler` would."""
+        if sampling.schema is not None or sampling.grammar is not None:
+            self.sampler(sampling).close()
+
+    def _uses_guidance(self) -> bool:
+        return self.settings.guidance and is_installed()
+
+    def _made_guidance(self) -> Guidance:
+        with self._guidance_lock:
+            if self._guidance is None:
+                self._guidance = Guidance(self.token_table())
+                trim_heap()
+        return self._guidance
+
+    def token_table(self) -> TokenTable:
+        """The whole vocabulary, read in one pass."""
+        low, vocab = self._low, self.vocab
+        ids = range(self.n_vocab)
+        attributes = [low.llama_vocab_get_attr(vocab, token) for token in ids]
+        ends = sorted(self.ends)
+        is_text = low.LLAMA_TOKEN_ATTR_NORMAL | low.LLAMA_TOKEN_ATTR_USER_DEFINED
+        is_text |= low.LLAMA_TOKEN_ATTR_BYTE
+        controls = {token for token in ids if not attributes[token] & is_text}
+        controls = (controls | self._controls).difference(self._texts.values())
+        return TokenTable(
+            pieces=[self._piece_of(token, attributes[token]) for token in ids],
+            control_ids=sorted(controls.union(ends, self.suppressed)),
+            end_ids=ends,
+            tokenize=self.tokenize,
+        )
+
+    def _piece_of(self, token: int, attributes: int) -> bytes:
+        """What :meth:`piece` gives with ``special``, without its call per token for most."""
+        low = self._low
+        if attributes & low.LLAMA_TOKEN_ATTR_NORMAL:
+            return low.llama_vocab_get_text(self.vocab, token).replace(_SPACE_MARK, b" ")
+        return self.piece(token, special=True)
 
     def context(
         self,
@@ -250,6 +299,7 @@ class Decoder:
 
     def close(self) -> None:
         """Free the contexts that were made, then the weights."""
+        self._guidance = None
         for context in list(self._contexts):
             context.close()
         if self._model:

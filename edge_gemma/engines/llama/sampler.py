@@ -1,9 +1,10 @@
-"""Logits → one id: llama.cpp's own samplers in a fixed order, under a grammar where one is asked
-for.
+"""Logits → one id: llama.cpp's own samplers in a fixed order, under a constraint or a grammar where
+one is asked for.
 
 In: a row of logits ``[n_vocab]`` float32, from whichever engine, and :class:`Sampling`. Out: ids
-and log-probabilities. The grammar never sees a token it does not allow: accepting one throws C++
-through ctypes and ends the process.
+and log-probabilities. A constraint (a schema) says beforehand which ids may come; where those are
+few, the samplers see no others. llama.cpp's grammar is asked afterwards and never sees a token it
+does not allow: accepting one throws C++ through ctypes and ends the process.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from edge_gemma.engines.constraint import Constraint, ids_in, mask_of
 from edge_gemma.engines.llama.grammar import schema_to_grammar
 from edge_gemma.engines.llama.library import library
 from edge_gemma.errors import RuntimeFailure, UsageError
@@ -32,16 +34,24 @@ _Pointer = Any
 class Sampler:
     """llama.cpp's sampler chain for one generation. Close it.
 
-    ``vocab`` is llama.cpp's vocabulary, ``suppressed`` are ids that are never chosen. Raises
-    UsageError for a grammar that does not parse.
+    ``vocab`` is llama.cpp's vocabulary, ``suppressed`` are ids that are never chosen. Without a
+    ``constraint`` a schema goes through llama.cpp's own converter. Raises UsageError for a grammar
+    that does not parse.
     """
 
     def __init__(
-        self, vocab: _Pointer, n_vocab: int, suppressed: Sequence[int], sampling: Sampling
+        self,
+        vocab: _Pointer,
+        n_vocab: int,
+        suppressed: Sequence[int],
+        sampling: Sampling,
+        constraint: Constraint | None = None,
     ):
         self._low, self._sampling = library(), sampling
+        self._constraint = constraint
         self._vocab, self._n_vocab = vocab, n_vocab
         self._suppressed = np.array(suppressed, np.intp)
+        self._choosable = ~mask_of(suppressed, n_vocab)
         self.seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
         self._chain: _Pointer = None
         self._grammar: _Pointer = self._make_grammar()
@@ -81,7 +91,7 @@ class Sampler:
 
     def _make_grammar(self) -> _Pointer:
         text = self._sampling.grammar
-        if self._sampling.schema is not None:
+        if self._sampling.schema is not None and self._constraint is None:
             text = schema_to_grammar(self._sampling.schema)
         if text is None:
             return None
@@ -113,21 +123,48 @@ class Sampler:
                     "the grammar allows no token of this vocabulary here; it cannot be completed"
                 )
         self._low.llama_sampler_accept(self._chain, token)
+        if self._constraint is not None:
+            self._constraint.accept(token)
         if self._grammar is not None:
             self._low.llama_sampler_accept(self._grammar, token)
         return token
 
     def _choose(self, logits: np.ndarray, *, grammar_first: bool) -> int:
-        self._bytes[:] = self._fresh_bytes  # samplers sort and cut the array in place
-        self._candidates["logit"] = logits
-        self._candidates["logit"][self._suppressed] = -np.inf
-        array = self._array(self._candidates)
+        if self._constraint is None:
+            candidates = self._all_candidates(logits, self._suppressed)
+        else:
+            candidates = self._constrained(logits, self._constraint)
+        array = self._array(candidates)
         if grammar_first:
             self._low.llama_sampler_apply(self._grammar, ctypes.byref(array))
         self._low.llama_sampler_apply(self._chain, ctypes.byref(array))
         if not 0 <= array.selected < array.size:
             raise RuntimeFailure("the samplers left no candidate; relax top_k, top_p or min_p")
         return int(array.data[array.selected].id)
+
+    def _all_candidates(self, logits: np.ndarray, forbidden: np.ndarray) -> np.ndarray:
+        self._bytes[:] = self._fresh_bytes  # samplers sort and cut the array in place
+        self._candidates["logit"] = logits
+        self._candidates["logit"][forbidden] = -np.inf
+        return self._candidates
+
+    def _constrained(self, logits: np.ndarray, constraint: Constraint) -> np.ndarray:
+        """The candidates that the constraint allows; whichever of the two ways moves less."""
+        allowed = constraint.allowed() & self._choosable
+        n_allowed = int(np.bitwise_count(allowed).sum())
+        if n_allowed == 0:
+            raise RuntimeFailure(
+                "the schema allows no token of this vocabulary here; it cannot be completed"
+            )
+        if n_allowed > self._n_vocab // 2:
+            forbidden = ids_in(~allowed)
+            return self._all_candidates(logits, forbidden[forbidden < self._n_vocab])
+        ids = ids_in(allowed)
+        candidates = self._candidates[:n_allowed]
+        candidates["id"] = ids
+        candidates["logit"] = logits[ids]
+        candidates["p"] = 0
+        return candidates
 
     def _array(self, candidates: np.ndarray) -> _Pointer:
         low = self._low
