@@ -11,23 +11,6 @@ from edge_gemma.convert.vocabulary import UNKNOWN, USER_DEFINED
 from edge_gemma.bundles.gguf import Skipped, read_header
 from edge_gemma.errors import MissingExtra
 
-# GGUF → transformers, the inverse of the converter's table for gemma3
-_LAYER = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-
 
 def sample_gguf() -> Path:
     """The sample's GGUF, assembled from its package parts into the package's own cache folder on
