@@ -181,6 +181,15 @@ def test_an_abandoned_turn_forgets_nothing(hearing_model):
             chat.end_turn()
 
 
+def test_a_text_in_the_middle_of_a_spoken_turn_ends_it(hearing_model):
+    with hearing_model.chat() as chat:
+        turn = LiveTurn(chat, "And this?")
+        list(chat.send("Never mind", GREEDY))
+        with pytest.raises(RuntimeFailure, match="no turn is being spoken"):
+            turn.push(REFERENCE["wave_0.9"])
+        assert [m.content for m in chat.messages if m.role == "user"] == ["Never mind"]
+
+
 def test_a_spoken_turn_after_one_that_was_stopped_before_its_answer(hearing_model):
     """The conversation is rendered anew then, with the soft tokens of the first turn in it."""
     wave = REFERENCE["wave_0.9"]

@@ -255,6 +255,23 @@ def test_save_and_restore_continue_the_same(tiny_model, tmp_path):
         assert text(chunks) == expected and chunks[-1].usage.reused_tokens > 0
 
 
+def test_a_saved_session_is_no_chat(tiny_model, tmp_path):
+    """The chat refuses it, and goes on with its own turns."""
+    with tiny_model.session() as session:
+        session.append(tiny_model.spans("something else"))
+        session.save(tmp_path / "session")
+    with tiny_model.chat() as chat:
+        list(chat.send("first", SHORT))
+        before, expected = list(chat.messages), None
+        with pytest.raises(BundleError, match="holds a session without turns"):
+            chat.restore(tmp_path / "session")
+        assert chat.messages == before
+        list(chat.send("second", SHORT))
+        expected = sum(map(len, tiny_model.prompt.spans(chat.messages[:3])))
+        answer = len(tiny_model.tokenize(chat.messages[-1].content))
+        assert abs(chat.session.length - expected - answer) <= 1  # both turns, nothing else
+
+
 def test_rows_survive_saving(tiny_model, tmp_path):
     rows = Rows(
         np.random.default_rng(0).standard_normal((5, tiny_model.decoder.n_embd), dtype=np.float32)

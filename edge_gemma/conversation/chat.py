@@ -20,7 +20,7 @@ from edge_gemma.conversation.fitting import fit
 from edge_gemma.conversation.sequences import Sequences
 from edge_gemma.conversation.session import Session
 from edge_gemma.conversation.stream import Chunk
-from edge_gemma.errors import BundleError, Cancelled, RuntimeFailure
+from edge_gemma.errors import BundleError, Cancelled, EdgeGemmaError, RuntimeFailure
 from edge_gemma.messages import Audio, Image, Message, Part
 from edge_gemma.options import Sampling
 from edge_gemma.prompts.calls import FunctionCall, parse_calls
@@ -126,6 +126,7 @@ class Chat:
         how many went. The chat's messages change only when all of it is in the cache.
         """
         session = self.session
+        self._turn = None  # a spoken turn that was not answered is forgotten
         if self._continues:
             spans = self._render(messages, continued=True)
             if session.length + _length(spans) + reserve <= session.n_ctx:
@@ -280,7 +281,12 @@ class Chat:
         """Go on where a saved conversation stopped. Raises BundleError, ContextFull; on an error
         nothing has changed.
         """
-        extra = self.session.restore(path)
+        continued, self._continues = self._continues, False
+        try:
+            extra = self.session.restore(path)
+        except EdgeGemmaError:
+            self._continues = continued  # the session is as it was
+            raise
         try:
             plain, self._continues = msgspec.msgpack.decode(
                 extra, type=tuple[list[tuple[str, list[_SavedPart]]], bool]
