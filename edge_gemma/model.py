@@ -12,10 +12,13 @@ import dataclasses
 import os
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Unpack
 
+import msgspec
 import numpy as np
 
 from edge_gemma.bundles.folder import Bundle
+from edge_gemma.bundles.manifest import Manifest
 from edge_gemma.conversation.batch import Batch
 from edge_gemma.conversation.chat import Chat
 from edge_gemma.conversation.sequences import Sequences
@@ -29,7 +32,7 @@ from edge_gemma.machine.device import Device
 from edge_gemma.machine.probe import find_device, machine_for
 from edge_gemma.machine.repack import repacks_for
 from edge_gemma.messages import Image, Part, PictureSource
-from edge_gemma.options import Sampling
+from edge_gemma.options import Sampling, SamplingChanges
 from edge_gemma.plan.ladder import make_plan
 from edge_gemma.plan.records import Plan, PlanRequest
 from edge_gemma.prompts.prompt import Prompt, read_special_rows
@@ -107,6 +110,15 @@ def _request(request: PlanRequest, budget: int | str | None, n_ctx: int | None) 
     return request
 
 
+def bundle_sampling(manifest: Manifest, **changes: Unpack[SamplingChanges]) -> Sampling:
+    """How a bundle's authors sample it (its generation_config.json), with ``changes``. Where they
+    say nothing, Sampling's own defaults. Raises UsageError.
+    """
+    defaults = {} if manifest.sampling is None else msgspec.structs.asdict(manifest.sampling)
+    given = {name: value for name, value in defaults.items() if value is not None}
+    return dataclasses.replace(Sampling(**given), **changes)
+
+
 class Model:
     """A loaded bundle.
 
@@ -130,7 +142,7 @@ class Model:
         try:
             self.decoder = self.weights.decoder
             identity = manifest.files[manifest.decoder.file].sha256
-            self.sequences = Sequences(self.weights, identity)
+            self.sequences = Sequences(self.weights, identity, bundle_sampling(manifest))
             self.prompt = Prompt(manifest, self.decoder.tokenize, read_special_rows(bundle))
         except BaseException:
             self.weights.close()
@@ -171,8 +183,17 @@ class Model:
 
     # generating
 
+    def sampling(self, **changes: Unpack[SamplingChanges]) -> Sampling:
+        """How this model is sampled when nothing else is asked for, with ``changes``: its authors'
+        temperature, top_k, top_p … where the bundle holds them. Raises UsageError.
+
+        >>> model.sampling(max_tokens=16).max_tokens
+        16
+        """
+        return bundle_sampling(self.bundle.manifest, **changes)
+
     def generate(
-        self, prompt: PromptLike, sampling: Sampling = Sampling()
+        self, prompt: PromptLike, sampling: Sampling | None = None
     ) -> Generator[Chunk, None, None]:
         """Continue a text, parts (text, Image, Audio …) or spans; what it shares with the last such
         prompt is reused from the cache.
@@ -216,7 +237,7 @@ class Model:
         )
 
     def generate_batch(
-        self, prompts: Sequence[PromptLike], sampling: Sampling = Sampling()
+        self, prompts: Sequence[PromptLike], sampling: Sampling | None = None
     ) -> Batch:
         """Several prompts in one decode per step: an iterator of ``(index, chunk)`` as they come,
         as many at a time as ``n_seq_max`` holds; see :class:`Batch`, which can be cancelled.
@@ -225,10 +246,11 @@ class Model:
         >>> sorted(index for index, chunk in batch if chunk.finish_reason)
         [0, 1]
         """
-        return Batch(self.sequences, [self.spans(prompt) for prompt in prompts], sampling)
+        spans = [self.spans(prompt) for prompt in prompts]
+        return Batch(self.sequences, spans, sampling or self.sequences.sampling)
 
     async def agenerate(
-        self, prompt: PromptLike, sampling: Sampling = Sampling()
+        self, prompt: PromptLike, sampling: Sampling | None = None
     ) -> AsyncIterator[Chunk]:
         """:meth:`generate` without blocking the event loop; leaving the loop early stops the
         decoding.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypedDict
 
 from edge_gemma.errors import UsageError
 
@@ -12,7 +13,8 @@ from edge_gemma.errors import UsageError
 class Sampling:
     """How to sample.
 
-    The defaults are the ones Gemma's authors give (temperature 1, top-k 64, top-p 0.95).
+    The defaults are the ones Gemma's authors give (temperature 1, top-k 64, top-p 0.95). A bundle
+    may hold others, which count where no Sampling is given: see :meth:`edge_gemma.Model.sampling`.
 
     ``seed=None`` draws one, reported in the last chunk's usage. ``temperature=0`` is greedy.
     ``logprobs=n`` adds the n most likely alternatives to each token. ``schema`` (a JSON schema as
@@ -56,6 +58,22 @@ class Sampling:
             raise UsageError("give a grammar or a schema, not both")
         if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
             raise UsageError(f"stop is {self.stop!r}; expected a tuple of non-empty strings")
+
+
+class SamplingChanges(TypedDict, total=False):
+    """Fields of :class:`Sampling` to be set, as keywords."""
+
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repeat_penalty: float
+    seed: int | None
+    stop: tuple[str, ...]
+    grammar: str | None
+    schema: dict | None
+    logprobs: int | None
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def demo(
             if not as_json:
                 sys.stdout.write(prompt)
             started = time.perf_counter()
-            chunks = session.generate(sampling.sampling())
+            chunks = session.generate(sampling.sampling(str(bundle.folder)))
             answer = stream(chunks, session.cancel, quiet=as_json)
             wall_s = time.perf_counter() - started
     cost = Cost(load_s, wall_s, plan.total_bytes, peak.peak_pss_bytes)

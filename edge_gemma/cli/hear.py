@@ -169,7 +169,7 @@ def transcribe(
     instruction = TRANSCRIBE.format(language=language) if language else TRANSCRIBE_ANY
     layout = _layout(srt, vtt, as_json)
     _check_source(file, mic)
-    options = listen_options(pad_audio, pause, sampling)
+    options = listen_options(bundle, pad_audio, pause, sampling)
     _segments(bundle, loading, _blocks(file, name), instruction, options, layout)
 
 
@@ -200,7 +200,7 @@ def translate(
         instruction = TRANSLATE.format(language=language, to=to)
     layout = _layout(srt, vtt, as_json)
     _check_source(file, mic)
-    options = listen_options(pad_audio, pause, sampling)
+    options = listen_options(bundle, pad_audio, pause, sampling)
     _segments(bundle, loading, _blocks(file, name), instruction, options, layout)
 
 
@@ -217,12 +217,14 @@ def _layout(srt: bool, vtt: bool, as_json: bool) -> Layout:
     return chosen[0] if chosen else "text"
 
 
-def listen_options(pad_audio: bool, pause: float, sampling: SamplingOptions) -> ListenOptions:
+def listen_options(
+    bundle: str, pad_audio: bool, pause: float, sampling: SamplingOptions
+) -> ListenOptions:
     from edge_gemma.conversation.transcription import ListenOptions
     from edge_gemma.hearing.utterances import VadSettings
 
     return ListenOptions(
-        pad_audio=pad_audio, vad=VadSettings(end_s=pause), sampling=sampling.sampling()
+        pad_audio=pad_audio, vad=VadSettings(end_s=pause), sampling=sampling.sampling(bundle)
     )
 
 
@@ -314,7 +316,7 @@ def ask(
         raise UsageError(f'write it like: edge-gemma ask BUNDLE clip.wav "What is this?"{alone}')
     question = words[-1]
     blocks = _one_utterance(_blocks(None, name)) if mic else [_clip(words[0])]
-    options = ListenOptions(pad_audio=pad_audio, sampling=sampling.sampling())
+    options = ListenOptions(pad_audio=pad_audio, sampling=sampling.sampling(bundle))
     with PeakSampler() as peak:
         model, load_s = load_model(bundle, loading, ("audio",))
         peak.rebase()

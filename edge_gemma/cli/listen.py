@@ -87,7 +87,9 @@ def listen(
 
         gate = make_gate(wake_word)
     options = dataclasses.replace(
-        listen_options(pad_audio, pause, sampling), instruction=instruction, barge_in=barge_in
+        listen_options(bundle, pad_audio, pause, sampling),
+        instruction=instruction,
+        barge_in=barge_in,
     )
     model, chat = open_chat(bundle, loading, options, system)
     with model, chat:

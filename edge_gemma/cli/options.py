@@ -26,6 +26,7 @@ from edge_gemma.cli.common import (
     ThreadsOption,
     VerboseOption,
     note,
+    open_bundle,
 )
 from edge_gemma.sources import typed
 
@@ -100,6 +101,9 @@ class LoadingOptions(PlanningOptions):
     verbose: VerboseOption = False
 
 
+AUTHORS = "Default: as the model's authors say, else"
+
+
 @dataclass(frozen=True)
 class SamplingOptions:
     """How an answer is sampled."""
@@ -107,22 +111,27 @@ class SamplingOptions:
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-n", help="Stop after this many tokens.")
     ] = 256
-    temperature: Annotated[float, typer.Option("--temperature", "--temp", help="0 is greedy.")] = (
-        1.0
+    temperature: Annotated[
+        float | None,
+        typer.Option("--temperature", "--temp", help=f"0 is greedy. {AUTHORS} 1."),
+    ] = None
+    top_k: Annotated[int | None, typer.Option("--top-k", help=f"0 turns it off. {AUTHORS} 64.")] = (
+        None
     )
-    top_k: Annotated[int, typer.Option("--top-k", help="0 turns it off.")] = 64
     top_p: Annotated[
-        float,
+        float | None,
         typer.Option(
-            "--top-p", help="Sample from the likeliest tokens that hold this share; 1: all."
+            "--top-p",
+            help=f"Sample from the likeliest tokens that hold this share; 1: all. {AUTHORS} 0.95.",
         ),
-    ] = 0.95
+    ] = None
     min_p: Annotated[
-        float,
+        float | None,
         typer.Option(
-            "--min-p", help="Leave out tokens less likely than this share of the best; 0: none."
+            "--min-p",
+            help=f"Leave out tokens less likely than this share of the best; 0: none. {AUTHORS} 0.",
         ),
-    ] = 0.0
+    ] = None
     seed: Annotated[
         int | None,
         typer.Option(
@@ -130,10 +139,14 @@ class SamplingOptions:
         ),
     ] = None
 
-    def sampling(self) -> Sampling:
-        from edge_gemma.options import Sampling
+    def sampling(self, bundle: str) -> Sampling:
+        """As asked; the rest is as the authors of the bundle sample it. Raises BundleError,
+        UsageError.
+        """
+        from edge_gemma.model import bundle_sampling
 
-        return Sampling(**vars(self))
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return bundle_sampling(open_bundle(bundle).manifest, **given)
 
 
 PLANNING = PlanningOptions()

@@ -118,12 +118,13 @@ def describe(
         *(Video(path, rate_hz=rate) for path in video or ()),
         question,
     ]
+    options = sampling.sampling(bundle)
     with PeakSampler() as peak:
         model, load_s = load_model(bundle, loading, ("vision",))
         peak.rebase()
         with model, model.chat(pan_and_scan=pan_and_scan) as talk:
             started = time.perf_counter()
-            chunks = talk.send(media, sampling.sampling())
+            chunks = talk.send(media, options)
             answer = stream(chunks, talk.cancel, quiet=as_json)
             wall_s = time.perf_counter() - started
     cost = Cost(load_s, wall_s, model.plan.total_bytes, peak.peak_pss_bytes)

@@ -181,7 +181,7 @@ def run(
     media: list[Part] = [*map(Image, image or ()), *map(Audio, audio or ())]
     content = [*media, text] if media else text
     options = replace(
-        sampling.sampling(),
+        sampling.sampling(bundle),
         stop=tuple(stop or ()),
         grammar=_read_option(grammar, "--grammar"),
         schema=_schema(schema),
@@ -243,7 +243,7 @@ def chat(
     stats: StatsOption = False,
 ) -> None:
     """Talk with a bundle. /help lists what can be typed besides words."""
-    options = sampling.sampling()
+    options = sampling.sampling(bundle)
     model, _ = load_model(bundle, loading)
     with model, model.chat(system=system) as talk:
         manifest = model.bundle.manifest

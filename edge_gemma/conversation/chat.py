@@ -84,6 +84,7 @@ class Chat:
         pan_and_scan: bool = False,
     ):
         self.session, self.senses = Session(sequences), senses
+        self._sampling = sequences.sampling  # where none is given
         self.messages: list[Message] = [Message("system", system)] if system else []
         self.tools, self.pad_audio, self.pan_and_scan = tuple(tools), pad_audio, pan_and_scan
         self.reply: Reply | None = None
@@ -95,7 +96,7 @@ class Chat:
     # a turn that is there as a whole
 
     def send(
-        self, content: Content, sampling: Sampling = Sampling(), *, role: str = "user"
+        self, content: Content, sampling: Sampling | None = None, *, role: str = "user"
     ) -> Generator[Chunk, None, None]:
         """Say ``content`` (text, or a list of text, Image, Audio, Video and Rows) and stream the
         answer. Afterwards ``reply`` holds it.
@@ -104,6 +105,7 @@ class Chat:
         turns included. Raises ContextFull when the turn cannot fit even alone, UsageError,
         MediaError, UnsupportedModel.
         """
+        sampling = sampling or self._sampling
         self.session.check(sampling)
         before, reserve = list(self.messages), self._reserve(sampling.max_tokens)
         if not isinstance(content, str):
@@ -202,7 +204,7 @@ class Chat:
         n_rows = self._close_clip(turn)
         self.session.append(turn.after(n_rows), prefill=False)
 
-    def answer(self, sampling: Sampling = Sampling()) -> Generator[Chunk, None, None]:
+    def answer(self, sampling: Sampling | None = None) -> Generator[Chunk, None, None]:
         """Answer the turn that was spoken, after :meth:`end_turn`. From here on it is part of the
         conversation. Raises UsageError, RuntimeFailure; the turn is taken back then.
         """
@@ -231,7 +233,7 @@ class Chat:
     # both
 
     def _answer(
-        self, sampling: Sampling, unchanged: list[Message], dropped: int
+        self, sampling: Sampling | None, unchanged: list[Message], dropped: int
     ) -> Generator[Chunk, None, None]:
         """Generate; the answer becomes a message. ``unchanged`` are the messages to go back to when
         nothing of an answer comes.

@@ -60,7 +60,7 @@ class LiveTurn:
         self._add(self._stream.finish(), prefill=False)
         self._chat.end_turn()
 
-    def generate(self, sampling: Sampling = Sampling()) -> Generator[Chunk, None, None]:
+    def generate(self, sampling: Sampling | None = None) -> Generator[Chunk, None, None]:
         """Answer, after :meth:`finish`."""
         for chunk in self._chat.answer(sampling):
             self.first_token_s = self.first_token_s or time.perf_counter()

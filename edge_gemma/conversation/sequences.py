@@ -11,6 +11,7 @@ from typing import Protocol
 
 from edge_gemma.engines.engine import Context, Decoder, Weights
 from edge_gemma.errors import RuntimeFailure
+from edge_gemma.options import Sampling
 
 
 class Holder(Protocol):
@@ -24,11 +25,11 @@ class Holder(Protocol):
 
 class Sequences:
     """The KV cache of a model. ``identity`` is the SHA-256 of the decoder's file, which saved
-    conversations are compared with.
+    conversations are compared with; ``sampling`` counts where a caller gives none.
     """
 
-    def __init__(self, weights: Weights, identity: str):
-        self.weights, self.identity = weights, identity
+    def __init__(self, weights: Weights, identity: str, sampling: Sampling = Sampling()):
+        self.weights, self.identity, self.sampling = weights, identity, sampling
         self.decoder: Decoder = weights.decoder
         self.context: Context = self.decoder.context()
         self._holders: dict[int, Holder | None] = {}  # the longest held first

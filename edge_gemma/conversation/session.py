@@ -117,8 +117,8 @@ class Session:
         """
         self._sequences.decoder.check(sampling)
 
-    def generate(self, sampling: Sampling = Sampling()) -> Generator[Chunk, None, None]:
-        """Continue from what was appended.
+    def generate(self, sampling: Sampling | None = None) -> Generator[Chunk, None, None]:
+        """Continue from what was appended, sampling as the model's authors do unless told.
 
         The answer's tokens become part of the session, its end-of-turn token does not.
 
@@ -128,7 +128,7 @@ class Session:
         if not self.length:
             raise UsageError("nothing to continue: append a prompt first")
         loop = TokenLoop(self._sequences.decoder, self._context, self._sequences.weights)
-        loop.add(self, sampling)
+        loop.add(self, sampling or self._sequences.sampling)
         for _, chunk in loop.run():
             yield chunk
 

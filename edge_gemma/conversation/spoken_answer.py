@@ -63,7 +63,7 @@ class SpokenAnswer:
         self,
         chat: Chat,
         turn: LiveTurn,
-        sampling: Sampling,
+        sampling: Sampling | None,
         voice: Voice | None,
         *,
         heard_s: float,

@@ -45,7 +45,7 @@ class ListenOptions:
     pad_audio: bool = False
     barge_in: bool = True
     vad: VadSettings = VadSettings()
-    sampling: Sampling = Sampling()
+    sampling: Sampling | None = None  # None: as the model's authors sample it
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def live_turn(chat: Chat, instruction: str, options: ListenOptions) -> LiveTurn:
         chat,
         instruction,
         pad_audio=options.pad_audio,
-        max_tokens=options.sampling.max_tokens,
+        max_tokens=(options.sampling or Sampling()).max_tokens,
     )
 
 
