@@ -79,6 +79,12 @@ class MediaError(EdgeGemmaError):
     exit_code = 6
 
 
+class MediaWarning(UserWarning):
+    """What was done to an audio or image input so that it could be used; the command line shows it
+    as a note.
+    """
+
+
 class DeviceLost(MediaError):
     pass
 

@@ -17,8 +17,8 @@ PictureSource = Any
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    """A picture in a message: a path, a file's bytes, pixels ``[h, w, 3]`` uint8 or a Pillow image;
-    or its soft tokens ``[n, n_embd]`` float32 at once.
+    """A picture in a message: a path, a data URI, a file's bytes, an open file, pixels
+    ``[h, w, 3]`` uint8 or a Pillow image; or its soft tokens ``[n, n_embd]`` float32 at once.
 
     >>> Image(rows=np.zeros((256, 8), np.float32)).kind
     'image'
@@ -32,13 +32,13 @@ class Image:
 
 @dataclass(frozen=True, eq=False)
 class Audio:
-    """A sound in a message: a file, or mono samples at 16 kHz ``[n]`` float32; or its soft tokens
-    ``[n, n_embd]`` float32 at once.
+    """A sound in a message: a path, a data URI, a file's bytes, or mono samples at 16 kHz ``[n]``
+    float32; or its soft tokens ``[n, n_embd]`` float32 at once.
 
     ``Audio()`` alone is a clip still to be spoken: see :meth:`Prompt.listening`.
     """
 
-    source: str | os.PathLike[str] | np.ndarray | None = None
+    source: str | os.PathLike[str] | bytes | np.ndarray | None = None
     rows: np.ndarray | None = None
     kind = "audio"
 

@@ -7,15 +7,14 @@ module does not know prompts, templates or the KV cache.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
 
 from edge_gemma.bundles.folder import Bundle
-from edge_gemma.errors import UsageError
+from edge_gemma.errors import MediaError, UsageError
 from edge_gemma.hearing.encoder import AudioEncoder
-from edge_gemma.hearing.sound import read_audio
+from edge_gemma.hearing.sound import AudioSource, read_audio
 from edge_gemma.messages import Audio, Image, Part
 from edge_gemma.plan.records import Settings
 from edge_gemma.seeing.cache import SoftTokenCache
@@ -84,17 +83,20 @@ class Senses:
         picture = source if isinstance(source, Picture) else Picture(source)
         return self.pictures().encode(picture, image.size)
 
-    def encode_audio(self, source: str | os.PathLike[str] | np.ndarray | None) -> np.ndarray:
-        """A sound file, or mono samples at 16 kHz ``[n]`` float32 in [−1, 1], of at most 30 s →
-        soft tokens ``[n, n_embd]`` float32, real rows only.
+    def encode_audio(self, source: AudioSource | np.ndarray | None) -> np.ndarray:
+        """A sound file (a path, a data URI, its bytes), or mono samples at 16 kHz ``[n]`` float32
+        in [−1, 1], of at most 30 s → soft tokens ``[n, n_embd]`` float32, real rows only.
         """
         if source is None:
             raise UsageError(
                 "an empty Audio() is a clip still to be spoken; give it a file or samples"
             )
         encoder = self.audio()
-        samples = read_audio(source) if isinstance(source, str | os.PathLike) else source
-        return encoder.encode(samples)
+        if not isinstance(source, np.ndarray):
+            source = read_audio(source)
+        elif not source.size:
+            raise MediaError("the sound holds no samples; there is nothing to hear in it")
+        return encoder.encode(source)
 
     def audio(self) -> AudioEncoder:
         """The audio encoder, opened now if need be. Raises UnsupportedModel, BundleError."""

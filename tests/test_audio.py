@@ -83,9 +83,10 @@ def test_bad_files_are_named(tmp_path):
             read_audio(tmp_path / name)
 
 
-def test_a_header_without_frames_is_an_empty_clip(tmp_path):
+def test_a_header_without_frames_is_refused(tmp_path):
     soundfile.write(tmp_path / "nothing.wav", np.zeros(0), 16000)
-    assert len(read_audio(tmp_path / "nothing.wav")) == 0
+    with pytest.raises(MediaError, match="nothing.wav holds no samples"):
+        read_audio(tmp_path / "nothing.wav")
 
 
 def test_more_than_thirty_seconds_are_refused_whole(tmp_path):

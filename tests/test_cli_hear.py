@@ -1,5 +1,7 @@
 """The commands that hear, on the reference Gemma 3n with ears: output formats and every refusal."""
 
+import base64
+import io
 import json
 
 import hearing
@@ -110,6 +112,45 @@ def test_mistakes_are_answered_in_one_line(run, bundle, tmp_path, tiny_bundle, c
             and "Traceback" not in err
             and len(err.strip().splitlines()) == 1
         ), (arguments, err)
+
+
+@pytest.mark.compat(
+    kind="sound", what="a file without samples, in every command", happens="refused, exit code 6"
+)
+def test_no_samples_are_refused_by_every_command(run, bundle, tmp_path, monkeypatch):
+    nothing = tmp_path / "nothing.wav"
+    soundfile.write(nothing, np.zeros(0), 16000)
+    for arguments in (
+        ("transcribe", bundle, nothing),
+        ("translate", bundle, nothing),
+        ("ask", bundle, nothing, "What?"),
+        ("run", bundle, "What?", "--audio", nothing),
+    ):
+        code, out, err = run(*arguments, *SHORT)
+        assert code == 6 and "nothing.wav holds no samples" in err and "Traceback" not in err
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"/audio '{nothing}' what?\n"))
+    code, _, err = run("chat", bundle, *SHORT)
+    assert code == 0 and "nothing.wav holds no samples" in err
+
+
+@pytest.mark.compat(
+    kind="sound", what="what was done to hear a file", happens="a note by every command"
+)
+def test_notes_about_a_file_are_shown(run, bundle, tmp_path):
+    wave = np.sin(np.arange(16000) / 10) / 2
+    soundfile.write(tmp_path / "my clip.wav", np.stack([wave, -wave], axis=1), 16000)
+    quoted = f"'{tmp_path / 'my clip.wav'}'"
+    for arguments in (
+        ("transcribe", bundle, quoted),
+        ("ask", bundle, quoted, "What?"),
+        ("run", bundle, "What?", "--audio", quoted),
+    ):
+        code, _, err = run(*arguments, *SHORT)
+        assert code == 0 and "my clip.wav: its channels cancel each other" in err
+        assert "note: " in err and "Warning" not in err
+    data = base64.b64encode((tmp_path / "my clip.wav").read_bytes()).decode()
+    code, _, err = run("transcribe", bundle, f"data:audio/wav;base64,{data}", *SHORT)
+    assert code == 0 and "note: the sound: its channels cancel" in err
 
 
 def test_no_microphone_here(run, bundle, monkeypatch):

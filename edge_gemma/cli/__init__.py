@@ -9,6 +9,36 @@ Ctrl-C.
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+
+@contextmanager
+def _warnings_as_notes() -> Iterator[None]:
+    """What was done to a sound or picture so that it could be used, as a line on stderr."""
+    from edge_gemma.errors import MediaWarning
+
+    others = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, MediaWarning):
+            print(f"note: {message}", file=sys.stderr, flush=True)
+        else:
+            others(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", MediaWarning)
+        warnings.showwarning = show
+        yield
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -23,7 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
         # imported here: a small board takes seconds for it, and Ctrl-C must be quiet then too
         from edge_gemma.cli.app import app
 
-        app(args=arguments, prog_name="edge-gemma", obj=flags)
+        with _warnings_as_notes():
+            app(args=arguments, prog_name="edge-gemma", obj=flags)
     except EdgeGemmaError as error:
         if flags.debug:
             raise

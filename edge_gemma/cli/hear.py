@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -31,9 +30,10 @@ if TYPE_CHECKING:
     from edge_gemma.model import Model
 
 FileArg = Annotated[
-    Path | None,
+    str | None,
     typer.Argument(
-        metavar="FILE", help="A sound file (wav, flac, ogg, mp3) of any length, rate and channels."
+        metavar="FILE",
+        help="A sound file (wav, flac, ogg, mp3, m4a, webm …) of any length, rate and channels.",
     ),
 ]
 MicOption = Annotated[
@@ -72,7 +72,7 @@ def open_chat(
     return model, model.chat(system=system, pad_audio=options.pad_audio)
 
 
-def _check_source(file: Path | None, mic: bool) -> None:
+def _check_source(file: str | None, mic: bool) -> None:
     from edge_gemma.errors import UsageError
 
     if file is None and not mic:
@@ -81,7 +81,7 @@ def _check_source(file: Path | None, mic: bool) -> None:
         raise UsageError("give a sound file or --mic, not both")
 
 
-def _blocks(file: Path | None, microphone_name: str | None) -> Iterator[np.ndarray]:
+def _blocks(file: str | None, microphone_name: str | None) -> Iterator[np.ndarray]:
     """The file's blocks, or the microphone's: opened (a file) or found (a microphone) now, before a
     model is loaded.
     """
@@ -98,11 +98,8 @@ def _blocks(file: Path | None, microphone_name: str | None) -> Iterator[np.ndarr
 def _file_blocks(file: AudioFile) -> Iterator[np.ndarray]:
     with file:
         yield from file.blocks()
-        if file.truncated_at_s is not None:
-            note(
-                f"note: {file.path} ends at {file.truncated_at_s:.1f} s; its header promises "
-                f"{file.duration_s:.1f} s. It is truncated"
-            )
+        for text in file.notes:
+            note(f"note: {text}")
 
 
 def _microphone_blocks(microphone: Microphone) -> Iterator[np.ndarray]:
@@ -334,13 +331,10 @@ def ask(
 
 def _clip(path: str) -> np.ndarray:
     """A file's samples. Raises MediaError for none."""
-    from edge_gemma.errors import MediaError
     from edge_gemma.hearing.sound import read_audio
+    from edge_gemma.sources import typed
 
-    samples = read_audio(path)
-    if not len(samples):
-        raise MediaError(f"{path} holds no samples")
-    return samples
+    return read_audio(typed(path))
 
 
 def _one_utterance(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

@@ -16,7 +16,7 @@ from edge_gemma.conversation.chat import Chat
 from edge_gemma.conversation.live_turn import LiveTurn
 from edge_gemma.conversation.stream import Chunk
 from edge_gemma.hearing.samples import RATE_HZ
-from edge_gemma.hearing.sound import AudioFile
+from edge_gemma.hearing.sound import AudioFile, warn
 from edge_gemma.hearing.utterances import SpeechDetector, UtteranceEvent, VadSettings
 from edge_gemma.options import Sampling
 
@@ -122,6 +122,7 @@ def blocks_of(source: Source) -> Iterator[np.ndarray]:
         return
     with AudioFile(source) as file:
         yield from file.blocks()
+        warn(file.notes)
 
 
 def _events(blocks: Iterable[np.ndarray], detector: SpeechDetector) -> Iterator[UtteranceEvent]:

@@ -1,7 +1,7 @@
 """Sound files → blocks; any sampling rate → 16 kHz.
 
-In: a path. Out: blocks ``[n]`` float32 at 16 kHz mono, in order. Any rate and
-number of channels is taken (mean of the channels, soxr for the rate). It does not
+In: a path, a data URI or the bytes of a file. Out: blocks ``[n]`` float32 at 16 kHz mono, in order.
+Any rate and number of channels is taken (mean of the channels, soxr for the rate). It does not
 know devices, speech, features or models.
 """
 
@@ -9,106 +9,152 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
-from edge_gemma.errors import MediaError, MissingExtra, first_line
+from edge_gemma.errors import MediaError, MediaWarning, MissingExtra
+from edge_gemma.hearing.containers import Container, inspect
+from edge_gemma.hearing.decoders import Decoder, Frames, SoundFile
+from edge_gemma.hearing.mixing import Mixer
 from edge_gemma.hearing.samples import MAX_CLIP_S, RATE_HZ, check_samples
+from edge_gemma.sources import Wanted, data_uri_bytes, is_data_uri, local_file
+from edge_gemma.units import MiB
 
-_MIN_RATE_HZ, _MAX_RATE_HZ = 1000, 768_000
-_MAX_CHANNELS = 256
-_FILE_BLOCK = 1 << 16  # frames of a file read at a time
+AudioSource = str | os.PathLike[str] | bytes | bytearray
+
+MAX_DATA_BYTES = 256 * MiB  # of a sound file in memory
+_TYPES = ("audio/", "video/", "application/ogg")  # browsers record webm and mp4 as video/…
 _MISSING_S = 0.1  # a file may end so much before its header says
 # beyond it (115 days) the header's length is a placeholder of a program that
 # streamed the file
 _ABSURD_S = 1e7
+_MAX_FLOAT_PEAK = 2.0**32  # larger than any integer scale: the samples are no sound
 _SILENCE_DBFS = -120.0
 
 
 class AudioFile:
-    """A sound file (wav, flac, ogg, mp3 … whatever libsndfile reads), decoded as it
-    is asked for: memory does not grow with its length.
+    """A sound file (wav, flac, ogg, mp3, m4a, webm …), decoded as it is asked for: memory does not
+    grow with its length.
 
-    ``duration_s`` is what the header says; a truncated file has less, and
-    ``truncated_at_s`` is set once its end was read.
+    ``source`` is a path, a data URI or the bytes of a file. ``duration_s`` is what the header says,
+    infinite when it does not; a truncated file has less, and ``truncated_at_s`` is set once its end
+    was read. ``notes`` are sentences about what was done to hear it; some are known only then.
 
-    Raises MediaError: missing, empty, not audio; MissingExtra.
+    Raises MediaError: missing, empty, not audio, without samples, NaN; MissingExtra.
 
     >>> with AudioFile("clip.wav") as file:
     ...     round(file.duration_s, 2), sum(len(block) for block in file.blocks())
     (0.5, 8000)
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
-        try:
-            import soundfile
-        except ImportError:
-            raise MissingExtra("Reading sound files", "hear") from None
-        except OSError as error:
-            raise MediaError(
-                f"libsndfile cannot be loaded ({error}); on Debian type: sudo apt-get "
-                "install libsndfile1"
-            ) from None
-        if not self.path.is_file():
-            raise MediaError(f"no sound file at {self.path}")
-        if self.path.stat().st_size == 0:
-            raise MediaError(f"{self.path} is empty (0 bytes)")
-        try:
-            self._file = soundfile.SoundFile(self.path)
-        except soundfile.SoundFileError as error:
-            raise MediaError(
-                f"{self.path} is not a sound file that can be read ({first_line(error)}); "
-                "wav, flac, ogg and mp3 can. "
-                f"Others convert with: ffmpeg -i {self.path.name} -ar 16000 -ac 1 out.wav"
-            ) from None
-        self.rate_hz: int = self._file.samplerate
-        self.channels: int = self._file.channels
-        self._check_format()
-        self.duration_s: float = max(0, self._file.frames) / self.rate_hz
+    def __init__(self, source: AudioSource):
+        self._sound = _sound(source)
+        self.name = self._sound.name
+        self._decoder: Decoder = self._sound.decoder()
+        self.rate_hz: int = self._decoder.rate_hz
+        self.channels: int = self._decoder.channels
+        claimed_s = self._decoder.claimed_s
+        self.duration_s: float = math.inf if claimed_s is None else claimed_s
         self.truncated_at_s: float | None = None
+        self._notes = list(self._sound.container.notes)
+        self._mixer = Mixer()
+        try:
+            if not self.duration_s:
+                raise self._no_samples()
+            self._gain = self._float_gain() if self._decoder.is_float else None
+        except BaseException:
+            self.close()
+            raise
 
-    def _check_format(self) -> None:
-        rate_fits = _MIN_RATE_HZ <= self.rate_hz <= _MAX_RATE_HZ
-        if rate_fits and 1 <= self.channels <= _MAX_CHANNELS:
-            return
-        self._file.close()
-        raise MediaError(
-            f"{self.path} claims {self.rate_hz} Hz and {self.channels} channels; "
-            f"expected {_MIN_RATE_HZ} … {_MAX_RATE_HZ} Hz and 1 … {_MAX_CHANNELS}"
+    @property
+    def notes(self) -> list[str]:
+        """What somebody who listens to the file should know, as sentences."""
+        found = [*self._notes, self._mixer.note]
+        if self.truncated_at_s is not None:
+            is_told = self.truncated_at_s < self.duration_s < _ABSURD_S
+            promise = f"; its header promises {self.duration_s:.1f} s" if is_told else ""
+            found.append(f"ends at {self.truncated_at_s:.1f} s{promise}. It is truncated")
+        return [f"{self.name}: {text}" for text in found if text]
+
+    def _float_gain(self) -> np.float32 | None:
+        """What brings float samples into ±1, or None when they are. The file is read once for it.
+        Raises MediaError for samples that are no numbers.
+        """
+        peak, n_read = 0.0, 0
+        decoder = self._sound.decoder()
+        try:
+            for frames in decoder.frames():
+                samples = np.abs(frames.samples)
+                block_peak = float(samples.max(initial=0.0))  # NaN if any is NaN
+                if not block_peak <= _MAX_FLOAT_PEAK:
+                    raise self._no_sound(samples, n_read / frames.rate_hz, frames.rate_hz)
+                peak = max(peak, block_peak)
+                n_read += len(samples)
+        finally:
+            decoder.close()
+        if peak <= 1:
+            return None
+        self._notes.append(f"its samples reach {peak:.4g}, beyond ±1; they were divided by that")
+        return np.float32(1 / peak)
+
+    def _no_sound(self, samples: np.ndarray, at_s: float, rate_hz: int) -> MediaError:
+        """The error for ``samples [n, channels]``, magnitudes, that are NaN, infinite or huge."""
+        frame, channel = np.argwhere(~(samples <= _MAX_FLOAT_PEAK))[0]
+        value = samples[frame, channel]
+        what = "NaN" if np.isnan(value) else "infinity" if np.isinf(value) else f"{value:.4g}"
+        return MediaError(
+            f"{self.name} holds {what} at {at_s + frame / rate_hz:.3f} s, channel {channel + 1}; "
+            "expected samples in ±1. The recording or the program that wrote it is broken"
+        )
+
+    def _no_samples(self) -> MediaError:
+        promise = ""
+        if 0 < self.duration_s < _ABSURD_S:
+            promise = f", though its header promises {self.duration_s:.1f} s"
+        cut = "; it was cut before its sound" if self._sound.container.is_cut or promise else ""
+        return MediaError(
+            f"{self.name} holds no samples{promise}{cut}. There is nothing to hear in it"
         )
 
     def blocks(self) -> Iterator[np.ndarray]:
         """``[n]`` float32 at 16 kHz mono, n up to a few seconds. Raises MediaError
-        where the data is damaged.
+        where the data is damaged, or holds no samples at all.
         """
-        resample, n_read, last = Resampler(self.rate_hz), 0, False
-        while not last:
-            frames = self._read(at_s=n_read / self.rate_hz)
-            n_read += len(frames)
-            last = len(frames) < _FILE_BLOCK
-            block = resample.push(frames.mean(axis=1), last=last)
+        read_s = 0.0
+        for block, last_s in self._resampled():
+            read_s = last_s
             if len(block):
                 yield check_samples(block)
-        read_s = n_read / self.rate_hz
-        if read_s < self.duration_s - _MISSING_S and self.duration_s < _ABSURD_S:
+        if not read_s:
+            raise self._no_samples()
+        ends_early = read_s < self.duration_s - _MISSING_S and self.duration_s < _ABSURD_S
+        if ends_early or self._decoder.is_cut or self._sound.container.is_cut:
             self.truncated_at_s = read_s
 
-    def _read(self, at_s: float) -> np.ndarray:
-        """The next frames ``[n, channels]`` float32."""
-        import soundfile
+    def _resampled(self) -> Iterator[tuple[np.ndarray, float]]:
+        """Blocks at 16 kHz, and the seconds of the file read up to them."""
+        resampler, rate_hz, read_s = None, 0, 0.0
+        waiting: np.ndarray | None = None  # the block before: only its successor says if it is last
+        for frames in self._decoder.frames():
+            if resampler is not None and waiting is not None:
+                yield resampler.push(waiting, last=frames.rate_hz != rate_hz), read_s
+            if resampler is None or frames.rate_hz != rate_hz:
+                rate_hz = frames.rate_hz
+                resampler = Resampler(rate_hz)
+            waiting = self._mono(frames)
+            read_s += len(waiting) / rate_hz
+        if resampler is not None and waiting is not None:
+            yield resampler.push(waiting, last=True), read_s
 
-        try:
-            return self._file.read(_FILE_BLOCK, dtype="float32", always_2d=True)
-        except soundfile.SoundFileError as error:
-            raise MediaError(
-                f"{self.path} is damaged after {at_s:.1f} s ({first_line(error)})"
-            ) from None
+    def _mono(self, frames: Frames) -> np.ndarray:
+        """One channel within ±1, ``[n]`` float32."""
+        samples = frames.samples
+        return self._mixer.mono(samples if self._gain is None else samples * self._gain)
 
     def close(self) -> None:
-        self._file.close()
+        self._decoder.close()
 
     def __enter__(self) -> AudioFile:
         return self
@@ -117,25 +163,53 @@ class AudioFile:
         self.close()
 
 
-def read_audio(path: str | os.PathLike[str], *, max_s: float = MAX_CLIP_S) -> np.ndarray:
-    """A whole short file as ``[n]`` float32 at 16 kHz mono.
+def _sound(source: AudioSource) -> SoundFile:
+    """A path, a data URI or bytes → what is decoded. Raises MediaError."""
+    if isinstance(source, str) and is_data_uri(source):
+        source = data_uri_bytes(source, Wanted("sound", _TYPES, MAX_DATA_BYTES))
+    if isinstance(source, bytes | bytearray):
+        if not 1 <= len(source) <= MAX_DATA_BYTES:
+            raise MediaError(f"sound data of {len(source)} bytes; expected 1 to {MAX_DATA_BYTES}")
+        return _inspected("the sound", None, bytes(source))
+    path = local_file(source, "sound")
+    return _inspected(str(path), str(path), b"")
 
-    Raises MediaError: not audio, or longer than ``max_s`` seconds.
+
+def _inspected(name: str, path: str | None, data: bytes) -> SoundFile:
+    with SoundFile(name, path, data, Container()).open() as file:
+        return SoundFile(name, path, data, inspect(file))
+
+
+def read_audio(source: AudioSource, *, max_s: float = MAX_CLIP_S) -> np.ndarray:
+    """A whole short file as ``[n]`` float32 at 16 kHz mono, n ≥ 1. What had to be done to hear it
+    is a MediaWarning.
+
+    Raises MediaError: not audio, no samples, or longer than ``max_s`` seconds.
 
     >>> read_audio("clip.wav").shape
     (8000,)
     """
     blocks, n = [], 0
-    with AudioFile(path) as file:
+    with AudioFile(source) as file:
         for block in file.blocks():
             n += len(block)
             if n > max_s * RATE_HZ:
+                length = f" ({file.duration_s:.0f} s)" if file.duration_s < _ABSURD_S else ""
                 raise MediaError(
-                    f"{path} has more than {max_s:g} s ({file.duration_s:.0f} s), the "
+                    f"{file.name} has more than {max_s:g} s{length}, the "
                     "model's limit for one clip; `edge-gemma transcribe` takes any length"
                 )
             blocks.append(block)
-    return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+        warn(file.notes)
+    if not n:
+        raise MediaError(f"{file.name} is too short: it has no sample at 16 kHz")
+    return np.concatenate(blocks)
+
+
+def warn(notes: list[str]) -> None:
+    """Each note as a MediaWarning at the caller's caller."""
+    for text in notes:
+        warnings.warn(text, MediaWarning, stacklevel=3)
 
 
 class Resampler:
