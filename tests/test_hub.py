@@ -181,6 +181,99 @@ def test_a_bundle(server, bundle, reference, name, path):
     assert store.read_pulled(found.folder) == store.Pulled("org/bundle", COMMIT, path)
 
 
+ALIKE = (
+    "x-Q6_K.gguf",
+    "x-Q6_K_L.gguf",
+    "x-Q2_K.gguf",
+    "x-Q2_K_S.gguf",
+    "x-UD-Q2_K_XL.gguf",
+    "x-IQ2_M.gguf",
+    "x-Q4_K_M.gguf",
+    "x-qat-Q4_K_M.gguf",
+    "x-Q5_K_M-imat.gguf",
+    "x-BF16.gguf",
+    "x.F16.gguf",
+    "x-F16-00001-of-00002.gguf.part",
+    "big-Q8_0-00001-of-00002.gguf",
+    "big-Q8_0-00002-of-00002.gguf",
+    "MXFP4/x-1.gguf",
+    "mmproj-x-F16.gguf",
+)
+
+
+@pytest.fixture
+def alike(server, gguf):
+    """A repository of files whose names hold each other's quantization."""
+    server.files["org/alike"] = {name: gguf.read_bytes() for name in ALIKE}
+    return server
+
+
+@pytest.mark.compat(
+    kind="gguf", what="`pull ORG/NAME:Q6_K` beside Q6_K_L", happens="exactly that file"
+)
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("Q6_K", "x-Q6_K"),
+        ("q6_k", "x-Q6_K"),
+        ("Q6_K_L", "x-Q6_K_L"),
+        ("Q2_K", "x-Q2_K"),
+        ("Q2_K_S", "x-Q2_K_S"),
+        ("Q2_K_XL", "x-UD-Q2_K_XL"),
+        ("UD-Q2_K_XL", "x-UD-Q2_K_XL"),
+        ("IQ2_M", "x-IQ2_M"),
+        ("Q5_K_M", "x-Q5_K_M-imat"),
+        ("BF16", "x-BF16"),
+        ("F16", "x.F16"),
+        ("f16", "x.F16"),
+        ("x.F16.gguf", "x.F16"),
+        ("MXFP4", "x-1"),
+        ("qat", "x-qat-Q4_K_M"),
+        ("x-Q4_K_M", "x-Q4_K_M"),
+    ],
+)
+def test_a_quantization_names_exactly_one_file(alike, part, name):
+    bundle = get(alike, f"org/alike:{part}")
+    (path,) = [path for path in ALIKE if path.endswith(f"{name}.gguf") and "mmproj" not in path]
+    assert bundle.folder.name == name
+    assert store.read_pulled(bundle.folder) == store.Pulled("org/alike", COMMIT, path)
+
+
+@pytest.mark.compat(
+    kind="gguf", what="`pull` with a name that fits none or several", happens="refused with a list"
+)
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("Q6", "has no files for 'Q6'; its GGUF files: .*x-Q6_K.gguf"),
+        ("Q2_K_M", "has no files for 'Q2_K_M'"),
+        ("F32", "has no files for 'F32'"),
+        ("K_M", "has 3 files for 'K_M'"),
+        ("Q4_K_M", "has 2 files for 'Q4_K_M'"),
+        ("Q6_K.gguf", "has no files for 'Q6_K.gguf'"),
+        ("Q8_0", "one part of a split GGUF"),
+    ],
+)
+def test_no_other_file_is_taken_for_it(alike, part, message):
+    with pytest.raises(HubError, match=message):
+        get(alike, f"org/alike:{part}")
+    assert store.ls() == []
+
+
+def test_what_is_installed_is_taken_for_nothing_else(alike):
+    get(alike, "org/alike:BF16")
+    get(alike, "org/alike:Q6_K_L")
+    get(alike, "org/alike:Q5_K_M-imat")
+    assert get(alike, "org/alike:F16").folder.name == "x.F16"
+    assert get(alike, "org/alike:Q6_K").folder.name == "x-Q6_K"
+    alike.files["org/alike"]["x-Q5_K_M.gguf"] = alike.files["org/alike"]["x-Q6_K.gguf"]
+    assert get(alike, "org/alike:Q5_K_M").folder.name == "x-Q5_K_M"
+    alike.requests.clear()
+    assert get(alike, "org/alike:bf16").folder.name == "x-BF16"
+    assert get(alike, "org/alike:x.F16.gguf").folder.name == "x.F16"
+    assert alike.requests == []
+
+
 def test_what_is_installed_is_not_asked_for_again(server):
     first = get(server, "org/one")
     server.requests.clear()

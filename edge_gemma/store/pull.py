@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import msgspec
 
@@ -20,7 +20,14 @@ from edge_gemma.errors import BundleError, HashMismatch, HubError, UsageError
 from edge_gemma.files import written_whole
 from edge_gemma.store.hub import Progress, disk_errors, fetch, list_repository, locked
 from edge_gemma.store.installed import PULLED, Pulled, bundles, check_name, home, ls, read_pulled
-from edge_gemma.store.reference import Listing, Reference, choose, default_name, parse_reference
+from edge_gemma.store.reference import (
+    Listing,
+    Reference,
+    choose,
+    default_name,
+    is_meant,
+    parse_reference,
+)
 
 
 def pull(
@@ -128,10 +135,7 @@ def _installed(wanted: Reference, name: str | None) -> Path | None:
             len(wanted.revision) >= 7 and pulled.commit.startswith(wanted.revision)
         ):
             continue
-        if (
-            wanted.path in ("", pulled.path)
-            or wanted.path.lower() in PurePosixPath(pulled.path).name.lower()
-        ):
+        if wanted.path in ("", pulled.path) or is_meant(wanted.path, pulled.path):
             return entry.folder
     return None
 
