@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
-from edge_gemma.bundles.gguf import read_header
+from edge_gemma.bundles.gguf import GGML_TYPES, read_header
 
 UINT8, INT8, UINT16, INT16, UINT32, INT32, FLOAT32, BOOL = range(8)
 STRING, ARRAY, UINT64, INT64, FLOAT64 = range(8, 13)
@@ -84,6 +85,36 @@ class Parts:
         else:
             pairs[key] = value
         return Parts(pairs, self.n_tensors, self.table, self.data)
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], int, bytes]]:
+        """name → (shape in ggml order, ggml type, data)."""
+        found, at = {}, 0
+        ranges: list[tuple[str, tuple[int, ...], int, int]] = []
+        for _ in range(self.n_tensors):
+            (length,) = struct.unpack_from("<Q", self.table, at)
+            name = self.table[at + 8 : at + 8 + length].decode()
+            at += 8 + length
+            (n_dims,) = struct.unpack_from("<I", self.table, at)
+            shape = struct.unpack_from(f"<{n_dims}Q", self.table, at + 4)
+            at += 4 + 8 * n_dims
+            kind, offset = struct.unpack_from("<IQ", self.table, at)
+            at += 12
+            ranges.append((name, shape, kind, offset))
+        for name, shape, kind, offset in ranges:
+            _, block, block_bytes = GGML_TYPES[kind]
+            nbytes = prod(shape) // block * block_bytes
+            found[name] = (shape, kind, self.data[offset : offset + nbytes])
+        return found
+
+    def with_tensors(self, changed: dict[str, tuple[tuple[int, ...], int, bytes]]) -> Parts:
+        """A copy with these tensors instead or in addition, behind the others."""
+        table, data = b"", b""
+        tensors = self.tensors() | changed
+        for name, (shape, kind, values) in tensors.items():
+            table += text(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+            table += struct.pack("<IQ", kind, len(data))
+            data += values + b"\0" * (-len(values) % 32)
+        return Parts({**self.pairs}, len(tensors), table, data)
 
 
 def _end(raw: bytes, at: int) -> int:

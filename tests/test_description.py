@@ -33,17 +33,21 @@ from ggufs import (
 from edge_gemma.bundles.description import describe
 from edge_gemma.errors import BundleError, UnsupportedModel
 
-# Loads each file, decodes 38 tokens, and says which it was before llama.cpp could abort.
+# Loads each file as a bundle of it is loaded, decodes 38 tokens, and says which it was before
+# llama.cpp could abort.
 RUN_EACH = """
 import sys
 import numpy as np
+from edge_gemma.bundles.description import describe
 from edge_gemma.engines.llama.decoder import Decoder
+from edge_gemma.engines.llama.weights import overrides
 from edge_gemma.plan.records import Settings
 from edge_gemma.spans import Tokens
 
 for path in sys.stdin.read().splitlines():
     print(path, end=" ", flush=True)
-    decoder = Decoder(path, Settings(n_ctx=128, n_ubatch=64))
+    settings, known = Settings(n_ctx=128, n_ubatch=64), overrides(describe(path))
+    decoder = Decoder(path, settings, overrides=known)
     logits = np.concatenate(list(decoder.context(n_outputs=64).evaluate([Tokens(range(2, 40))])))
     decoder.close()
     print("finite" if np.isfinite(logits).all() else "NaN", flush=True)

@@ -12,7 +12,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_gemma.bundles.gguf import Header, Skipped, read_header
+from edge_gemma.bundles.gguf import Header, Skipped, TensorInfo, read_header
 from edge_gemma.bundles.manifest import MAX_COUNT, DecoderPart, Family, KvLayer, Tensor, Use
 from edge_gemma.bundles.metadata import Metadata
 from edge_gemma.bundles.token_roles import read_roles
@@ -46,6 +46,8 @@ _NUMBERS = {
     "final_logit_softcapping": (0.0, 1e6),
     "attn_logit_softcapping": (0.0, 1e6),
 }
+# what Ollama calls the tensors of encoders that it keeps in the decoder's file
+_ENCODER_PREFIXES = ("v.", "mm.", "a.")
 # types that llama.cpp multiplies no weight in
 _NO_WEIGHT_TYPES = ("I8", "I16", "I32", "I64", "F64")
 
@@ -124,9 +126,12 @@ def expected_tensors(family: Family, d: dict[str, int]) -> dict[str, tuple[tuple
     return result
 
 
-def describe(path: str | Path) -> Description:
+def describe(path: str | Path, *, repairable: bool = False) -> Description:
     """Read a GGUF's header and check that it is a Gemma this runtime can run. Raises BundleError,
     UnsupportedModel (the file's name, and the key's where one is at fault).
+
+    ``repairable``: let pass what an import writes otherwise: tensors of an encoder beside the
+    decoder's (they are not in the table), and norms in F16 or BF16.
     """
     path = Path(path)
     header = read_header(path)
@@ -134,12 +139,12 @@ def describe(path: str | Path) -> Description:
     family = _family(meta, path)
     _check_file_kind(meta, path)
     vocabulary = _vocabulary(header, meta)
-    dims = _dimensions(meta, path, family, vocabulary.length)
+    dims = _dimensions(header, meta, path, family, vocabulary.length)
     _check_numbers(meta, family, dims)
     if family == "gemma3n":
         _check_gemma3n(meta, path, dims["n_layer"])
 
-    uses = _check_tensors(header, path, family, dims)
+    uses = _check_tensors(header, path, family, dims, repairable)
     sliding_window, kv_layers = _kv_layers(meta, family, dims["n_layer"])
     with open(path, "rb") as file:
         header_sha256 = hashlib.sha256(file.read(header.data_offset)).hexdigest()
@@ -154,6 +159,7 @@ def describe(path: str | Path) -> Description:
         tensors=tuple(
             Tensor(t.name, t.type, t.shape, t.offset, t.nbytes, uses[t.name])
             for t in header.tensors
+            if t.name in uses
         ),
         **dims,
     )
@@ -242,8 +248,16 @@ def _flag_notes(meta: Metadata) -> list[str]:
     return notes
 
 
-def _dimensions(meta: Metadata, path: Path, family: Family, n_vocab: int) -> dict[str, int]:
-    """The decoder's dimensions by their names in the manifest."""
+def _dimensions(
+    header: Header, meta: Metadata, path: Path, family: Family, n_vocab: int
+) -> dict[str, int]:
+    """The decoder's dimensions by their names in the manifest.
+
+    The size of a head is that of its norm where the file does not say it; llama.cpp would take
+    n_embd / n_head, which no Gemma has, so the engine is told.
+    """
+    norm = header.tensor("blk.0.attn_q_norm.weight")
+    default_head_dim = norm.shape[0] if norm is not None else 256
     n_layer = meta.integer(f"{family}.block_count", 1, MAX_LAYERS)
 
     def per_layer(key: str, default: int | None = None) -> int:
@@ -254,7 +268,7 @@ def _dimensions(meta: Metadata, path: Path, family: Family, n_vocab: int) -> dic
         "n_embd": meta.integer(f"{family}.embedding_length", 1, MAX_COUNT),
         "n_ff": per_layer("feed_forward_length"),
         "n_head": per_layer("attention.head_count"),
-        "head_dim": meta.integer(f"{family}.attention.key_length", 1, MAX_COUNT, 256),
+        "head_dim": meta.integer(f"{family}.attention.key_length", 1, MAX_COUNT, default_head_dim),
         "n_vocab": n_vocab,
         "ple_width": 0,
     }
@@ -262,7 +276,8 @@ def _dimensions(meta: Metadata, path: Path, family: Family, n_vocab: int) -> dic
         key = f"{family}.embedding_length_per_layer_input"
         dims["ple_width"] = meta.integer(key, GEMMA3N_PLE_WIDTH, GEMMA3N_PLE_WIDTH)
     dims["n_head_kv"] = per_layer("attention.head_count_kv", dims["n_head"])
-    value_length = meta.integer(f"{family}.attention.value_length", 1, MAX_COUNT, 256)
+    key = f"{family}.attention.value_length"
+    value_length = meta.integer(key, 1, MAX_COUNT, default_head_dim)
     if value_length != dims["head_dim"] or dims["n_head"] % dims["n_head_kv"]:
         raise UnsupportedModel(
             f"{path}: {dims['n_head']} heads with {family}.attention.head_count_kv "
@@ -326,7 +341,7 @@ def _check_gemma3n(meta: Metadata, path: Path, n_layer: int) -> None:
 
 
 def _check_tensors(
-    header: Header, path: Path, family: Family, dims: dict[str, int]
+    header: Header, path: Path, family: Family, dims: dict[str, int], repairable: bool
 ) -> dict[str, Use]:
     expected = expected_tensors(family, dims)
     head: tuple[tuple[int, ...], Use] = ((dims["n_embd"], dims["n_vocab"]), "matmul")
@@ -335,6 +350,8 @@ def _check_tensors(
         expected["output.weight"] = head
     uses: dict[str, Use] = {}
     for tensor in header.tensors:
+        if repairable and tensor.name.startswith(_ENCODER_PREFIXES):
+            continue
         if tensor.name not in expected:
             raise UnsupportedModel(
                 f"{path} holds the tensor {tensor.name!r}, which a {family} of "
@@ -348,21 +365,26 @@ def _check_tensors(
                 f"{path}: tensor {tensor.name!r} has shape {list(tensor.shape)}, the "
                 f"header's numbers say {list(shape)}"
             )
-        if len(shape) == 1 and tensor.type != "F32":
-            raise UnsupportedModel(
-                f"{path}: tensor {tensor.name!r} is {tensor.type}; llama.cpp computes norms in F32"
-            )
-        if tensor.type in _NO_WEIGHT_TYPES:
-            raise UnsupportedModel(
-                f"{path}: tensor {tensor.name!r} is {tensor.type}; llama.cpp multiplies no weights "
-                "of that type"
-            )
+        _check_type(tensor, path, repairable)
         uses[tensor.name] = use
     if expected:
         raise BundleError(
             f"{path} lacks {len(expected)} tensors, among them {next(iter(expected))!r}"
         )
     return uses
+
+
+def _check_type(tensor: TensorInfo, path: Path, repairable: bool) -> None:
+    widened = ("F32", "F16", "BF16") if repairable else ("F32",)
+    if len(tensor.shape) == 1 and tensor.type not in widened:
+        raise UnsupportedModel(
+            f"{path}: tensor {tensor.name!r} is {tensor.type}; llama.cpp computes norms in F32"
+        )
+    if tensor.type in _NO_WEIGHT_TYPES:
+        raise UnsupportedModel(
+            f"{path}: tensor {tensor.name!r} is {tensor.type}; llama.cpp multiplies no weights "
+            "of that type"
+        )
 
 
 def _kv_layers(meta: Metadata, family: Family, n_layer: int) -> tuple[int, tuple[KvLayer, ...]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -52,6 +53,21 @@ GGML_TYPES: dict[int, tuple[str, int, int]] = {
     35: ("TQ2_0", 256, 66),
     39: ("MXFP4", 32, 17),
 }
+# known by name only: types of intermediate results, of one vendor's kernels, and withdrawn ones
+_OTHER_TYPES = {
+    4: "Q4_2",
+    5: "Q4_3",
+    9: "Q8_1",
+    15: "Q8_K",
+    31: "Q4_0_4_4",
+    32: "Q4_0_4_8",
+    33: "Q4_0_8_8",
+    36: "IQ4_NL_4_4",
+    37: "IQ4_NL_4_8",
+    38: "IQ4_NL_8_8",
+    40: "NVFP4",
+    41: "Q1_0",
+}
 TYPE_SIZES = {name: (block, nbytes) for name, block, nbytes in GGML_TYPES.values()}
 TYPE_IDS = {name: number for number, (name, _, _) in GGML_TYPES.items()}
 
@@ -69,6 +85,7 @@ _SCALARS = {
     12: "d",
 }
 _STRING, _ARRAY = 8, 9
+_ARRAY_HEAD = 12  # bytes before an array's first item: type and count
 _TYPE_NAMES = {
     0: "uint8",
     1: "int8",
@@ -121,6 +138,7 @@ class Header:
     kv_range: tuple[int, int]  # bytes of the key/value section, to copy it verbatim
     data_offset: int  # = bytes of the header with its padding
     file_bytes: int = field(default=0)
+    offsets: dict[str, int] = field(default_factory=dict)  # of each array's first item, absolute
 
     def tensor(self, name: str) -> TensorInfo | None:
         return next((t for t in self.tensors if t.name == name), None)
@@ -164,6 +182,16 @@ def find_strings(path: str | Path, array: Skipped, wanted: set[str]) -> dict[str
                     break
             at += 8 + n
     return found
+
+
+def read_strings(path: str | Path, array: Skipped) -> Iterator[bytes]:
+    """The strings of an array that :func:`read_header` stepped over."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        unpack, at = struct.Struct("<Q").unpack_from, array.offset
+        for _ in range(array.length):
+            n = unpack(view, at)[0]
+            yield view[at + 8 : at + 8 + n]
+            at += 8 + n
 
 
 class _Truncated(Exception):
@@ -247,18 +275,24 @@ def _parse(cursor: _Cursor, path: Path) -> Header:
     kv_start = cursor.at
     metadata: dict[str, Value] = {}
     types: dict[str, str] = {}
+    offsets: dict[str, int] = {}
     for i in range(n_keys):
         key = cursor.string(f"key {i}", limit=65_535)
         if key in metadata:
             raise _Truncated(f"key {key!r} occurs twice")
-        types[key], metadata[key] = _value(cursor, cursor.scalar("I", key), key)
+        kind = cursor.scalar("I", key)
+        offsets[key] = cursor.at + _ARRAY_HEAD
+        types[key], metadata[key] = _value(cursor, kind, key)
     kv_range = (kv_start, cursor.at)
 
     alignment = _alignment(metadata, types)
     infos = [_tensor_info(cursor, path) for _ in range(n_tensors)]
     data_offset = -(-cursor.at // alignment) * alignment
     tensors = _tensors(infos, data_offset, alignment, cursor.end)
-    return Header(version, metadata, types, tensors, alignment, kv_range, data_offset, cursor.end)
+    arrays = {key: at for key, at in offsets.items() if types[key].startswith("array")}
+    return Header(
+        version, metadata, types, tensors, alignment, kv_range, data_offset, cursor.end, arrays
+    )
 
 
 def _alignment(metadata: dict[str, Value], types: dict[str, str]) -> int:
@@ -306,8 +340,11 @@ def _tensor_info(cursor: _Cursor, path: Path) -> _Info:
     shape = tuple(cursor.scalar("Q", name) for _ in range(n_dims))
     kind, offset = cursor.scalar("I", name), cursor.scalar("Q", name)
     if kind not in GGML_TYPES:
+        known = _OTHER_TYPES.get(kind)
+        what = f"is {known}" if known else f"has ggml type {kind}"
         raise UnsupportedModel(
-            f"{path}: tensor {name!r} has ggml type {kind}, which this version does not know"
+            f"{path}: tensor {name!r} {what}, which this version does not read; take a file of "
+            "another quantization"
         )
     if any(n <= 0 or n >= 1 << 40 for n in shape) or prod(shape) >= 1 << 48:
         raise _Truncated(f"tensor {name!r} claims the shape {shape}")

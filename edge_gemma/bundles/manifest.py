@@ -114,7 +114,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     version: int = VERSION
     name: str
     family: Family
-    instruct: bool  # has a chat template, i.e. was tuned to follow turns
+    instruct: bool  # was tuned to follow turns: has a chat template, or somebody said so
     decoder: DecoderPart
     source: Source
     files: dict[str, File]

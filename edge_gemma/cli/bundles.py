@@ -10,11 +10,13 @@ import typer
 from edge_gemma.cli.common import (
     BundleArg,
     ForceOption,
+    InstructOption,
     JsonOption,
     NameOption,
     Progress,
     RelayoutOption,
     VisionEncoderOption,
+    note,
     open_bundle,
     print_json,
     table,
@@ -36,6 +38,7 @@ def import_(
     gguf: Annotated[Path, typer.Argument(metavar="FILE.gguf", help="A Gemma 3 or Gemma 3n GGUF.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The bundle's folder, to be made.")],
     relayout: RelayoutOption = False,
+    instruct: InstructOption = False,
     mmproj: Annotated[
         Path | None,
         typer.Option(
@@ -65,16 +68,26 @@ def import_(
             gguf,
             out,
             relayout=relayout,
+            instruct=instruct,
             overwrite=force,
             name=name,
             write_vision=write_vision,
             progress=progress.add_bytes,
         )
-    total_bytes = bundle.total_bytes()
+    manifest, total_bytes = bundle.manifest, bundle.total_bytes()
     if as_json:
-        print_json({"bundle": bundle.folder, "name": bundle.manifest.name, "bytes": total_bytes})
-    else:
-        print(f"{bundle.folder}: {bundle.manifest.name}, {format_bytes(total_bytes)}")
+        print_json(
+            {
+                "bundle": bundle.folder,
+                "name": manifest.name,
+                "bytes": total_bytes,
+                "notes": manifest.notes,
+            }
+        )
+        return
+    for said in manifest.notes:
+        note(f"note: {said}")
+    print(f"{bundle.folder}: {manifest.name}, {format_bytes(total_bytes)}")
 
 
 def inspect(
@@ -132,6 +145,7 @@ def _facts(bundle: Bundle) -> list[tuple[str, str]]:
         ("recipe", ", ".join(f"{key} {value}" for key, value in manifest.recipe.items()) or "–"),
         ("source", f"{manifest.source.origin} ({manifest.source.tool})"),
         ("licence", manifest.source.licence),
+        *(("note", said) for said in manifest.notes),
     ]
     if manifest.quality:
         rows.append(("quality", ", ".join(map(_figure, manifest.quality.items()))))

@@ -111,6 +111,14 @@ NameOption = Annotated[
     typer.Option("--name", help="The bundle's name. Default: taken from its source."),
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+InstructOption = Annotated[
+    bool,
+    typer.Option(
+        "--instruct",
+        help="The weights follow turns although the GGUF has no chat template: Gemma's own is "
+        "used.",
+    ),
+]
 RelayoutOption = Annotated[
     bool,
     typer.Option(

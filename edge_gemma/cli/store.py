@@ -11,6 +11,7 @@ import typer
 from edge_gemma.cli.common import (
     INTERRUPTED,
     ForceOption,
+    InstructOption,
     JsonOption,
     NameOption,
     Progress,
@@ -45,6 +46,7 @@ def pull(
     name: NameOption = None,
     force: ForceOption = False,
     relayout: RelayoutOption = False,
+    instruct: InstructOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Install a bundle or a GGUF from the Hugging Face hub.
@@ -57,7 +59,12 @@ def pull(
     try:
         with Progress() as progress:
             bundle = fetch(
-                reference, name=name, force=force, relayout=relayout, on_progress=progress.bytes
+                reference,
+                name=name,
+                force=force,
+                relayout=relayout,
+                instruct=instruct,
+                on_progress=progress.bytes,
             )
     except KeyboardInterrupt:
         note(f"\nstopped; what arrived is kept. Go on with: edge-gemma pull {reference}")
@@ -73,9 +80,12 @@ def pull(
                 "family": manifest.family,
                 "fetched": progress.started,
                 "licence": licence,
+                "notes": manifest.notes,
             }
         )
         return
+    for said in manifest.notes if progress.started else ():
+        note(f"note: {said}")
     note(f"licence: {GEMMA_TERMS if licence.lower() == 'gemma' else licence}")
     state = "installed" if progress.started else "already there"
     print(

@@ -250,7 +250,8 @@ def chat(
         if not manifest.instruct:
             note(
                 f"{manifest.name} holds base weights: they continue text rather than answer. "
-                "For conversation use an instruct bundle (its name ends in -it)."
+                "For conversation use an instruct bundle (its name ends in -it); a GGUF that has "
+                "no chat template and follows turns is imported with --instruct."
             )
         if sys.stdin.isatty():
             note(f"{manifest.name}, {talk.session.n_ctx} tokens of context. /help for commands.")

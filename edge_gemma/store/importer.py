@@ -1,41 +1,30 @@
 """An existing Gemma 3 / Gemma 3n GGUF → a bundle.
 
-In: a GGUF. Out: a bundle folder with the file hard-linked (else copied, or rewritten cold-first)
-and a manifest. Every tensor's name and shape is held against the family's table here, because
-llama.cpp would divide by zero, assert or answer nonsense on some contradictions. ``describe`` is
-shared with the converter, so there is one derivation of the facts.
+In: a GGUF, of whoever's making. Out: a bundle folder with the file hard-linked (else copied, or
+rewritten: cold-first when asked for, and where something must be repaired) and a manifest whose
+notes say what was repaired or left out. Every tensor's name and shape is held against the family's
+table here, because llama.cpp would divide by zero, assert or answer nonsense on some
+contradictions. ``describe`` is shared with the converter, so there is one derivation of the facts.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
-from edge_gemma.bundles.description import (
-    Description,
-    describe,
-)
-from edge_gemma.bundles.folder import Bundle, BundleWriter, file_entry
-from edge_gemma.bundles.gguf import (
-    TYPE_IDS,
-    TensorInfo,
-    layout_rank,
-    read_header,
-)
-from edge_gemma.bundles.manifest import (
-    File,
-    Manifest,
-    Source,
-    VisionPart,
-)
-from edge_gemma.errors import BundleError
+import msgspec
 
-Progress = Callable[[int], None]
+from edge_gemma.bundles.description import Description, describe
+from edge_gemma.bundles.folder import Bundle, BundleWriter, file_entry
+from edge_gemma.bundles.gguf import read_header
+from edge_gemma.bundles.manifest import Manifest, Source, VisionPart
+from edge_gemma.bundles.token_roles import SPECIAL_TOKENS
+from edge_gemma.errors import UnsupportedModel
+from edge_gemma.store.repairs import Repairs, find_repairs
+from edge_gemma.store.rewrite import Progress, link_or_copy, rewritten
+
 WriteVision = Callable[[Path, Description], VisionPart]
+_TURNS = {name: SPECIAL_TOKENS[name] for name in ("start_of_turn", "end_of_turn")}
 
 
 def import_gguf(
@@ -43,6 +32,7 @@ def import_gguf(
     out: str | Path,
     *,
     relayout: bool = False,
+    instruct: bool = False,
     overwrite: bool = False,
     name: str | None = None,
     origin: str | None = None,
@@ -51,7 +41,9 @@ def import_gguf(
 ) -> Bundle:
     """Make a bundle of a GGUF.
 
-    Hard link where the file system allows it, else a copy; ``relayout`` rewrites it cold-first.
+    Hard link where the file system allows it, else a copy; ``relayout`` rewrites it cold-first, and
+    so does a repair that the file itself needs. ``instruct``: the weights follow turns although the
+    file has no chat template.
 
     ``write_vision(folder, description)`` adds a vision encoder to the bundle: see
     :func:`edge_gemma.convert.mmproj.vision_writer`.
@@ -60,120 +52,72 @@ def import_gguf(
     (the disk).
     """
     path = Path(path)
-    description = describe(path)
-    from edge_gemma.engines.llama.library import (
-        check_loads,  # late: starts a child process with llama.cpp
+    found = describe(path, repairable=True)
+    _check_turns(path, found, instruct)
+    repairs = find_repairs(path, read_header(path), found)
+    rewrites = relayout or repairs.needs_copy
+    from edge_gemma.engines.llama.check import (
+        check_runs,  # late: starts a child process with llama.cpp
     )
 
     with BundleWriter(out, overwrite=overwrite) as writer:
-        target = writer.folder / description.decoder.file
-        if relayout:
-            entry = relayout_gguf(path, target, progress)
-            description = describe(target)
+        target = writer.folder / found.decoder.file
+        if rewrites:
+            entry = rewritten(path, target, repairs, progress)
         else:
-            entry = _link_or_copy(path, target, progress)
-        check_loads(target)
-        files, seeing = {description.decoder.file: entry}, None
-        if write_vision is not None:
-            seeing = write_vision(writer.folder, description)
-            files |= {
-                file.name: file_entry(file)
-                for file in sorted(writer.folder.glob(f"{seeing.file}*"))
-            }
+            entry = link_or_copy(path, target, progress)
+        description = describe(target)
         manifest = Manifest(
-            name=name or description.name,
+            name=name or found.name,
             family=description.family,
-            instruct=description.chat_template is not None,
+            instruct=instruct or description.chat_template is not None,
             decoder=description.decoder,
             source=Source(
                 origin=origin or path.name,
-                sha256=None if relayout else entry.sha256,
+                sha256=None if rewrites else entry.sha256,
                 licence=description.licence,
                 tool="edge-gemma import",
             ),
-            files=files,
-            vision=seeing,
+            files={description.decoder.file: entry},
             chat_template=description.chat_template,
             special_tokens=description.special_tokens,
             end_tokens=description.end_tokens,
-            notes=description.notes,
-            recipe={"name": "imported", "relayout": "cold-first" if relayout else "as found"},
+            recipe={"name": "imported", "relayout": "cold-first" if rewrites else "as found"},
+            notes=_notes(found, repairs, instruct),
         )
-        return writer.commit(manifest)
+        check_runs(writer.folder, manifest)
+        return writer.commit(_with_vision(manifest, writer.folder, description, write_vision))
 
 
-def _link_or_copy(path: Path, target: Path, progress: Progress) -> File:
-    try:
-        os.link(path.resolve(), target)
-        return file_entry(target, progress)
-    except OSError:  # another file system, or one without hard links: copy, hashing on the way
-        digest, size = hashlib.sha256(), 0
-        with open(path, "rb") as source, open(target, "wb") as sink:
-            while chunk := source.read(4 << 20):
-                sink.write(chunk)
-                digest.update(chunk)
-                size += len(chunk)
-                progress(len(chunk))
-        shutil.copystat(path, target)
-        return File(size=size, sha256=digest.hexdigest())
+def _check_turns(path: Path, found: Description, instruct: bool) -> None:
+    """That the tokens of turns are there where turns are written."""
+    for name, text in _TURNS.items():
+        written = instruct or text in (found.chat_template or "")
+        if written and name not in found.special_tokens:
+            why = "--instruct needs it" if instruct else "its chat template writes it"
+            raise UnsupportedModel(f"{path}: the vocabulary has no token {text}, and {why}")
 
 
-def relayout_gguf(path: Path, target: Path, progress: Progress = lambda n_bytes: None) -> File:
-    """Rewrite a GGUF with cold tensors first and hot ones last: pages populated last survive a
-    tight limit best.
-
-    The key/value section is copied byte for byte; only the tensor table's order and offsets change.
-    """
-    header, uses = read_header(path), {t.name: t.use for t in describe(path).decoder.tensors}
-    order = sorted(header.tensors, key=lambda t: layout_rank(uses[t.name], t.type, len(t.shape)))
-    digest, size = hashlib.sha256(), 0
-    with open(path, "rb") as source, open(target, "wb") as sink:
-
-        def put(data: bytes) -> None:
-            nonlocal size
-            sink.write(data)
-            digest.update(data)
-            size += len(data)
-            progress(len(data))
-
-        def pad() -> None:
-            put(b"\0" * (-size % header.alignment))
-
-        source.seek(header.kv_range[0])
-        n_keys = len(header.metadata)
-        put(
-            b"GGUF"
-            + struct.pack("<IQQ", header.version, len(order), n_keys)
-            + source.read(header.kv_range[1] - header.kv_range[0])
+def _notes(found: Description, repairs: Repairs, instruct: bool) -> tuple[str, ...]:
+    notes = [*found.notes, *repairs.notes]
+    if repairs.needs_copy:
+        notes.append("the bundle holds a corrected copy; the file itself is as it was")
+    if found.chat_template is None and instruct:
+        notes.append("it has no chat template; Gemma's own turns are written")
+    elif found.chat_template is None:
+        notes.append(
+            "it has no chat template, so it was taken for base weights, which continue a text; if "
+            "it follows turns, import it again with --instruct"
         )
-        put(_tensor_table(order, header.alignment))
-        pad()
-        for tensor in order:
-            source.seek(tensor.offset)
-            left = tensor.nbytes
-            while left:
-                chunk = source.read(min(left, 4 << 20))
-                if not chunk:
-                    raise BundleError(
-                        f"{path} ended inside the tensor {tensor.name!r} while it was read"
-                    )
-                put(chunk)
-                left -= len(chunk)
-            pad()
-    return File(size=size, sha256=digest.hexdigest())
+    return tuple(notes)
 
 
-def _tensor_table(order: list[TensorInfo], alignment: int) -> bytes:
-    table, offset = [], 0
-    for tensor in order:
-        name = tensor.name.encode()
-        dims = struct.pack(f"<{len(tensor.shape)}Q", *tensor.shape)
-        table.append(
-            struct.pack("<Q", len(name))
-            + name
-            + struct.pack("<I", len(tensor.shape))
-            + dims
-            + struct.pack("<IQ", TYPE_IDS[tensor.type], offset)
-        )
-        offset += -(-tensor.nbytes // alignment) * alignment
-    return b"".join(table)
+def _with_vision(
+    manifest: Manifest, folder: Path, description: Description, write_vision: WriteVision | None
+) -> Manifest:
+    if write_vision is None:
+        return manifest
+    vision = write_vision(folder, description)
+    written = sorted(folder.glob(f"{vision.file}*"))
+    files = manifest.files | {file.name: file_entry(file) for file in written}
+    return msgspec.structs.replace(manifest, vision=vision, files=files)

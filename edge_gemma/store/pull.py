@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -36,6 +37,7 @@ def pull(
     name: str | None = None,
     force: bool = False,
     relayout: bool = False,
+    instruct: bool = False,
     endpoint: str | None = None,
     on_progress: Progress = lambda what, done, total: None,
 ) -> Bundle:
@@ -43,7 +45,8 @@ def pull(
     without asking the hub.
 
     ``name`` is the name in the store (default: that of the file, folder or repository). ``force``
-    fetches and replaces. ``relayout`` rewrites a GGUF cold-first. An interrupted pull goes on where
+    fetches and replaces. ``relayout`` rewrites a GGUF cold-first; ``instruct``: its weights follow
+    turns although it has no chat template. An interrupted pull goes on where
     it stopped when it is called again. Raises UsageError (the reference, a name that is taken),
     HubError (network, access, disk full), HashMismatch, BundleError.
     """
@@ -70,9 +73,8 @@ def pull(
             )
         if gguf:
             fetch(wanted, listing, [gguf], work, endpoint, on_progress)
-            bundle = _install_gguf(
-                wanted, listing, gguf, work / gguf, target, force, relayout, on_progress
-            )
+            options = _ImportOptions(force, relayout, instruct)
+            bundle = _install_gguf(wanted, listing, gguf, work / gguf, target, options, on_progress)
         else:
             bundle = _install_bundle(wanted, listing, folder, work, target, endpoint, on_progress)
         with written_whole(bundle.folder / PULLED) as file:
@@ -192,14 +194,20 @@ def _install_bundle(
     return Bundle.open(target)
 
 
+@dataclass(frozen=True)
+class _ImportOptions:
+    force: bool
+    relayout: bool
+    instruct: bool
+
+
 def _install_gguf(
     wanted: Reference,
     listing: Listing,
     gguf: str,
     path: Path,
     target: Path,
-    force: bool,
-    relayout: bool,
+    options: _ImportOptions,
     on_progress: Progress,
 ) -> Bundle:
     from edge_gemma.store.importer import import_gguf
@@ -217,9 +225,8 @@ def _install_gguf(
                 "and was deleted; pull it again"
             )
 
-    if (
-        relayout or force
-    ):  # the import hashes the file as well: one reading of it is enough where nothing is replaced
+    # the import hashes the file as well: one reading of it is enough where nothing is replaced
+    if options.relayout or options.force:
         check()
     target.parent.mkdir(parents=True, exist_ok=True)
     origin = f"{wanted.repository}@{listing.commit[:7]}:{gguf}"
@@ -227,8 +234,9 @@ def _install_gguf(
         bundle = import_gguf(
             path,
             target,
-            relayout=relayout,
-            overwrite=force,
+            relayout=options.relayout,
+            instruct=options.instruct,
+            overwrite=options.force,
             name=target.name,
             origin=origin,
             progress=_counter(on_progress, "importing", size),
@@ -236,9 +244,15 @@ def _install_gguf(
     except BundleError:
         check()  # if what arrived is damaged, that is the news
         raise
-    if expected and not relayout and bundle.manifest.source.sha256 != expected:
-        shutil.rmtree(target)
-        check()
+    taken = bundle.manifest.source.sha256  # None where the bundle holds a corrected copy
+    if expected and not options.relayout and taken != expected:
+        if taken is not None:
+            shutil.rmtree(target)
+        try:
+            check()
+        except HashMismatch:
+            shutil.rmtree(target, ignore_errors=True)
+            raise
     return bundle
 
 

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from edge_gemma.bundles.description import Description
 from edge_gemma.bundles.folder import Bundle
 from edge_gemma.bundles.gguf import TYPE_IDS
 from edge_gemma.bundles.manifest import Manifest, Tensor, end_tokens
@@ -64,12 +65,12 @@ def media_tokens(manifest: Manifest) -> tuple[int, ...]:
     return tuple(sorted(id for name, id in tokens if any(medium in name for medium in names)))
 
 
-def overrides(manifest: Manifest) -> dict[str, int]:
-    """What the manifest knows and a file may leave out or say wrongly, by GGUF key."""
-    family, tokens = manifest.family, manifest.special_tokens
+def overrides(known: Manifest | Description) -> dict[str, int]:
+    """What is known of a decoder and its file may leave out or say wrongly, by GGUF key."""
+    family, tokens = known.family, known.special_tokens
     values = {
-        f"{family}.attention.key_length": manifest.decoder.head_dim,
-        f"{family}.attention.value_length": manifest.decoder.head_dim,
+        f"{family}.attention.key_length": known.decoder.head_dim,
+        f"{family}.attention.value_length": known.decoder.head_dim,
     }
     keys = {
         "bos": "bos_token_id",
