@@ -307,10 +307,9 @@ class Checkpoint(TensorReader):
         self._turned = channel_first(shapes, config, framework)
         self.notes = tuple(notes)  # what was found and how it was read
         if self._turned:
-            self.notes += (
-                f"{len(self._turned)} convolutions are stored channel-last (as MLX does) and are "
-                "read channel-first",
-            )
+            n = len(self._turned)
+            what = "1 convolution is" if n == 1 else f"{n} convolutions are"
+            self.notes += (f"{what} stored channel-last (as MLX does) and read channel-first",)
 
     @property
     def name(self) -> str:

@@ -441,6 +441,7 @@ def map_tensors(
 
     Raises CheckpointError for a missing, unexpected or misshapen tensor.
     """
+    _check_is_merged(checkpoint)
     cut = cut or Cut(tuple(range(dims.n_layer)), dims.n_ff)
     out_dims = cut_dims(dims, cut)
     shapes = checkpoint_shapes(dims)
@@ -465,6 +466,16 @@ def map_tensors(
             skipped[name] = _why_skipped(checkpoint, dims, name, name in shapes)
     tied = not any(source.name == "output.weight" for source in sources)
     return Mapping(replace(out_dims, tied=tied), sources, skipped)
+
+
+def _check_is_merged(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for the state of a PEFT model that was saved as it was trained."""
+    for entry in checkpoint.entries.values():
+        if ".base_layer." in entry.stored or ".lora_" in entry.stored:
+            raise CheckpointError(
+                f"tensor {entry.stored!r} is of a PEFT adapter that was not merged; call "
+                "merge_and_unload() before saving, or convert the base with --merge ADAPTER"
+            )
 
 
 def _present(checkpoint: Checkpoint, source: Source) -> Source:
@@ -492,14 +503,8 @@ def _why_skipped(checkpoint: Checkpoint, dims: Dims, name: str, is_known: bool) 
         return "the output head, which is the token embedding"
     if is_known:
         return "a layer that the slice leaves out"
-    stored = checkpoint.entry(name).stored
-    if ".base_layer." in stored or "lora_" in stored:
-        raise CheckpointError(
-            f"tensor {stored!r} is of a PEFT adapter that was not merged; call merge_and_unload() "
-            "before saving, or convert the base with --merge ADAPTER"
-        )
     raise CheckpointError(
-        f"tensor {stored!r} is not one that a {dims.family} "
+        f"tensor {checkpoint.entry(name).stored!r} is not one that a {dims.family} "
         f"of {dims.n_layer} layers has; is config.json of this checkpoint?"
     )
 
