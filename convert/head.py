@@ -12,8 +12,6 @@ import numpy as np
 from edge_gemma.convert.checkpoint import HEAD, Checkpoint
 from edge_gemma.convert.gemma import EMBEDDING, Dims
 
-from edge_gemma.errors import CheckpointError
-
 _VALUES_AT_ONCE = 1 << 21
 
 
@@ -24,19 +22,19 @@ class Head:
 
 
 def choose_head(checkpoint: Checkpoint, dims: Dims) -> Head:
-    """Decide, reading both matrices where config.json ties them and both are there. Raises
-    CheckpointError for an untied head that is missing.
-    """
+    """Decide, reading both matrices where config.json ties them and both are there."""
     has_head = HEAD in checkpoint
     if not dims.tied:
         if has_head:
             return Head(True)
         if checkpoint.config.get("tie_word_embeddings") is True:
             return Head(False)  # only the decoder's own section unties it
-        raise CheckpointError(
-            f"{checkpoint.folder}: config.json says tie_word_embeddings false, but there is no "
-            f"{HEAD}; download the checkpoint whole, or set it true if the model was trained with "
-            "the token embedding as its output head"
+        return Head(
+            False,
+            (
+                f"config.json says tie_word_embeddings false, but there is no {HEAD}: the token "
+                "embedding is the output head, as in every published Gemma",
+            ),
         )
     both = has_head and EMBEDDING in checkpoint
     if not both or same_rows(checkpoint, HEAD, checkpoint, EMBEDDING):

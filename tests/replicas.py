@@ -385,6 +385,12 @@ def g1b_index_omits_head(r: Repository) -> Repository:
     return r
 
 
+@layout("g3text", "tie_word_embeddings false, and no lm_head saved")
+def g270m_untied_in_config(r: Repository) -> Repository:
+    r.config["tie_word_embeddings"] = False
+    return r
+
+
 @layout("g3text", "nothing but tokenizer.model")
 def g1b_tokenizer_model_alone(r: Repository) -> Repository:
     r.tokenizers, r.tokenizer_config, r.template = ("tokenizer.model",), None, None

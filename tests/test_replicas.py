@@ -57,6 +57,11 @@ NOTES = {
     ],
     "g3n_mlx_vlm": ["4 convolutions are stored channel-last (as MLX does) and read channel-first"],
     "g3n_differences": [],
+    "g270m_untied_in_config": [
+        "config.json says tie_word_embeddings false, but there is no lm_head.weight: the token "
+        "embedding is the output head, as in every published Gemma",
+        NO_ROW,
+    ],
 }
 EQUAL_HEAD = "the output head, which is the token embedding"
 SKIPPED = {
@@ -281,10 +286,6 @@ def _no_kernel(r: Repository) -> None:
     r.tensors[name] = np.ascontiguousarray(r.tensors[name].transpose(0, 2, 1, 3))
 
 
-def _untied_without_head(r: Repository) -> None:
-    r.config["tie_word_embeddings"] = False
-
-
 @pytest.mark.parametrize(
     "base, change, error, message",
     [
@@ -308,10 +309,6 @@ def _untied_without_head(r: Repository) -> None:
         refused(
             "g3n", "a kernel of neither layout", _no_kernel, CheckpointError,
             "conv_1.conv.weight' has shape .* neither channel-first .* nor channel-last",
-        ),
-        refused(
-            "g3text", "tie_word_embeddings false without a head", _untied_without_head,
-            CheckpointError, "there is no lm_head.weight",
         ),
     ],
 )  # fmt: skip
