@@ -204,7 +204,8 @@ def _check_file_kind(meta: Metadata, path: Path) -> None:
             )
     kind = meta.text("general.type", "model")
     if kind != "model":
-        raise UnsupportedModel(f"{path} is of type {kind!r}, not a model")
+        hint = "; use it with its model: edge-gemma run BUNDLE --lora FILE" * (kind == "adapter")
+        raise UnsupportedModel(f"{path} is of type {kind!r}, not a model{hint}")
     meta.integer("general.file_type", 0, MAX_COUNT, 0)
     meta.integer("general.quantization_version", 0, MAX_COUNT, 2)
 
@@ -392,10 +393,7 @@ def _kv_layers(meta: Metadata, family: Family, n_layer: int) -> tuple[int, tuple
     load_swa_pattern).
     """
     key = f"{family}.attention.sliding_window"
-    if family == "gemma3n":
-        window = meta.integer(key, 1, MAX_COUNT)
-    else:
-        window = meta.integer(key, 0, MAX_COUNT, 0)
+    window = meta.integer(key, 1, MAX_COUNT)  # without it llama.cpp slides in no layer
     pattern_key = f"{key}_pattern"
     if meta.type(pattern_key).startswith("array"):
         sliding = meta.flags(pattern_key, n_layer)

@@ -138,7 +138,8 @@ class Header:
     kv_range: tuple[int, int]  # bytes of the key/value section, to copy it verbatim
     data_offset: int  # = bytes of the header with its padding
     file_bytes: int = field(default=0)
-    offsets: dict[str, int] = field(default_factory=dict)  # of each array's first item, absolute
+    # absolute, of each value: of an array's first item, of a string's length
+    offsets: dict[str, int] = field(default_factory=dict)
 
     def tensor(self, name: str) -> TensorInfo | None:
         return next((t for t in self.tensors if t.name == name), None)
@@ -192,6 +193,18 @@ def read_strings(path: str | Path, array: Skipped) -> Iterator[bytes]:
             n = unpack(view, at)[0]
             yield view[at + 8 : at + 8 + n]
             at += 8 + n
+
+
+# what is often saved under a GGUF's name
+_NOT_GGUF = {
+    b"vers": "a pointer of Git LFS, it seems; download the file itself (git lfs pull)",
+    b"<!do": "a web page; download the file itself",
+    b"<!DO": "a web page; download the file itself",
+    b"<htm": "a web page; download the file itself",
+    b"ggml": "a file from before GGUF; take a newer one",
+    b"ggjt": "a file from before GGUF; take a newer one",
+    b"PK\x03\x04": "a zip archive; unpack it first",
+}
 
 
 class _Truncated(Exception):
@@ -262,7 +275,8 @@ def _value(cursor: _Cursor, kind: int, key: str) -> tuple[str, Value]:
 def _parse(cursor: _Cursor, path: Path) -> Header:
     magic = bytes(cursor.view[:4])
     if magic != b"GGUF":
-        raise BundleError(f"{path} begins with {magic!r}, not b'GGUF': not a GGUF file")
+        hint = _NOT_GGUF.get(magic, "not a GGUF file")
+        raise BundleError(f"{path} begins with {magic!r}, not b'GGUF': {hint}")
     cursor.at = 4
     version = cursor.scalar("I", "version")
     if version not in (2, 3):
@@ -281,7 +295,7 @@ def _parse(cursor: _Cursor, path: Path) -> Header:
         if key in metadata:
             raise _Truncated(f"key {key!r} occurs twice")
         kind = cursor.scalar("I", key)
-        offsets[key] = cursor.at + _ARRAY_HEAD
+        offsets[key] = cursor.at + (_ARRAY_HEAD if kind == _ARRAY else 0)
         types[key], metadata[key] = _value(cursor, kind, key)
     kv_range = (kv_start, cursor.at)
 
@@ -289,9 +303,8 @@ def _parse(cursor: _Cursor, path: Path) -> Header:
     infos = [_tensor_info(cursor, path) for _ in range(n_tensors)]
     data_offset = -(-cursor.at // alignment) * alignment
     tensors = _tensors(infos, data_offset, alignment, cursor.end)
-    arrays = {key: at for key, at in offsets.items() if types[key].startswith("array")}
     return Header(
-        version, metadata, types, tensors, alignment, kv_range, data_offset, cursor.end, arrays
+        version, metadata, types, tensors, alignment, kv_range, data_offset, cursor.end, offsets
     )
 
 

@@ -9,6 +9,7 @@ contradictions. ``describe`` is shared with the converter, so there is one deriv
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import msgspec
 
 from edge_gemma.bundles.description import Description, describe
 from edge_gemma.bundles.folder import Bundle, BundleWriter, file_entry
-from edge_gemma.bundles.gguf import read_header
+from edge_gemma.bundles.gguf import Skipped, find_strings, read_header
 from edge_gemma.bundles.manifest import Manifest, Source, VisionPart
 from edge_gemma.bundles.token_roles import SPECIAL_TOKENS
 from edge_gemma.errors import UnsupportedModel
@@ -25,6 +26,9 @@ from edge_gemma.store.rewrite import Progress, link_or_copy, rewritten
 
 WriteVision = Callable[[Path, Description], VisionPart]
 _TURNS = {name: SPECIAL_TOKENS[name] for name in ("start_of_turn", "end_of_turn")}
+
+
+_MARKER = re.compile(r"<\|[\w-]{1,60}\|?>")  # <|im_start|>: other families' control tokens
 
 
 def import_gguf(
@@ -68,7 +72,7 @@ def import_gguf(
             entry = link_or_copy(path, target, progress)
         description = describe(target)
         manifest = Manifest(
-            name=name or found.name,
+            name=name or _name(found, writer.out),
             family=description.family,
             instruct=instruct or description.chat_template is not None,
             decoder=description.decoder,
@@ -83,10 +87,15 @@ def import_gguf(
             special_tokens=description.special_tokens,
             end_tokens=description.end_tokens,
             recipe={"name": "imported", "relayout": "cold-first" if rewrites else "as found"},
-            notes=_notes(found, repairs, instruct),
+            notes=_notes(path, found, repairs, instruct),
         )
         check_runs(writer.folder, manifest)
         return writer.commit(_with_vision(manifest, writer.folder, description, write_vision))
+
+
+def _name(found: Description, out: Path) -> str:
+    """The file's own name; where that is a hash, as in Ollama's store, the folder's."""
+    return out.name if re.match(r"sha256[-:]", found.name) else found.name
 
 
 def _check_turns(path: Path, found: Description, instruct: bool) -> None:
@@ -98,8 +107,26 @@ def _check_turns(path: Path, found: Description, instruct: bool) -> None:
             raise UnsupportedModel(f"{path}: the vocabulary has no token {text}, and {why}")
 
 
-def _notes(found: Description, repairs: Repairs, instruct: bool) -> tuple[str, ...]:
-    notes = [*found.notes, *repairs.notes]
+def _template_notes(path: Path, found: Description) -> list[str]:
+    """What a template writes that the tokenizer does not know as a token."""
+    source = found.chat_template
+    if source is None:
+        return []
+    written = set(_MARKER.findall(source))
+    vocabulary = read_header(path).metadata["tokenizer.ggml.tokens"]
+    assert isinstance(vocabulary, Skipped)  # describe has refused what is not
+    unknown = sorted(written - set(find_strings(path, vocabulary, written)))
+    notes = []
+    if unknown:
+        listed = ", ".join(unknown[:4])
+        notes.append(f"its chat template writes {listed}, no token here: it becomes letters")
+    if "<start_of_turn>" not in source:
+        notes.append("its chat template does not write <start_of_turn>, which Gemma was tuned with")
+    return notes
+
+
+def _notes(path: Path, found: Description, repairs: Repairs, instruct: bool) -> tuple[str, ...]:
+    notes = [*found.notes, *repairs.notes, *_template_notes(path, found)]
     if repairs.needs_copy:
         notes.append("the bundle holds a corrected copy; the file itself is as it was")
     if found.chat_template is None and instruct:

@@ -39,19 +39,20 @@ _FLOAT32, _STRING = 6, 8  # GGUF value types
 
 @dataclass(frozen=True)
 class Repairs:
-    """``added`` are metadata that the file lacks, ``token_types`` the right types by token id;
-    tensors in ``dropped`` belong to no decoder, those in ``widened`` become F32.
+    """``added`` are metadata that the file lacks, ``patches`` bytes that are otherwise in its
+    header, of the same length; tensors in ``dropped`` belong to no decoder, those in ``widened``
+    become F32.
     """
 
     added: dict[str, bytes] = field(default_factory=dict)  # key → type and value
-    token_types: dict[int, int] = field(default_factory=dict)
+    patches: dict[int, bytes] = field(default_factory=dict)  # absolute offset → bytes
     dropped: tuple[str, ...] = ()
     widened: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
     def needs_copy(self) -> bool:
-        return bool(self.added or self.token_types or self.dropped or self.widened)
+        return bool(self.added or self.patches or self.dropped or self.widened)
 
 
 NO_REPAIRS = Repairs()
@@ -66,14 +67,15 @@ def find_repairs(path: Path, header: Header, description: Description) -> Repair
         for tensor in header.tensors
         if tensor.name in kept and len(tensor.shape) == 1 and tensor.type != "F32"
     )
-    token_types, type_notes = _token_types(path, header)
+    types, type_notes = _token_types(path, header)
     added, rope_notes = _rope(header, description)
-    notes = [*rope_notes, *type_notes]
+    values, value_notes = _values(header, description)
+    notes = [*rope_notes, *value_notes, *type_notes]
     if dropped:
         notes.append(_left_out(dropped))
     if widened:
         notes.append(f"{len(widened)} norms were widened to F32, as llama.cpp computes them")
-    return Repairs(added, token_types, dropped, widened, tuple(notes))
+    return Repairs(added, types | values, dropped, widened, tuple(notes))
 
 
 def _left_out(names: tuple[str, ...]) -> str:
@@ -105,21 +107,23 @@ def _right_types(spelling: bytes) -> tuple[int, ...] | None:
     return None
 
 
-def _token_types(path: Path, header: Header) -> tuple[dict[int, int], list[str]]:
-    """Tokens of a wrong type → the right one. llama.cpp tokenizes by these types: a control token
-    that is a normal one becomes letters, a line break that is a control token bytes.
+def _token_types(path: Path, header: Header) -> tuple[dict[int, bytes], list[str]]:
+    """Offset → the right type, for each token of a wrong one.
+
+    llama.cpp tokenizes by these types: a control token that is a normal one becomes letters, a line
+    break that is a control token becomes bytes.
     """
     vocabulary = header.metadata["tokenizer.ggml.tokens"]
     assert isinstance(vocabulary, Skipped)  # description.py has refused what is not
     offset = header.offsets["tokenizer.ggml.token_type"]
     types = np.fromfile(path, "<i4", vocabulary.length, offset=offset)
-    wrong: dict[int, int] = {}
+    wrong: dict[int, bytes] = {}
     told: list[str] = []
     for token, spelling in enumerate(read_strings(path, vocabulary)):
         right = _right_types(spelling)
         if right is None or types[token] in right:
             continue
-        wrong[token] = right[0]
+        wrong[offset + 4 * token] = struct.pack("<i", right[0])
         if len(told) < 3:
             found = _TYPE_NAMES.get(int(types[token]), str(types[token]))
             told.append(f"{spelling.decode('utf-8', 'replace')!r} as {found}")
@@ -129,7 +133,20 @@ def _token_types(path: Path, header: Header) -> tuple[dict[int, int], list[str]]
     return wrong, [f"tokens of a wrong type were corrected: {', '.join(told)}{more}"]
 
 
-# ---- rotary embedding
+# ---- hyperparameters
+
+_GEMMA2_SOFTCAP = 30.0
+
+
+def _values(header: Header, description: Description) -> tuple[dict[int, bytes], list[str]]:
+    """Gemma 2's bound on the logits, which Ollama's converter wrote for Gemma 3 as well and its
+    engine ignores; llama.cpp would apply it.
+    """
+    key = "gemma3.final_logit_softcapping"
+    if description.family != "gemma3" or header.metadata.get(key) != _GEMMA2_SOFTCAP:
+        return {}, []
+    note = f"{key} is {_GEMMA2_SOFTCAP:g}, which is Gemma 2's; written as 0"
+    return {header.offsets[key]: struct.pack("<f", 0.0)}, [note]
 
 
 def _rope(header: Header, description: Description) -> tuple[dict[str, bytes], list[str]]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from edge_gemma.bundles.description import describe
 from edge_gemma.bundles.folder import file_entry
-from edge_gemma.bundles.gguf import TYPE_IDS, Header, TensorInfo, layout_rank, read_header
+from edge_gemma.bundles.gguf import TYPE_IDS, TensorInfo, layout_rank, read_header
 from edge_gemma.bundles.manifest import File
 from edge_gemma.errors import BundleError
 from edge_gemma.store.repairs import NO_REPAIRS, Repairs
@@ -77,7 +77,7 @@ def rewritten(
         put(b"GGUF" + struct.pack("<IQQ", header.version, len(order), n_keys))
         source.seek(header.kv_range[0])
         pairs = source.read(header.kv_range[1] - header.kv_range[0])
-        put(_with_types(pairs, header, repairs.token_types))
+        put(_patched(pairs, header.kv_range[0], repairs.patches))
         for key, value in repairs.added.items():
             put(struct.pack("<Q", len(key)) + key.encode() + value)
         put(_tensor_table(order, header.alignment))
@@ -100,14 +100,11 @@ def _chunks(source: BinaryIO, tensor: TensorInfo, path: Path) -> Iterator[bytes]
         left -= len(chunk)
 
 
-def _with_types(pairs: bytes, header: Header, token_types: dict[int, int]) -> bytes:
-    """The key/value section with other token types, of the same length."""
-    if not token_types:
-        return pairs
+def _patched(pairs: bytes, start: int, patches: dict[int, bytes]) -> bytes:
+    """The key/value section, which lies at ``start``, with other bytes in places."""
     changed = bytearray(pairs)
-    start = header.offsets["tokenizer.ggml.token_type"] - header.kv_range[0]
-    for token, kind in token_types.items():
-        struct.pack_into("<i", changed, start + 4 * token, kind)
+    for offset, value in patches.items():
+        changed[offset - start : offset - start + len(value)] = value
     return bytes(changed)
 
 

@@ -4,8 +4,10 @@ In: a bundle's folder and its manifest, which need not be written yet. Out: noth
 ours. It happens in a child process, because llama.cpp aborts on some files.
 
 What it takes: the child maps the file and lets go of what is cold, like any load (weights.py);
-nothing is repacked and the context is small. Its memory is clean file pages, of which the kernel
-takes back any, and what llama.cpp allocates for the vocabulary and one token.
+nothing is repacked and the context is small. Its memory is what llama.cpp allocates for the
+vocabulary and one token, and clean file pages, which the kernel takes back when it needs them.
+Measured with E2B of 3.5 GB: 83 MiB allocated, 1.3 GiB of pages of the matrices; where memory may
+not be locked, all 3.3 GiB are mapped for a moment. It passes in a control group of 512 MiB.
 """
 
 from __future__ import annotations
