@@ -390,6 +390,7 @@ CONTAINERS = [
     ("flv", "aac", 44100, "mono", GOOD),
     ("rm", "ac3", 48000, "stereo", GOOD),
     ("nut", "pcm_s16le", 16000, "mono", LOSSLESS),
+    ("nut", "pcm_s16le", 16000, "hexadecagonal", LOSSLESS),  # 16 channels
     ("sox", "pcm_s32le", 16000, "mono", LOSSLESS),
 ]
 

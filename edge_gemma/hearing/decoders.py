@@ -320,6 +320,7 @@ class AvDecoder:
         import av
 
         self._source, self._av = source, av
+        self._errors = (av.error.FFmpegError, ValueError, LookupError)
         self._window = Window(source.open(), patches=source.container.patches)
         options = {"protocol_whitelist": "none", "format_whitelist": _DEMUXERS}
         try:
@@ -355,7 +356,7 @@ class AvDecoder:
         parts: list[np.ndarray] = []
         rate_hz, n = self.rate_hz, 0
         for frame in self._decoded():
-            samples = _float_samples(self._av, frame)
+            samples = self._samples(frame)
             changes = bool(parts) and samples.shape[1] != parts[0].shape[1]
             if parts and (frame.sample_rate != rate_hz or changes or n >= BLOCK_FRAMES):
                 yield Frames(np.concatenate(parts), rate_hz)
@@ -366,9 +367,21 @@ class AvDecoder:
         if parts:
             yield Frames(np.concatenate(parts), rate_hz)
 
+    def _samples(self, frame: Any) -> np.ndarray:
+        """A frame of any of FFmpeg's formats → ``[n, channels]`` float32."""
+        try:
+            # interleaved: PyAV reads beyond its memory for more than 8 planes
+            convert = self._av.AudioResampler("flt", frame.layout, frame.sample_rate)
+            parts = (*convert.resample(frame), *convert.resample(None))
+            interleaved = np.concatenate([part.to_ndarray().ravel() for part in parts])
+        except self._errors as error:
+            raise MediaError(
+                f"{self._source.name} is damaged: its samples cannot be read ({_reason(error)})"
+            ) from None
+        return interleaved.reshape(-1, frame.layout.nb_channels)
+
     def _decoded(self) -> Iterator[Any]:
         """FFmpeg's frames. A damaged packet is left out; that the file is cut is kept in mind."""
-        errors = (self._av.error.FFmpegError, ValueError)
         n_damaged, n_decoded = 0, 0
         packets = self._container.demux(self._stream)
         while n_damaged < _MAX_DAMAGED_PACKETS:
@@ -376,12 +389,12 @@ class AvDecoder:
                 packet = next(packets)
             except StopIteration:
                 break
-            except errors:
+            except self._errors:
                 self.is_cut = True
                 break
             try:
                 decoded = packet.decode()
-            except errors:
+            except self._errors:
                 n_damaged += 1
                 self.is_cut = True
                 continue
@@ -394,13 +407,6 @@ class AvDecoder:
     def close(self) -> None:
         self._container.close()
         self._window.close()
-
-
-def _float_samples(av: ModuleType, frame: Any) -> np.ndarray:
-    """A frame of any of FFmpeg's formats → ``[n, channels]`` float32."""
-    convert = av.AudioResampler(format="fltp", layout=frame.layout, rate=frame.sample_rate)
-    planes = [part.to_ndarray() for part in (*convert.resample(frame), *convert.resample(None))]
-    return np.concatenate(planes, axis=1).T.astype(np.float32, copy=False)
 
 
 def _reason(error: Exception) -> str:
