@@ -171,6 +171,37 @@ def test_describe(capsys, looking_bundle, no_cache, photo, tmp_path):
     assert code == 0 and json.loads(out)["usage"]["prompt_tokens"] > 4 * 18
 
 
+@pytest.mark.compat(
+    kind="picture",
+    what="data:image/…;base64,… and quoted paths on the command line",
+    happens="seen as the file",
+)
+def test_pictures_as_they_are_typed(capsys, looking_bundle, no_cache, photo, monkeypatch):
+    import base64
+    import io
+
+    data = base64.b64encode(photo.read_bytes()).decode()
+    uri = f"data:image/png;base64,{data}"
+    spaced = photo.with_name("my photo.png")
+    photo.rename(spaced)
+    monkeypatch.setenv("HOME", str(photo.parent))
+    short = ("--ctx", 256, "-n", 2, "--temperature", 0)
+    answers = set()
+    for picture in (uri, "~/my photo.png"):
+        code, out, err = run(capsys, "describe", looking_bundle.folder, picture, "What?", *short)
+        assert code == 0, err
+        answers.add(out)
+    assert len(answers) == 1
+    quoted = f"'{spaced}'"
+    code, _, err = run(capsys, "run", looking_bundle.folder, "?", "--image", quoted, *short)
+    assert code == 0, err
+    lines = f"/image ~/my photo.png what's this?\n/image {uri} and this?\n/image none.png what?\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    code, out, err = run(capsys, "chat", looking_bundle.folder, "--ctx", 256, "-n", 2)
+    assert code == 0 and err.count("there is no image file at none.png") == 1
+    assert err.count("edge-gemma:") == 1
+
+
 def test_describe_refusals(capsys, looking_bundle, tiny_bundle, photo, tmp_path):
     assert run(capsys, "describe", looking_bundle.folder)[0] == 2
     code, _, err = run(capsys, "describe", looking_bundle.folder, "nothing.jpg", "What?")

@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edge_gemma.errors import MediaError
-from edge_gemma.seeing.pixels import MAX_PIXELS, open_image, to_rgb
+from edge_gemma.seeing.pixels import MAX_PIXELS, load, open_image, to_rgb, upright
 from edge_gemma.seeing.source import (
-    EXIF_ORIENTATION,
     FileKey,
     accept,
     content_hash,
     file_key,
+    orientation,
     pillow,
 )
 
@@ -62,8 +62,8 @@ class Crop:
 class Picture:
     """One picture.
 
-    ``source`` is a path, the bytes of a file, an array ``[h, w, 3]`` or ``[h, w]``
-    uint8, or a Pillow image.
+    ``source`` is a path, a data URI, the bytes of a file, an open binary file, an array
+    ``[h, w, 3]`` or ``[h, w]`` uint8, or a Pillow image.
 
     The header is checked here (kind, width × height ≤ ``max_pixels``), the pixels
     are read when they are needed. Raises MediaError for what cannot be a picture,
@@ -94,7 +94,7 @@ class Picture:
             may_move = image.format in _ANIMATED_FORMATS
             self.animated: bool = may_move and getattr(image, "is_animated", False)
             self.width, self.height = image.size
-            if image.getexif().get(EXIF_ORIENTATION, 1) >= _LYING:
+            if orientation(image) >= _LYING:
                 self.height, self.width = image.size
         if crop is not None:
             self.width, self.height = crop.right - crop.left, crop.bottom - crop.top
@@ -112,13 +112,9 @@ class Picture:
         """The picture upright, opaque (transparent parts on white) and 8 bits per
         channel: a Pillow image in mode RGB. Raises MediaError.
         """
-        from PIL import ImageOps
-
         with self.opened() as image:
-            image.load()
-            # in place: no second copy of a large photograph
-            ImageOps.exif_transpose(image, in_place=True)
-            image = to_rgb(image, self.name)
+            load(image)
+            image = to_rgb(upright(image), self.name)
             if self.crop is not None:
                 image = image.crop(self.crop.box)
         return image

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edge_gemma.errors import EdgeGemmaError, MediaError
-from edge_gemma.seeing.source import first_bytes, pillow
+from edge_gemma.seeing.png import without_large_texts
+from edge_gemma.seeing.source import first_bytes, orientation, pillow
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
@@ -41,6 +42,7 @@ _SIGNATURES = {
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 _HAS_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 _WHITE = (255, 255, 255)
+_CUT = "Perhaps an incomplete download; copy it again"
 
 
 @contextmanager
@@ -65,14 +67,15 @@ def _opened(source: Source, name: str, max_pixels: int) -> PillowImage:
     library = pillow()
     # the number of pixels is checked by the caller, with our own limit and message
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about metadata
         warnings.simplefilter("ignore", library.DecompressionBombWarning)
         try:
             if isinstance(source, np.ndarray):
                 return library.fromarray(source)
-            if isinstance(source, Path):
-                return library.open(source, formats=_formats(source))
-            if isinstance(source, bytes):
-                return library.open(io.BytesIO(source), formats=_formats(source))
+            if isinstance(source, Path | bytes):
+                file = without_large_texts(source)
+                stream = io.BytesIO(file) if isinstance(file, bytes) else file
+                return library.open(stream, formats=_formats(source))
             return source.copy()  # the caller's image stays as it is
         except library.DecompressionBombError:
             raise MediaError(
@@ -140,16 +143,17 @@ def _why_not(source: Source, name: str, error: Exception) -> str:
         )
     if _is_heic(head):
         return f"{name} is HEIC; Pillow reads it with a plug-in: pip install pillow-heif"
+    if head[8:12] == b"WAVE":
+        return f"{name} is a WAV sound; use Audio(…), or `ask`"
+    if head[4:12] in (b"ftypavif", b"ftypavis"):
+        return f"{name} is an AVIF whose data is damaged. {_CUT}"
     if _is_iso_media(head) or head.startswith(b"\x1aE\xdf\xa3"):  # Matroska, WebM
         return f"{name} looks like a video; use Video(…), or `describe --video`"
     if isinstance(error, OSError) and error.errno:
         return f"cannot read {name}: {error.strerror}"
     for signature, kind in _SIGNATURES.items():
         if head.startswith(signature):
-            return (
-                f"{name} is a {kind} whose header is damaged. Perhaps an incomplete download; "
-                "copy it again"
-            )
+            return f"{name} is a {kind} whose header is damaged. {_CUT}"
     return (
         f"{name} is not a picture this can read (its first bytes are {head[:8].hex(' ')}); JPEG, "
         "PNG, WebP, GIF, BMP, TIFF and AVIF are"
@@ -162,7 +166,7 @@ def to_rgb(image: PillowImage, name: str) -> PillowImage:
     """
     mode = image.mode
     if mode == "RGB":
-        return image
+        return _without_key_colour(image)
     if mode.startswith("I;16") or mode == "I":
         return _from_16_bit(image, name)
     if mode == "F":
@@ -170,12 +174,61 @@ def to_rgb(image: PillowImage, name: str) -> PillowImage:
             f"{name} has floating-point pixels, whose range is not known; save it with "
             "8 or 16 bits per channel"
         )
+    if mode == "La":  # Pillow converts it to LA alone
+        image = image.convert("LA")
     if mode in _HAS_ALPHA or "transparency" in image.info:
-        image = image.convert("RGBA")
-        page = pillow().new("RGB", image.size, _WHITE)
-        page.paste(image, mask=image.getchannel("A"))
-        return page
+        return _on_white(image)
     return image.convert("RGB")
+
+
+def _on_white(image: PillowImage) -> PillowImage:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # "should be converted to RGBA": it is
+        image = image.convert("RGBA")
+    page = pillow().new("RGB", image.size, _WHITE)
+    page.paste(image, mask=image.getchannel("A"))
+    return page
+
+
+def _without_key_colour(image: PillowImage) -> PillowImage:
+    """RGB → RGB; the one colour that a PNG names as transparent (tRNS) becomes white."""
+    key = image.info.get("transparency")
+    if not isinstance(key, tuple) or len(key) != 3:
+        return image
+    if max(key) > 255:  # of 16 bits a channel, of which Pillow keeps the upper 8
+        key = tuple(value >> 8 for value in key)
+    pixels = np.array(image)
+    pixels[(pixels == np.array(key)).all(axis=2)] = _WHITE
+    return pillow().fromarray(pixels)
+
+
+def upright(image: PillowImage) -> PillowImage:
+    """The picture as it is to be looked at, by its EXIF orientation; where that is another one,
+    the given one is closed.
+    """
+    transpose = pillow().Transpose
+    turns = {
+        2: transpose.FLIP_LEFT_RIGHT,
+        3: transpose.ROTATE_180,
+        4: transpose.FLIP_TOP_BOTTOM,
+        5: transpose.TRANSPOSE,
+        6: transpose.ROTATE_270,
+        7: transpose.TRANSVERSE,
+        8: transpose.ROTATE_90,
+    }
+    turn = turns.get(orientation(image))
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    image.close()  # two of a large photograph are enough
+    return turned
+
+
+def load(image: PillowImage) -> None:
+    """Read the pixels. What Pillow has to say about metadata is of no use here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        image.load()
 
 
 def _from_16_bit(image: PillowImage, name: str) -> PillowImage:
@@ -188,4 +241,7 @@ def _from_16_bit(image: PillowImage, name: str) -> PillowImage:
             "to 65535 (16-bit grey)"
         )
     grey = ((values + 128) // 257).astype(np.uint8)
+    key = image.info.get("transparency")
+    if isinstance(key, int):
+        grey[values == key] = 255
     return pillow().fromarray(grey).convert("RGB")

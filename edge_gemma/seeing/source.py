@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 
 MAX_FILE_BYTES = 256 * MiB
-EXIF_ORIENTATION = 0x0112
+_EXIF_ORIENTATION = 0x0112
+UPRIGHT = 1
 _CHANNELS = (1, 3, 4)
 
 
@@ -125,13 +127,25 @@ def content_hash(source: Source, name: str) -> str:
         digest.update(repr(source.shape).encode())
         digest.update(source.tobytes())
     else:
-        orientation = source.getexif().get(EXIF_ORIENTATION, 1)
-        digest.update(f"{source.mode}{source.size}{orientation}".encode())
+        digest.update(f"{source.mode}{source.size}{orientation(source)}".encode())
         digest.update(source.tobytes())
         if source.mode == "P":
             digest.update(bytes(source.getpalette() or ()))
             digest.update(repr(source.info.get("transparency")).encode())
     return digest.hexdigest()
+
+
+def orientation(image: PillowImage) -> int:
+    """How the picture lies, 1 to 8 as in EXIF; 1 (upright) where that is missing, text, out of
+    range, or in metadata that cannot be read.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # Pillow's, about metadata
+        try:
+            value = image.getexif().get(_EXIF_ORIENTATION, UPRIGHT)
+        except Exception:  # Pillow raises nearly anything on broken metadata
+            return UPRIGHT
+    return value if isinstance(value, int) and UPRIGHT <= value <= 8 else UPRIGHT
 
 
 FileKey = tuple[int, int, int]
