@@ -14,7 +14,7 @@ _HOMES = {
     "Chat": "conversation.chat",
     "Chunk": "conversation.stream",
     "EdgeGemmaError": "errors",
-    "FunctionCall": "prompts.calls",
+    "FunctionCall": "messages",
     "Image": "messages",
     "ListenOptions": "conversation.transcription",
     "Listener": "conversation.listener",

@@ -1,10 +1,11 @@
-"""What a conversation is made of: messages with text, pictures and sounds."""
+"""What a conversation is made of: messages with text, pictures, sounds and function calls."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,14 +44,47 @@ class Audio:
     kind = "audio"
 
 
-Part = str | Image | Audio | Rows
+@dataclass(frozen=True)
+class FunctionCall:
+    """One call the model asks for: the one form that every model's own way of writing a call is
+    read into and written from.
+
+    >>> FunctionCall("light", {"on": True}).to_json()
+    '{"name": "light", "parameters": {"on": true}}'
+    """
+
+    name: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps({"name": self.name, "parameters": self.parameters}, ensure_ascii=False)
+
+
+class TextItem(str):
+    """A text with more keys that the chat template reads, such as TranslateGemma's
+    ``source_lang_code`` and ``target_lang_code``.
+
+    >>> TextItem("Hello", {"source_lang_code": "en"}).fields
+    {'source_lang_code': 'en'}
+    """
+
+    fields: Mapping[str, Any]
+
+    def __new__(cls, text: str, fields: Mapping[str, Any]) -> TextItem:
+        made = super().__new__(cls, text)
+        made.fields = dict(fields)
+        return made
+
+
+Part = str | Image | Audio | Rows | FunctionCall
 
 
 @dataclass(frozen=True)
 class Message:
     """One turn's words.
 
-    ``role`` is system, user, assistant (or model) or tool; ``content`` text or a list of parts.
+    ``role`` is system, user, assistant (or model) or tool; ``content`` text or a list of parts. An
+    assistant's parts may be FunctionCalls; the tool messages behind it answer them in order.
 
     >>> Message("user", ["What is this?", Image("cat.jpg")]).role
     'user'

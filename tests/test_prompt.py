@@ -488,7 +488,8 @@ LIGHT = FunctionCall("light", {"on": True})
         (CALL.replace("parameters", "arguments"), [LIGHT]),
         (f"I would say {CALL} here", []),  # inside prose
         ("The light is on.", []),
-        ('{"name": "light"}', []),
+        ('{"name": "light"}', [FunctionCall("light")]),
+        ('{"name": "Ann", "age": 3}', []),  # some object with a name
         ('{"name": 3, "parameters": {}}', []),
         ('{"name": "light", "parameters": [1]}', []),
         ("```tool_code\nlight(on=True)\n```", []),  # Python is never evaluated

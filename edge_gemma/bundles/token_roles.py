@@ -24,6 +24,16 @@ SPECIAL_TOKENS = {
     "end_of_audio": "<end_of_audio>",
     "audio_soft": "<audio_soft_token>",
 }
+# FunctionGemma's, in vocabularies that have them
+FUNCTION_TOKENS = {
+    "start_function_declaration": "<start_function_declaration>",
+    "end_function_declaration": "<end_function_declaration>",
+    "start_function_call": "<start_function_call>",
+    "end_function_call": "<end_function_call>",
+    "start_function_response": "<start_function_response>",
+    "end_function_response": "<end_function_response>",
+    "escape": "<escape>",
+}
 # our name → (Gemma's token, key below tokenizer.ggml, whether every Gemma has it)
 _KEYED = {
     "bos": ("<bos>", "bos_token_id", True),
@@ -31,10 +41,12 @@ _KEYED = {
     "unk": ("<unk>", "unknown_token_id", False),
     "pad": ("<pad>", "padding_token_id", False),
 }
-CONTROL_TEXTS = SPECIAL_TOKENS | {name: text for name, (text, _, _) in _KEYED.items()}
+_SPELLED = SPECIAL_TOKENS | FUNCTION_TOKENS
+CONTROL_TEXTS = _SPELLED | {name: text for name, (text, _, _) in _KEYED.items()}
 # keys that name a further end of an answer: llama.cpp's end of turn, and the list of eos ids that
 # Ollama's converter writes
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+_ENDS = ("eos", "end_of_turn", "start_function_response")
 _END_LIST = "tokenizer.ggml.eos_token_ids"
 _MAX_ENDS = 64
 
@@ -53,7 +65,7 @@ class TokenRoles:
 def read_roles(meta: Metadata, path: Path, vocabulary: Skipped) -> TokenRoles:
     """Raises UnsupportedModel: an id outside the vocabulary, no begin or end of sequence."""
     found = find_strings(path, vocabulary, set(CONTROL_TEXTS.values()))
-    tokens = {name: found[text] for name, text in SPECIAL_TOKENS.items() if text in found}
+    tokens = {name: found[text] for name, text in _SPELLED.items() if text in found}
     highest = vocabulary.length - 1
     for key in meta.keys():
         if key.startswith("tokenizer.ggml.") and key.endswith("_token_id"):
@@ -81,9 +93,11 @@ def _keyed_note(meta: Metadata, key: str, text: str, spelled: int) -> list[str]:
 def _ends(
     meta: Metadata, tokens: dict[str, int], highest: int
 ) -> tuple[tuple[int, ...], list[str]]:
-    """The ids that end an answer: eos, the end of a turn, and what the file's keys add."""
-    usual = [tokens[name] for name in ("eos", "end_of_turn") if name in tokens]
-    never = {id for name, id in tokens.items() if name not in ("eos", "end_of_turn")}
+    """The ids that end an answer: eos, the end of a turn, FunctionGemma's begin of a result, and
+    what the file's keys add.
+    """
+    usual = [tokens[name] for name in _ENDS if name in tokens]
+    never = {id for name, id in tokens.items() if name not in _ENDS}
     named: list[tuple[str, int]] = []
     for suffix in _END_KEYS:
         key = f"tokenizer.ggml.{suffix}"

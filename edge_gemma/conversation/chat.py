@@ -21,9 +21,9 @@ from edge_gemma.conversation.sequences import Sequences
 from edge_gemma.conversation.session import Session
 from edge_gemma.conversation.stream import Chunk
 from edge_gemma.errors import BundleError, Cancelled, EdgeGemmaError, RuntimeFailure
-from edge_gemma.messages import Audio, Image, Message, Part
+from edge_gemma.messages import Audio, FunctionCall, Image, Message, Part, TextItem
 from edge_gemma.options import Sampling
-from edge_gemma.prompts.calls import FunctionCall, parse_calls
+from edge_gemma.prompts.calls import check_tools, parse_calls
 from edge_gemma.prompts.prompt import Listening, Prompt
 from edge_gemma.senses import Content, Senses
 from edge_gemma.spans import Rows, Span
@@ -239,28 +239,39 @@ class Chat:
         nothing of an answer comes.
         """
         parts: list[str] = []
+        ids: list[int] = []
         begun = finished = False
         try:
             for chunk in self.session.generate(sampling):
                 begun = True
                 parts.append(chunk.text)
+                ids += chunk.token_ids
                 if chunk.finish_reason:
-                    chunk, finished = self._finished(chunk, parts, dropped), True
+                    chunk, finished = self._finished(chunk, parts, ids, dropped), True
                 yield chunk
         finally:
             if not begun:
                 self.messages = unchanged
             elif not finished:  # the iterator was closed in the middle of the answer
-                self._finished(Chunk("", finish_reason="cancelled"), parts, dropped)
+                self._finished(Chunk("", finish_reason="cancelled"), parts, ids, dropped)
 
-    def _finished(self, chunk: Chunk, parts: list[str], dropped: int) -> Chunk:
+    def _finished(self, chunk: Chunk, parts: list[str], ids: list[int], dropped: int) -> Chunk:
         text = "".join(parts)
-        self.messages.append(Message("assistant", text))
-        self._continues = bool(text.strip())
+        content, calls = self._prompt.answer(ids, text, self.session.piece)
+        self.messages.append(Message("assistant", content))
+        # behind calls written with control tokens comes their result, in the same turn
+        self._continues = bool(text.strip()) and not calls
         if dropped and chunk.usage:
             chunk = replace(chunk, usage=replace(chunk.usage, dropped_turns=dropped))
-        self.reply = Reply(text, tuple(parse_calls(text)) if self.tools else (), chunk)
+        if self.tools and not calls:
+            calls = self._calls_in(text)
+        self.reply = Reply(text, tuple(calls), chunk)
         return chunk
+
+    def _calls_in(self, text: str) -> list[FunctionCall]:
+        """Calls written as JSON. A mere name counts only where it is a tool's."""
+        known = {tool["name"] for tool in check_tools(self.tools)}
+        return [call for call in parse_calls(text) if call.parameters or call.name in known]
 
     def cancel(self) -> None:
         """Stop the answer, from any thread."""
@@ -317,7 +328,8 @@ def _around(listening: Listening) -> int:
     return _length(listening.before) + 2 + _length(listening.after(0))
 
 
-_SavedPart = str | tuple[str, tuple[int, int], bytes]  # text, or kind, shape and float32 bytes
+# text, or kind, shape and float32 bytes; or kind, (0, 0) and JSON
+_SavedPart = str | tuple[str, tuple[int, int], bytes]
 _KINDS: dict[str, Callable[[np.ndarray], Part]] = {
     "image": lambda rows: Image(rows=rows),
     "audio": lambda rows: Audio(rows=rows),
@@ -333,6 +345,10 @@ def _content_out(message: Message) -> list[_SavedPart]:
 
 
 def _part_out(part: Part) -> _SavedPart:
+    if isinstance(part, FunctionCall):
+        return "call", (0, 0), part.to_json().encode()
+    if isinstance(part, TextItem):
+        return "item", (0, 0), msgspec.json.encode((str(part), dict(part.fields)))
     if isinstance(part, str):
         return part
     if isinstance(part, Rows):
@@ -353,4 +369,10 @@ def _part_in(part: _SavedPart) -> Part:
     if isinstance(part, str):
         return part
     kind, shape, data = part
+    if kind == "call":
+        call = msgspec.json.decode(data)
+        return FunctionCall(call["name"], call["parameters"])
+    if kind == "item":
+        text, fields = msgspec.json.decode(data)
+        return TextItem(text, fields)
     return _KINDS[kind](np.frombuffer(data, np.float32).reshape(shape))

@@ -12,6 +12,8 @@ import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from edge_gemma.conversation.generation import Prefilled, TokenLoop
 from edge_gemma.conversation.positions import Positions
 from edge_gemma.conversation.saved import Saved, read_saved, rows_of, write_saved
@@ -110,6 +112,20 @@ class Session:
                 if not self._context.rewind(self._sequence, n_positions):
                     n_positions = 0
         self._cached = min(n_positions, self._cached)
+
+    def piece(self, token: int) -> bytes:
+        """The bytes a token stands for; none for control tokens."""
+        return self._sequences.decoder.piece(token)
+
+    def logits(self) -> np.ndarray:
+        """Logits ``[n_vocab]`` float32 of what may follow, a copy. Everything that was appended is
+        prefilled. Raises UsageError (nothing appended), Cancelled, RuntimeFailure.
+        """
+        if not self.length:
+            raise UsageError("nothing to continue: append a prompt first")
+        with self._context.lock:
+            self.prefill_all()
+            return self._context.logits().copy()
 
     def check(self, sampling: Sampling) -> None:
         """Raises UsageError for a grammar or schema that cannot be enforced, before anything is

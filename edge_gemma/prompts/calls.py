@@ -11,32 +11,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from edge_gemma.errors import UsageError
+from edge_gemma.messages import FunctionCall
 
 MAX_ANSWER_CHARS = 1 << 20
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
-_FENCE = re.compile(
-    r"```[ \t]*(?:json|tool_code|tool_call)?[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL
-)
+# a fence with its language, or a line that begins like JSON
+_BEGINNING = re.compile(r"```[ \t]*(?P<tag>[\w+-]*)|^[ \t]*(?=[{\[])", re.MULTILINE)
+_CALL_TAGS = ("", "json", "tool_code", "tool_call", "tool_calls", "function_call")
+_WHITE_SPACE, _SEPARATORS = re.compile(r"\s*"), re.compile(r"[\s,;]*")
 
 
-@dataclass(frozen=True)
-class FunctionCall:
-    """One call the model asks for.
+def _not_json(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
-    >>> FunctionCall("light", {"on": True}).to_json()
-    '{"name": "light", "parameters": {"on": true}}'
-    """
 
-    name: str
-    parameters: dict[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> str:
-        return json.dumps({"name": self.name, "parameters": self.parameters}, ensure_ascii=False)
+_DECODER = json.JSONDecoder(parse_constant=_not_json)
 
 
 def check_tools(tools: Sequence[Mapping]) -> list[dict]:
@@ -116,33 +109,76 @@ def parse_calls(text: str, tools: Sequence[Mapping] | None = None) -> list[Funct
 
     With ``tools``, only calls to those.
 
-    Read are: a JSON object or array that is the whole answer, starts a line, or stands in a fence
-    (```json, ```tool_code). Nothing is evaluated: Python syntax inside a fence is text, not a call.
+    Read are: JSON objects and arrays that begin the answer, a line or a fence (```json,
+    ```tool_code, ```), and what follows them behind a space, comma or semicolon. Nothing is
+    evaluated: Python syntax inside a fence is text, not a call.
+
+    >>> parse_calls('{"name": "now"}; {"name": "light", "arguments": {"on": true}}')
+    [FunctionCall(name='now', parameters={}), FunctionCall(name='light', parameters={'on': True})]
     """
     known = None if tools is None else {tool["name"] for tool in check_tools(tools)}
     text = text[:MAX_ANSWER_CHARS]
-    blocks = [match[1] for match in _FENCE.finditer(text)] or [text]
     calls: list[FunctionCall] = []
-    for block in blocks:
-        position = 0
-        while match := re.compile(r"^[ \t]*(?=[{\[])", re.MULTILINE).search(block, position):
-            try:
-                value, position = json.JSONDecoder().raw_decode(block, match.end())
-            except (ValueError, RecursionError):
-                position = match.end() + 1
-                continue
-            calls += [
-                call
-                for item in (value if isinstance(value, list) else [value])
-                if (call := _call(item))
-            ]
+    position = 0
+    while match := _BEGINNING.search(text, position):
+        position = match.end()
+        if match["tag"] is not None and match["tag"].lower() not in _CALL_TAGS:
+            closing = text.find("```", position)  # code: no call in it counts
+            position = len(text) if closing < 0 else closing + 3
+            continue
+        values, behind = _values(text, position)
+        position = behind if values else position + (match["tag"] is None)
+        calls += [call for value in values for call in _calls_of(value)]
     return [call for call in calls if known is None or call.name in known]
 
 
-def _call(value: Any) -> FunctionCall | None:
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+def _values(text: str, position: int) -> tuple[list[Any], int]:
+    """The JSON objects and arrays from ``position`` on, and where they end."""
+    values: list[Any] = []
+    separators = _WHITE_SPACE
+    while match := separators.match(text, position):
+        if text[match.end() : match.end() + 1] not in ("{", "["):
+            break
+        try:
+            value, position = _DECODER.raw_decode(text, match.end())
+        except (ValueError, RecursionError):
+            break
+        values.append(value)
+        separators = _SEPARATORS
+    return values, position
+
+
+def _calls_of(value: Any) -> Iterator[FunctionCall]:
+    """The calls in a JSON value: an object, a list of them, or other models' wrappings."""
+    for item in value if isinstance(value, list) else [value]:
+        call = call_of(item)
+        if call is not None:
+            yield call
+        elif isinstance(item, Mapping) and isinstance(item.get("tool_calls"), list):
+            yield from filter(None, map(call_of, item["tool_calls"]))
+
+
+def call_of(value: Any) -> FunctionCall | None:
+    """A call in one of the forms that models and programs write, or None for any other value.
+
+    ``parameters`` may be called ``arguments``, be JSON text, null or missing (then the object says
+    nothing else); the whole may stand below ``function``.
+    """
+    if isinstance(value, FunctionCall):
+        return value
+    if isinstance(value, Mapping) and isinstance(value.get("function"), Mapping):
+        value = value["function"]
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
         return None
-    parameters = value.get(
-        "parameters", value.get("arguments")
-    )  # "arguments" is what other models' formats say
-    return FunctionCall(value["name"], parameters) if isinstance(parameters, dict) else None
+    given = [value[key] for key in ("parameters", "arguments") if key in value]
+    if not given and set(value) - {"name", "type", "id"}:
+        return None  # some object with a name
+    parameters = given[0] if given else None
+    if isinstance(parameters, str):
+        try:
+            parameters = json.loads(parameters) if parameters.strip() else None
+        except (ValueError, RecursionError):
+            return None
+    if parameters is None:
+        parameters = {}
+    return FunctionCall(value["name"], dict(parameters)) if isinstance(parameters, dict) else None

@@ -13,8 +13,10 @@ letters and no end of turn.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -22,10 +24,21 @@ from edge_gemma.bundles.folder import Bundle
 from edge_gemma.bundles.manifest import Manifest
 from edge_gemma.bundles.token_roles import CONTROL_TEXTS
 from edge_gemma.errors import BundleError, UsageError
-from edge_gemma.messages import Audio, Image, Message, Part
-from edge_gemma.prompts.template import GEMMA_TEMPLATE, render
+from edge_gemma.messages import Audio, FunctionCall, Image, Message, Part
+from edge_gemma.prompts import function_gemma
+from edge_gemma.prompts.call_styles import CallStyle, Result, TemplateCalls, TextCalls, TokenCalls
+from edge_gemma.prompts.calls import check_tools
+from edge_gemma.prompts.template import GEMMA_TEMPLATE, reads_tools, render
 from edge_gemma.prompts.text_ids import Piece, PieceWriter, TextIds
-from edge_gemma.prompts.turns import Marks, checked_part, folded, read_turns
+from edge_gemma.prompts.turns import (
+    Marks,
+    RenderedPart,
+    ResultForm,
+    Turn,
+    checked_part,
+    folded,
+    read_turns,
+)
 from edge_gemma.spans import Rows, Span, Tokens
 
 AUDIO_ROWS = 188  # soft tokens of 30 s; transformers always sends that many, the rest being padding
@@ -90,6 +103,7 @@ class Prompt:
         named = {name: id for name, id in manifest.special_tokens.items() if name != "unk"}
         spelled = {CONTROL_TEXTS[name]: id for name, id in named.items() if name in CONTROL_TEXTS}
         self._text_ids = TextIds(tokenize, named.values(), spelled)
+        self._style = call_style(manifest)
 
     # ---- what callers use
 
@@ -174,20 +188,22 @@ class Prompt:
         continued: bool,
         generate: bool,
     ) -> list[Piece]:
-        turns, last = read_turns(messages, tools), None
+        turns, last = read_turns(messages, tools, self._style), None
+        is_open = generate and turns[-1].open
         if continued:
             last = _last_answer(turns)
             # the cache holds the answer as generated: whatever the template would trim must not be
             # looked for behind it
-            stripped = [p.strip() if isinstance(p, str) else p for p in turns[last].content]
-            turns[last] = Message("assistant", stripped)
-        elif generate and turns[-1].role == "assistant":
+            stripped = tuple(p.strip() if type(p) is str else p for p in turns[last].content)
+            turns[last] = Turn("assistant", stripped)
+        elif generate and turns[-1].role == "assistant" and not is_open:
             raise UsageError("the last message is the model's own; add a user message to answer")
-        rendered, marks = self._render(turns, generate)
+        rendered, marks = self._render(turns, tools, generate and not is_open)
         parts = marks.split(rendered)
         if last is not None:  # what lies before the end of the last answer is in the cache
-            n_behind = len(turns) - 1 - last
-            parts = parts[max(i for i, part in enumerate(parts) if part.closes == n_behind) :]
+            parts = parts[_end_of(parts, len(turns) - 1 - last) :]
+        if is_open:  # the model goes on behind the last result
+            parts = parts[: _end_of(parts, 0)]
         writer = PieceWriter(self._text_ids)
         for part in parts:
             if part.medium is not None:
@@ -201,25 +217,42 @@ class Prompt:
             pieces.insert(0, self._bos)
         return pieces
 
-    def _render(self, turns: list[Message], generate: bool) -> tuple[str, Marks]:
+    def _render(
+        self, turns: list[Turn], tools: Sequence[Mapping], generate: bool
+    ) -> tuple[str, Marks]:
         """Try the messages as they are; then with the system text folded into the first user turn;
         then each as one string.
         """
         template = self.manifest.chat_template
-        source = template or GEMMA_TEMPLATE
+        source = template or self._own_template()
         first_error: UsageError | None = None
-        variants = [turns, folded(turns)] if template else [folded(turns)]
-        for flat in (False, True):
-            for variant in variants:
-                marks = Marks(variant, source)
-                try:
-                    text = render(source, marks.messages(flat), generate)
-                    marks.check(text)
-                    return text, marks
-                except UsageError as error:
-                    first_error = first_error or error
+        variants = [turns, folded(turns)] if source is not GEMMA_TEMPLATE else [folded(turns)]
+        given = check_tools(tools) if isinstance(self._style, TemplateCalls) else []
+        for flat, variant, form in product((False, True), variants, _result_forms(source, turns)):
+            marks = Marks(variant, source, given, form)
+            try:
+                text = render(source, marks.messages(flat), generate, marks.tools())
+                marks.check(text)
+                return text, marks
+            except UsageError as error:
+                first_error = first_error or error
         assert first_error is not None
         raise first_error
+
+    def _own_template(self) -> str:
+        is_function_gemma = isinstance(self._style, TokenCalls)
+        return function_gemma.TEMPLATE if is_function_gemma else GEMMA_TEMPLATE
+
+    def answer(
+        self, ids: Sequence[int], text: str, piece: Callable[[int], bytes]
+    ) -> tuple[str | list[Part], list[FunctionCall]]:
+        """An answer's ids and its text as printed → its content as a message, and the calls in it
+        that were written with control tokens.
+        """
+        if not function_gemma.has_tokens(self.manifest.special_tokens):
+            return text, []
+        before, calls = function_gemma.read_answer(ids, piece, self.manifest.special_tokens)
+        return ([before, *calls] if calls else text), calls
 
     def _fill(self, pieces: Iterable[Piece], pad_audio: bool) -> list[Span]:
         spans: list[Span] = []
@@ -291,7 +324,35 @@ class Prompt:
         return self.manifest.special_tokens[name]
 
 
-def _last_answer(turns: Sequence[Message]) -> int:
+def call_style(manifest: Manifest) -> CallStyle:
+    """How a bundle's prompts write functions: its template itself, where that reads ``tools``; with
+    FunctionGemma's tokens, where its vocabulary has them; else as text.
+    """
+    template = getattr(manifest, "chat_template", None)
+    if template and reads_tools(template):
+        return TemplateCalls()
+    if function_gemma.has_tokens(manifest.special_tokens):
+        return TokenCalls()
+    return TextCalls()
+
+
+def _result_forms(template: str, turns: Sequence[Turn]) -> tuple[ResultForm, ...]:
+    """What to give a template as a result, in the order to be tried."""
+    has_results = any(isinstance(part, Result) for turn in turns for part in turn.content)
+    if has_results and re.search(r"\bresponse\b['\"]|\.response\b", template):
+        return ("list", "mapping", "text")
+    return ("text",)
+
+
+def _end_of(parts: Sequence[RenderedPart], n_behind: int) -> int:
+    """The index of what follows the last text of the turn that has ``n_behind`` others behind."""
+    ends = [i for i, part in enumerate(parts) if part.closes == n_behind]
+    if not ends:
+        raise UsageError("the last answer holds no text to continue behind; render all of it")
+    return ends[-1]
+
+
+def _last_answer(turns: Sequence[Turn]) -> int:
     """The index of the last answer, behind which something new must stand."""
     answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
     if not answers or answers[-1] == len(turns) - 1:

@@ -109,20 +109,44 @@ def _compile(source: str):
         "raise_exception": _raise_exception,
         "strftime_now": lambda form: datetime.now().strftime(form[:200]),
     }
-    # {% generation %} marks training targets; when prompting it only stands around text
-    source = re.sub(
-        r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})",
-        lambda m: m[1] + ("endif" if m[2] else "if true") + m[3],
-        source,
-    )
     try:
-        return sandbox.from_string(source)
+        return sandbox.from_string(_plain(source))
     except (TemplateError, RecursionError) as error:
         raise BundleError(f"the bundle's chat template cannot be read: {error}") from None
 
 
-def render(source: str, messages: list[dict], generate: bool) -> str:
-    """The text of ``messages``; ``generate`` opens the model's turn.
+def reads_tools(source: str) -> bool:
+    """Whether a template reads the variable ``tools``. A template that cannot be read does not.
+
+    >>> reads_tools("{% for tool in tools %}{{ tool }}{% endfor %}"), reads_tools("{{ 'tools' }}")
+    (True, False)
+    """
+    from jinja2 import TemplateError, meta
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    if "tools" not in source or len(source) > MAX_TEMPLATE_CHARS:
+        return False
+    reader = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        return "tools" in meta.find_undeclared_variables(reader.parse(_plain(source)))
+    except (TemplateError, RecursionError):
+        return False
+
+
+def _plain(source: str) -> str:
+    """{% generation %} marks training targets; when prompting it only stands around text."""
+    return re.sub(
+        r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})",
+        lambda m: m[1] + ("endif" if m[2] else "if true") + m[3],
+        source,
+    )
+
+
+def render(
+    source: str, messages: list[dict], generate: bool, tools: list[dict] | None = None
+) -> str:
+    """The text of ``messages``; ``generate`` opens the model's turn. ``tools`` is what a template
+    that writes functions itself is given.
 
     UsageError when the template objects, BundleError when it is at fault.
 
@@ -132,14 +156,15 @@ def render(source: str, messages: list[dict], generate: bool) -> str:
     from jinja2 import TemplateError
     from jinja2.exceptions import SecurityError
 
-    limit, length, pieces = sum(map(_length, messages)) + MAX_OVERHEAD_CHARS, 0, []
+    given = sum(map(_length, messages)) + len(str(tools))
+    limit, length, pieces = given + MAX_OVERHEAD_CHARS, 0, []
     try:
         for piece in _compile(source).generate(
             messages=messages,
             add_generation_prompt=generate,
             bos_token="<bos>",
             eos_token="<eos>",
-            tools=None,
+            tools=tools,
         ):
             pieces.append(piece)
             length += len(piece)
@@ -170,5 +195,6 @@ def render(source: str, messages: list[dict], generate: bool) -> str:
 
 
 def _length(message: dict) -> int:
-    content = message["content"]
-    return len(content) if isinstance(content, str) else sum(len(item["text"]) for item in content)
+    content, calls = message["content"], str(message.get("tool_calls", ""))
+    n_text = len(content) if isinstance(content, str) else len(str(content))
+    return n_text + len(calls)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from edge_gemma.messages import Audio, Image, Part
+from edge_gemma.errors import UsageError
+from edge_gemma.messages import Audio, FunctionCall, Image, Part
 from edge_gemma.spans import Rows
 
 Piece = int | Image | Audio | Rows  # a rendered prompt: token ids, and media in their places
 
-_TOKEN_LIKE = re.compile(r"<[^<>\s]{1,64}>")
+TOKEN_LIKE = re.compile(r"<[^<>\s]{1,64}>")
 
 
 class TextIds:
@@ -47,7 +48,7 @@ class TextIds:
         ids = self._tokenize(text, False)
         if self._is_text(ids):
             return ids
-        pieces = _TOKEN_LIKE.sub(self._cut, text).split("\0")
+        pieces = TOKEN_LIKE.sub(self._cut, text).split("\0")
         ids = [id for piece in pieces for id in self._tokenize(piece, False)]
         if self._is_text(ids):
             return ids
@@ -77,7 +78,7 @@ class PieceWriter:
     def template(self, text: str) -> None:
         """What the template wrote: its control tokens count."""
         position = 0
-        for match in _TOKEN_LIKE.finditer(text):
+        for match in TOKEN_LIKE.finditer(text):
             id = self._text_ids.control(match[0])
             if id is not None:
                 self._text += text[position : match.start()]
@@ -93,6 +94,8 @@ class PieceWriter:
 
     def part(self, part: Part) -> None:
         """A part of a message; a picture or clip gets a blank line before and behind it."""
+        if isinstance(part, FunctionCall):
+            raise UsageError("a function call stands in an assistant's message, not in raw text")
         if isinstance(part, str):
             self.user(part)
         elif isinstance(part, Rows):
