@@ -31,13 +31,13 @@ from edge_gemma.errors import UsageError
 from edge_gemma.machine.device import Device
 from edge_gemma.machine.probe import find_device, machine_for
 from edge_gemma.machine.repack import repacks_for
-from edge_gemma.messages import Image, Part, PictureSource
+from edge_gemma.messages import Image, Message, Part, PictureSource
 from edge_gemma.options import Sampling, SamplingChanges
 from edge_gemma.plan.ladder import make_plan
 from edge_gemma.plan.records import Plan, PlanRequest
 from edge_gemma.prompts.prompt import Prompt, read_special_rows
 from edge_gemma.seeing.video import Video
-from edge_gemma.senses import Senses
+from edge_gemma.senses import Content, Senses
 from edge_gemma.spans import Rows, Span, Tokens
 from edge_gemma.store.installed import resolve
 from edge_gemma.units import parse_bytes
@@ -297,6 +297,36 @@ class Model:
         finally:
             context.close()
             self.weights.trim()
+
+    def classify(self, content: Content, labels: Sequence[str] = ("Yes", "No")) -> dict[str, float]:
+        """How likely an answer to ``content`` (text or parts) begins with each label, so that all
+        labels together make 1: the softmax over the logits of their first tokens. ShieldGemma's
+        score is that of "Yes".
+
+        Instruct bundles get the content as a user's turn, base bundles continue it. Raises
+        UsageError where two labels begin with the same token, ContextFull.
+
+        >>> scores = model.classify("Is this safe?")
+        >>> list(scores), round(sum(scores.values()), 6)
+        (['Yes', 'No'], 1.0)
+        """
+        firsts = [self.tokenize(label)[:1] for label in labels]
+        tokens = [token for first in firsts for token in first]
+        if isinstance(labels, str) or not labels or len(set(tokens)) != len(labels):
+            raise UsageError(
+                f"the labels {labels!r} begin with the tokens {tokens}; expected texts that each "
+                "begin with another token"
+            )
+        if self.bundle.manifest.instruct:
+            parts = content if isinstance(content, str) else self.senses.encoded(content)
+            spans = self.prompt.spans([Message("user", parts)])
+        else:
+            parts = [content] if isinstance(content, str) else self.senses.encoded(content)
+            spans = self.prompt.raw(parts)
+        self._scratch.replace(spans)
+        logits = self._scratch.logits()[tokens].astype(np.float64)
+        odds = np.exp(logits - logits.max())
+        return dict(zip(labels, (odds / odds.sum()).tolist(), strict=True))
 
     # media
 

@@ -7,7 +7,8 @@ module does not know prompts, templates or the KV cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,13 +18,15 @@ from edge_gemma.hearing.encoder import AudioEncoder
 from edge_gemma.hearing.sound import AudioSource, read_audio
 from edge_gemma.messages import Audio, Image, Part
 from edge_gemma.plan.records import Settings
+from edge_gemma.prompts.turns import checked_part
 from edge_gemma.seeing.cache import SoftTokenCache
 from edge_gemma.seeing.picture import Picture
 from edge_gemma.seeing.soft_tokens import PictureEncoder, prepare
 from edge_gemma.seeing.video import Video
 from edge_gemma.spans import Rows
 
-Content = str | Image | Audio | Video | Rows | Sequence[Part | Video]
+# a mapping is a text with more keys for the chat template: {"type": "text", "text": …, …}
+Content = str | Image | Audio | Video | Rows | Sequence[Part | Video | Mapping[str, Any]]
 
 
 class Senses:
@@ -144,4 +147,4 @@ class Senses:
 def _parts(content: Content) -> list[Part | Video]:
     if isinstance(content, str | Image | Audio | Video | Rows):
         return [content]
-    return list(content)
+    return [checked_part(part) if isinstance(part, Mapping) else part for part in content]

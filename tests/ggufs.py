@@ -11,6 +11,7 @@ from edge_gemma.bundles.gguf import GGML_TYPES, read_header
 
 UINT8, INT8, UINT16, INT16, UINT32, INT32, FLOAT32, BOOL = range(8)
 STRING, ARRAY, UINT64, INT64, FLOAT64 = range(8, 13)
+CONTROL, USER_DEFINED = 3, 4  # llama.cpp's types of tokens
 CODES = {
     UINT8: "<B",
     INT8: "<b",
@@ -115,6 +116,24 @@ class Parts:
             table += struct.pack("<IQ", kind, len(data))
             data += values + b"\0" * (-len(values) % 32)
         return Parts({**self.pairs}, len(tensors), table, data)
+
+
+def with_tokens(parts: Parts, tokens: dict[int, tuple[str, int]]) -> Parts:
+    """A copy in which these ids have another spelling and llama.cpp type. A spelling that stands
+    at another id already goes away there: no vocabulary may hold one twice.
+    """
+    raw, at, spelled = parts.pairs["tokenizer.ggml.tokens"], 16, []
+    while at < len(raw):
+        end = at + 8 + struct.unpack_from("<Q", raw, at)[0]
+        spelled.append(raw[at + 8 : end].decode())
+        at = end
+    types = list(memoryview(parts.pairs["tokenizer.ggml.token_type"][16:]).cast("i"))
+    wanted = {spelling for spelling, _ in tokens.values()}
+    spelled = [f"<was {i}>" if word in wanted else word for i, word in enumerate(spelled)]
+    for id, (spelling, kind) in tokens.items():
+        spelled[id], types[id] = spelling, kind
+    changed = parts.with_value("tokenizer.ggml.tokens", array(STRING, spelled))
+    return changed.with_value("tokenizer.ggml.token_type", array(INT32, types))
 
 
 def _end(raw: bytes, at: int) -> int:
