@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_gemma import Sampling
+from edge_gemma.engines.closing import closed
 from edge_gemma.engines.constraint import ids_in, mask_of
 from edge_gemma.engines.guidance import Guidance
 from edge_gemma.engines.patterns import translated
@@ -217,6 +218,46 @@ def test_any_schema_holds_or_is_refused(tiny_model):
 def test_ten_thousand_schemas_hold_or_are_refused(tiny_model):
     counts = property_of_schemas(tiny_model.decoder, 10_000)
     assert counts["valid"] >= 4000 and counts["open"] <= 500
+
+
+# ---- keys that nobody asked for
+
+
+@pytest.mark.compat(
+    kind="schema",
+    what="additionalProperties missing",
+    happens="no other key is written, unless allOf, $ref or required ask for one",
+)
+def test_no_key_comes_that_nobody_asked_for(tiny_model):
+    ok = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    for schema in (ok, {"anyOf": [ok]}, {"$ref": "#/$defs/ok", "$defs": {"ok": ok}}):
+        answers = {schemas.answer_from_noise(tiny_model.decoder, schema, i) for i in range(8)}
+        assert answers <= {'{"ok": true}', '{"ok": false}'}
+    answers = {
+        schemas.answer_from_noise(tiny_model.decoder, {**ok, "additionalProperties": True}, i)
+        for i in range(8)
+    }
+    assert any(answer and len(json.loads(answer)) > 1 for answer in answers)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]},
+        {"properties": {"a": {}}, "required": ["b"]},
+        {"properties": {"a": {}}, "patternProperties": {"^b": {}}},
+        {"properties": {"a": {}}, "anyOf": [{"properties": {"b": {}}}]},
+        {"$ref": "#/$defs/a", "properties": {"b": {}}, "$defs": {"a": {"properties": {"a": {}}}}},
+        {
+            "allOf": [{"$ref": "#/$defs/b"}, {"properties": {"b": {}}}],
+            "$defs": {"b": {"anyOf": [{"$ref": "#/$defs/a"}]}, "a": {"properties": {"a": {}}}},
+        },
+        {"properties": {}},
+        {"type": "object"},
+    ],
+)
+def test_an_object_described_in_several_places_stays_open(schema):
+    assert closed(schema) == schema
 
 
 # ---- patterns

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from edge_gemma.engines.closing import closed
 from edge_gemma.engines.patterns import translated
 from edge_gemma.engines.references import endless
 from edge_gemma.errors import UsageError
@@ -82,7 +83,7 @@ def enforceable(schema: Json) -> Schema:
     problem = endless(plain)
     if problem:
         raise cannot_be_enforced("$ref", TOP, problem)
-    return {**written, **spacing}
+    return {**closed(written), **spacing}
 
 
 def cannot_be_enforced(keyword: str, where: str, reason: str = "") -> UsageError:
