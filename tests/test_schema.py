@@ -13,13 +13,18 @@ import pytest
 import schemas
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+import edge_gemma
 from edge_gemma import Sampling
+from edge_gemma.cli.app import app
+from edge_gemma.conversation.transcription import live_turn
 from edge_gemma.engines.closing import closed
 from edge_gemma.engines.constraint import ids_in, mask_of
 from edge_gemma.engines.guidance import Guidance
 from edge_gemma.engines.patterns import translated
 from edge_gemma.errors import UsageError
+from edge_gemma.plan.costs import STRUCTURED_BYTES_PER_TOKEN
 
 # each word of it needs another escape
 HARD = 'say "hi" \\ here\nand 😀 / \t\x01'
@@ -182,6 +187,27 @@ def test_what_cannot_hold_is_refused_before_prefill(tiny_model, schema, message)
         assert chat.session.length == 0 and chat.messages == []
     noise = ("json-schema:", "Unimplemented", "error:", "Unsatisfiable", "\n")
     assert not any(word in str(caught.value) for word in noise)
+
+
+def test_what_cannot_hold_is_refused_before_a_word_is_spoken(tiny_model):
+    impossible = Sampling(schema={"not": {}})
+    options = edge_gemma.ListenOptions(sampling=impossible)
+    with tiny_model.chat() as chat:
+        with pytest.raises(UsageError, match="'not' at the top"):
+            live_turn(chat, "Say", options)
+        with pytest.raises(UsageError, match="'not' at the top"):
+            next(edge_gemma.Listener(chat, "absent.wav", options=options).records())
+
+
+def test_the_command_line_counts_structured_output_in_its_plan(tiny_bundle):
+    def planned_bytes(*more: str) -> int:
+        arguments = ["run", str(tiny_bundle), "Q: ", "--json", "-n", "40", "--seed", "1", *more]
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)["memory"]["planned_peak_bytes"]
+
+    with_schema = planned_bytes("--schema", '{"enum": ["a"]}')
+    assert with_schema - planned_bytes() == 768 * STRUCTURED_BYTES_PER_TOKEN
 
 
 def property_of_schemas(decoder, n_cases: int) -> dict[str, int]:

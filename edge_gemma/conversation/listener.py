@@ -65,8 +65,11 @@ class Listener:
 
     def records(self) -> Iterator[Heard]:
         """Listen until stopped, or until the source ends. Errors of a single turn become ``failed``
-        records. Raises UnsupportedModel (a bundle that cannot hear), DeviceLost (no microphone).
+        records. Raises UnsupportedModel (a bundle that cannot hear), DeviceLost (no microphone),
+        UsageError (a schema or grammar that no answer could be held to).
         """
+        if self.options.sampling is not None:
+            self.chat.session.check(self.options.sampling)
         self.chat.senses.audio()  # opened before the first word, not after it
         detector = self.detector or SpeechDetector(self.options.vad)
         self._listening = listening = _Listening(self, detector, self._stopping)

@@ -106,7 +106,11 @@ def ask(
 
 
 def live_turn(chat: Chat, instruction: str, options: ListenOptions) -> LiveTurn:
-    """A turn that is about to be spoken, as ``options`` say."""
+    """A turn that is about to be spoken, as ``options`` say. Raises UsageError now for a schema or
+    grammar that its answer could not be held to.
+    """
+    if options.sampling is not None:
+        chat.session.check(options.sampling)
     return LiveTurn(
         chat,
         instruction,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,7 @@ class Guidance:
         # both keep a list that the library has copied
         wrapper.tokens = vocabulary.tokens = ()
         self._matchers: OrderedDict[str, LLMatcher] = OrderedDict()  # by schema, unused
+        self._lock = threading.Lock()
 
     def constraint(self, schema: Json) -> Following:
         """A constraint on one answer. Raises UsageError for what cannot be enforced."""
@@ -64,15 +66,17 @@ class Guidance:
 
         checked = enforceable(schema)
         key = json.dumps(checked)
-        if key not in self._matchers:
-            error = refusal(checked, _complaint)
-            if error is not None:
-                raise error
-            self._matchers[key] = LLMatcher(self._tokenizer, _grammar(checked), log_level=0)
-            if len(self._matchers) > _KEPT_SCHEMAS:
-                self._matchers.popitem(last=False)
-        self._matchers.move_to_end(key)
-        return self._matchers[key].deep_copy()
+        with self._lock:
+            if key not in self._matchers:
+                error = refusal(checked, _complaint)
+                if error is not None:
+                    raise error
+                made = LLMatcher(self._tokenizer, _grammar(checked), log_level=0)
+                self._matchers[key] = made
+                if len(self._matchers) > _KEPT_SCHEMAS:
+                    self._matchers.popitem(last=False)
+            self._matchers.move_to_end(key)
+            return self._matchers[key].deep_copy()
 
 
 class Following:
