@@ -19,6 +19,7 @@ from edge_gemma.errors import MediaError
 from edge_gemma.units import format_bytes
 
 _SHOWN_CHARACTERS = 120  # of a name in a message
+_LONGEST_PATH = 4096  # characters; Linux takes no more
 _ADDRESS = re.compile(r"[a-z][a-z0-9+]+:/")  # Path folds // into /
 _FILE_URI = re.compile(r"file:/+(?:localhost/)?", re.IGNORECASE)
 _DATA = re.compile(r"\s*data:", re.IGNORECASE)
@@ -71,6 +72,8 @@ def typed(text: str) -> str:
 
 def _one_word(text: str) -> str | None:
     """The text as one word of a shell, or None where it is none or several."""
+    if len(text) > _LONGEST_PATH:
+        return None
     try:
         words = shlex.split(text)
     except ValueError:  # a quote that does not end
@@ -86,10 +89,11 @@ def typed_line(text: str) -> str:
     ('my chat.json', 'my chat.json')
     """
     text = text.strip()
-    meant, word = typed(text), _one_word(text)
-    if word is None or exists(meant) or is_data_uri(text) or _FILE_URI.match(text):
+    meant = typed(text)
+    if exists(meant) or is_data_uri(text) or _FILE_URI.match(text):
         return meant
-    return os.path.expanduser(word)
+    word = _one_word(text)
+    return meant if word is None else os.path.expanduser(word)
 
 
 def first_path(line: str) -> tuple[str, str]:
@@ -110,9 +114,9 @@ def first_path(line: str) -> tuple[str, str]:
 
 
 def _word_ends(line: str) -> list[int]:
-    """Where words end, the last one first; no path has more than 4096 characters."""
+    """Where words end, the last one first."""
     ends = [match.start() for match in re.finditer(r"\s", line)]
-    return [end for end in [len(line), *reversed(ends)] if end <= 4096]
+    return [end for end in [len(line), *reversed(ends)] if end <= _LONGEST_PATH]
 
 
 def _shell_word_end(line: str) -> int:

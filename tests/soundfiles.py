@@ -72,9 +72,17 @@ def ogg_pages(data: bytes) -> list[int]:
     return [at for at in range(len(data)) if data.startswith(b"OggS\0", at)]
 
 
-def write_av(path: Path, samples: np.ndarray, format: str, codec: str, rate_hz: int, layout: str):
-    """``samples [n]`` at 16 kHz by FFmpeg's muxer and encoder."""
-    with av.open(str(path), "w", format=format) as container:
+def write_av(
+    path: Path,
+    samples: np.ndarray,
+    format: str,
+    codec: str,
+    rate_hz: int,
+    layout: str,
+    **options: str,
+) -> None:
+    """``samples [n]`` at 16 kHz by FFmpeg's muxer, with its ``options``, and encoder."""
+    with av.open(str(path), "w", format=format, options=options) as container:
         stream = container.add_stream(codec, rate=rate_hz)
         stream.layout = layout
         stream.bit_rate = 64_000 if layout == "mono" else 128_000

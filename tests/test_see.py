@@ -185,20 +185,18 @@ def test_pictures_as_they_are_typed(capsys, looking_bundle, no_cache, photo, mon
     spaced = photo.with_name("my photo.png")
     photo.rename(spaced)
     monkeypatch.setenv("HOME", str(photo.parent))
-    short = ("--ctx", 256, "-n", 2, "--temperature", 0)
-    answers = set()
-    for picture in (uri, "~/my photo.png"):
-        code, out, err = run(capsys, "describe", looking_bundle.folder, picture, "What?", *short)
-        assert code == 0, err
-        answers.add(out)
-    assert len(answers) == 1
+    short = ("--ctx", 256, "-n", 1)
     quoted = f"'{spaced}'"
-    code, _, err = run(capsys, "run", looking_bundle.folder, "?", "--image", quoted, *short)
-    assert code == 0, err
-    lines = f"/image ~/my photo.png what's this?\n/image {uri} and this?\n/image none.png what?\n"
+    for command in (
+        ("describe", looking_bundle.folder, uri, "~/my photo.png", "The same?"),
+        ("run", looking_bundle.folder, "What?", "--image", quoted),
+    ):
+        code, _, err = run(capsys, *command, *short)
+        assert code == 0, err
+    lines = "/image ~/my photo.png what's this?\n/image none.png what?\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-    code, out, err = run(capsys, "chat", looking_bundle.folder, "--ctx", 256, "-n", 2)
-    assert code == 0 and err.count("there is no image file at none.png") == 1
+    code, _, err = run(capsys, "chat", looking_bundle.folder, *short)
+    assert code == 0 and "there is no image file at none.png" in err
     assert err.count("edge-gemma:") == 1
 
 

@@ -141,6 +141,11 @@ def test_other_containers_with_sizes_never_written():
     for at in (4, common + 10, data + 4):
         aiff[at : at + 4] = bytes(4)
     assert len(heard(bytes(aiff))[0]) == len(VOICE)
+    w64 = bytearray(encoded(VOICE, "W64", "PCM_16"))
+    data = w64.index(b"data")
+    for size in (bytes(8), b"\xff" * 8):
+        w64[16:24] = w64[data + 16 : data + 24] = size
+        assert len(heard(bytes(w64))[0]) == len(VOICE)
     caf = bytearray(encoded(VOICE, "CAF", "PCM_16"))
     at = caf.index(b"data", 20)
     caf[at + 4 : at + 12] = b"\xff" * 8  # CAF's own way to say that it is not known
@@ -422,6 +427,16 @@ def test_mp4_that_is_cut(tmp_path):
     path.write_bytes(data[: data.index(b"moov") - 4])
     with pytest.raises(MediaError, match=r"a.m4a is an MP4 recording without its index \(moov\)"):
         AudioFile(path)
+
+
+@pytest.mark.parametrize("movflags", ["faststart", "frag_keyframe+empty_moov+default_base_moof"])
+def test_mp4_that_is_cut_behind_its_index(tmp_path, movflags):
+    path = tmp_path / "a.m4a"
+    write_av(path, np.tile(VOICE, 4), "mp4", "aac", 16000, "mono", movflags=movflags)
+    data = path.read_bytes()
+    samples, notes = heard(data[: 7 * len(data) // 10])
+    assert 16_000 < len(samples) < 112_000 and likeness(samples, np.tile(VOICE, 4)) > 0.7
+    assert "It is truncated" in notes[0]
 
 
 @sound("webm, aac or ts that is cut", "read to the cut")
