@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from edge_gemma.sources import FileSource
 from edge_gemma.spans import Rows
 
 # a path, a file's bytes, pixels, a Pillow image, or an opened seeing.picture.Picture
@@ -33,13 +33,13 @@ class Image:
 
 @dataclass(frozen=True, eq=False)
 class Audio:
-    """A sound in a message: a path, a data URI, a file's bytes, or mono samples at 16 kHz ``[n]``
-    float32; or its soft tokens ``[n, n_embd]`` float32 at once.
+    """A sound in a message: a path, a data URI, a file's bytes, an open file, or mono samples at
+    16 kHz ``[n]`` float32; or its soft tokens ``[n, n_embd]`` float32 at once.
 
     ``Audio()`` alone is a clip still to be spoken: see :meth:`Prompt.listening`.
     """
 
-    source: str | os.PathLike[str] | bytes | np.ndarray | None = None
+    source: FileSource | np.ndarray | None = None
     rows: np.ndarray | None = None
     kind = "audio"
 

@@ -15,7 +15,7 @@ import numpy as np
 from edge_gemma.bundles.folder import Bundle
 from edge_gemma.errors import MediaError, UsageError
 from edge_gemma.hearing.encoder import AudioEncoder
-from edge_gemma.hearing.sound import AudioSource, read_audio
+from edge_gemma.hearing.sound import read_audio
 from edge_gemma.messages import Audio, Image, Part
 from edge_gemma.plan.records import Settings
 from edge_gemma.prompts.turns import checked_part
@@ -23,6 +23,7 @@ from edge_gemma.seeing.cache import SoftTokenCache
 from edge_gemma.seeing.picture import Picture
 from edge_gemma.seeing.soft_tokens import PictureEncoder, prepare
 from edge_gemma.seeing.video import Video
+from edge_gemma.sources import FileSource
 from edge_gemma.spans import Rows
 
 # a mapping is a text with more keys for the chat template: {"type": "text", "text": …, …}
@@ -86,9 +87,9 @@ class Senses:
         picture = source if isinstance(source, Picture) else Picture(source)
         return self.pictures().encode(picture, image.size)
 
-    def encode_audio(self, source: AudioSource | np.ndarray | None) -> np.ndarray:
-        """A sound file (a path, a data URI, its bytes), or mono samples at 16 kHz ``[n]`` float32
-        in [−1, 1], of at most 30 s → soft tokens ``[n, n_embd]`` float32, real rows only.
+    def encode_audio(self, source: FileSource | np.ndarray | None) -> np.ndarray:
+        """A sound file (path, data URI, bytes, open file), or mono samples at 16 kHz ``[n]``
+        float32 in [−1, 1], of at most 30 s → soft tokens ``[n, n_embd]`` float32, real rows only.
         """
         if source is None:
             raise UsageError(

@@ -1,7 +1,7 @@
 """What a person names: paths as they are typed, files that must be there, data URIs.
 
-In: text or a path. Out: a path that can be opened, or the bytes of a data URI. Nothing here reads a
-file's content. It does not know pictures, sounds or bundles.
+In: text, a path or an open file. Out: a path that can be opened, or bytes whose number was checked.
+It does not know what the bytes mean: pictures, sounds or bundles.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import shlex
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 from urllib.parse import unquote, unquote_to_bytes
 
-from edge_gemma.errors import MediaError
+from edge_gemma.errors import MediaError, UsageError
 from edge_gemma.units import format_bytes
 
 _SHOWN_CHARACTERS = 120  # of a name in a message
@@ -188,6 +189,30 @@ def shown(name: str) -> str:
     """A name as messages show it: of a long one the beginning."""
     name = name.replace("\n", " ")
     return name if len(name) <= _SHOWN_CHARACTERS else name[:_SHOWN_CHARACTERS] + "…"
+
+
+@runtime_checkable
+class BinarySource(Protocol):
+    """An open file: BytesIO, or what open(path, "rb") gives."""
+
+    def read(self, n_bytes: int, /) -> bytes: ...
+
+    def seek(self, offset: int, /) -> int: ...
+
+
+# what a file may be given as: its path, a data URI, its bytes, or opened
+FileSource = str | os.PathLike[str] | bytes | bytearray | memoryview | BinarySource
+
+
+def read_all(file: BinarySource, max_bytes: int, what: str) -> bytes:
+    """The bytes of an open file from its beginning, at most one more than ``max_bytes``. Raises
+    UsageError for a file opened as text.
+    """
+    file.seek(0)
+    data = file.read(max_bytes + 1)
+    if not isinstance(data, bytes):
+        raise UsageError(f"a file with {what} data must be opened for bytes: open(path, 'rb')")
+    return data
 
 
 # --- data URIs ---

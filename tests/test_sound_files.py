@@ -30,7 +30,7 @@ from soundfiles import (
     write_av,
 )
 
-from edge_gemma.errors import MediaError, MediaWarning, MissingExtra
+from edge_gemma.errors import MediaError, MediaWarning, MissingExtra, UsageError
 from edge_gemma.hearing.containers import Window
 from edge_gemma.hearing.mixing import Mixer
 from edge_gemma.hearing.sound import AudioFile, read_audio
@@ -490,11 +490,18 @@ def test_whatever_the_ffmpeg_program_writes_is_heard(tmp_path):
 # ---- data URIs
 
 
-@sound("data:audio/…;base64,…", "heard as the file it holds")
+@sound("data:audio/…;base64,…, BytesIO, bytes", "heard as the file it holds")
 def test_data_uris():
     for kind, data in (("wav", wav(PCM)), ("ogg", encoded(VOICE, "OGG", "VORBIS"))):
         uri = f"data:audio/{kind};base64,{base64.b64encode(data).decode()}"
         assert np.array_equal(read_audio(uri), read_audio(data))
+    data = wav(PCM)
+    for source in (io.BytesIO(data), bytearray(data), memoryview(data)):
+        assert np.array_equal(read_audio(source), HEARD)
+    with pytest.raises(UsageError, match="must be opened for bytes"):
+        read_audio(io.StringIO("text"))
+    with pytest.raises(UsageError, match="a sound is a path.*got int"):
+        read_audio(7)
     with pytest.raises(MediaError, match="holds image/png; expected audio/"):
         read_audio("data:image/png;base64,AAAA")
 

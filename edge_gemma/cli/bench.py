@@ -126,11 +126,12 @@ def run(
 
 def _pair(text: str) -> tuple[str, str]:
     from edge_gemma.errors import UsageError
+    from edge_gemma.sources import typed
 
     name, equals, bundle = text.partition("=")
     if not equals:
         raise UsageError(f"--model takes NAME=BUNDLE; got {text!r}")
-    return name, bundle
+    return name, typed(bundle)
 
 
 # --- one benchmark each ---

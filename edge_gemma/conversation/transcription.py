@@ -29,7 +29,7 @@ TRANSLATE = "Transcribe the following speech segment in {language}, then transla
 TRANSLATE_ONLY = "Translate the following speech segment into {to}:"
 
 
-Source = str | os.PathLike[str] | Iterable[np.ndarray]
+Source = str | os.PathLike[str] | bytes | Iterable[np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def live_turn(chat: Chat, instruction: str, options: ListenOptions) -> LiveTurn:
 
 def blocks_of(source: Source) -> Iterator[np.ndarray]:
     """The blocks of a sound file, which is closed at the end, or of what gives blocks already."""
-    if not isinstance(source, str | os.PathLike):
+    if not isinstance(source, str | os.PathLike | bytes):
         yield from source
         return
     with AudioFile(source) as file:

@@ -14,15 +14,21 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from edge_gemma.errors import MediaError, MediaWarning, MissingExtra
+from edge_gemma.errors import MediaError, MediaWarning, MissingExtra, UsageError
 from edge_gemma.hearing.containers import Container, inspect
 from edge_gemma.hearing.decoders import Decoder, Frames, SoundFile
 from edge_gemma.hearing.mixing import Mixer
 from edge_gemma.hearing.samples import MAX_CLIP_S, RATE_HZ, check_samples
-from edge_gemma.sources import Wanted, data_uri_bytes, is_data_uri, local_file
+from edge_gemma.sources import (
+    BinarySource,
+    FileSource,
+    Wanted,
+    data_uri_bytes,
+    is_data_uri,
+    local_file,
+    read_all,
+)
 from edge_gemma.units import MiB
-
-AudioSource = str | os.PathLike[str] | bytes | bytearray
 
 MAX_DATA_BYTES = 256 * MiB  # of a sound file in memory
 _TYPES = ("audio/", "video/", "application/ogg")  # browsers record webm and mp4 as video/…
@@ -38,9 +44,10 @@ class AudioFile:
     """A sound file (wav, flac, ogg, mp3, m4a, webm …), decoded as it is asked for: memory does not
     grow with its length.
 
-    ``source`` is a path, a data URI or the bytes of a file. ``duration_s`` is what the header says,
-    infinite when it does not; a truncated file has less, and ``truncated_at_s`` is set once its end
-    was read. ``notes`` are sentences about what was done to hear it; some are known only then.
+    ``source`` is a path, a data URI, the bytes of a file or an open one. ``duration_s`` is what the
+    header says, infinite when it does not; a truncated file has less, and ``truncated_at_s`` is set
+    once its end was read. ``notes`` are sentences about what was done to hear it; some are known
+    only then.
 
     Raises MediaError: missing, empty, not audio, without samples, NaN; MissingExtra.
 
@@ -49,7 +56,7 @@ class AudioFile:
     (0.5, 8000)
     """
 
-    def __init__(self, source: AudioSource):
+    def __init__(self, source: FileSource):
         self._sound = _sound(source)
         self.name = self._sound.name
         self._decoder: Decoder = self._sound.decoder()
@@ -163,14 +170,21 @@ class AudioFile:
         self.close()
 
 
-def _sound(source: AudioSource) -> SoundFile:
-    """A path, a data URI or bytes → what is decoded. Raises MediaError."""
+def _sound(source: FileSource) -> SoundFile:
+    """What is decoded, by its name and container. Raises MediaError, UsageError."""
     if isinstance(source, str) and is_data_uri(source):
         source = data_uri_bytes(source, Wanted("sound", _TYPES, MAX_DATA_BYTES))
-    if isinstance(source, bytes | bytearray):
+    if isinstance(source, BinarySource):
+        source = read_all(source, MAX_DATA_BYTES, "sound")
+    if isinstance(source, bytes | bytearray | memoryview):
         if not 1 <= len(source) <= MAX_DATA_BYTES:
             raise MediaError(f"sound data of {len(source)} bytes; expected 1 to {MAX_DATA_BYTES}")
         return _inspected("the sound", None, bytes(source))
+    if not isinstance(source, str | os.PathLike):
+        raise UsageError(
+            "a sound is a path, a data URI, bytes, a binary file or samples; got "
+            f"{type(source).__name__}"
+        )
     path = local_file(source, "sound")
     return _inspected(str(path), str(path), b"")
 
@@ -180,7 +194,7 @@ def _inspected(name: str, path: str | None, data: bytes) -> SoundFile:
         return SoundFile(name, path, data, inspect(file))
 
 
-def read_audio(source: AudioSource, *, max_s: float = MAX_CLIP_S) -> np.ndarray:
+def read_audio(source: FileSource, *, max_s: float = MAX_CLIP_S) -> np.ndarray:
     """A whole short file as ``[n]`` float32 at 16 kHz mono, n ≥ 1. What had to be done to hear it
     is a MediaWarning.
 

@@ -10,12 +10,20 @@ import hashlib
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edge_gemma.errors import MediaError, MissingExtra, UsageError
-from edge_gemma.sources import Wanted, data_uri_bytes, is_data_uri, local_file
+from edge_gemma.sources import (
+    BinarySource,
+    FileSource,
+    Wanted,
+    data_uri_bytes,
+    is_data_uri,
+    local_file,
+    read_all,
+)
 from edge_gemma.units import MiB, format_bytes
 
 if TYPE_CHECKING:
@@ -30,19 +38,9 @@ UPRIGHT = 1
 _CHANNELS = (1, 3, 4)
 
 
-@runtime_checkable
-class BinarySource(Protocol):
-    """An open file: BytesIO, or what open(path, "rb") gives."""
-
-    def read(self, n_bytes: int, /) -> bytes: ...
-
-    def seek(self, offset: int, /) -> int: ...
-
-
 if TYPE_CHECKING:
     # what a caller may give, and the forms it is kept in
-    Buffer = bytes | bytearray | memoryview
-    AnySource = str | os.PathLike[str] | Buffer | BinarySource | np.ndarray | PillowImage
+    AnySource = FileSource | np.ndarray | PillowImage
     Source = Path | bytes | np.ndarray | PillowImage
 
 
@@ -62,7 +60,7 @@ def accept(source: AnySource) -> Source:
     if isinstance(source, str | os.PathLike):
         return _accept_path(source)
     if isinstance(source, BinarySource):
-        source = _read_all(source)
+        source = read_all(source, MAX_FILE_BYTES, "image")
     if isinstance(source, bytes | bytearray | memoryview):
         if not 1 <= len(source) <= MAX_FILE_BYTES:
             raise MediaError(f"image data of {len(source)} bytes; expected 1 to {MAX_FILE_BYTES}")
@@ -75,15 +73,6 @@ def accept(source: AnySource) -> Source:
         "an image is a path, a data URI, bytes, a binary file, a uint8 array or a Pillow image; "
         f"got {type(source).__name__}"
     )
-
-
-def _read_all(file: BinarySource) -> bytes:
-    """The bytes of an open binary file or BytesIO, from its beginning; it is left at its end."""
-    file.seek(0)
-    data = file.read(MAX_FILE_BYTES + 1)
-    if not isinstance(data, bytes):
-        raise UsageError("an image file must be opened for bytes: open(path, 'rb')")
-    return data
 
 
 def _accept_path(source: str | os.PathLike[str]) -> Path:
