@@ -22,6 +22,7 @@ from edge_gemma.conversation.transcription import live_turn
 from edge_gemma.engines.closing import closed
 from edge_gemma.engines.constraint import ids_in, mask_of
 from edge_gemma.engines.guidance import Guidance
+from edge_gemma.engines.one_of import without_one_of
 from edge_gemma.engines.patterns import translated
 from edge_gemma.errors import UsageError
 from edge_gemma.plan.costs import STRUCTURED_BYTES_PER_TOKEN
@@ -115,6 +116,35 @@ ENFORCED = [
     ),
     case("anyOf", {"anyOf": [PERSON, {"type": "null"}]}),
     case("oneOf of different types", {"oneOf": [{"type": "string"}, {"type": "integer"}]}),
+    case(
+        "oneOf that a property tells apart, through $ref (a discriminated union)",
+        {
+            "oneOf": [{"$ref": "#/$defs/cat"}, {"$ref": "#/$defs/dog"}],
+            "discriminator": {"propertyName": "kind"},
+            "$defs": {
+                "cat": {
+                    "type": "object",
+                    "properties": {"kind": {"const": "cat"}, "lives": {"type": "integer"}},
+                    "required": ["kind"],
+                },
+                "dog": {
+                    "type": "object",
+                    "properties": {"kind": {"const": "dog"}, "friend": {"$ref": "#"}},
+                    "required": ["kind"],
+                },
+            },
+        },
+    ),
+    case(
+        "oneOf of number ranges apart",
+        {
+            "oneOf": [
+                {"type": "integer", "minimum": 0, "maximum": 3},
+                {"type": "integer", "minimum": 8, "maximum": 9},
+            ]
+        },
+    ),
+    case("uniqueItems: false", {"items": {"const": 1}, "type": "array", "uniqueItems": False}),
     case("prefixItems", {"type": "array", "prefixItems": [{"const": 1}], "items": False}),
     case("titles, defaults, examples", {**PERSON, "title": "t", "default": {}, "examples": [1]}),
 ]
@@ -244,6 +274,30 @@ def test_any_schema_holds_or_is_refused(tiny_model):
 def test_ten_thousand_schemas_hold_or_are_refused(tiny_model):
     counts = property_of_schemas(tiny_model.decoder, 10_000)
     assert counts["valid"] >= 4000 and counts["open"] <= 500
+
+
+# ---- branches that exclude each other
+
+
+@pytest.mark.parametrize(
+    "branches",
+    [
+        [{"const": 1}, {"const": 1.0}],
+        [{"const": [1]}, {"const": [2]}],
+        [{"type": "integer"}, {"type": "number"}],
+        [{"type": "string", "pattern": "^a"}, {"type": "string", "pattern": "^b"}],
+        [{"type": "integer", "maximum": 3}, {"type": "integer", "minimum": 3}],
+        [
+            {"type": "object", "properties": {"k": {"const": 1}}},
+            {"type": "object", "properties": {"k": {"const": 2}}, "required": ["k"]},
+        ],
+        [{"$ref": "#/oneOf/1"}, {"$ref": "#/oneOf/0"}],
+        [True, {"type": "null"}],
+    ],
+)
+def test_branches_that_may_overlap_stay_one_of(branches):
+    schema = {"oneOf": branches}
+    assert without_one_of(schema, schema) == schema
 
 
 # ---- keys that nobody asked for

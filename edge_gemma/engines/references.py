@@ -41,12 +41,13 @@ def _collect(schema: Json, root: dict[str, Json], targets: dict[str, Json]) -> N
     if isinstance(schema, dict):
         reference = schema.get("$ref")
         if isinstance(reference, str):
-            targets[reference] = _resolved(reference, root)
+            targets[reference] = resolved(reference, root)
         for child in schema.values():
             _collect(child, root, targets)
 
 
-def _resolved(reference: str, root: dict[str, Json]) -> Json:
+def resolved(reference: str, root: dict[str, Json]) -> Json:
+    """What a reference inside the document points at; True where that is nothing or an anchor."""
     if reference != "#" and not reference.startswith("#/"):
         return True  # an anchor
     found: Json = root

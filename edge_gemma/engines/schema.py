@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from edge_gemma.engines.closing import closed
+from edge_gemma.engines.one_of import without_one_of
 from edge_gemma.engines.patterns import translated
 from edge_gemma.engines.references import endless
 from edge_gemma.errors import UsageError
@@ -30,8 +31,9 @@ Compile = Callable[[Schema], str]  # what is wrong with a schema; "" when nothin
 # they say something about a value, and forbid none
 NOTES = frozenset(
     "title description default examples $schema $id $comment deprecated readOnly writeOnly "
-    "contentMediaType contentEncoding".split()
+    "contentMediaType contentEncoding discriminator".split()
 )
+_SWITCHES = ("uniqueItems", "nullable")  # false says nothing
 ENFORCED = frozenset(
     "type enum const $ref $defs definitions $anchor allOf anyOf oneOf properties required "
     "additionalProperties patternProperties minProperties maxProperties items prefixItems "
@@ -83,7 +85,7 @@ def enforceable(schema: Json) -> Schema:
     problem = endless(plain)
     if problem:
         raise cannot_be_enforced("$ref", TOP, problem)
-    return {**closed(written), **spacing}
+    return {**closed(without_one_of(written, written)), **spacing}
 
 
 def cannot_be_enforced(keyword: str, where: str, reason: str = "") -> UsageError:
@@ -109,6 +111,7 @@ def _spacing(given: Json) -> Schema:
 def _rewritten(schema: Schema, where: str, depth: int) -> Schema:
     if depth > MAX_DEPTH:
         raise UsageError(f"the schema is nested more than {MAX_DEPTH} deep, at {where[:200]} …")
+    schema = {k: v for k, v in schema.items() if k not in _SWITCHES or v is not False}
     unknown = sorted(key for key in schema if key not in NOTES and key not in ENFORCED)
     if unknown:
         raise cannot_be_enforced(unknown[0], where)
