@@ -11,14 +11,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sentencepiece
 from edge_gemma.benchmarks.dev.synthetic import tiny_gguf
 from ggufs import BOOL, FLOAT32, INT32, STRING, UINT16, UINT32, Parts, array, scalar, text
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import edge_gemma
 from edge_gemma.bundles.description import describe
 from edge_gemma.bundles.folder import Bundle
-from edge_gemma.bundles.gguf import read_header
+from edge_gemma.bundles.gguf import read_header, read_strings
 from edge_gemma.cli.app import app
 from edge_gemma.engines.llama import check
 from edge_gemma.engines.llama.decoder import Decoder
@@ -101,6 +104,73 @@ def test_s_in_a_prompt_is_its_own_token(real_decoder):
     assert real_decoder.tokenize("a </s> b") == [236746, 236743, 212, 518]
     assert real_decoder.tokenize("</s></s>") == [212, 212]
     assert real_decoder.tokenize("a <s> b") == [236746, 236743, 203, 518]
+
+
+def varint(value: int) -> bytes:
+    parts = []
+    while value > 0x7F:
+        parts.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*parts, value])
+
+
+def number(field: int, value: int) -> bytes:
+    return varint(field << 3) + varint(value)
+
+
+def block(field: int, data: bytes) -> bytes:
+    return varint(field << 3 | 2) + varint(len(data)) + data
+
+
+@pytest.fixture(scope="module")
+def reference(sample_gguf):
+    """Gemma's vocabulary in the sentencepiece library (sentencepiece_model.proto's fields)."""
+    meta = read_header(sample_gguf)
+    words = [*read_strings(sample_gguf, meta.metadata["tokenizer.ggml.tokens"])]
+    scores, types = (
+        np.fromfile(sample_gguf, code, len(words), offset=meta.offsets[f"tokenizer.ggml.{key}"])
+        for key, code in (("scores", "<f4"), ("token_type", "<i4"))
+    )
+    kinds = {b"<unk>": 2, b"<pad>": 3, b"<eos>": 3, b"<bos>": 3}
+    pieces = []
+    for word, score, kind in zip(words, scores, types, strict=True):
+        kind = kinds.get(word, 4 if kind == 3 else int(kind))
+        word = word.replace(b" ", "▁".encode()) if kind == 4 else word
+        fields = block(1, word) + varint(2 << 3 | 5) + struct.pack("<f", score) + number(3, kind)
+        pieces.append(block(1, fields))
+    roles = b"".join(number(40 + i, id) for i, id in enumerate((3, 2, 1, 0)))
+    names = b"".join(block(45 + i, words[id]) for i, id in enumerate((3, 2, 1, 0)))
+    trainer = number(3, 2) + number(35, 1) + roles + names  # BPE with bytes
+    normalizer = block(1, b"identity") + number(3, 0) + number(4, 0) + number(5, 1)
+    model = b"".join([*pieces, block(2, trainer), block(3, normalizer)])
+    return sentencepiece.SentencePieceProcessor(model_proto=model)
+
+
+@pytest.mark.compat(
+    kind="gguf",
+    what="`<mask>`, `<unused7>` and HTML typed in a prompt",
+    happens="their own tokens, as sentencepiece has them",
+)
+def test_typed_text_reaches_its_own_tokens(real_decoder, reference):
+    for typed in TEXTS:
+        typed = typed.replace("<bos>", "<bos >")  # a control token: letters, on purpose
+        assert real_decoder.tokenize(typed) == reference.encode(typed), typed
+    assert real_decoder.tokenize("<unused7><mask>") == [13, 4]
+    assert [real_decoder.piece(id) for id in (13, 4, 2)] == [b"<unused7>", b"<mask>", b""]
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(
+        st.sampled_from("</s> <s> </ s> < > <b> <mask> <unused7> <unused99999> a é 日".split())
+        | st.sampled_from([" ", "  ", "\n", "\n\n", "\t", "the "])
+        | st.text(max_size=4).filter(lambda text: "▁" not in text),
+        max_size=12,
+    )
+)
+def test_any_text_is_tokenized_as_sentencepiece_does(real_decoder, reference, parts):
+    typed = "".join(parts)
+    assert real_decoder.tokenize(typed) == reference.encode(typed)
 
 
 def test_llama_cpp_takes_no_other_text_for_an_end(real_decoder):

@@ -32,6 +32,9 @@ _GEMMA_FLAGS: dict[str, bool | int] = {
     "tokenizer.ggml.add_bos_token": True,
     "tokenizer.ggml.add_eos_token": False,
 }
+# Tokens without a meaning, control tokens for llama.cpp; in Gemma's tokenizer.json they are text
+# ("special": false), so what is typed reaches them.
+_RESERVED = r"<mask>|<unused\d{1,5}>"
 # Spellings that llama.cpp takes for an end of generation in every vocabulary (llama-vocab.cpp,
 # load), and that may be text in a Gemma's: </s> is HTML there.
 _TAKEN_FOR_ENDS = (
@@ -120,7 +123,8 @@ class Decoder:
         self.ends = frozenset(ends or (id for id in usual if id >= 0))
         self._controls = frozenset(controls)
         self._texts = self._mistaken_for_ends()
-        self._texts_pattern = re.compile("(" + "|".join(map(re.escape, self._texts)) + ")")
+        self._own_tokens: dict[str, int | None] = {}
+        self._text_pattern = re.compile("|".join([_RESERVED, *map(re.escape, self._texts)]))
 
     def _mistaken_for_ends(self) -> dict[str, int]:
         """Tokens that are text here and that llama.cpp takes for control tokens: spelling → id."""
@@ -184,13 +188,25 @@ class Decoder:
         """Text → ids without BOS. ``special`` lets control tokens in the text be control tokens;
         user text never should. Raises UsageError (a text too long to tokenize).
         """
-        if special or not self._texts:
+        if special:
             return self._tokenized(text, special)
         ids: list[int] = []
-        for part in self._texts_pattern.split(text):
-            token = self._texts.get(part)
-            ids += self._tokenized(part, special) if token is None else [token]
-        return ids
+        done = 0
+        for match in self._text_pattern.finditer(text):
+            token = self._own_token(match[0])
+            if token is not None:
+                ids += self._tokenized(text[done : match.start()], special)
+                ids.append(token)
+                done = match.end()
+        return ids + self._tokenized(text[done:], special)
+
+    def _own_token(self, spelling: str) -> int | None:
+        """The id of a token that is text for Gemma and a control token for llama.cpp."""
+        if spelling not in self._own_tokens:
+            ids = self._tokenized(spelling, special=True)
+            is_text = len(ids) == 1 and ids[0] not in self.ends | self._controls
+            self._own_tokens[spelling] = ids[0] if is_text else None
+        return self._own_tokens[spelling]
 
     def _tokenized(self, text: str, special: bool) -> list[int]:
         data = text.encode("utf-8", "surrogatepass")
@@ -208,9 +224,21 @@ class Decoder:
 
     def piece(self, token: int, special: bool = False) -> bytes:
         """The bytes a token stands for; control tokens give none unless ``special``."""
-        if not special and token in self._controls:
+        if special:
+            return self._piece(token, True)
+        if token in self._controls:
             return b""
-        special = special or token in self._texts.values()
+        return self._piece(token, False) or self._own_text(token)
+
+    def _own_text(self, token: int) -> bytes:
+        """The bytes of a token that is text for Gemma and a control token for llama.cpp."""
+        if token in self.ends:
+            return b""
+        spelled = self._piece(token, True)
+        is_text = self._text_pattern.fullmatch(spelled.decode("utf-8", "replace"))
+        return spelled if is_text else b""
+
+    def _piece(self, token: int, special: bool) -> bytes:
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
