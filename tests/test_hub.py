@@ -12,6 +12,7 @@ import threading
 from collections import namedtuple
 
 import pytest
+from ggufs import Parts
 from hubserver import COMMIT, serve
 from hypothesis import given
 from hypothesis import strategies as st
@@ -282,6 +283,30 @@ def test_what_is_installed_is_not_asked_for_again(server):
     assert server.requests == []
     get(server, "org/one", force=True)
     assert len(server.downloads()) == 1
+
+
+def test_what_is_installed_as_base_weights_is_not_taken_for_instruct_ones(server):
+    assert not get(server, "org/one").manifest.instruct
+    with pytest.raises(UsageError, match="installed already, as base weights; add --force"):
+        get(server, "org/one", instruct=True)
+    assert get(server, "org/one", instruct=True, force=True).manifest.instruct
+    assert get(server, "org/one", instruct=True).manifest.instruct
+
+
+@pytest.mark.compat(
+    kind="gguf", what="`pull` of a GGUF that needs a repair", happens="the bundle's copy is right"
+)
+def test_a_pulled_file_is_repaired(server, gguf, tmp_path):
+    """The hub's hash is that of the file, not of the copy."""
+    bare = Parts.read(gguf).with_value("gemma3.rope.freq_base", None)
+    server.files["org/bare"] = {"x.gguf": bare.write(tmp_path / "x.gguf").read_bytes()}
+    bundle = get(server, "org/bare")
+    assert bundle.manifest.notes[0] == "gemma3.rope.freq_base is missing; written as 1e+06"
+    bundle.verify()
+    server.damage = True
+    with pytest.raises((HashMismatch, BundleError)):
+        get(server, "org/bare", name="other")
+    assert [entry.name for entry in store.ls()] == ["x"]
 
 
 def test_names(server):

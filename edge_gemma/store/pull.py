@@ -54,7 +54,7 @@ def pull(
     if name is not None:
         check_name(name)
     if not force and (installed := _installed(wanted, name)):
-        return Bundle.open(installed)
+        return _as_wanted(Bundle.open(installed), instruct)
     listing = list_repository(wanted, endpoint)
     folder, gguf = choose(wanted, listing)
     name = check_name(name or default_name(wanted, folder, gguf))
@@ -65,7 +65,7 @@ def pull(
         if target.exists() and not force:
             there = read_pulled(target)
             if there == pulled:  # another process was faster
-                return Bundle.open(target)
+                return _as_wanted(Bundle.open(target), instruct)
             raise UsageError(
                 f"{name!r} is installed already, from "
                 f"{there.repository if there else 'elsewhere'}; use --name for another name, "
@@ -81,6 +81,15 @@ def pull(
             file.write(msgspec.json.encode(pulled))
         shutil.rmtree(work, ignore_errors=True)
     return bundle
+
+
+def _as_wanted(installed: Bundle, instruct: bool) -> Bundle:
+    if instruct and not installed.manifest.instruct:
+        raise UsageError(
+            f"{installed.folder.name!r} is installed already, as base weights; add --force to "
+            "replace it by one that follows turns"
+        )
+    return installed
 
 
 def _download_folder(wanted: Reference, listing: Listing, part: str) -> Path:
