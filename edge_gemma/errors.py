@@ -12,7 +12,8 @@
     ├── MediaError           audio or image input that cannot be used  [exit 6]
     │   └── DeviceLost       a microphone or camera that is absent or went away
     ├── RuntimeFailure       a foreign library or the disk failed at run time  [exit 7]
-    │   └── ContextFull      a turn that cannot fit the context even alone
+    │   ├── ContextFull      a turn that cannot fit the context even alone
+    │   └── ServiceBusy      a service whose queue is full, or which is closing
     └── Cancelled            a decode that was stopped from another thread  [exit 130]
 
 The command line prints ``str(error)`` and leaves with the exit code named here; ``--debug`` shows
@@ -95,6 +96,14 @@ class RuntimeFailure(EdgeGemmaError):
 
 class ContextFull(RuntimeFailure):
     pass
+
+
+class ServiceBusy(RuntimeFailure):
+    """``retry_after_s``: when to ask again, in seconds; None when the service is closing."""
+
+    def __init__(self, message: str, retry_after_s: float | None = None):
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class Cancelled(EdgeGemmaError):

@@ -34,6 +34,7 @@ ROOMS = (
     "conversation",
     "store",
     "model",
+    "serve",
     "doctor",
     "convert",  # beside the runtime, as benchmarks are: only the command line imports them
     "benchmarks",
@@ -58,6 +59,8 @@ WALLS = {
     "onnxruntime": "edge_gemma.engines.onnx",
     "sounddevice": "edge_gemma.hearing.devices",
     "huggingface_hub": "edge_gemma.store.hub",
+    "starlette": "edge_gemma.serve",
+    "uvicorn": "edge_gemma.serve.http",
 }
 
 

@@ -249,6 +249,8 @@ def _segments(
 
 
 def _print_segment(segment: Segment, number: int, layout: Layout) -> None:
+    from edge_gemma.conversation.subtitles import cue
+
     if layout == "json":
         start_s, end_s = round(segment.start_s, 3), round(segment.end_s, 3)
         print_json({"start_s": start_s, "end_s": end_s, "text": segment.text})
@@ -256,33 +258,6 @@ def _print_segment(segment: Segment, number: int, layout: Layout) -> None:
         print(segment.text, flush=True)
     else:
         print(cue(segment, number if layout == "srt" else None), flush=True)
-
-
-def cue(segment: Segment, number: int | None) -> str:
-    """One subtitle with the blank line behind it; numbered and with decimal commas for SubRip.
-
-    >>> from edge_gemma.conversation.transcription import Segment
-    >>> print(cue(Segment(3661.5, 3662.25, "Hello --> there"), 7))
-    7
-    01:01:01,500 --> 01:01:02,250
-    Hello -> there
-    <BLANKLINE>
-    """
-
-    mark = "." if number is None else ","
-    # a blank line or an arrow would end the cue
-    lines = segment.text.replace("-->", "->").splitlines()
-    text = "\n".join(line for line in lines if line.strip())
-    times = f"{_clock(segment.start_s, mark)} --> {_clock(segment.end_s, mark)}"
-    numbered = [] if number is None else [str(number)]
-    return "\n".join([*numbered, times, text or "…", ""])
-
-
-def _clock(seconds: float, mark: str) -> str:
-    total_ms = round(seconds * 1000)
-    whole_s, ms = divmod(total_ms, 1000)
-    hours, minutes, seconds_left = whole_s // 3600, whole_s // 60 % 60, whole_s % 60
-    return f"{hours:02}:{minutes:02}:{seconds_left:02}{mark}{ms:03}"
 
 
 def ask(

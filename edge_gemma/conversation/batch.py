@@ -45,6 +45,8 @@ class Batch:
                 if self._cancelled.is_set():
                     self._waiting.clear()
                 for lane, chunk in loop.step():
+                    if lane.error is not None:
+                        raise lane.error
                     index = self._sessions[lane.index][0]
                     if chunk.finish_reason:
                         self._end(lane)

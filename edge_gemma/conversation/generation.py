@@ -17,7 +17,7 @@ import numpy as np
 
 from edge_gemma.conversation.stream import Chunk, TextStream, Timings, Usage
 from edge_gemma.engines.engine import Context, Decoder, Weights
-from edge_gemma.errors import Cancelled
+from edge_gemma.errors import Cancelled, EdgeGemmaError
 from edge_gemma.options import Logprob, Sampling
 
 
@@ -137,11 +137,14 @@ class Generation:
 
 
 class Lane:
-    """One place and its generation in a :class:`TokenLoop`. ``index`` is its number there."""
+    """One place and its generation in a :class:`TokenLoop`. ``index`` is its number there;
+    ``error`` is why it ended, where it failed.
+    """
 
     def __init__(self, index: int, place: Place, generation: Generation):
         self.index, self.place, self.generation = index, place, generation
         self.prompt_tokens = place.length
+        self.error: EdgeGemmaError | None = None
 
     @property
     def done(self) -> bool:
@@ -157,6 +160,9 @@ class Lane:
 
     def cancel(self) -> None:
         self.generation.finish_reason = "cancelled"
+
+    def fail(self, error: EdgeGemmaError) -> None:
+        self.generation.finish_reason, self.error = "failed", error
 
     def close(self) -> Chunk:
         """End the generation → its last chunk."""
@@ -192,8 +198,9 @@ class TokenLoop:
         """Advance every lane by one token: the chunks, and the last chunk of each that ended.
 
         A new lane's prompt is prefilled by itself and its first token sampled from its own logits.
-        A lane that was cancelled ends with what it has; the others are not disturbed. Raises
-        RuntimeFailure.
+        A lane that was cancelled ends with what it has. One that fails (a grammar that cannot be
+        completed, a prompt the engine refuses) ends with the finish reason "failed" and its
+        ``error``; the others are not disturbed. Where the shared pass fails, all of its lanes do.
         """
         produced: list[tuple[Lane, Chunk]] = []
         with self._context.lock:
@@ -207,7 +214,7 @@ class TokenLoop:
                     produced += self._first_token(lane)
             if ready and self._decoded(ready):
                 for row, lane in enumerate(ready):
-                    produced += lane.take(self._context.logits(row))
+                    produced += self._taken(lane, row)
         ended = [lane for lane in self._lanes if lane.done]
         for lane in ended:
             self._lanes.remove(lane)
@@ -223,15 +230,36 @@ class TokenLoop:
             if lane.place.cancelled:
                 lane.cancel()
             return []  # or it was another session's stop: the prefill goes on in the next step
+        except EdgeGemmaError as error:
+            lane.fail(error)
+            return []
         if lane.place.cancelled:
             lane.cancel()
             return []
-        return lane.take(self._context.logits())
+        return self._taken(lane)
+
+    def _taken(self, lane: Lane, row: int = -1) -> list[tuple[Lane, Chunk]]:
+        """The lane's next token out of a kept row of logits."""
+        try:
+            return lane.take(self._context.logits(row))
+        except EdgeGemmaError as error:
+            lane.fail(error)
+            return []
 
     def _decoded(self, lanes: list[Lane]) -> bool:
         """One pass over the last token of each lane. False when it was stopped: nothing was decoded
-        then, and those that were not meant go on in the next step.
+        then, and those that were not meant go on in the next step. False, too, when it failed.
         """
+        try:
+            return self._decode_step(lanes)
+        except Cancelled:
+            return False
+        except EdgeGemmaError as error:
+            for lane in lanes:
+                lane.fail(error)
+            return False
+
+    def _decode_step(self, lanes: list[Lane]) -> bool:
         self._context.check_open()
         items = [lane.place.next_token() for lane in lanes]
         # even a single token: its rows lie on several pages, and each would be a wait of its own
@@ -239,19 +267,21 @@ class TokenLoop:
         self._context.clear_cancel()
         if any(lane.place.cancelled for lane in lanes):
             return False
-        try:
-            self._context.decode_step(items)
-        except Cancelled:
-            return False
+        self._context.decode_step(items)
         for lane in lanes:
             lane.place.step_done()
         return True
 
     def run(self) -> Iterator[tuple[Lane, Chunk]]:
-        """Step until every lane has ended. Closing the iterator stops them."""
+        """Step until every lane has ended. Closing the iterator stops them. Raises what a lane
+        failed with.
+        """
         try:
             while self._lanes:
-                yield from self.step()
+                for lane, chunk in self.step():
+                    if lane.error is not None:
+                        raise lane.error
+                    yield lane, chunk
         finally:
             self.close()
 

@@ -105,6 +105,10 @@ class Session:
         self._cancelled.clear()
         return self._cached
 
+    def shared(self, spans: Sequence[Span]) -> int:
+        """How many positions at the beginning of ``spans`` are in the cache already."""
+        return min(self._cached, self._positions.shared_with(Positions(spans)))
+
     def _keep(self, n_positions: int) -> None:
         """Forget the cache behind ``n_positions``; all of it where that cannot be done exactly."""
         if n_positions < self._cached and self._sequence is not None:

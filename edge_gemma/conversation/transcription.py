@@ -48,6 +48,17 @@ class ListenOptions:
     sampling: Sampling | None = None  # None: as the model's authors sample it
 
 
+@dataclass(frozen=True, eq=False)
+class Utterance:
+    """A stretch of speech of at most 30 s: ``samples [n]`` float32 at 16 kHz. Seconds from the
+    beginning.
+    """
+
+    start_s: float
+    end_s: float
+    samples: np.ndarray
+
+
 @dataclass(frozen=True)
 class Segment:
     """A stretch of speech and what the model made of it. Seconds from the beginning."""
@@ -89,6 +100,22 @@ def transcribe(
             else:
                 turn.abandon()
             turn, start = None, event.at  # behind a cut the next piece begins at once
+
+
+def utterances(source: Source, detector: SpeechDetector | None = None) -> Iterator[Utterance]:
+    """The speech in a sound file or in blocks, as :func:`transcribe` cuts it. Raises MediaError."""
+    detector = detector or SpeechDetector()
+    pieces: list[np.ndarray] = []
+    start = 0  # samples
+    for event in _events(blocks_of(source), detector):
+        if event.kind == "start":
+            start, pieces = event.at, []
+        pieces.append(event.samples)
+        if event.kind in ("cut", "end"):
+            samples = np.concatenate(pieces)
+            if len(samples) >= MIN_CLIP:
+                yield Utterance(start / RATE_HZ, event.at / RATE_HZ, samples)
+            start, pieces = event.at, []  # behind a cut the next piece begins at once
 
 
 def ask(

@@ -1,0 +1,96 @@
+"""serve: the model for programs that are not Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edge_gemma.cli.common import BundleArg, LoadingLine, note, open_bundle, parse_scaled
+from edge_gemma.cli.options import LOADING, LoadingOptions, grouped
+from edge_gemma.units import format_bytes
+
+HostOption = Annotated[
+    str,
+    typer.Option(
+        "--host",
+        help="The address to listen on. Others than this machine's own loopback need --token-file.",
+    ),
+]
+PortOption = Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")]
+TokenFileOption = Annotated[
+    Path | None,
+    typer.Option("--token-file", help="A file with a token a line; requests need one of them."),
+]
+ParallelOption = Annotated[
+    int, typer.Option("--parallel", min=1, max=64, help="Answers generated at the same time.")
+]
+QueueOption = Annotated[
+    int, typer.Option("--queue", min=0, help="Requests that may wait; more are refused.")
+]
+StopOption = Annotated[
+    float,
+    typer.Option("--stop-seconds", min=0, help="How long answers may go on after SIGTERM."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    app.command("serve")(grouped(serve))
+
+
+def serve(
+    bundle: BundleArg,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 11434,
+    token_file: TokenFileOption = None,
+    parallel: ParallelOption = 1,
+    queue: QueueOption = 32,
+    stop_s: StopOption = 10.0,
+    loading: LoadingOptions = LOADING,
+) -> None:
+    """Serve a bundle to programs that speak OpenAI's or Ollama's protocol, until Ctrl-C or SIGTERM.
+
+    Nothing is opened before the plan says that it fits.
+    """
+    from edge_gemma.engines.llama import library as llama
+    from edge_gemma.errors import MissingExtra
+    from edge_gemma.model import load, plan_bundle
+
+    try:
+        from edge_gemma.serve.http import Address
+        from edge_gemma.serve.http import serve as serve_model
+    except ImportError:
+        raise MissingExtra("Serving", "serve") from None
+
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    address = Address(host, port, token_file)
+    address.tokens()
+    llama.set_verbose(loading.verbose)
+    found = open_bundle(bundle)
+    request = dataclasses.replace(loading.request(structured=True), n_seq_max=parallel)
+    plan_bundle(found, device=loading.device, request=request).require()
+    opened = address.open()  # before minutes of loading: the port may be taken
+    with opened:
+        with LoadingLine() as line:
+            model = load(
+                found,
+                device=loading.device,
+                request=request,
+                lora=[parse_scaled(text, "--lora") for text in loading.lora or ()],
+                on_progress=line.fraction,
+            )
+        plan = model.plan
+        for text in (*plan.concessions, *plan.notes):
+            note(f"plan: {text}")
+        planned = format_bytes(plan.total_bytes)
+        what = f"{found.manifest.name}, {parallel} at a time, {planned} planned"
+
+        def ready(url: str) -> None:
+            note(f"ready: {url} serves {what}; Ctrl-C ends")
+
+        if serve_model(model, address, opened, max_waiting=queue, stop_s=stop_s, on_ready=ready):
+            model.close()
+    note("stopped")

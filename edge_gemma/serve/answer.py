@@ -1,0 +1,145 @@
+"""A request to a service, and its answer on the way from the worker thread to an event loop.
+
+In: chunks, put by the worker. Out: an async iterator for one reader. The buffer between them is
+bounded: a reader that falls behind gets fewer, larger chunks, and holds nobody up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from edge_gemma.conversation.session import Session
+from edge_gemma.conversation.stream import Chunk
+from edge_gemma.errors import EdgeGemmaError
+from edge_gemma.messages import Message, Part
+from edge_gemma.options import Sampling
+
+BUFFERED_CHUNKS = 64
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What to answer: a whole conversation (``messages``), or a text or parts to continue
+    (``prompt``). Exactly one of both is given.
+
+    ``tools`` are described in the prompt. ``truncate`` forgets the oldest turns of a conversation
+    that does not fit the context; without, it is refused. ``pad_audio`` fills each clip to 188 rows
+    as transformers does.
+    """
+
+    messages: Sequence[Message] = ()
+    prompt: str | Sequence[Part] | None = None
+    sampling: Sampling = Sampling()
+    tools: Sequence[Mapping] = ()
+    truncate: bool = False
+    pad_audio: bool = True
+
+
+class Answer:
+    """The chunks of one answer: ``async with answer: async for chunk in answer: …``.
+
+    Leaving the ``async with`` early (or :meth:`cancel`) stops the generation within one token.
+    Iterating raises what the request failed with: UsageError, MediaError, ContextFull,
+    UnsupportedModel, RuntimeFailure, ServiceBusy (the service was closed).
+
+    ``place`` is how many requests stood before it when it was submitted; 0 began at once.
+    """
+
+    def __init__(self, request: GenerationRequest, place: int, on_closed: Callable[[Answer], None]):
+        self.request, self.place = request, place
+        self.submitted_s = time.perf_counter()
+        self.began_s: float | None = None  # when it left the queue, by time.perf_counter
+        self._on_closed = on_closed
+        self._loop = asyncio.get_running_loop()
+        self._ready = asyncio.Event()
+        self._lock = threading.Lock()
+        self._chunks: deque[Chunk] = deque()
+        self._error: EdgeGemmaError | None = None
+        self._ended = False
+        self._stopped = threading.Event()
+        self._session: Session | None = None
+
+    # the reader's side
+
+    def __aiter__(self) -> Answer:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        while True:
+            self._ready.clear()
+            with self._lock:
+                if self._chunks:
+                    return self._chunks.popleft()
+                if self._error is not None:
+                    raise self._error
+                if self._ended:
+                    raise StopAsyncIteration
+            await self._ready.wait()
+
+    async def __aenter__(self) -> Answer:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Nobody reads any more: stop within one token. From any thread, any number of times."""
+        self._stopped.set()
+        with self._lock:
+            self._chunks.clear()
+            if self._session is not None:
+                self._session.cancel()
+        self._on_closed(self)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether its reader went away."""
+        return self._stopped.is_set()
+
+    # the worker's side
+
+    def begin(self, session: Session) -> None:
+        """From here on :meth:`cancel` stops this session."""
+        self.began_s = time.perf_counter()
+        with self._lock:
+            self._session = session
+
+    def stop_session(self) -> None:
+        """What :meth:`cancel` asked for before the session's generation began."""
+        with self._lock:
+            if self._session is not None:
+                self._session.cancel()
+
+    def put(self, chunk: Chunk) -> None:
+        with self._lock:
+            if len(self._chunks) >= BUFFERED_CHUNKS:
+                chunk = _joined(self._chunks.pop(), chunk)
+            self._chunks.append(chunk)
+        self._wake()
+
+    def end(self, error: EdgeGemmaError | None = None) -> None:
+        """Nothing more comes; ``error`` is raised behind the last chunk."""
+        with self._lock:
+            self._session = None
+            self._ended, self._error = True, error
+        self._wake()
+
+    def _wake(self) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._ready.set)
+        except RuntimeError:  # the event loop was closed: nobody reads
+            self._stopped.set()
+
+
+def _joined(first: Chunk, second: Chunk) -> Chunk:
+    return replace(
+        second,
+        text=first.text + second.text,
+        token_ids=first.token_ids + second.token_ids,
+        logprobs=first.logprobs + second.logprobs,
+    )
