@@ -17,7 +17,7 @@ from edge_gemma.cli import main
 from edge_gemma.cli.app import app
 from edge_gemma.errors import BundleError, EdgeGemmaError
 
-WITHOUT_JSON = {"chat", "bench report"}  # for people, and a file
+WITHOUT_JSON = {"chat", "bench report", "serve"}  # for people, a file, and a socket
 
 
 def commands(tree=None, above: str = "") -> dict:

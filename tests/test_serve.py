@@ -16,7 +16,7 @@ import edge_gemma
 from edge_gemma.conversation.transcription import transcribe
 from edge_gemma.errors import RuntimeFailure, UsageError
 from edge_gemma.options import Sampling
-from edge_gemma.serve.guard import Limits, Tokens
+from edge_gemma.serve.guard import Limits, BearerTokens
 from edge_gemma.serve.http import Address, make_app
 from edge_gemma.serve.service import Service
 
@@ -400,7 +400,8 @@ def test_pictures_come_by_both_protocols(looking, cat_png):
 
 @pytest.fixture(scope="module")
 def hearing(hearing_model):
-    yield hearing_model, next(generator := opened(hearing_model))
+    limits = Limits(output_tokens=8)
+    yield hearing_model, next(generator := opened(hearing_model, limits=limits))
     next(generator, None)
 
 
@@ -439,8 +440,7 @@ def test_speech_is_written_down_as_the_library_does(hearing, speech_wav):
     assert answer.status_code == 200, answer.text
     verbose = answer.json()
     assert verbose["language"] == "english" and verbose["duration"] == pytest.approx(6, abs=0.1)
-    sampling = Sampling(max_tokens=448, temperature=0)
-    options = edge_gemma.ListenOptions(pad_audio=True, sampling=sampling)
+    options = edge_gemma.ListenOptions(pad_audio=True, sampling=GREEDY)
     instruction = "Transcribe the following speech segment in English:"
     with model.chat() as chat:
         segments = list(transcribe(chat, speech_wav, instruction, options))
@@ -513,7 +513,7 @@ ROUTES = [
 
 
 def test_no_token_no_entry_on_every_route(tiny_model):
-    for client in opened(tiny_model, tokens=Tokens(["secret-token"])):
+    for client in opened(tiny_model, tokens=BearerTokens(["secret-token"])):
         for method, path in ROUTES:
             for headers in (
                 {},

@@ -51,7 +51,7 @@ def serve(
     stop_s: StopOption = 10.0,
     loading: LoadingOptions = LOADING,
 ) -> None:
-    """Serve a bundle to programs that speak OpenAI's or Ollama's protocol, until Ctrl-C or SIGTERM.
+    """Serve a bundle to OpenAI and Ollama clients, until Ctrl-C.
 
     Nothing is opened before the plan says that it fits.
     """

@@ -39,10 +39,10 @@ class Limits:
     wait_s: float = 60.0  # for the next piece of a body, or for a reader that takes nothing
 
 
-class Tokens:
+class BearerTokens:
     """Bearer tokens, kept as hashes.
 
-    >>> tokens = Tokens(["secret"])
+    >>> tokens = BearerTokens(["secret"])
     >>> tokens.allow("Bearer secret"), tokens.allow("Bearer wrong"), tokens.allow("")
     (True, False, False)
     """
@@ -51,7 +51,7 @@ class Tokens:
         self._hashes = [hashlib.sha256(token.encode()).digest() for token in tokens]
 
     @classmethod
-    def read(cls, path: Path) -> Tokens:
+    def read(cls, path: Path) -> BearerTokens:
         """A file with a token a line; blank lines and lines that begin with # are left out. Raises
         UsageError.
         """
@@ -97,7 +97,7 @@ class Guard:
     socket, which is then on loopback, comes in.
     """
 
-    def __init__(self, app: ASGIApp, tokens: Tokens | None, limits: Limits):
+    def __init__(self, app: ASGIApp, tokens: BearerTokens | None, limits: Limits):
         self._app, self._tokens, self._limits = app, tokens, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

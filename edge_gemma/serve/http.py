@@ -24,7 +24,7 @@ from starlette.types import ASGIApp
 
 from edge_gemma.errors import EdgeGemmaError, RuntimeFailure, UsageError
 from edge_gemma.serve.bodies import Server, json_response
-from edge_gemma.serve.guard import Guard, Limits, Tokens, is_loopback
+from edge_gemma.serve.guard import Guard, Limits, BearerTokens, is_loopback
 from edge_gemma.serve.ollama import Ollama
 from edge_gemma.serve.openai import OpenAI
 from edge_gemma.serve.refusals import Refusal, refusal_of, refusal_response
@@ -47,12 +47,12 @@ class Address:
     port: int = PORT
     token_file: Path | None = None
 
-    def tokens(self) -> Tokens | None:
+    def tokens(self) -> BearerTokens | None:
         """The tokens that let in; None: whoever reaches the socket comes in. Raises UsageError for
         an address that others can reach without one.
         """
         if self.token_file is not None:
-            return Tokens.read(self.token_file)
+            return BearerTokens.read(self.token_file)
         if is_loopback(self.host):
             return None
         raise UsageError(
@@ -83,7 +83,7 @@ class Address:
 
 
 def make_app(
-    service: Service, *, tokens: Tokens | None = None, limits: Limits = Limits()
+    service: Service, *, tokens: BearerTokens | None = None, limits: Limits = Limits()
 ) -> ASGIApp:
     """Every route behind the guard. It closes nothing: the service is the caller's."""
     server = Server(service, limits, service.model.bundle.manifest.name)
@@ -147,7 +147,7 @@ def serve(
 async def _serve(
     model: Model,
     opened: socket.socket,
-    tokens: Tokens | None,
+    tokens: BearerTokens | None,
     max_waiting: int,
     limits: Limits,
     stop_s: float,
