@@ -16,7 +16,7 @@ import edge_gemma
 from edge_gemma.conversation.transcription import transcribe
 from edge_gemma.errors import RuntimeFailure, UsageError
 from edge_gemma.options import Sampling
-from edge_gemma.serve.guard import Limits, BearerTokens
+from edge_gemma.serve.guard import BearerTokens, Limits
 from edge_gemma.serve.http import Address, make_app
 from edge_gemma.serve.service import Service
 

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp
 
 from edge_gemma.errors import EdgeGemmaError, RuntimeFailure, UsageError
 from edge_gemma.serve.bodies import Server, json_response
-from edge_gemma.serve.guard import Guard, Limits, BearerTokens, is_loopback
+from edge_gemma.serve.guard import BearerTokens, Guard, Limits, is_loopback
 from edge_gemma.serve.ollama import Ollama
 from edge_gemma.serve.openai import OpenAI
 from edge_gemma.serve.refusals import Refusal, refusal_of, refusal_response
