@@ -123,7 +123,7 @@ def test_a_reader_that_leaves_stops_its_generation_and_nobody_elses(lanes, monke
     steps = []
     step = TokenLoop.step
     monkeypatch.setattr(TokenLoop, "step", lambda loop: steps.append(loop.n_active) or step(loop))
-    never_ends = Sampling(max_tokens=450, grammar="root ::= [a-z]+")
+    never_ends = Sampling(max_tokens=450, grammar="root ::= [a-z] root")
 
     async def talk(service):
         other = asyncio.create_task(collected(service, prompt="ab", sampling=GREEDY))
@@ -141,7 +141,7 @@ def test_a_reader_that_leaves_stops_its_generation_and_nobody_elses(lanes, monke
 
 
 def test_a_reader_that_reads_nothing_holds_nobody_up(lanes):
-    long = Sampling(max_tokens=200, temperature=0, grammar="root ::= [a-z]+")
+    long = Sampling(max_tokens=200, temperature=0, grammar="root ::= [a-z] root")
 
     async def talk(service):
         slow = service.submit(GenerationRequest(prompt="slow", sampling=long))
@@ -239,7 +239,7 @@ def test_a_fault_inside_ends_what_runs_and_the_service_goes_on(lanes, monkeypatc
 
 
 def test_closing_refuses_what_waits_and_cuts_off_what_runs(lanes):
-    endless = Sampling(max_tokens=450, grammar="root ::= [a-z]+")
+    endless = Sampling(max_tokens=450, grammar="root ::= [a-z] root")
 
     async def talk():
         service = Service(lanes)

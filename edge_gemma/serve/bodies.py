@@ -11,12 +11,10 @@ import base64
 import binascii
 import dataclasses
 import logging
-import os
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -26,16 +24,14 @@ from starlette.types import Receive, Scope, Send
 from edge_gemma.bundles.manifest import Manifest
 from edge_gemma.conversation.stream import Chunk
 from edge_gemma.errors import MediaError
-from edge_gemma.messages import Audio, Image, Message
+from edge_gemma.hearing.sound import read_audio
+from edge_gemma.messages import Audio, Image, Message, Part
 from edge_gemma.options import Sampling
 from edge_gemma.serve.answer import Answer, GenerationRequest
 from edge_gemma.serve.guard import Limits
 from edge_gemma.serve.refusals import Refusal
 from edge_gemma.serve.service import Service
 from edge_gemma.sources import is_data_uri
-
-if TYPE_CHECKING:
-    import numpy as np
 
 log = logging.getLogger("edge_gemma.serve")
 T = TypeVar("T")
@@ -75,13 +71,10 @@ class Server:
         """The model's own way of sampling with what was ``given`` (None: not given). Raises
         UsageError.
         """
-        manifest = self.manifest
-        own = {} if manifest.sampling is None else msgspec.structs.asdict(manifest.sampling)
-        values = {name: value for name, value in own.items() if value is not None}
-        values |= {name: value for name, value in given.items() if value is not None}
+        changes = {name: value for name, value in given.items() if value is not None}
         limits = [max_tokens, self.limits.output_tokens, self.service.n_ctx]
-        values["max_tokens"] = min(limit for limit in limits if limit is not None)
-        return Sampling(**values)
+        n_most = min(limit for limit in limits if limit is not None)
+        return self.service.model.sampling(max_tokens=n_most, **changes)
 
 
 def decoded(body: bytes, kind: type[T]) -> T:
@@ -151,24 +144,7 @@ def is_sound(data: bytes) -> bool:
 
 async def sound(data: bytes) -> Audio:
     """The bytes of a sound file of at most 30 s → a part of a message. Raises MediaError."""
-    return Audio(await asyncio.to_thread(_samples, data))
-
-
-def _samples(data: bytes) -> np.ndarray:
-    from edge_gemma.hearing.sound import read_audio
-
-    handle, name = tempfile.mkstemp(prefix="edge-gemma-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        samples = read_audio(name)
-    except MediaError as error:
-        raise without_path(error, name) from None
-    finally:
-        Path(name).unlink()
-    if not len(samples):
-        raise MediaError("the sound holds no samples")
-    return samples
+    return Audio(await asyncio.to_thread(read_audio, data))
 
 
 def without_path(error: MediaError, path: str) -> MediaError:
@@ -179,7 +155,7 @@ def without_path(error: MediaError, path: str) -> MediaError:
 
 def merged(messages: Sequence[Message]) -> list[Message]:
     """Neighbouring messages of one role as one: clients split what Gemma's turns hold together.
-    Results of tools stay apart.
+    Results of functions stay apart.
 
     >>> [message.content for message in merged([Message("user", "a"), Message("user", "b")])]
     [['a', '\\n\\n', 'b']]
@@ -190,13 +166,48 @@ def merged(messages: Sequence[Message]) -> list[Message]:
         if before is None or before.role != message.role or message.role == "tool":
             result.append(message)
             continue
-        both = [*parts_of(before), "\n\n", *parts_of(message)]
+        both = [*parts_of(before.content), "\n\n", *parts_of(message.content)]
         result[-1] = Message(message.role, both)
     return result
 
 
-def parts_of(message: Message) -> list[Any]:
-    return [message.content] if isinstance(message.content, str) else list(message.content)
+class InCallOrder:
+    """Messages of which results of functions are put into the order of the calls they answer,
+    which is how they find their call. Calls and results have a key: an id, or a function's name.
+
+    >>> messages = InCallOrder()
+    >>> messages.add(Message("assistant", ""), calls=["a", "b"])
+    >>> messages.add(Message("tool", "of b"), answers="b")
+    >>> messages.add(Message("tool", "of a"), answers="a")
+    >>> [message.content for message in messages.all()]
+    ['', 'of a', 'of b']
+    """
+
+    def __init__(self) -> None:
+        self._done: list[Message] = []
+        self._results: list[tuple[int, Message]] = []
+        self._keys: list[str | None] = []
+
+    def add(
+        self, message: Message, *, calls: Sequence[str | None] = (), answers: str | None = None
+    ) -> None:
+        if message.role == "tool":
+            known = answers in self._keys
+            place = self._keys.index(answers) if known else len(self._keys)
+            if known:
+                self._keys[place] = None  # the next of that name is another call
+            self._results.append((place, message))
+            return
+        self._done, self._results, self._keys = self.all(), [], list(calls)
+        self._done.append(message)
+
+    def all(self) -> list[Message]:
+        in_order = sorted(self._results, key=lambda result: result[0])
+        return [*self._done, *(message for _, message in in_order)]
+
+
+def parts_of(content: str | Sequence[Part]) -> list[Part]:
+    return [content] if isinstance(content, str) else list(content)
 
 
 # --- answers ---

@@ -21,11 +21,11 @@ from starlette.routing import Route
 
 from edge_gemma.conversation.stream import Chunk
 from edge_gemma.errors import EdgeGemmaError
-from edge_gemma.messages import Message, Part
+from edge_gemma.messages import FunctionCall, Message, Part
 from edge_gemma.options import Sampling
-from edge_gemma.prompts.calls import FunctionCall
 from edge_gemma.serve.answer import GenerationRequest
 from edge_gemma.serve.bodies import (
+    InCallOrder,
     Server,
     decoded,
     encoded,
@@ -41,8 +41,7 @@ from edge_gemma.serve.bodies import (
     whole,
     with_schema,
 )
-from edge_gemma.serve.calls import CallStream
-from edge_gemma.serve.openai import calls_text
+from edge_gemma.serve.openai import call_stream
 from edge_gemma.serve.refusals import Refusal, error_object, refusal_of
 
 NDJSON = "application/x-ndjson"
@@ -87,6 +86,7 @@ class ChatMessage(msgspec.Struct):
     content: str = ""
     images: list[str] | None = None
     tool_calls: list[ToolCall] | None = None
+    tool_name: str | None = None
 
 
 class GenerationBody(msgspec.Struct, kw_only=True):
@@ -245,10 +245,9 @@ class Ollama:
         if not body.messages:
             return json_response(_Writer(server, "chat").loaded())
         server.check_messages(body.messages)
-        messages = [await self._message(message) for message in body.messages]
         tools = body.tools or []
         generation = GenerationRequest(
-            merged(messages),
+            await self._messages(body.messages),
             sampling=self._sampling(body, "/api/chat"),
             tools=tools,
             truncate=body.truncate is not False,
@@ -314,17 +313,15 @@ class Ollama:
         )
         return with_schema(sampling, _schema(body.format))
 
-    async def _message(self, message: ChatMessage) -> Message:
-        content: str | list[Part] = message.content
-        if message.images:
-            content = [*await self._media(message.images), message.content]
-        if message.tool_calls:
-            calls = [
-                FunctionCall(call.function.name, call.function.arguments)
-                for call in message.tool_calls
-            ]
-            content = calls_text(content, calls)
-        return Message(message.role, content)
+    async def _messages(self, given: Sequence[ChatMessage]) -> list[Message]:
+        messages = InCallOrder()
+        for message in given:
+            functions = [call.function for call in message.tool_calls or ()]
+            calls = [FunctionCall(function.name, function.arguments) for function in functions]
+            content = [*await self._media(message.images), message.content, *calls]
+            names = [call.name for call in calls]
+            messages.add(Message(message.role, content), calls=names, answers=message.tool_name)
+        return merged(messages.all())
 
     async def _media(self, images: Sequence[str] | None) -> list[Part]:
         """Pictures, and sounds, which come by the same field."""
@@ -369,7 +366,7 @@ class _Writer:
     started_s: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
-        self._calls = CallStream(self.tools)
+        self._calls = call_stream(self.server, self.tools)
 
     def line(
         self, text: str, end: Mapping[str, object], calls: Sequence[FunctionCall] = ()
@@ -394,14 +391,14 @@ class _Writer:
         return self.line("", {"done": True, "done_reason": "load"})
 
     def whole(self, chunks: Sequence[Chunk]) -> dict:
-        text = "".join([self._calls.push(chunk.text) for chunk in chunks])
+        text = "".join([self._calls.push(chunk) for chunk in chunks])
         rest, calls = self._calls.finish()
         return self.line(text + rest, self._end(chunks[-1]), calls)
 
     async def lines(self, chunks: AsyncIterator[Chunk]) -> AsyncIterator[bytes]:
         try:
             async for chunk in chunks:
-                text = self._calls.push(chunk.text)
+                text = self._calls.push(chunk)
                 if text:
                     yield encoded(self.line(text, _NOT_DONE)) + b"\n"
                 if chunk.finish_reason:

@@ -19,11 +19,12 @@ from starlette.routing import Route
 
 from edge_gemma.conversation.stream import Chunk
 from edge_gemma.errors import EdgeGemmaError
-from edge_gemma.messages import Message, Part
+from edge_gemma.messages import FunctionCall, Message, Part
 from edge_gemma.options import Logprob, Sampling
-from edge_gemma.prompts.calls import FunctionCall, tool_schema
+from edge_gemma.prompts.calls import tool_schema
 from edge_gemma.serve.answer import GenerationRequest
 from edge_gemma.serve.bodies import (
+    InCallOrder,
     Server,
     decoded,
     encoded,
@@ -84,6 +85,7 @@ class ChatMessage(msgspec.Struct):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart | ImagePart | AudioPart] | None = None
     tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
 
 
 class StreamOptions(msgspec.Struct):
@@ -177,8 +179,8 @@ class OpenAI:
         server.check_messages(body.messages)
         tools = _offered_tools(body)
         sampling = with_schema(self._chat_sampling(body), _schema(body, tools))
-        messages = [await self._message(message) for message in body.messages]
-        generation = GenerationRequest(merged(messages), sampling=sampling, tools=tools)
+        messages = await self._messages(body.messages)
+        generation = GenerationRequest(messages, sampling=sampling, tools=tools)
         answer = ChatWriter(server, tools, with_logprobs=bool(body.logprobs))
         if body.stream:
             answer.with_usage = _wants_usage(body)
@@ -218,15 +220,16 @@ class OpenAI:
             logprobs=logprobs,
         )
 
-    async def _message(self, message: ChatMessage) -> Message:
-        content: str | list[Part] = message.content if isinstance(message.content, str) else ""
-        if isinstance(message.content, list):
-            content = [await self._part(part) for part in message.content]
-        if message.tool_calls:
-            calls = [_function_call(call) for call in message.tool_calls]
-            content = calls_text(content, calls)
-        role = "system" if message.role == "developer" else message.role
-        return Message(role, content)
+    async def _messages(self, given: Sequence[ChatMessage]) -> list[Message]:
+        messages = InCallOrder()
+        for message in given:
+            calls = message.tool_calls or []
+            content = [await self._part(part) for part in _content(message)]
+            content += [_function_call(call) for call in calls]
+            role = "system" if message.role == "developer" else message.role
+            ids = [call.id for call in calls]
+            messages.add(Message(role, content), calls=ids, answers=message.tool_call_id)
+        return merged(messages.all())
 
     async def _part(self, part: TextPart | ImagePart | AudioPart) -> Part:
         if isinstance(part, TextPart):
@@ -269,12 +272,10 @@ def _function_call(call: ToolCall) -> FunctionCall:
     return FunctionCall(call.function.name, decoded(arguments.encode(), dict[str, Any]))
 
 
-def calls_text(content: str | list[Part], calls: Sequence[FunctionCall]) -> str | list[Part]:
-    """An earlier answer with its calls written out as the model wrote them."""
-    text = "\n".join(call.to_json() for call in calls)
-    if isinstance(content, str):
-        return f"{content}\n{text}" if content.strip() else text
-    return [*content, "\n" + text]
+def _content(message: ChatMessage) -> list[TextPart | ImagePart | AudioPart]:
+    if isinstance(message.content, str):
+        return [TextPart(message.content)]
+    return message.content or []
 
 
 def _offered_tools(body: ChatBody) -> list[dict[str, Any]]:
@@ -353,6 +354,11 @@ def calls_object(calls: Sequence[FunctionCall]) -> list[dict[str, object]]:
     ]
 
 
+def call_stream(server: Server, tools: Sequence[Mapping]) -> CallStream:
+    model = server.service.model
+    return CallStream(tools, model.prompt, model.decoder)
+
+
 @dataclass
 class Writer:
     """An answer in OpenAI's shapes."""
@@ -395,11 +401,11 @@ class ChatWriter(Writer):
 
     def __init__(self, server: Server, tools: Sequence[Mapping], with_logprobs: bool):
         super().__init__(server)
-        self._calls = CallStream(tools)
+        self._calls = call_stream(server, tools)
         self._with_logprobs, self._begun = with_logprobs, False
 
     def whole(self, chunks: Sequence[Chunk]) -> dict:
-        text = "".join([self._calls.push(chunk.text) for chunk in chunks])
+        text = "".join([self._calls.push(chunk) for chunk in chunks])
         rest, calls = self._calls.finish()
         text += rest
         message: dict[str, object] = {"role": "assistant", "content": text}
@@ -420,7 +426,7 @@ class ChatWriter(Writer):
         if not self._begun:
             self._begun = True
             result.append(self._piece({"role": "assistant", "content": ""}))
-        text = self._calls.push(chunk.text)
+        text = self._calls.push(chunk)
         if text or chunk.logprobs:
             result.append(self._piece({"content": text}, logprobs=chunk.logprobs))
         if chunk.finish_reason:
