@@ -1,0 +1,130 @@
+"""Clients that nobody here wrote, each in an environment of its own, against a running server.
+
+    pytest -m slow tests/test_serve_clients.py
+
+``EDGE_GEMMA_CLIENTS`` names a Python that has the packages; without it they are installed into the
+temporary folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from serving import serving
+from test_serve import make_speech
+
+import edge_gemma
+from edge_gemma.options import Sampling
+
+pytestmark = pytest.mark.slow
+CLIENTS = Path(__file__).parent / "clients"
+PACKAGES = ["openai", "ollama"]
+TOKEN = "a-token-of-these-tests"
+GREEDY = Sampling(max_tokens=8, temperature=0)
+
+
+@pytest.fixture(scope="module")
+def python():
+    """The interpreter that has the clients."""
+    given = os.environ.get("EDGE_GEMMA_CLIENTS")
+    if given:
+        return given
+    folder = Path(tempfile.gettempdir()) / "edge-gemma-clients"
+    found = folder / "bin" / "python"
+    if not found.exists():
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    subprocess.run([found, "-m", "pip", "install", "-q", *PACKAGES], check=True)
+    return str(found)
+
+
+@pytest.fixture(scope="module")
+def token_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokens") / "tokens"
+    path.write_text(TOKEN + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def ask(python, token_file, tiny_bundle, looking_bundle, hearing_bundle):
+    """``ask(client, task, which bundle, file)`` → what the client's program prints."""
+    bundles = {"text": tiny_bundle, "sees": looking_bundle.folder, "hears": hearing_bundle.folder}
+    running, opened = {}, []
+
+    def server(which):
+        if which not in running:
+            opened.append(serving(bundles[which], "--token-file", str(token_file)))
+            running[which] = opened[-1].__enter__()
+        return running[which]
+
+    def run(client, task, which="text", *files):
+        served = server(which)
+        program = [python, str(CLIENTS / f"{client}_sdk.py"), task, served.url, served.name, TOKEN]
+        done = subprocess.run([*program, *files], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout)
+
+    yield run
+    for each in opened:
+        each.__exit__(None, None, None)
+
+
+def direct(model, *parts):
+    """What the library itself answers."""
+    with model.chat() as chat:
+        return "".join(chunk.text for chunk in chat.send(list(parts), GREEDY))
+
+
+@pytest.fixture(scope="module")
+def hello(tiny_model):
+    return direct(tiny_model, "Hello")
+
+
+@pytest.mark.parametrize("client", ["openai", "ollama"])
+def test_text(ask, client, hello):
+    assert len(set(ask(client, "models")["ids"])) == 1
+    assert ask(client, "chat")["text"] == hello
+    streamed = ask(client, "stream")
+    assert streamed["text"] == hello and (streamed.get("usage") or streamed["eval"]) > 0
+
+
+@pytest.mark.parametrize("client", ["openai", "ollama"])
+def test_tools_and_schemas(ask, client):
+    assert set(ask(client, "tools")["arguments"]) == {"on"}
+    assert set(ask(client, "json_schema")["answer"]) == {"ok"}
+
+
+def test_ollama_generate(ask, hello):
+    assert ask("ollama", "generate")["text"] == hello
+
+
+@pytest.mark.parametrize("client", ["openai", "ollama"])
+def test_pictures(ask, client, cat_png, looking_bundle):
+    request = edge_gemma.PlanRequest(n_threads=1)
+    with edge_gemma.load(looking_bundle, n_ctx=1024, request=request) as model:
+        expected = direct(model, edge_gemma.Image(cat_png), "What?")
+    assert ask(client, "image", "sees", str(cat_png))["text"] == expected
+
+
+def test_speech(ask, hearing_model, sine_wav, tmp_path):
+    expected = direct(hearing_model, "What?", edge_gemma.Audio(sine_wav))
+    assert ask("openai", "input_audio", "hears", str(sine_wav))["text"] == expected
+    heard = ask("openai", "transcriptions", "hears", str(make_speech(tmp_path / "speech.wav")))
+    assert heard["text"] == heard["deltas"] == heard["done"]
+    assert len(heard["segments"]) >= 1 and heard["srt"].startswith("1\n")
+    assert heard["duration"] == pytest.approx(6, abs=0.1)
+
+
+def test_errors(ask):
+    assert ask("openai", "errors")["errors"] == [
+        ["NotFoundError", "model_not_found"],
+        ["BadRequestError", None],
+        ["BadRequestError", "context_length_exceeded"],
+        ["AuthenticationError", "invalid_api_key"],
+    ]
+    assert ask("ollama", "errors")["status"] == 404
