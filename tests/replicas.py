@@ -289,7 +289,6 @@ def g1b_it(r: Repository) -> Repository:
 def g1b_it_qat(r: Repository) -> Repository:
     r.template = "config"
     r.config["eos_token_id"] = [1, 9]
-    r.others["README.txt.json"] = {"quantized": "by whoever converts"}
     return r
 
 

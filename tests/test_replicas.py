@@ -112,7 +112,7 @@ def cases() -> list:
         else:
             happens += f"; same tensors and tokens as the published layout{towers[base]}"
         if NOTES.get(name):
-            happens += "; says what was ignored"
+            happens += "; says how it was read" if "mlx" in name else "; says what was ignored"
         if name in SKIPPED:
             happens += "; says what was skipped"
         mark = pytest.mark.compat(kind="checkpoint", what=what, happens=happens)
@@ -232,7 +232,7 @@ def test_our_template_behaves_as_the_models_own():
     assert spec is not None and spec.loader is not None
     templates = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(templates)
-    media = {"@image": {"type": "image"}, "@audio": {"type": "audio"}}
+    media = {f"@{kind}": {"type": kind, "text": ""} for kind in ("image", "audio")}
     for name, conversation in CONVERSATIONS.items():
         kinds = str(conversation)
         messages = [
