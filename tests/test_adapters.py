@@ -451,3 +451,67 @@ def test_notes_reach_the_user(tiny_checkpoint, tmp_path):
     note = "alpha_pattern 'v_proj' matches no module of the adapter; PEFT ignores it too"
     assert prepare(tiny_checkpoint, options).notes == (note,)
     assert convert_lora(adapter, tiny_checkpoint, tmp_path / "a.gguf") == [note]
+
+
+# --- against PEFT itself ---
+
+
+def _randomised(model) -> None:
+    """B and magnitudes are drawn: PEFT begins with what changes nothing."""
+    import torch
+
+    generator = torch.Generator().manual_seed(4)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "lora_embedding_" in name or "modules_to_save" in name:
+            drawn_values = torch.randn(parameter.shape, generator=generator)
+            parameter.data = parameter.data * ("modules" in name) + 0.05 * drawn_values
+        elif "magnitude" in name:
+            parameter.data *= 1 + 0.2 * torch.rand(parameter.shape, generator=generator)
+
+
+PEFT_KINDS = {
+    "plain LoRA": dict(target_modules=["q_proj", "down_proj"]),
+    "rsLoRA with patterns": dict(
+        target_modules=["q_proj", "k_proj", "up_proj"],
+        use_rslora=True,
+        rank_pattern={"^model.layers.2.self_attn.q_proj$": 9, "layers.3.*k_proj": 3},
+        alpha_pattern={"up_proj": 5, "model.layers.[24].self_attn.(q|k)_proj": 11},
+    ),
+    "DoRA": dict(target_modules=["v_proj", "gate_proj"], use_dora=True),
+    "LoRA on the embedding": dict(target_modules=["embed_tokens", "q_proj"]),
+    "LoRA on the head": dict(target_modules=["lm_head", "q_proj"]),
+    "modules_to_save": dict(target_modules=["o_proj"], modules_to_save=["norm", "lm_head"]),
+    "the embedding saved": dict(target_modules=["o_proj"], modules_to_save=["embed_tokens"]),
+}
+ONLY_MERGED = ("DoRA", "embedding", "head", "modules_to_save")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # the training libraries' own
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=compat(f"{kind}, saved by PEFT", "merged: PEFT's own logits"))
+        for kind in PEFT_KINDS
+    ],
+)
+def test_merged_is_what_peft_computes(tmp_path, kind):
+    for library in ("torch", "transformers", "peft"):
+        pytest.importorskip(library, reason="PEFT's own logits need torch, transformers and peft")
+    from peft import LoraConfig, get_peft_model
+    from peft_models import base_model, logits_here, logits_of_peft
+    from replicas import LAYOUTS
+
+    checkpoint, adapter = tmp_path / "base", tmp_path / "adapter"
+    LAYOUTS["g270m_it"][2](checkpoint)
+    model = get_peft_model(
+        base_model(checkpoint), LoraConfig(r=8, lora_alpha=12, **PEFT_KINDS[kind])
+    )
+    _randomised(model)
+    model.save_pretrained(adapter)
+    expected, plain = logits_of_peft(checkpoint, adapter), logits_of_peft(checkpoint, None)
+    assert np.abs(expected - plain).max() > 0.3
+    is_plain = not any(part in kind for part in ONLY_MERGED)
+    found = logits_here(checkpoint, adapter, tmp_path, at_run_time=is_plain)
+    for logits in found:
+        np.testing.assert_allclose(logits, expected, atol=0.01)

@@ -98,6 +98,35 @@ def test_measure_a_board(tiny_bundle, capsys):
     assert figures["prefill_tok_s"] > 0 and figures["peak_rss_mib"] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # the training libraries' own
+@pytest.mark.compat(
+    kind="adapter",
+    what="LoRA trained by peft and trl (examples/finetune_lora.py)",
+    happens="converts, runs with --lora and says what was taught; merged: PEFT's own logits",
+)
+def test_finetune_lora(tmp_path, capfd, monkeypatch):
+    """Train on a small replica of gemma-3-270m-it, convert, run; then hold the decoder's logits
+    against PEFT's.
+    """
+    for library in ("torch", "transformers", "peft", "trl"):
+        reason = f"the fine-tuning example needs {library} (pip install torch peft trl)"
+        pytest.importorskip(library, reason=reason)
+    from peft_models import logits_here, logits_of_peft
+    from replicas import LAYOUTS
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    checkpoint = tmp_path / "gemma-3-270m-it"
+    LAYOUTS["g270m_it"][2](checkpoint)
+    run("finetune_lora", checkpoint, tmp_path, 20)
+    assert capfd.readouterr().out.endswith("It is Paris.\n")
+    adapter = tmp_path / "adapter"
+    expected, plain = logits_of_peft(checkpoint, adapter), logits_of_peft(checkpoint, None)
+    assert abs(expected - plain).max() > 1  # it learnt something
+    by_file, by_merge = logits_here(checkpoint, adapter, tmp_path)
+    assert abs(by_file - expected).max() < 0.02 and abs(by_merge - expected).max() < 0.02
+
+
 def blocks() -> list:
     found = []
     for path in (ROOT / "docs" / "api.md", ROOT / "README.md"):
