@@ -23,7 +23,7 @@ from edge_gemma.seeing.cache import SoftTokenCache
 from edge_gemma.seeing.picture import Picture
 from edge_gemma.seeing.soft_tokens import PictureEncoder, prepare
 from edge_gemma.seeing.video import Video
-from edge_gemma.sources import FileSource
+from edge_gemma.sources import FileSource, is_file_source
 from edge_gemma.spans import Rows
 
 # a mapping is a text with more keys for the chat template: {"type": "text", "text": …, …}
@@ -96,11 +96,12 @@ class Senses:
                 "an empty Audio() is a clip still to be spoken; give it a file or samples"
             )
         encoder = self.audio()
-        if not isinstance(source, np.ndarray):
-            source = read_audio(source)
-        elif not source.size:
+        if is_file_source(source):
+            return encoder.encode(read_audio(source))
+        samples = np.asarray(source)
+        if not samples.size:
             raise MediaError("the sound holds no samples; there is nothing to hear in it")
-        return encoder.encode(source)
+        return encoder.encode(samples)
 
     def audio(self) -> AudioEncoder:
         """The audio encoder, opened now if need be. Raises UnsupportedModel, BundleError."""

@@ -13,7 +13,7 @@ import shlex
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 from urllib.parse import unquote, unquote_to_bytes
 
 from edge_gemma.errors import MediaError, UsageError
@@ -202,6 +202,16 @@ class BinarySource(Protocol):
 
 # what a file may be given as: its path, a data URI, its bytes, or opened
 FileSource = str | os.PathLike[str] | bytes | bytearray | memoryview | BinarySource
+
+
+def is_file_source(source: object) -> TypeGuard[FileSource]:
+    """Whether this names or holds a file, rather than samples or pixels.
+
+    >>> is_file_source("clip.wav"), is_file_source([0.0, 0.5])
+    (True, False)
+    """
+    kinds = (str, os.PathLike, bytes, bytearray, memoryview, BinarySource)
+    return isinstance(source, kinds)
 
 
 def read_all(file: BinarySource, max_bytes: int, what: str) -> bytes:

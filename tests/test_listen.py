@@ -9,12 +9,13 @@ from dataclasses import replace
 import hearing
 import numpy as np
 import pytest
+import soundfile
 
 from edge_gemma.conversation.listener import Listener
 from edge_gemma.conversation.live_turn import LiveTurn
 from edge_gemma.conversation.transcription import ListenOptions, ask, transcribe
 from edge_gemma.conversation.voice import Voice
-from edge_gemma.errors import DeviceLost, RuntimeFailure, UnsupportedModel
+from edge_gemma.errors import DeviceLost, MediaError, RuntimeFailure, UnsupportedModel
 from edge_gemma.hearing.samples import BLOCK_SAMPLES
 from edge_gemma.hearing.utterances import SpeechDetector, VadSettings
 from edge_gemma.messages import Audio, Message
@@ -61,6 +62,17 @@ def test_audio_prompts_give_the_logits_of_transformers(hearing_model, seconds):
     top = np.sort(want, axis=1)
     clear = top[:, -1] - top[:, -2] > 0.08
     assert clear.any() and (logits.argmax(axis=1) == want.argmax(axis=1))[clear].all()
+
+
+def test_samples_in_memory_and_files_of_them(hearing_model, tmp_path):
+    wave = REFERENCE["wave_0.9"]
+    expected = hearing_model.encode_audio(wave)
+    soundfile.write(tmp_path / "a.wav", wave, 16000, subtype="FLOAT")
+    for source in (wave.tolist(), tmp_path / "a.wav", (tmp_path / "a.wav").read_bytes()):
+        assert np.array_equal(hearing_model.encode_audio(source), expected)
+    for nothing in (np.zeros(0, np.float32), []):
+        with pytest.raises(MediaError, match="holds no samples"):
+            hearing_model.encode_audio(nothing)
 
 
 @pytest.mark.parametrize("pad_audio", [False, True])

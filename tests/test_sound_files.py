@@ -118,6 +118,16 @@ def test_wav_with_sound_behind_its_size():
     samples, notes = heard(wav(PCM, riff_bytes=36 + 32000, data_bytes=32000))
     assert np.array_equal(samples, HEARD[:16000])
     assert "its header says 1.0 s; the 32000 bytes behind (1.0 s, if they are" in notes[0]
+    samples, notes = heard(wav(PCM) + wav(PCM))
+    assert np.array_equal(samples, HEARD) and "its header says 2.0 s; the 64044" in notes[0]
+
+
+@sound("WAV, AIFF or Ogg behind an ID3 tag", "read whole")
+def test_other_files_behind_a_tag():
+    tag = b"ID3\4\0\0\0\0\1\0" + bytes(128)
+    aiff, ogg = encoded(VOICE, "AIFF", "PCM_16"), encoded(VOICE, "OGG", "VORBIS")
+    for data in (wav(PCM), aiff, ogg):
+        assert np.array_equal(heard(tag + data)[0], heard(data)[0])
 
 
 @sound("RF64 whose sizes were never written", READ_TO_ITS_END)

@@ -58,8 +58,12 @@ def inspect(file: BinaryIO) -> Container:
     if head[:4] == b".snd":
         return _au(file, n_bytes)
     start = id3_bytes(head)
-    if _at(file, start, 4) == b"fLaC":
+    head = _at(file, start, 4)
+    if head == b"fLaC":
         return _flac(file, start)
+    if start and head in (b"RIFF", b"FORM", b"OggS"):
+        # libsndfile passes over the tag, and over as many bytes of the end
+        return Container(pieces=((start, n_bytes),))
     return Container()
 
 
@@ -166,7 +170,9 @@ def _are_chunks(file: BinaryIO, position: int, n_bytes: int) -> bool:
             if at >= n_bytes - 1:
                 return True
             head = _at(file, at, 8)
-            if len(head) < 8 or not head[:4].isascii() or not head[:4].decode().isprintable():
+            if len(head) < 8 or head[:4] == b"RIFF":  # another file behind this one
+                break
+            if not head[:4].isascii() or not head[:4].decode().isprintable():
                 break
             size = struct.unpack("<I", head[4:])[0]
             at += 8 + size + (size & 1)
