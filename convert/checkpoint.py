@@ -21,7 +21,7 @@ import os
 import re
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -356,6 +356,18 @@ class Checkpoint(TensorReader):
     @property
     def config(self) -> dict:
         return self._config
+
+    def include(self, name: str, path: Path, stored: str) -> None:
+        """Add the tensor ``stored`` of another file under ``name``. Raises
+        CheckpointError.
+        """
+        found = {entry.stored: entry for entry in read_header(path)}
+        if stored not in found or found[stored].dtype not in DTYPES:
+            raise CheckpointError(
+                f"{path} holds {', '.join(sorted(found)) or 'no tensor'}; expected {stored!r} as "
+                f"{', '.join(DTYPES)}"
+            )
+        self.entries[name] = replace(found[stored], name=name)
 
     def names(self) -> list[str]:
         return list(self.entries)

@@ -26,10 +26,12 @@ from edge_gemma.convert.quantize import quantize_rows, row_bytes
 from edge_gemma.convert.tensors import TensorReader
 from edge_gemma.convert.vocabulary import Vocabulary
 
+from edge_gemma.bundles.description import DENSE
 from edge_gemma.bundles.gguf import layout_rank
-from edge_gemma.bundles.manifest import File
+from edge_gemma.bundles.manifest import EmbeddingPart, File
 
 CHUNK_VALUES = 1 << 21  # 8 MiB as float32: large enough to hide Python, small enough for a board
+_MEAN = 1  # llama.h, enum llama_pooling_type
 Progress = Callable[[int], None]
 # our name of a special token → the middle of its key in a GGUF
 _SPECIAL_KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot"}
@@ -57,6 +59,7 @@ def plan_layout(
     *,
     name: str,
     file_type: int,
+    embedding: EmbeddingPart | None = None,
 ) -> Layout:
     """Order the tensors (PLE and what is never read first, what every token
     needs last) and build the header.
@@ -71,7 +74,7 @@ def plan_layout(
         kind = types[source.name]
         tensors.append((source, kind, row_bytes(kind, source.n_per_row) * source.n_rows))
     table = [(source.name, kind, source.shape, nbytes) for source, kind, nbytes in tensors]
-    header = gguf_header(_metadata(dims, vocabulary, name, file_type), table)
+    header = gguf_header(_metadata(dims, vocabulary, name, file_type, embedding), table)
     return Layout(header, tuple(tensors))
 
 
@@ -154,7 +157,13 @@ def _in_order(
             future.cancel()
 
 
-def _metadata(dims: Dims, vocabulary: Vocabulary, name: str, file_type: int) -> Iterator[Pair]:
+def _metadata(
+    dims: Dims,
+    vocabulary: Vocabulary,
+    name: str,
+    file_type: int,
+    embedding: EmbeddingPart | None,
+) -> Iterator[Pair]:
     """The key/value pairs llama.cpp's own converter writes for these
     families (conversion/gemma.py).
     """
@@ -174,8 +183,8 @@ def _metadata(dims: Dims, vocabulary: Vocabulary, name: str, file_type: int) -> 
     for ours, theirs in _SPECIAL_KEYS.items():
         if ours in vocabulary.special:
             yield f"tokenizer.ggml.{theirs}_token_id", vocabulary.special[ours]
-    yield "tokenizer.ggml.add_bos_token", True
-    yield "tokenizer.ggml.add_eos_token", False
+    yield "tokenizer.ggml.add_bos_token", embedding is None or embedding.add_bos
+    yield "tokenizer.ggml.add_eos_token", embedding is not None and embedding.add_eos
     yield "tokenizer.ggml.add_space_prefix", vocabulary.add_space_prefix
     if vocabulary.chat_template:
         yield "tokenizer.chat_template", vocabulary.chat_template
@@ -196,11 +205,15 @@ def _numbers(dims: Dims) -> dict[str, Value]:
         "rope.freq_base": dims.rope_base,
         "rope.freq_base_swa": dims.rope_base_sliding,
     }
-    if dims.softcap:
+    if dims.softcap and dims.family != "gemma-embedding":
         numbers["final_logit_softcapping"] = dims.softcap
     if dims.rope_factor != 1.0:
         numbers |= {"rope.scaling.type": "linear", "rope.scaling.factor": dims.rope_factor}
     numbers["attention.sliding_window_pattern"] = np.array(dims.sliding, np.bool_)
+    if dims.family == "gemma-embedding":
+        numbers |= {"pooling_type": _MEAN, "attention.causal": False}
+    for name, (n_in, n_out) in zip(DENSE, dims.dense, strict=False):
+        numbers |= {f"{name}_feat_in": n_in, f"{name}_feat_out": n_out}
     if dims.family == "gemma3n":
         is_sparse = np.arange(dims.n_layer) < SPARSE_LAYERS
         # the quantile of 0 is −∞: a layer that is not sparse keeps every

@@ -24,6 +24,7 @@ from edge_gemma.bundles.description import (
     GEMMA3N_LAUREL,
     SUPPORTED,
     SWA_PERIOD,
+    dense_tensors,
     expected_tensors,
 )
 from edge_gemma.bundles.manifest import Family
@@ -131,7 +132,8 @@ class Dims:
     rope_base_sliding: float
     rope_factor: float  # linear scaling of the global layers, 1 for none
     softcap: float
-    tied: bool
+    tied: bool  # for gemma-embedding, which has no output head, always true
+    dense: tuple[tuple[int, int], ...] = ()  # (inputs, outputs) of EmbeddingGemma's layers
     ple_width: int = 0
     ple_vocab: int = 0
     n_kv_shared: int = 0
@@ -220,24 +222,23 @@ def text_config(config: dict) -> dict:
 
 
 def family_of(config: dict) -> Family:
-    """``gemma3`` or ``gemma3n``. Raises UnsupportedModel naming what was
-    found.
+    """``gemma3``, ``gemma3n`` or ``gemma-embedding``. Raises
+    UnsupportedModel naming what was found.
     """
     model_type = str(config.get("model_type", "")).removesuffix("_text")
     architectures = config.get("architectures") or []
-    is_embedding = bool(
-        text_config(config).get("use_bidirectional_attention")
-        or "EmbeddingGemma" in str(architectures)
-    )
-    if model_type == "gemma3" and not is_embedding:
+    is_bidirectional = bool(text_config(config).get("use_bidirectional_attention"))
+    if config.get("model_type") == "gemma3_text" and is_bidirectional:
+        return "gemma-embedding"
+    if model_type == "gemma3" and not is_bidirectional:
         return "gemma3"
-    if model_type == "gemma3n" and not is_embedding:
+    if model_type == "gemma3n" and not is_bidirectional:
         return "gemma3n"
     found = f"model_type {config.get('model_type')!r}"
     if architectures:
         found += f" ({architectures[0]})"
-    if model_type in ("gemma3", "gemma3n"):
-        found += " with bidirectional attention (an embedding model)"
+    if is_bidirectional:
+        found += " with bidirectional attention"
     raise UnsupportedModel(f"config.json says {found}; supported are {SUPPORTED}, base or tuned")
 
 
@@ -246,7 +247,7 @@ def read_dims(config: dict) -> Dims:
     what llama.cpp would compute differently, CheckpointError for nonsense.
     """
     family = family_of(config)
-    text = _DEFAULTS[family] | {
+    text = _DEFAULTS["gemma3n" if family == "gemma3n" else "gemma3"] | {
         key: value for key, value in text_config(config).items() if value is not None
     }
 
@@ -282,7 +283,7 @@ def read_dims(config: dict) -> Dims:
         rope_base_sliding=rope_base_sliding,
         rope_factor=rope_factor,
         softcap=float(text.get("final_logit_softcapping") or 0.0),
-        tied=_is_tied(text, config),
+        tied=family == "gemma-embedding" or _is_tied(text, config),
         ple_width=number("hidden_size_per_layer_input") if family == "gemma3n" else 0,
         ple_vocab=number("vocab_size_per_layer_input") if family == "gemma3n" else 0,
         n_kv_shared=number("num_kv_shared_layers") if family == "gemma3n" else 0,
@@ -363,8 +364,9 @@ def _check_fixed(text: dict, dims: Dims) -> None:
         "attention_bias": False,
         "attn_logit_softcapping": None,
     }
-    if dims.family == "gemma3":
-        is_27b = dims.n_layer == 62  # llama.cpp scales its queries by the embedding's width
+    if dims.family != "gemma3n":
+        # llama.cpp scales its queries by the embedding's width
+        is_27b = dims.family == "gemma3" and dims.n_layer == 62
         fixed["query_pre_attn_scalar"] = dims.n_embd // dims.n_head if is_27b else dims.head_dim
     else:
         fixed |= {
@@ -499,6 +501,8 @@ def _why_skipped(checkpoint: Checkpoint, dims: Dims, name: str, is_known: bool) 
     tower = next((what for prefix, what in TOWERS.items() if name.startswith(prefix)), None)
     if tower:
         return f"the {tower} tower, not part of the decoder"
+    if name == HEAD and dims.family == "gemma-embedding":
+        return "an output head, which embedding does not use"
     if name == HEAD:
         return "the output head, which is the token embedding"
     if is_known:
@@ -542,6 +546,7 @@ def checkpoint_shapes(dims: Dims) -> dict[str, tuple[int, ...]]:
     for i in range(dims.n_layer):
         for module, name in _layer_modules(dims).items():
             shapes[_checkpoint_name(module, i)] = gguf[f"blk.{i}.{name}.weight"]
+    shapes |= {name: shape[::-1] for name, shape in dense_tensors(dims.dense).items()}
     if dims.family == "gemma3n":
         ple_row = dims.ple_width * dims.n_layer
         square = (dims.n_embd, dims.n_embd)
@@ -566,7 +571,7 @@ def _mapping_table(dims: Dims, out: Dims, cut: Cut, head: str | None, untied: bo
     """
     expected = expected_tensors(out.family, out.table())
     # Gemma3RMSNorm multiplies by 1 + weight, Gemma3nRMSNorm by weight
-    norm_add = 1.0 if dims.family == "gemma3" else 0.0
+    norm_add = 0.0 if dims.family == "gemma3n" else 1.0
     sources: list[Source] = []
 
     def put(name: str, *parts: Part, use: str | None = None) -> None:
@@ -574,7 +579,8 @@ def _mapping_table(dims: Dims, out: Dims, cut: Cut, head: str | None, untied: bo
         sources.append(Source(name, shape, parts, use or its_use))
 
     embedding = Part(_checkpoint_name("embed_tokens"), dims.n_vocab)
-    separate = untied or head is not None
+    has_head = dims.family != "gemma-embedding"
+    separate = has_head and (untied or head is not None)
     put("token_embd.weight", embedding, use="lookup" if separate else None)
     put("output_norm.weight", Part(_checkpoint_name("norm"), 1, add=norm_add))
     if separate:
@@ -593,6 +599,8 @@ def _mapping_table(dims: Dims, out: Dims, cut: Cut, head: str | None, untied: bo
                 add=norm_add if tensor.endswith("norm") else 0.0,
             )
             put(name, part)
+    for name, shape in dense_tensors(dims.dense).items():
+        sources.append(Source(name, shape, (Part(name, shape[1]),), "matmul"))
     if dims.family == "gemma3n":
         for name, parts in _gemma3n_parts(dims, cut).items():
             put(name, *parts)

@@ -16,13 +16,14 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
 import numpy as np
 from edge_gemma.convert.checkpoint import Checkpoint
 from edge_gemma.convert.decoder import CHUNK_VALUES, Layout, plan_layout, write_decoder
+from edge_gemma.convert.embedding import read_embedding
 from edge_gemma.convert.gemma import TOWERS, Dims, Mapping, map_tensors, read_dims
 from edge_gemma.convert.generation_config import Answers, read_answers
 from edge_gemma.convert.head import choose_head
@@ -34,7 +35,14 @@ from edge_gemma.convert.vocabulary import Vocabulary, read_vocabulary
 
 from edge_gemma.bundles.description import describe
 from edge_gemma.bundles.folder import Bundle, BundleWriter, file_entry
-from edge_gemma.bundles.manifest import AudioPart, File, Manifest, Source, VisionPart
+from edge_gemma.bundles.manifest import (
+    AudioPart,
+    EmbeddingPart,
+    File,
+    Manifest,
+    Source,
+    VisionPart,
+)
 from edge_gemma.errors import RuntimeFailure, UsageError
 from edge_gemma.units import MiB, format_bytes
 
@@ -125,6 +133,7 @@ class Prepared:
     answers: Answers
     special_tokens: dict[str, int]  # of pictures and sound
     skipped: dict[str, str]  # stored name → why nothing is made of it
+    embedding: EmbeddingPart | None = None
 
     @property
     def disk_bytes(self) -> int:
@@ -175,6 +184,11 @@ def prepare(folder: str | Path, options: Conversion) -> Prepared:
     recipe = options.quant if isinstance(options.quant, Recipe) else read_recipe(options.quant)
     checkpoint = Checkpoint.open(folder)
     dims = read_dims(checkpoint.config)
+    embedding = None
+    if dims.family == "gemma-embedding":
+        _check_embedding_options(options)
+        embedding = read_embedding(checkpoint, dims.n_embd, dims.n_ctx_train)
+        dims = replace(dims, dense=embedding.dense)
     notes = list(checkpoint.notes)
     head = choose_head(checkpoint, dims)
     notes += head.notes
@@ -202,6 +216,7 @@ def prepare(folder: str | Path, options: Conversion) -> Prepared:
         vocabulary,
         name=options.name or checkpoint.name,
         file_type=recipe.file_type,
+        embedding=embedding,
     )
     return Prepared(
         checkpoint=checkpoint,
@@ -217,7 +232,18 @@ def prepare(folder: str | Path, options: Conversion) -> Prepared:
         answers=answers,
         special_tokens=roles,
         skipped=_skipped(mapping, towers),
+        embedding=embedding,
     )
+
+
+def _check_embedding_options(options: Conversion) -> None:
+    """What measures or needs the next token has no meaning for a model
+    that embeds.
+    """
+    if options.check:
+        raise UsageError(
+            "--check measures how well text is continued; an embedding model continues none"
+        )
 
 
 def _merged(
@@ -449,7 +475,7 @@ def _manifest(
     return Manifest(
         name=description.name,
         family=prepared.mapping.dims.family,
-        instruct=description.chat_template is not None,
+        instruct=description.chat_template is not None and prepared.embedding is None,
         decoder=description.decoder,
         source=Source(origin=origin, tool="edge-gemma convert"),
         files=parts.files,
@@ -461,6 +487,7 @@ def _manifest(
         special_rows=parts.special_rows,
         audio=parts.audio,
         vision=parts.vision,
+        embedding=prepared.embedding,
         recipe=_recipe_record(prepared.recipe, options),
         quality=quality,
     )

@@ -30,7 +30,7 @@ from edge_gemma.errors import UsageError
 FOLDER = Path(__file__).parent / "recipes"
 # Matrices llama.cpp never quantizes (tensor_allows_quantization); of them
 # the two coefficient tables stay F32 in its converter
-_KEPT = ("altup", "laurel", "per_layer_model_proj")
+_KEPT = ("altup", "laurel", "per_layer_model_proj", "dense_")
 _F32 = ("altup_correct_coef", "altup_predict_coef")
 
 
@@ -143,7 +143,8 @@ def _wanted(recipe: Recipe, mapping: Mapping, source: Source, has_imatrix: bool)
         return recipe.head
     lookup = recipe.lookup or (recipe.head if dims.tied else recipe.matrix)
     if name == "token_embd.weight":
-        return recipe.head if dims.tied else lookup
+        is_head = dims.tied and dims.family != "gemma-embedding"
+        return recipe.head if is_head else lookup
     if name == "per_layer_token_embd.weight":
         return recipe.ple or lookup
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)

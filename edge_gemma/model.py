@@ -18,12 +18,13 @@ import msgspec
 import numpy as np
 
 from edge_gemma.bundles.folder import Bundle
-from edge_gemma.bundles.manifest import Manifest
+from edge_gemma.bundles.manifest import Manifest, require_embedding, require_generation
 from edge_gemma.conversation.batch import Batch
 from edge_gemma.conversation.chat import Chat
 from edge_gemma.conversation.sequences import Sequences
 from edge_gemma.conversation.session import Session
 from edge_gemma.conversation.stream import Chunk
+from edge_gemma.embedding import TextEmbedder
 from edge_gemma.engines.engine import EVALUATE_ROWS, Weights
 from edge_gemma.engines.llama.weights import Weights as LlamaWeights
 from edge_gemma.engines.llama.weights import repacked_here
@@ -142,13 +143,34 @@ class Model:
         try:
             self.decoder = self.weights.decoder
             identity = manifest.files[manifest.decoder.file].sha256
-            self.sequences = Sequences(self.weights, identity, bundle_sampling(manifest))
+            self._sequences: Sequences | None = None
+            self._embedder: TextEmbedder | None = None
+            if manifest.embedding is None:
+                self._sequences = Sequences(self.weights, identity, bundle_sampling(manifest))
+            else:
+                self._embedder = TextEmbedder(manifest, self.weights)
             self.prompt = Prompt(manifest, self.decoder.tokenize, read_special_rows(bundle))
         except BaseException:
             self.weights.close()
             raise
         self.senses = Senses(bundle, plan.settings)
-        self._scratch = Session(self.sequences)
+        self._scratch_session: Session | None = None
+
+    @property
+    def sequences(self) -> Sequences:
+        """The KV cache that conversations share. Raises UnsupportedModel for an embedding bundle,
+        which has none.
+        """
+        require_generation(self.bundle.manifest)
+        assert self._sequences is not None
+        return self._sequences
+
+    @property
+    def _scratch(self) -> Session:
+        """The session of :meth:`generate`."""
+        if self._scratch_session is None:
+            self._scratch_session = Session(self.sequences)
+        return self._scratch_session
 
     # text
 
@@ -202,8 +224,9 @@ class Model:
         >>> chunks[-1].finish_reason, chunks[-1].usage.completion_tokens
         ('length', 3)
         """
-        self._scratch.replace(self.spans(prompt))
-        yield from self._scratch.generate(sampling)
+        scratch = self._scratch
+        scratch.replace(self.spans(prompt))
+        yield from scratch.generate(sampling)
 
     def session(self) -> Session:
         """A conversation in spans; see :class:`Session`.
@@ -273,6 +296,7 @@ class Model:
         >>> [block.shape[0] for block in model.evaluate("abcd", rows="last")]
         [1]
         """
+        require_generation(self.bundle.manifest)
         spans = self.spans(spans)
         n = sum(len(span) for span in spans)
         if not 0 < n <= self.decoder.n_ctx_train:
@@ -328,6 +352,32 @@ class Model:
         odds = np.exp(logits - logits.max())
         return dict(zip(labels, (odds / odds.sum()).tolist(), strict=True))
 
+    # embedding
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        kind: str | None = None,
+        dimensions: int | None = None,
+        truncate: bool = False,
+    ) -> np.ndarray:
+        """Texts → vectors ``[n, width]`` float32 of length 1, as sentence-transformers makes them.
+
+        ``kind`` names the prompt that is put in front of each text: "query", "document", or another
+        of the bundle's. ``dimensions`` cuts the vectors to one of the widths the model was trained
+        for (768, 512, 256 or 128). A text of more tokens than fit is an error, or is cut at its end
+        with ``truncate``, as sentence-transformers does. Raises UsageError, UnsupportedModel (a
+        bundle that generates text).
+
+        >>> with load("my-embedding-gemma") as model:
+        ...     model.embed(["a river", "a bridge"], kind="document", dimensions=128).shape
+        (2, 128)
+        """
+        require_embedding(self.bundle.manifest)
+        assert self._embedder is not None
+        return self._embedder.embed(texts, kind=kind, dimensions=dimensions, truncate=truncate)
+
     # media
 
     def encode_audio(self, source: str | os.PathLike[str] | np.ndarray) -> np.ndarray:
@@ -343,6 +393,8 @@ class Model:
         return self.senses.encode_image(image if isinstance(image, Image) else Image(image))
 
     def close(self) -> None:
+        if self._embedder is not None:
+            self._embedder.close()
         self.senses.close()
         self.weights.close()
 

@@ -31,6 +31,7 @@ ROOMS = (
     "seeing",
     "prompts",
     "senses",
+    "embedding",
     "conversation",
     "store",
     "model",

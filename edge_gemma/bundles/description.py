@@ -13,21 +13,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_gemma.bundles.gguf import Header, Skipped, TensorInfo, read_header
-from edge_gemma.bundles.manifest import MAX_COUNT, DecoderPart, Family, KvLayer, Tensor, Use
+from edge_gemma.bundles.manifest import (
+    MAX_COUNT,
+    DecoderPart,
+    EmbeddingPart,
+    Family,
+    KvLayer,
+    Tensor,
+    Use,
+)
 from edge_gemma.bundles.metadata import Metadata
 from edge_gemma.bundles.token_roles import read_roles
 from edge_gemma.errors import BundleError, UnsupportedModel
 
-SUPPORTED = "gemma3 (270M, 1B, 4B) and gemma3n (E2B, E4B)"
+SUPPORTED = "gemma3 (270M, 1B, 4B), gemma3n (E2B, E4B) and gemma-embedding (300M)"
 GEMMA3N_KV_LAYERS = 20  # llama.cpp src/models/gemma3n.cpp: n_layer_kv_from_start
 GEMMA3N_ALTUP, GEMMA3N_LAUREL, GEMMA3N_PLE_WIDTH = 4, 64, 256
 GEMMA3N_SOFTCAP = 30.0
 # one global layer per period, the last, unless the file says otherwise
-SWA_PERIOD: dict[Family, int] = {"gemma3": 6, "gemma3n": 5}
+SWA_PERIOD: dict[Family, int] = {"gemma3": 6, "gemma3n": 5, "gemma-embedding": 6}
+DENSE = ("dense_2", "dense_3")  # EmbeddingGemma's layers after pooling, by their GGUF names
+MRL_DIMENSIONS = (768, 512, 256, 128)  # to which EmbeddingGemma's vectors may be cut
+# A GGUF does not keep EmbeddingGemma's prompts: these are what its repository gives
+EMBEDDING_PROMPTS = {
+    "query": "task: search result | query: ",
+    "document": "title: none | text: ",
+}
+_MEAN = 1  # llama.h, enum llama_pooling_type
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 # Keys below the family's name that llama.cpp reads for every architecture (llama-model.cpp,
 # load_hparams) and that change what it computes: the only value with which a Gemma is a Gemma.
-_NEUTRAL_COUNTS = ("expert_count", "expert_used_count", "pooling_type", "nextn_predict_layers")
+_NEUTRAL_COUNTS = ("expert_count", "expert_used_count", "nextn_predict_layers")
 _NEUTRAL_NUMBERS = ("attention.max_alibi_bias", "attention.clamp_kqv")
 _ROPE_SCALINGS = ("none", "linear", "yarn")
 # key → (lowest, highest) of the float32 keys that llama.cpp reads for a Gemma if they are there
@@ -64,19 +80,21 @@ class Description:
     chat_template: str | None
     licence: str
     notes: tuple[str, ...] = ()  # what the file says wrongly or leaves out, and what is taken
+    embedding: EmbeddingPart | None = None
 
 
 def expected_tensors(family: Family, d: dict[str, int]) -> dict[str, tuple[tuple[int, ...], Use]]:
     """name → (shape in ggml order, use) of every tensor llama.cpp reads for this family
-    (src/models/gemma3.cpp, gemma3n.cpp).
+    (src/models/gemma3.cpp, gemma3n.cpp, gemma-embedding.cpp).
 
-    ``output.weight`` (the untied head) is not in it: it is optional. ``use`` of the token embedding
-    is for the tied layout.
+    ``output.weight`` (the untied head) is not in it: it is optional, as EmbeddingGemma's dense
+    layers are. ``use`` of the token embedding is for the tied layout; EmbeddingGemma has no head.
     """
     n_embd, n_ff, width = d["n_embd"], d["n_ff"], d["head_dim"]
     q, kv = d["n_head"] * width, d["n_head_kv"] * width
+    is_embedding = family == "gemma-embedding"
     table: dict[str, tuple[tuple[int, ...], Use]] = {
-        "token_embd": ((n_embd, d["n_vocab"]), "matmul"),
+        "token_embd": ((n_embd, d["n_vocab"]), "lookup" if is_embedding else "matmul"),
         "output_norm": ((n_embd,), "matmul"),
     }
     layer: dict[str, tuple[int, ...]] = {
@@ -144,13 +162,15 @@ def describe(path: str | Path, *, repairable: bool = False) -> Description:
     if family == "gemma3n":
         _check_gemma3n(meta, path, dims["n_layer"])
 
-    uses = _check_tensors(header, path, family, dims, repairable)
+    dense = _dense(meta, header, path, dims["n_embd"]) if family == "gemma-embedding" else ()
+    uses = _check_tensors(header, path, family, dims, dense, repairable)
     sliding_window, kv_layers = _kv_layers(meta, family, dims["n_layer"])
     with open(path, "rb") as file:
         header_sha256 = hashlib.sha256(file.read(header.data_offset)).hexdigest()
+    n_ctx_train = meta.integer(f"{family}.context_length", 1, MAX_COUNT)
     decoder = DecoderPart(
         file="decoder.gguf",
-        n_ctx_train=meta.integer(f"{family}.context_length", 1, MAX_COUNT),
+        n_ctx_train=n_ctx_train,
         sliding_window=sliding_window,
         kv_layers=kv_layers,
         tied_head="output.weight" not in uses,
@@ -174,6 +194,11 @@ def describe(path: str | Path, *, repairable: bool = False) -> Description:
         chat_template=template if template.strip() else None,
         licence=meta.text("general.license", "gemma"),
         notes=(*roles.notes, *_flag_notes(meta)),
+        embedding=(
+            _embedding(meta, dense, dims["n_embd"], n_ctx_train)
+            if family == "gemma-embedding"
+            else None
+        ),
     )
 
 
@@ -297,8 +322,11 @@ def _check_numbers(meta: Metadata, family: Family, dims: dict[str, int]) -> None
         meta.integer(f"{family}.{name}", 0, 0, 0)
     for name in _NEUTRAL_NUMBERS:
         meta.number(f"{family}.{name}", 0.0, 0.0, 0.0)
-    if not meta.flag(f"{family}.attention.causal", True):
-        meta.refuse(f"{family}.attention.causal", "True")
+    is_causal, pooling = family != "gemma-embedding", f"{family}.pooling_type"
+    if meta.flag(f"{family}.attention.causal", is_causal) != is_causal:
+        meta.refuse(f"{family}.attention.causal", str(is_causal))
+    only = 0 if is_causal else _MEAN
+    meta.integer(pooling, only, only, only)
     meta.flag(f"{family}.rope.scaling.finetuned", False)
     scaling = f"{family}.rope.scaling.type"
     if meta.text(scaling, "linear") not in _ROPE_SCALINGS:
@@ -341,11 +369,59 @@ def _check_gemma3n(meta: Metadata, path: Path, n_layer: int) -> None:
         meta.array(sparsity, ("float32",), n_layer)  # −inf in the layers without sparsity
 
 
+def _dense(meta: Metadata, header: Header, path: Path, n_embd: int) -> tuple[tuple[int, int], ...]:
+    """(inputs, outputs) of EmbeddingGemma's dense layers; () where the file has none. llama.cpp
+    aborts where they do not begin and end at the width of the embedding.
+    """
+    present = [name for name in DENSE if header.tensor(f"{name}.weight") is not None]
+    if not present:
+        return ()
+    if len(present) < len(DENSE):
+        raise UnsupportedModel(
+            f"{path} holds {present[0]} alone of EmbeddingGemma's dense layers "
+            f"({', '.join(DENSE)}); convert the checkpoint instead"
+        )
+    inner = meta.integer("gemma-embedding.dense_2_feat_out", 1, MAX_COUNT)
+    meta.integer("gemma-embedding.dense_2_feat_in", n_embd, n_embd, n_embd)
+    meta.integer("gemma-embedding.dense_3_feat_in", inner, inner)
+    meta.integer("gemma-embedding.dense_3_feat_out", n_embd, n_embd, n_embd)
+    return (n_embd, inner), (inner, n_embd)
+
+
+def _embedding(
+    meta: Metadata, dense: tuple[tuple[int, int], ...], n_embd: int, n_ctx_train: int
+) -> EmbeddingPart:
+    """How llama.cpp embeds with the file. Prompts and widths are EmbeddingGemma's own, which no
+    GGUF keeps; a checkpoint's files say them (convert/embedding.py).
+    """
+    return EmbeddingPart(
+        width=n_embd,
+        dimensions=(n_embd, *(width for width in MRL_DIMENSIONS if width < n_embd)),
+        max_tokens=n_ctx_train,
+        add_bos=meta.flag("tokenizer.ggml.add_bos_token", True),
+        add_eos=meta.flag("tokenizer.ggml.add_eos_token", False),
+        dense=dense,
+        prompts=EMBEDDING_PROMPTS,
+    )
+
+
+def dense_tensors(dense: tuple[tuple[int, int], ...]) -> dict[str, tuple[int, int]]:
+    """GGUF name → shape in ggml order of EmbeddingGemma's dense layers."""
+    return {f"{name}.weight": shape for name, shape in zip(DENSE, dense, strict=False)}
+
+
 def _check_tensors(
-    header: Header, path: Path, family: Family, dims: dict[str, int], repairable: bool
+    header: Header,
+    path: Path,
+    family: Family,
+    dims: dict[str, int],
+    dense: tuple[tuple[int, int], ...],
+    repairable: bool,
 ) -> dict[str, Use]:
     expected = expected_tensors(family, dims)
-    head: tuple[tuple[int, ...], Use] = ((dims["n_embd"], dims["n_vocab"]), "matmul")
+    expected |= {name: (shape, "matmul") for name, shape in dense_tensors(dense).items()}
+    head_use: Use = "unused" if family == "gemma-embedding" else "matmul"
+    head: tuple[tuple[int, ...], Use] = ((dims["n_embd"], dims["n_vocab"]), head_use)
     untied = header.tensor("output.weight") is not None
     if untied:
         expected["output.weight"] = head

@@ -21,7 +21,7 @@ MAX_COUNT = 1 << 24  # of any dimension of a decoder
 MAX_MANIFEST_BYTES = 64 * MiB  # a 35-layer table is 0.3 MiB; anything near this is not a manifest
 Use = Literal["lookup", "matmul", "unused"]
 KvLayer = Literal["global", "sliding"]
-Family = Literal["gemma3", "gemma3n"]
+Family = Literal["gemma3", "gemma3n", "gemma-embedding"]  # general.architecture of the GGUF
 Sense = Literal["audio", "vision"]
 SENSES: tuple[Sense, ...] = ("audio", "vision")
 
@@ -92,6 +92,24 @@ class VisionPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     activation_bytes: dict[str, int]  # peak beyond the weights, by image size ("768": …)
 
 
+class EmbeddingPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How texts become vectors (EmbeddingGemma): a bundle with this part generates no text."""
+
+    width: int  # of a vector, before ``dimensions`` are chosen
+    # widths to which a vector may be cut, the largest first (Matryoshka representation)
+    dimensions: tuple[int, ...]
+    max_tokens: int  # of one text with its prompt, begin and end of sequence
+    add_bos: bool
+    add_eos: bool
+    pooling: Literal["mean"] = "mean"
+    # (inputs, outputs) of each layer after pooling, in order; () in a GGUF that was made without
+    # them: its vectors are not those of sentence-transformers
+    dense: tuple[tuple[int, int], ...] = ()
+    normalize: bool = True
+    prompts: dict[str, str] = {}  # name → text in front of what is embedded: query, document …
+    default_prompt: str | None = None  # the name of the prompt that is used when none is asked for
+
+
 class SamplingDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How the model's authors sample it; None where they say nothing. Greedy is temperature 0."""
 
@@ -131,6 +149,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     special_rows: tuple[str, ...] = ()
     audio: AudioPart | None = None
     vision: VisionPart | None = None
+    embedding: EmbeddingPart | None = None
     recipe: dict[str, str] = {}  # name, and the type of each group of tensors
     quality: dict[str, float | int | str] | None = None  # the receipt of `convert --check`
     # sentences for people: what was repaired, left out or taken otherwise than the source says
@@ -158,6 +177,35 @@ def require(manifest: Manifest, sense: Sense) -> AudioPart | VisionPart:
     if part is None:
         raise no_encoder(manifest.name, sense)
     return part
+
+
+def require_embedding(manifest: Manifest) -> EmbeddingPart:
+    """How the bundle embeds. Raises UnsupportedModel for a bundle that generates text."""
+    if manifest.embedding is None:
+        raise UnsupportedModel(
+            f"{manifest.name} is a {manifest.family} that generates text, so it cannot embed; "
+            "EmbeddingGemma can"
+        )
+    return manifest.embedding
+
+
+def require_generation(manifest: Manifest) -> None:
+    """Raises UnsupportedModel for a bundle that embeds texts and generates none."""
+    if manifest.embedding is not None:
+        raise UnsupportedModel(
+            f"{manifest.name} embeds texts and generates none; use `edge-gemma embed` or "
+            "model.embed, or a bundle of Gemma 3 or 3n"
+        )
+
+
+def is_loaded_to_multiply(manifest: Manifest, tensor: Tensor) -> bool:
+    """Whether llama.cpp loads the tensor as a weight that it multiplies, and so may repack it.
+
+    Tables that are only looked up are not. EmbeddingGemma's token table is: llama.cpp loads it a
+    second time as an output head, which nothing reads.
+    """
+    is_unread_head = manifest.embedding is not None and tensor.name == "token_embd.weight"
+    return tensor.use != "lookup" or is_unread_head
 
 
 def no_encoder(name: str, sense: Sense) -> UnsupportedModel:
@@ -214,6 +262,7 @@ def check_manifest(manifest: Manifest) -> None:
     _check_files(manifest)
     _check_decoder(manifest.decoder, manifest.files[manifest.decoder.file].size)
     _check_answers(manifest)
+    _check_embedding(manifest)
 
 
 def _check_files(manifest: Manifest) -> None:
@@ -305,3 +354,31 @@ def _check_answers(manifest: Manifest) -> None:
         if value is not None and not usable_sampling(name, value):
             low, high = _SAMPLING_RANGES[name]
             raise BundleError(f"{MANIFEST}: sampling.{name} is {value}, expected {low} … {high}")
+
+
+def _check_embedding(manifest: Manifest) -> None:
+    part = manifest.embedding
+    if (part is not None) != (manifest.family == "gemma-embedding"):
+        raise BundleError(
+            f"{MANIFEST}: a {manifest.family} {'with' if part else 'without'} an embedding part; "
+            "gemma-embedding has one, the other families have none"
+        )
+    if part is None:
+        return
+    widths = (
+        part.width,
+        part.max_tokens,
+        *part.dimensions,
+        *(n for pair in part.dense for n in pair),
+    )
+    if not all(0 < width <= MAX_COUNT for width in widths):
+        raise BundleError(f"{MANIFEST}: embedding has a size outside 1 … {MAX_COUNT}")
+    if any(width > part.width for width in part.dimensions):
+        raise BundleError(
+            f"{MANIFEST}: embedding.dimensions {list(part.dimensions)} exceed the width of "
+            f"{part.width}"
+        )
+    if part.default_prompt is not None and part.default_prompt not in part.prompts:
+        raise BundleError(
+            f"{MANIFEST}: embedding.default_prompt {part.default_prompt!r} is not among its prompts"
+        )

@@ -113,6 +113,23 @@ class Sampler(Protocol):
     def close(self) -> None: ...
 
 
+class Embedder(Protocol):
+    """Makes vectors of texts, ``settings.n_ctx`` tokens in one pass. Not for two threads at
+    once.
+    """
+
+    @property
+    def settings(self) -> Settings: ...
+
+    def embed(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
+        """One pooled vector for each text's ids: ``[n, width]`` float32, not normalised; 1 …
+        EMBED_TEXTS texts of at most ``settings.n_ctx`` ids together. Raises UsageError,
+        RuntimeFailure.
+        """
+
+    def close(self) -> None: ...
+
+
 class Decoder(Protocol):
     """Weights and vocabulary. Holds no conversation."""
 
@@ -139,6 +156,11 @@ class Decoder(Protocol):
     def context(self, settings: Settings | None = None, *, n_outputs: int | None = None) -> Context:
         """A new KV cache; ``n_outputs`` rows of logits may be kept by one decode. Raises
         RuntimeFailure (no memory).
+        """
+
+    def embedder(self, settings: Settings | None = None) -> Embedder:
+        """What makes vectors of texts with the weights of an embedding model. Raises RuntimeFailure
+        (no memory).
         """
 
     def sampler(self, sampling: Sampling) -> Sampler:

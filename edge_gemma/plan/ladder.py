@@ -20,6 +20,9 @@ conceded:
 6. No repacked weights: slower (about a third), but then every weight is a clean file page that the
    kernel may take back. With repacked weights, which are anonymous, the plan keeps HEADROOM free,
    so that pressure never falls on the hot pages.
+
+A model that embeds takes steps 3 and 5 alone: a text is computed in one ubatch of ``n_ctx`` tokens,
+and nothing of it is kept.
 """
 
 from __future__ import annotations
@@ -78,6 +81,11 @@ def _check(manifest: Manifest, request: PlanRequest) -> None:
         )
     if request.n_ubatch is not None and not 1 <= request.n_ubatch <= 4096:
         raise UsageError(f"n_ubatch is {request.n_ubatch}; expected 1 … 4096")
+    if request.n_ubatch is not None and manifest.embedding is not None:
+        raise UsageError(
+            f"n_ubatch is {request.n_ubatch}; {manifest.name} embeds a text in one ubatch, so it "
+            "is n_ctx: give that"
+        )
     if not 1 <= request.n_seq_max <= 64:
         raise UsageError(f"{request.n_seq_max} parallel sequences were asked for; expected 1 … 64")
     if request.n_threads is not None and not 1 <= request.n_threads <= 512:
@@ -98,8 +106,9 @@ def _ladder(
     """Settings from the most comfortable to the most frugal, with what was conceded on the way."""
     senses = wanted_senses(manifest, request)
     train = manifest.decoder.n_ctx_train
+    n_ctx = request.n_ctx or min(DEFAULT_N_CTX, train)
     settings = Settings(
-        n_ctx=request.n_ctx or min(DEFAULT_N_CTX, train),
+        n_ctx=n_ctx,
         n_ubatch=request.n_ubatch or N_UBATCH_LADDER[0],
         n_seq_max=request.n_seq_max,
         n_threads=request.n_threads or device.n_threads,
@@ -108,6 +117,9 @@ def _ladder(
         n_gpu_layers=request.n_gpu_layers or 0,
     )
     done: tuple[str, ...] = ()
+    if manifest.embedding is not None:
+        yield from _embedding_ladder(replace(settings, n_ubatch=n_ctx), request)
+        return
     yield settings, done
 
     image_in_one_ubatch = manifest.family == "gemma3" and "vision" in senses
@@ -135,6 +147,23 @@ def _ladder(
         settings = replace(settings, guidance=False)
         done = (*done, "structured output by llama.cpp's grammar: fewer schema keywords")
         yield settings, done
+    if request.repack is None and settings.n_gpu_layers == 0:
+        settings = replace(settings, repack=False)
+        yield settings, (*done, "weights not repacked: slower, every weight reclaimable")
+
+
+def _embedding_ladder(
+    settings: Settings, request: PlanRequest
+) -> Iterator[tuple[Settings, tuple[str, ...]]]:
+    """For a model that embeds: a text is computed in one ubatch, and there is no KV cache."""
+    done: tuple[str, ...] = ()
+    yield settings, done
+    if request.n_ctx is None:
+        for n_ctx in N_CTX_LADDER:
+            if n_ctx < settings.n_ctx:
+                settings = replace(settings, n_ctx=n_ctx, n_ubatch=n_ctx)
+                done = (f"texts of at most {n_ctx} tokens",)
+                yield settings, done
     if request.repack is None and settings.n_gpu_layers == 0:
         settings = replace(settings, repack=False)
         yield settings, (*done, "weights not repacked: slower, every weight reclaimable")

@@ -10,6 +10,7 @@ from edge_gemma.errors import PlanRefused
 
 PHASES = ("load", "listen", "look", "prefill", "decode")
 AFTER_LOAD = PHASES[1:]
+EMBED_TEXTS = 32  # that an embedding model computes in one pass, at most
 Kind = Literal["anon", "file_hot", "file_cold", "reclaimable"]
 
 

@@ -74,7 +74,8 @@ def import_gguf(
         manifest = Manifest(
             name=name or _name(found, writer.out),
             family=description.family,
-            instruct=instruct or description.chat_template is not None,
+            instruct=description.embedding is None
+            and (instruct or description.chat_template is not None),
             decoder=description.decoder,
             source=Source(
                 origin=origin or path.name,
@@ -83,6 +84,7 @@ def import_gguf(
                 tool="edge-gemma import",
             ),
             files={description.decoder.file: entry},
+            embedding=description.embedding,
             chat_template=description.chat_template,
             special_tokens=description.special_tokens,
             end_tokens=description.end_tokens,

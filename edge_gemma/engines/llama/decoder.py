@@ -19,6 +19,7 @@ from edge_gemma.engines.constraint import TokenTable
 from edge_gemma.engines.guidance import Guidance, is_installed
 from edge_gemma.engines.llama import library as llama
 from edge_gemma.engines.llama.context import Context, LoadedModel
+from edge_gemma.engines.llama.embedder import Embedder
 from edge_gemma.engines.llama.sampler import Sampler
 from edge_gemma.errors import BundleError, UsageError
 from edge_gemma.machine.footprint import trim_heap
@@ -106,6 +107,7 @@ class Decoder:
         self._overrides = llama.kv_overrides({**_GEMMA_FLAGS, **(overrides or {})})
         self._guidance: Guidance | None = None  # made when the first schema comes
         self._guidance_lock = threading.Lock()
+        self._embedders: list[Embedder] = []
         llama.forget_log()
         try:
             self._load(path, lora, on_progress)
@@ -312,11 +314,8 @@ class Decoder:
         """A KV cache with compute buffers; see :class:`Context`. Raises RuntimeFailure when
         llama.cpp cannot make it.
         """
-        model = LoadedModel(
-            self._model, self.n_vocab, self.n_embd, self.n_swa, tuple(self._adapters)
-        )
         context = Context(
-            model,
+            self._loaded(),
             settings or self.settings,
             n_outputs=n_outputs,
             on_tensor=on_tensor,
@@ -325,11 +324,26 @@ class Decoder:
         self._contexts.add(context)
         return context
 
+    def embedder(self, settings: Settings | None = None) -> Embedder:
+        """What makes vectors of texts; see :class:`Embedder`. Raises RuntimeFailure when llama.cpp
+        cannot make it.
+        """
+        embedder = Embedder(self._loaded(), settings or self.settings)
+        self._embedders.append(embedder)
+        return embedder
+
+    def _loaded(self) -> LoadedModel:
+        return LoadedModel(
+            self._model, self.n_vocab, self.n_embd, self.n_swa, tuple(self._adapters)
+        )
+
     def close(self) -> None:
         """Free the contexts that were made, then the weights."""
         self._guidance = None
         for context in list(self._contexts):
             context.close()
+        for embedder in self._embedders:
+            embedder.close()
         if self._model:
             for adapter, _ in self._adapters:
                 self._low.llama_adapter_lora_free(adapter)

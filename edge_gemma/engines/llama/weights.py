@@ -28,7 +28,7 @@ from pathlib import Path
 from edge_gemma.bundles.description import Description
 from edge_gemma.bundles.folder import Bundle
 from edge_gemma.bundles.gguf import TYPE_IDS
-from edge_gemma.bundles.manifest import Manifest, Tensor, end_tokens
+from edge_gemma.bundles.manifest import Manifest, Tensor, end_tokens, is_loaded_to_multiply
 from edge_gemma.engines.llama.decoder import Decoder
 from edge_gemma.engines.llama.library import repacks
 from edge_gemma.errors import BundleError
@@ -43,16 +43,10 @@ _STEP = 0.02  # of the load, between two releases of what was copied
 
 
 def repacked_here(tensor: Tensor) -> bool:
-    """Whether this machine's llama.cpp copies the tensor when it may repack: what ``make_plan``
-    asks for device ``auto``.
-
-    Weights that are never read are copied as well; the loader does not know that they are not.
+    """Whether this machine's llama.cpp copies a weight of that type and shape when it may repack:
+    what ``make_plan`` asks for device ``auto``, of the weights that are loaded to be multiplied.
     """
-    return (
-        len(tensor.shape) == 2
-        and tensor.use != "lookup"
-        and repacks(TYPE_IDS[tensor.type], *tensor.shape)
-    )
+    return len(tensor.shape) == 2 and repacks(TYPE_IDS[tensor.type], *tensor.shape)
 
 
 def media_tokens(manifest: Manifest) -> tuple[int, ...]:
@@ -100,9 +94,12 @@ class Weights:
     ):
         bundle.check_header()
         self.path = bundle.decoder_path
-        tensors = bundle.manifest.decoder.tensors
+        manifest = bundle.manifest
+        tensors = manifest.decoder.tensors
         copies = plan.settings.repack and plan.settings.n_gpu_layers == 0
-        repacked = {t.name for t in tensors if copies and repacked_here(t)}
+        # Weights that are never read are copied as well; the loader does not know that they are not
+        loaded = [t for t in tensors if copies and is_loaded_to_multiply(manifest, t)]
+        repacked = {t.name for t in loaded if repacked_here(t)}
         tied = {
             "token_embd.weight"
         } & repacked  # its copy is the head; the mapped original is only looked up from now on
@@ -132,10 +129,10 @@ class Weights:
                 self.path,
                 plan.settings,
                 lora=lora,
-                suppressed=media_tokens(bundle.manifest),
-                ends=end_tokens(bundle.manifest),
-                controls=[*bundle.manifest.special_tokens.values()],
-                overrides=overrides(bundle.manifest),
+                suppressed=media_tokens(manifest),
+                ends=end_tokens(manifest),
+                controls=[*manifest.special_tokens.values()],
+                overrides=overrides(manifest),
                 on_progress=progress,
             )
         if self._releasable:
