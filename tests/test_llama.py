@@ -10,7 +10,7 @@ from edge_gemma.engines.llama import library as llama
 def names(listed) -> list[bytes]:
     found = []
     while listed and listed[len(found)]:
-        found.append(llama._ggml()["ggml_backend_buft_name"](listed[len(found)]))
+        found.append(llama.ggml()["ggml_backend_buft_name"](listed[len(found)]))
     return found
 
 
@@ -23,7 +23,7 @@ def test_amx_leaves_the_list_and_the_rest_stays_in_order(monkeypatch):
     kinds = {1: b"CPU_REPACK", 2: b"AMX", 3: b"CPU_KLEIDIAI"}
     listed = (ctypes.c_void_p * 4)(1, 2, 3, None)
     monkeypatch.setattr(llama, "_extra_buffer_types", lambda: listed)
-    monkeypatch.setattr(llama, "_ggml", lambda: {"ggml_backend_buft_name": kinds.get})
+    monkeypatch.setattr(llama, "ggml", lambda: {"ggml_backend_buft_name": kinds.get})
     llama.leave_amx_out()
     assert list(listed)[:3] == [1, 3, None]
     llama.leave_amx_out()  # and does nothing the second time

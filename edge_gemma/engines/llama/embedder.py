@@ -17,6 +17,7 @@ import numpy as np
 
 from edge_gemma.engines.llama import library as llama
 from edge_gemma.engines.llama.context import LoadedModel
+from edge_gemma.engines.llama.output_rows import UnwrittenOutputs
 from edge_gemma.errors import RuntimeFailure, UsageError
 from edge_gemma.plan.records import EMBED_TEXTS, Settings
 
@@ -33,7 +34,9 @@ class Embedder:
         self._low = llama.library()
         self._model, self.settings = model, settings
         self._ctx: _Pointer = None
-        with llama.interrupts_held():
+        self._width: int = self._low.llama_model_n_embd_out(model.pointer)
+        self._outputs = UnwrittenOutputs(4 * (model.n_vocab + self._width))
+        with llama.interrupts_held(), self._outputs.reserving():
             self._ctx = self._low.llama_init_from_model(model.pointer, self._params())
         if not self._ctx:
             raise RuntimeFailure(
@@ -57,8 +60,8 @@ class Embedder:
 
     def embed(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
         """The mean-pooled vector of each text, through the dense layers the file has: ``[n,
-        width]`` float32. All ``texts`` are computed in one pass: 1 … EMBED_TEXTS of them, with at most
-        ``settings.n_ctx`` ids together. Raises UsageError, RuntimeFailure.
+        width]`` float32. All ``texts`` are computed in one pass: 1 … EMBED_TEXTS of them, of at
+        most ``settings.n_ctx`` ids together. Raises UsageError, RuntimeFailure.
         """
         lengths = [len(ids) for ids in texts]
         if not 0 < len(texts) <= EMBED_TEXTS or not 0 < min(lengths):
@@ -70,7 +73,8 @@ class Embedder:
         batch = self._low.llama_batch_init(sum(lengths), 0, 1)
         try:
             self._fill(batch, texts)
-            code = self._low.llama_encode(self._ctx, batch)
+            with self._outputs.reserving():
+                code = self._low.llama_encode(self._ctx, batch)
         finally:
             self._low.llama_batch_free(batch)
         if code != 0:
@@ -95,12 +99,12 @@ class Embedder:
         pointer = self._low.llama_get_embeddings_seq(self._ctx, sequence)
         if not pointer:
             raise RuntimeFailure("llama.cpp kept no vector; is the file an embedding model?")
-        width = self._low.llama_model_n_embd_out(self._model.pointer)
         address = ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float))
-        return np.ctypeslib.as_array(address, (width,)).copy()
+        return np.ctypeslib.as_array(address, (self._width,)).copy()
 
     def close(self) -> None:
         if self._ctx:
             with llama.interrupts_held():
                 self._low.llama_free(self._ctx)
                 self._ctx = None
+            self._outputs.close()

@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from edge_gemma.errors import BundleError, MissingExtra, RuntimeFailure
 
@@ -163,7 +164,7 @@ def _library_folder() -> Path:
 
 
 @functools.cache
-def _ggml():
+def ggml() -> dict[str, Callable[..., Any]]:
     """The ggml functions used here, from the libraries that llama_cpp already loaded."""
     lib_dir = _library_folder()
     libs = [
@@ -184,6 +185,12 @@ def _ggml():
         "ggml_backend_buffer_free": (None, [pointer]),
         "ggml_backend_dev_supports_op": (ctypes.c_bool, [pointer, pointer]),
         "ggml_backend_buft_name": (ctypes.c_char_p, [pointer]),
+        "ggml_backend_cpu_buffer_type": (pointer, []),
+        "ggml_backend_cpu_buffer_from_ptr": (pointer, [pointer, ctypes.c_size_t]),
+        "ggml_backend_buffer_get_type": (pointer, [pointer]),
+        "ggml_backend_buffer_get_base": (pointer, [pointer]),
+        "ggml_backend_buffer_get_size": (ctypes.c_size_t, [pointer]),
+        "ggml_backend_buffer_clear": (None, [pointer, ctypes.c_uint8]),
     }
     found = {}
     for name, (result, arguments) in signatures.items():
@@ -197,7 +204,7 @@ def _extra_buffer_types():
     """The CPU backend's own list of buffer types that hold a weight in another layout: an array of
     pointers that ends with a null; None if it has none.
     """
-    g = _ggml()
+    g = ggml()
     device = g["ggml_backend_dev_by_type"](0)  # GGML_BACKEND_DEVICE_TYPE_CPU
     address = g["ggml_backend_reg_get_proc_address"](
         g["ggml_backend_dev_backend_reg"](device), b"ggml_backend_dev_get_extra_bufts"
@@ -222,7 +229,7 @@ def leave_amx_out() -> None:
         return
     kept = 0
     for i in itertools.takewhile(lambda i: listed[i], itertools.count()):
-        if _ggml()["ggml_backend_buft_name"](listed[i]) != b"AMX":
+        if ggml()["ggml_backend_buft_name"](listed[i]) != b"AMX":
             listed[kept], kept = listed[i], kept + 1
     listed[kept] = None
 
@@ -236,7 +243,7 @@ def repacks(type_id: int, row: int, n_rows: int) -> bool:
     (llama-model-loader.cpp, weight_buft_supported), so no list of CPUs is kept here.
     """
     library()
-    g, listed = _ggml(), _extra_buffer_types()
+    g, listed = ggml(), _extra_buffer_types()
     device = g["ggml_backend_dev_by_type"](0)
     context = g["ggml_init"](_InitParams(1 << 16, None, True))
     try:
