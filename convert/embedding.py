@@ -105,7 +105,7 @@ def _check_pooling(path: Path) -> None:
     config = read_json(path) if path.is_file() else {}
     prefix = "pooling_mode_"
     modes = [
-        key.removeprefix(prefix).removesuffix("_tokens")
+        key.removeprefix(prefix).removesuffix("s").removesuffix("_token")
         for key, on in config.items()
         if key.startswith(prefix) and on is True
     ]

@@ -24,6 +24,7 @@ from edge_gemma.convert.text_chunks import CHUNK_TOKENS, read_chunks
 
 from edge_gemma.bundles.folder import Bundle
 from edge_gemma.bundles.gguf import TensorInfo, read_header
+from edge_gemma.bundles.manifest import require_generation
 from edge_gemma.errors import BundleError
 
 _SUM, _COUNT = ".in_sum2", ".counts"
@@ -170,6 +171,7 @@ def calibrate(
     from edge_gemma.plan.records import Settings
     from edge_gemma.spans import Tokens
 
+    require_generation(bundle.manifest)
     check_output(out, overwrite=overwrite)
     sums: dict[str, np.ndarray] = {}
     counts: dict[str, int] = {}

@@ -26,7 +26,7 @@ from edge_gemma.convert.decoder import CHUNK_VALUES, Layout, plan_layout, write_
 from edge_gemma.convert.embedding import read_embedding
 from edge_gemma.convert.gemma import TOWERS, Dims, Mapping, map_tensors, read_dims
 from edge_gemma.convert.generation_config import Answers, read_answers
-from edge_gemma.convert.head import choose_head
+from edge_gemma.convert.head import Head, choose_head
 from edge_gemma.convert.lora import Merged
 from edge_gemma.convert.recipe import Recipe, choose_types, read_recipe
 from edge_gemma.convert.special_rows import write_special_rows
@@ -38,6 +38,7 @@ from edge_gemma.bundles.folder import Bundle, BundleWriter, file_entry
 from edge_gemma.bundles.manifest import (
     AudioPart,
     EmbeddingPart,
+    Family,
     File,
     Manifest,
     Source,
@@ -47,6 +48,11 @@ from edge_gemma.errors import RuntimeFailure, UsageError
 from edge_gemma.units import MiB, format_bytes
 
 DECODER = "decoder.gguf"
+DEFAULT_RECIPE: dict[Family, str] = {
+    "gemma3": "q4_k_m",
+    "gemma3n": "q4_k_m",
+    "gemma-embedding": "q8_0",
+}
 NOT_RUN = (
     "the encoders were written but not run: onnxruntime is not installed (pip install "
     "'edge-gemma[hear,see]')"
@@ -62,7 +68,7 @@ _CONFIG_TOKENS = {
     "audio_soft": ("audio_token_id",),
 }
 # What transformers' Gemma3Config and Gemma3nConfig assume
-_DEFAULT_TOKENS = {
+_DEFAULT_TOKENS: dict[Family, dict[str, int]] = {
     "gemma3": {"start_of_image": 255999, "end_of_image": 256000, "image_soft": 262144},
     "gemma3n": {
         "start_of_image": 255999,
@@ -72,6 +78,7 @@ _DEFAULT_TOKENS = {
         "end_of_audio": 262272,
         "audio_soft": 262273,
     },
+    "gemma-embedding": {},
 }
 # What each tower's encoder may be written as
 _PRECISIONS = {
@@ -91,7 +98,9 @@ class Conversion:
     default where the checkpoint has the tower.
     """
 
-    quant: str | Recipe = "q4_k_m"  # a recipe's name, a .toml file, or the recipe itself
+    # a recipe's name, a .toml file, or the recipe itself; None: q4_k_m, for a model that embeds
+    # q8_0, because every later distance is measured between its vectors
+    quant: str | Recipe | None = None
     imatrix: Path | None = None
     slice: str | None = None  # "e2b" or a .toml file
     merge: tuple[tuple[Path, float], ...] = ()  # LoRA adapters to fold in, with their scale
@@ -181,16 +190,18 @@ def prepare(folder: str | Path, options: Conversion) -> Prepared:
     """Decide and check everything; nothing is written. Raises
     CheckpointError, UnsupportedModel, UsageError.
     """
-    recipe = options.quant if isinstance(options.quant, Recipe) else read_recipe(options.quant)
+    if isinstance(options.quant, str):
+        read_recipe(options.quant)  # an unknown name is refused before anything is read
     checkpoint = Checkpoint.open(folder)
     dims = read_dims(checkpoint.config)
+    recipe = _recipe(options, dims)
     embedding = None
     if dims.family == "gemma-embedding":
         _check_embedding_options(options)
         embedding = read_embedding(checkpoint, dims.n_embd, dims.n_ctx_train)
         dims = replace(dims, dense=embedding.dense)
     notes = list(checkpoint.notes)
-    head = choose_head(checkpoint, dims)
+    head = Head(False) if embedding else choose_head(checkpoint, dims)
     notes += head.notes
     own_head, tensors = head.separate, _merged(checkpoint, dims, options, notes)
     if isinstance(tensors, Merged):
@@ -234,6 +245,12 @@ def prepare(folder: str | Path, options: Conversion) -> Prepared:
         skipped=_skipped(mapping, towers),
         embedding=embedding,
     )
+
+
+def _recipe(options: Conversion, dims: Dims) -> Recipe:
+    if isinstance(options.quant, Recipe):
+        return options.quant
+    return read_recipe(options.quant or DEFAULT_RECIPE[dims.family])
 
 
 def _check_embedding_options(options: Conversion) -> None:
@@ -348,11 +365,14 @@ def convert(
     seconds = time.perf_counter() - started
     sample, notes = None, prepared.notes
     if options.verify:
-        from edge_gemma.convert.trial import try_encoders, try_out
+        from edge_gemma.convert.trial import try_embedding, try_encoders, try_out
 
         report.stage("verify")
         bundle.verify()
-        sample = try_out(bundle)
+        if prepared.embedding is None:
+            sample = try_out(bundle)
+        else:
+            try_embedding(bundle)
         if not try_encoders(bundle):
             notes = (*notes, NOT_RUN)
             report.note(NOT_RUN)

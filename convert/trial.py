@@ -19,6 +19,7 @@ from edge_gemma.errors import BundleError
 N_TOKENS = 8
 _CHILD = "import sys; from edge_gemma.convert.trial import _main; _main(sys.argv[1])"
 _ENCODERS = "import sys; from edge_gemma.convert.trial import _encode; _encode(sys.argv[1])"
+_EMBED = "import sys; from edge_gemma.convert.trial import _embed; _embed(sys.argv[1])"
 _SOUND_SAMPLES = 16_000  # one second
 
 
@@ -27,6 +28,13 @@ def try_out(bundle: Bundle) -> str:
     computes. Raises BundleError.
     """
     return _run(_CHILD, bundle.decoder_path, bundle.folder, "a short generation")
+
+
+def try_embedding(bundle: Bundle) -> None:
+    """A vector of one text: that a new bundle that embeds loads and
+    computes. Raises BundleError.
+    """
+    _run(_EMBED, bundle.folder, bundle.folder, "embedding a text")
 
 
 def try_encoders(bundle: Bundle) -> bool:
@@ -75,6 +83,19 @@ def _encode(folder: str) -> None:
 def _check_soft_tokens(encoder: str, soft: np.ndarray) -> None:
     if not np.isfinite(soft).all() or not len(soft):
         sys.exit(f"the soft tokens of the {encoder} encoder are not finite")
+
+
+def _embed(folder: str) -> None:
+    """The child that embeds: nothing is printed, or it leaves with a message."""
+    from edge_gemma.engines.llama.decoder import Decoder
+    from edge_gemma.plan.records import Settings
+
+    bundle = Bundle.open(folder)
+    decoder = Decoder(bundle.decoder_path, Settings(n_ctx=64, n_threads=1, repack=False))
+    vectors = decoder.embedder().embed([[decoder.bos, *decoder.tokenize("The")]])
+    if not np.isfinite(vectors).all():
+        sys.exit("the vector is not finite")
+    decoder.close()
 
 
 def _main(decoder_path: str) -> None:

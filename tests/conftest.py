@@ -34,6 +34,26 @@ def tiny_bundle(tiny_checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def embedding_checkpoint(tmp_path_factory):
+    """A small EmbeddingGemma repository, with the answers in reference/embedding.npz."""
+    import embedding
+
+    return embedding.write_embedding(tmp_path_factory.mktemp("embedding") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def embedding_bundle(embedding_checkpoint, tmp_path_factory):
+    """The folder of :func:`embedding_checkpoint`'s bundle at F32."""
+    from edge_gemma.convert.pipeline import Conversion, convert
+
+    return convert(
+        embedding_checkpoint,
+        tmp_path_factory.mktemp("embedding") / "bundle",
+        Conversion(quant="f32"),
+    ).bundle.folder
+
+
+@pytest.fixture(scope="session")
 def audio_checkpoint(tmp_path_factory):
     """The audio tensors of the reference Gemma 3n, with the answers in reference/g3n-audio.npz."""
     import hearing

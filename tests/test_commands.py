@@ -166,7 +166,7 @@ def test_version_and_module(tmp_path):
     assert wrong.returncode == 2 and "Usage: edge-gemma" in wrong.stderr
 
 
-def test_json_is_json(run, tiny_bundle, tiny_checkpoint, tmp_path, monkeypatch):
+def test_json_is_json(run, tiny_bundle, tiny_checkpoint, embedding_bundle, tmp_path, monkeypatch):
     """One value on stdout and nothing else there, from the commands that take no time."""
     monkeypatch.setenv("EDGE_GEMMA_HOME", str(tmp_path / "store"))
     gguf = tiny_bundle / "decoder.gguf"
@@ -180,6 +180,7 @@ def test_json_is_json(run, tiny_bundle, tiny_checkpoint, tmp_path, monkeypatch):
         ["plan", tiny_bundle],
         ["inspect", tiny_bundle],
         ["verify", tiny_bundle],
+        ["embed", embedding_bundle, "a text", "--ctx", 128],
         ["import", gguf, tmp_path / "imported"],
         ["convert", tiny_checkpoint, tmp_path / "converted", "--dry-run"],
         ["bench", "memory", tiny_bundle, "--plan-only", "-d", "pi-5-4gb"],

@@ -6,9 +6,10 @@ It runs in a working folder of its own, with what a user of the documentation wo
 thing is made only for an example that names it:
 
 - ``"my-gemma"``: an installed text bundle (Gemma 3); ``"my-gemma-3n"``: one that hears;
-  ``"my-gemma-3"``: one that sees. Each is both in the store and a folder here, so
-  ``edge_gemma.load("my-gemma")`` and ``Bundle.open("my-gemma")`` work. They are tiny and answer
-  nonsense. ``"my-checkpoint"`` is the Hugging Face folder of my-gemma.
+  ``"my-gemma-3"``: one that sees; ``"my-embedding-gemma"``: one that embeds. Each is both in
+  the store and a folder here, so ``edge_gemma.load("my-gemma")`` and
+  ``Bundle.open("my-gemma")`` work. They are tiny and answer nonsense. ``"my-checkpoint"`` is the
+  Hugging Face folder of my-gemma.
 - ``"clip.wav"``: half a second of a tone, 48 kHz, two channels; ``"cat.png"``: a picture of
   64 × 48; ``"clip.gif"``: an animation of 3 frames, half a second each.
 - ``model``: ``edge_gemma.load("my-gemma", n_ctx=512)``, unless the example makes one itself.
@@ -54,6 +55,7 @@ BUNDLES = {
     "my-gemma": "tiny_bundle",
     "my-gemma-3n": "hearing_bundle",
     "my-gemma-3": "looking_bundle",
+    "my-embedding-gemma": "embedding_bundle",
 }
 FILES = {
     "my-checkpoint": "tiny_checkpoint",

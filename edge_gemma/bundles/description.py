@@ -193,7 +193,7 @@ def describe(path: str | Path, *, repairable: bool = False) -> Description:
         end_tokens=roles.end_tokens,
         chat_template=template if template.strip() else None,
         licence=meta.text("general.license", "gemma"),
-        notes=(*roles.notes, *_flag_notes(meta)),
+        notes=(*roles.notes, *_flag_notes(meta, family), *_dense_notes(family, dense)),
         embedding=(
             _embedding(meta, dense, dims["n_embd"], n_ctx_train)
             if family == "gemma-embedding"
@@ -261,12 +261,15 @@ _FLAGS = {
     "add_bos_token": (True, True),
     "add_eos_token": (False, False),
 }
+_EMBEDDING_FLAGS = ("add_bos_token", "add_eos_token")  # which an embedding part keeps
 
 
-def _flag_notes(meta: Metadata) -> list[str]:
+def _flag_notes(meta: Metadata, family: Family) -> list[str]:
     """What a file says wrongly about its tokenizer; the engine sets the right value."""
     notes = []
     for name, (right, assumed) in _FLAGS.items():
+        if family == "gemma-embedding" and name in _EMBEDDING_FLAGS:
+            continue
         key = f"tokenizer.ggml.{name}"
         if meta.flag(key, assumed) != right:
             found = meta.value(key) if key in meta else "missing"
@@ -388,6 +391,15 @@ def _dense(meta: Metadata, header: Header, path: Path, n_embd: int) -> tuple[tup
     return (n_embd, inner), (inner, n_embd)
 
 
+def _dense_notes(family: Family, dense: tuple[tuple[int, int], ...]) -> list[str]:
+    if family != "gemma-embedding" or dense:
+        return []
+    return [
+        "the file has no dense layers: its vectors differ from those of sentence-transformers; "
+        "`edge-gemma convert` on the checkpoint keeps them"
+    ]
+
+
 def _embedding(
     meta: Metadata, dense: tuple[tuple[int, int], ...], n_embd: int, n_ctx_train: int
 ) -> EmbeddingPart:
@@ -399,7 +411,7 @@ def _embedding(
         dimensions=(n_embd, *(width for width in MRL_DIMENSIONS if width < n_embd)),
         max_tokens=n_ctx_train,
         add_bos=meta.flag("tokenizer.ggml.add_bos_token", True),
-        add_eos=meta.flag("tokenizer.ggml.add_eos_token", False),
+        add_eos=meta.flag("tokenizer.ggml.add_eos_token", True),
         dense=dense,
         prompts=EMBEDDING_PROMPTS,
     )

@@ -137,9 +137,11 @@ def _facts(bundle: Bundle) -> list[tuple[str, str]]:
         (
             "context",
             f"{decoder.n_ctx_train} tokens; {n_global} global and {n_sliding} sliding layers "
-            f"(window {decoder.sliding_window}) have a KV cache",
+            f"(window {decoder.sliding_window})"
+            + (" have a KV cache" if manifest.embedding is None else ""),
         ),
         ("head", "tied to the token embedding" if decoder.tied_head else "separate"),
+        *_embedding(manifest),
         ("audio", _encoder(manifest, "audio")),
         ("vision", _encoder(manifest, "vision")),
         ("recipe", ", ".join(f"{key} {value}" for key, value in manifest.recipe.items()) or "–"),
@@ -150,6 +152,20 @@ def _facts(bundle: Bundle) -> list[tuple[str, str]]:
     if manifest.quality:
         rows.append(("quality", ", ".join(map(_figure, manifest.quality.items()))))
     return rows
+
+
+def _embedding(manifest: Manifest) -> list[tuple[str, str]]:
+    """How a bundle embeds, if it does."""
+    part = manifest.embedding
+    if part is None:
+        return []
+    widths = ", ".join(map(str, part.dimensions))
+    dense = f"{len(part.dense)} dense layers" if part.dense else "no dense layers"
+    prompts = ", ".join(part.prompts) or "none"
+    return [
+        ("embedding", f"{widths} numbers; {part.pooling} of the tokens, {dense}"),
+        ("prompts", prompts),
+    ]
 
 
 def _encoder(manifest: Manifest, name: str) -> str:

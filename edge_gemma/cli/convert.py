@@ -53,13 +53,14 @@ def convert(
     checkpoint: CheckpointArg,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The bundle's folder, to be made.")],
     quant: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--quant",
             "-q",
-            help="A recipe by name (--list-recipes) or a .toml file of your own.",
+            help="A recipe by name (--list-recipes) or a .toml file of your own. Default: q4_k_m; "
+            "for EmbeddingGemma q8_0.",
         ),
-    ] = "q4_k_m",
+    ] = None,
     imatrix: ImatrixOption = None,
     slice: Annotated[
         str | None,

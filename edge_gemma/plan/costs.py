@@ -86,7 +86,9 @@ class Costs:
         # the output row of each sequence, and llama_token_data (12 bytes) for each candidate
         logits = decoder.n_vocab * (4 * s.n_seq_max + 12)
         if self.manifest.embedding is not None:
-            logits = 0
+            # llama.cpp reserves a row for each token; engines/llama/output_rows.py takes their
+            # memory away where pages can be given back
+            logits = 0 if self.device.can_release else decoder.n_vocab * 4 * s.n_ctx
         rows = [
             Item("python and libraries", RUNTIME_ANON_BYTES, "anon", PHASES),
             Item("library code", RUNTIME_FILE_BYTES, "file_hot", PHASES),
