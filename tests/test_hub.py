@@ -388,6 +388,15 @@ def test_two_at_once(server):
     assert done == ["tiny-Q8_0"] * 2 and len(server.downloads()) == 1
 
 
+def test_a_checkpoint_that_embeds_comes_with_its_layers(server):
+    layers = ("1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors")
+    other = ("onnx/model.safetensors", "2_Dense/pytorch_model.bin")
+    server.files["org/checkpoint"] |= dict.fromkeys((*layers, *other), b"x")
+    folder = fetch_checkpoint("org/checkpoint", endpoint=server.url)
+    assert all((folder / path).is_file() for path in layers)
+    assert not any((folder / path).exists() for path in other)
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_checkpoint_for_convert(server, tmp_path, cached):
     server.files["org/checkpoint"] |= {

@@ -33,11 +33,9 @@ def embed(
         bool,
         typer.Option("--document", help="The texts are searched: the document prompt goes first."),
     ] = False,
-    prompt: Annotated[
+    kind: Annotated[
         str | None,
-        typer.Option(
-            "--prompt", help="Another of the bundle's prompts by name (`inspect --json`)."
-        ),
+        typer.Option("--kind", help="Another of the bundle's prompts by name (`inspect --json`)."),
     ] = None,
     dimensions: Annotated[
         int | None,
@@ -55,34 +53,37 @@ def embed(
     loading: LoadingOptions = LOADING,
     as_json: JsonOption = False,
 ) -> None:
-    """Turn texts into vectors with an EmbeddingGemma bundle, one line for each."""
+    """Turn texts into vectors.
+
+    For bundles of EmbeddingGemma; each text gives one line of numbers.
+    """
     from edge_gemma.bundles.manifest import require_embedding
 
     require_embedding(open_bundle(bundle).manifest)
-    kind = _kind(query, document, prompt)
+    name = _prompt_name(query, document, kind)
     given = _texts(texts)
     model, _ = load_model(bundle, loading)
     with model:
-        vectors = model.embed(given, kind=kind, dimensions=dimensions, truncate=truncate)
+        vectors = model.embed(given, kind=name, dimensions=dimensions, truncate=truncate)
     if npy is not None:
         _save(npy, vectors)
         note(f"{npy}: {vectors.shape[0]} vectors of {vectors.shape[1]} numbers")
     if as_json:
-        record = {"texts": len(given), "dimensions": vectors.shape[1], "prompt": kind}
+        record = {"texts": len(given), "dimensions": vectors.shape[1], "prompt": name}
         print_json({**record, "vectors": vectors.tolist() if npy is None else str(npy)})
     elif npy is None:
         for vector in vectors:
             print(" ".join(f"{value:.7g}" for value in vector))
 
 
-def _kind(query: bool, document: bool, prompt: str | None) -> str | None:
+def _prompt_name(query: bool, document: bool, kind: str | None) -> str | None:
     from edge_gemma.errors import UsageError
 
     named = [name for name, on in (("query", query), ("document", document)) if on]
-    if prompt is not None:
-        named.append(prompt)
+    if kind is not None:
+        named.append(kind)
     if len(named) > 1:
-        raise UsageError("give one of --query, --document and --prompt")
+        raise UsageError("give one of --query, --document and --kind")
     return named[0] if named else None
 
 

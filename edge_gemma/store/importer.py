@@ -57,6 +57,7 @@ def import_gguf(
     """
     path = Path(path)
     found = describe(path, repairable=True)
+    instruct = instruct and found.embedding is None
     _check_turns(path, found, instruct)
     repairs = find_repairs(path, read_header(path), found)
     rewrites = relayout or repairs.needs_copy
@@ -71,11 +72,11 @@ def import_gguf(
         else:
             entry = link_or_copy(path, target, progress)
         description = describe(target)
+        embeds = description.embedding is not None
         manifest = Manifest(
             name=name or _name(found, writer.out),
             family=description.family,
-            instruct=description.embedding is None
-            and (instruct or description.chat_template is not None),
+            instruct=instruct or (description.chat_template is not None and not embeds),
             decoder=description.decoder,
             source=Source(
                 origin=origin or path.name,
@@ -131,6 +132,8 @@ def _notes(path: Path, found: Description, repairs: Repairs, instruct: bool) -> 
     notes = [*found.notes, *repairs.notes, *_template_notes(path, found)]
     if repairs.needs_copy:
         notes.append("the bundle holds a corrected copy; the file itself is as it was")
+    if found.embedding is not None:
+        return tuple(notes)
     if found.chat_template is None and instruct:
         notes.append("it has no chat template; Gemma's own turns are written")
     elif found.chat_template is None:

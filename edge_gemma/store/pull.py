@@ -8,6 +8,7 @@ what is installed, or lies in the hub's own cache, is used without a word.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ from edge_gemma.store.reference import (
     is_meant,
     parse_reference,
 )
+
+# what sentence-transformers keeps beside the weights, one folder for each layer after them
+_MODULE_FILE = re.compile(r"\d+_\w+/(config\.json|model\.safetensors)")
 
 
 def pull(
@@ -123,6 +127,7 @@ def fetch_checkpoint(
             f"{wanted.repository} holds no safetensors; expected a Hugging Face checkpoint. "
             f"A GGUF is installed with `edge-gemma pull {wanted.repository}`"
         )
+    files += [path for path in listing.files if _MODULE_FILE.fullmatch(path)]
     if listing.cached and all((listing.cached / path).is_file() for path in files):
         return listing.cached
     work = _download_folder(wanted, listing, "checkpoint")

@@ -58,10 +58,14 @@ def main(folder: str) -> None:
     plan = Plan(True, 0, 0, 0, 0, (), settings, ())  # nothing is weighed here
     try:
         with Weights(Bundle(Path(folder), manifest), plan) as weights:
-            context = weights.decoder.context()
             begin = manifest.special_tokens.get("bos", 0)
-            context.decode(0, 0, Tokens((begin,)), outputs="last")
-            if not np.isfinite(context.logits()).all():
+            if manifest.embedding is not None:
+                answer = weights.decoder.embedder().embed([[begin]])
+            else:
+                context = weights.decoder.context()
+                context.decode(0, 0, Tokens((begin,)), outputs="last")
+                answer = context.logits()
+            if not np.isfinite(answer).all():
                 sys.exit("its first answer is not finite")
     except EdgeGemmaError as error:
         sys.exit(" ".join(str(error).split()))
