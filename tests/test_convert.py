@@ -211,7 +211,7 @@ def small(tmp_path, keep=lambda name: True, config=None, text=None):
         ),
         ({"model_type": "gemma2"}, UnsupportedModel, "model_type 'gemma2'"),
         ({"model_type": "llama"}, UnsupportedModel, "model_type 'llama'"),
-        ({"use_bidirectional_attention": True}, UnsupportedModel, "an embedding model"),
+        ({"use_bidirectional_attention": True}, CheckpointError, "has no modules.json"),
         (
             {"num_hidden_layers": 8, "layer_types": None},
             CheckpointError,

@@ -26,7 +26,7 @@ from edge_gemma.bundles.metadata import Metadata
 from edge_gemma.bundles.token_roles import read_roles
 from edge_gemma.errors import BundleError, UnsupportedModel
 
-SUPPORTED = "gemma3 (270M, 1B, 4B), gemma3n (E2B, E4B) and gemma-embedding (300M)"
+SUPPORTED = "gemma3 (270M, 1B, 4B) and gemma3n (E2B, E4B), and EmbeddingGemma (300M)"
 GEMMA3N_KV_LAYERS = 20  # llama.cpp src/models/gemma3n.cpp: n_layer_kv_from_start
 GEMMA3N_ALTUP, GEMMA3N_LAUREL, GEMMA3N_PLE_WIDTH = 4, 64, 256
 GEMMA3N_SOFTCAP = 30.0
