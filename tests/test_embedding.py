@@ -173,6 +173,7 @@ def test_it_generates_nothing(model):
         lambda: model.chat(),
         lambda: model.session(),
         lambda: list(model.evaluate("a")),
+        lambda: model.classify("a"),
         lambda: model.generate_batch(["a"]),
     ):
         with pytest.raises(UnsupportedModel, match=f"{name} embeds texts and generates none"):
