@@ -182,6 +182,26 @@ def test_every_answer_is_valid(tiny_model, schema):
             {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]},
             "'[$]ref' .* without an end",
         ),
+        refused(
+            "recursion without an end, through additionalProperties",
+            {"type": "object", "required": ["a"], "additionalProperties": {"$ref": "#"}},
+            "'[$]ref' .* without an end",
+        ),
+        refused(
+            "recursion without an end, in one of several branches",
+            {
+                "anyOf": [{"type": "null"}, {"$ref": "#/$defs/a"}],
+                "$defs": {
+                    "a": {
+                        "allOf": [
+                            {"type": "object", "required": ["a"]},
+                            {"properties": {"a": {"$ref": "#/$defs/a"}}},
+                        ]
+                    }
+                },
+            },
+            "'[$]ref' .* without an end",
+        ),
         refused("the schema false", False, "the schema is false"),
         refused(
             "a required property that can never be",

@@ -27,8 +27,10 @@ def endless(root: dict[str, Json]) -> str:
         return f"{len(targets)} different references; at most {MAX_REFERENCES} are followed"
     if _has_a_loop(targets):
         return "it leads back to itself before any value"
-    finite = _finite_references(targets)
-    return "" if _ends(root, finite) else "it asks for a value without an end"
+    # a branch without an end is one too many: a model that enters it never comes back
+    if _finite_references(targets) != set(targets):
+        return "it asks for a value without an end"
+    return ""
 
 
 def _collect(schema: Json, root: dict[str, Json], targets: dict[str, Json]) -> None:
@@ -110,11 +112,24 @@ def _ends(schema: Json, finite: Container[str]) -> bool:
 
 def _needed(schema: dict[str, Json]) -> Iterator[Json]:
     """The schemas of what every value of this schema holds inside."""
-    if schema.get("type") == "object":
-        properties = schema.get("properties", {})
-        yield from (properties[name] for name in schema.get("required", ()) if name in properties)
-    elif schema.get("type") == "array" and schema.get("minItems", 0):
-        first = schema.get("prefixItems", [])[: schema["minItems"]]
-        yield from first
-        if len(first) < schema["minItems"]:
-            yield schema.get("items", True)
+    parts = [part for part in (schema, *schema.get("allOf", ())) if isinstance(part, dict)]
+    kinds = {part["type"] for part in parts if isinstance(part.get("type"), str)}
+    if "object" in kinds:
+        names = {name for part in parts for name in part.get("required", ())}
+        for part in parts:
+            yield from (_of_property(part, name) for name in names)
+    elif "array" in kinds:
+        n_items = max(part.get("minItems", 0) for part in parts)
+        for part in parts:
+            first = part.get("prefixItems", [])[:n_items]
+            yield from first
+            if len(first) < n_items:
+                yield part.get("items", True)
+
+
+def _of_property(schema: dict[str, Json], name: str) -> Json:
+    """What an object's schema says of one property; where patterns may, any of them."""
+    if name in schema.get("properties", {}):
+        return schema["properties"][name]
+    others = [schema.get("additionalProperties", True)]
+    return {"anyOf": [*schema.get("patternProperties", {}).values(), *others]}
