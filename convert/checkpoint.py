@@ -57,7 +57,8 @@ _OTHER_SIZES = {
     "F8_E5M2": 1,
 }
 _SIZES = {name: np.dtype(kind).itemsize for name, kind in DTYPES.items()} | _OTHER_SIZES
-_IGNORED = ("position_ids",)  # integer buffers that old checkpoints carry and no model reads
+# Buffers that some checkpoints carry; every model computes them anew
+_IGNORED = ("position_ids", "inv_freq", "inv_timescales", "embed_scale")
 
 _DECODER_PARTS = (
     "embed_tokens",
@@ -344,10 +345,10 @@ class Checkpoint(TensorReader):
             if expected is not None:
                 _check_against_index(folder, path, found, expected)
             for entry in found:
-                if entry.dtype in DTYPES:
-                    entries.append(entry)
-                elif entry.stored.endswith(_IGNORED):
+                if entry.stored.endswith(_IGNORED):
                     ignored.append(entry.stored)
+                elif entry.dtype in DTYPES:
+                    entries.append(entry)
                 else:
                     raise _not_a_weight(entry)
         written_by = "mlx" if "mlx" in frameworks else min(frameworks)

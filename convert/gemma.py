@@ -462,7 +462,7 @@ def map_tensors(
         for source in table
     )
     used = {part.name for source in sources for part in source.parts}
-    skipped = {name: "an integer buffer that no model reads" for name in checkpoint.ignored}
+    skipped = {name: "a buffer that is computed, not learnt" for name in checkpoint.ignored}
     for name in checkpoint.names():
         if name not in used:
             skipped[name] = _why_skipped(checkpoint, dims, name, name in shapes)

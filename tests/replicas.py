@@ -384,6 +384,14 @@ def g1b_index_omits_head(r: Repository) -> Repository:
     return r
 
 
+@layout("g3text", "1b with its buffers saved: rotary frequencies, embed_scale")
+def g1b_buffers(r: Repository) -> Repository:
+    for place in ("rotary_emb", "rotary_emb_local"):
+        r.tensors[f"model.{place}.inv_freq"] = np.ones(64, np.float32)
+    r.tensors["model.embed_tokens.embed_scale"] = np.full(1, 16, np.float32)
+    return r
+
+
 @layout("g3text", "tie_word_embeddings false, and no lm_head saved")
 def g270m_untied_in_config(r: Repository) -> Repository:
     r.config["tie_word_embeddings"] = False

@@ -64,14 +64,18 @@ NOTES = {
     ],
 }
 EQUAL_HEAD = "the output head, which is the token embedding"
+BUFFER = "a buffer that is computed, not learnt"
 SKIPPED = {
     "g1b_mlx": {"lm_head.weight": EQUAL_HEAD},
     "g1b_index_omits_head": {"lm_head.weight": EQUAL_HEAD},
     "g1b_language_model": {"lm_head.weight": EQUAL_HEAD},
     "g4b_deepspeed": {"lm_head.weight": EQUAL_HEAD},
     "g3n_head_written": {"lm_head.weight": EQUAL_HEAD},
-    "g4b_position_ids": {
-        "vision_tower.vision_model.embeddings.position_ids": "an integer buffer that no model reads"
+    "g4b_position_ids": {"vision_tower.vision_model.embeddings.position_ids": BUFFER},
+    "g1b_buffers": {
+        "model.rotary_emb.inv_freq": BUFFER,
+        "model.rotary_emb_local.inv_freq": BUFFER,
+        "model.embed_tokens.embed_scale": BUFFER,
     },
 }
 ENDS = {"g1b_unsloth": (9, 1), "g270m_function": (1, 9, 50)}
