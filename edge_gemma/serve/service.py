@@ -90,13 +90,14 @@ class Service:
     ServiceBusy. The model is the service's alone while it is open.
 
     >>> import asyncio
-    >>> async def ask(text):
-    ...     service = Service(model)
+    >>> async def ask(service, text):
     ...     request = GenerationRequest(prompt=text, sampling=Sampling(max_tokens=2))
     ...     async with service.submit(request) as answer:
     ...         chunks = [chunk async for chunk in answer]
     ...     return chunks[-1].finish_reason, await service.close()
-    >>> asyncio.run(ask("abc"))
+    >>> async def main():
+    ...     return await ask(Service(model), "abc")
+    >>> asyncio.run(main())
     ('length', True)
     """
 
