@@ -24,7 +24,7 @@ from edge_gemma.options import Sampling
 
 pytestmark = pytest.mark.slow
 CLIENTS = Path(__file__).parent / "clients"
-PACKAGES = ["openai", "ollama"]
+PACKAGES = ["openai", "ollama", "llm", "langchain-openai", "langchain-ollama"]
 TOKEN = "a-token-of-these-tests"
 GREEDY = Sampling(max_tokens=8, temperature=0)
 
@@ -69,6 +69,7 @@ def ask(python, token_file, tiny_bundle, looking_bundle, hearing_bundle):
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout)
 
+    run.server = server
     yield run
     for each in opened:
         each.__exit__(None, None, None)
@@ -118,6 +119,38 @@ def test_speech(ask, hearing_model, sine_wav, tmp_path):
     assert heard["text"] == heard["deltas"] == heard["done"]
     assert len(heard["segments"]) >= 1 and heard["srt"].startswith("1\n")
     assert heard["duration"] == pytest.approx(6, abs=0.1)
+
+
+def test_langchain(ask, hello):
+    assert set(ask("langchain", "text").values()) == {hello}
+    assert ask("langchain", "loop")["call"] == "light"
+    assert set(ask("langchain", "structured")) == {"openai", "ollama"}
+
+
+def test_llm(ask, python, hello, tmp_path):
+    """The llm command with an extra model of its own configuration, and a schema."""
+    served = ask.server("text")
+    model = {
+        "model_id": "board",
+        "model_name": served.name,
+        "api_base": f"{served.url}/v1",
+        "api_key_name": "board",
+        "supports_schema": True,
+        "supports_tools": True,
+    }
+    # JSON is YAML, too
+    (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([model]))
+    environment = os.environ | {"LLM_USER_PATH": str(tmp_path)}
+    prompt = [python, "-m", "llm", "-m", "board", "--key", TOKEN, "-o", "temperature", "0"]
+
+    def llm(*more):
+        command = [*prompt, "Hello", "-o", "max_tokens", *more]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    assert llm("8").strip() == hello.strip()
+    assert set(json.loads(llm("90", "--schema", "ok bool"))) == {"ok"}
 
 
 def test_errors(ask):
