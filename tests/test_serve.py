@@ -544,6 +544,8 @@ def test_bodies_have_a_limit_however_they_come(tiny_model, name):
     limits = Limits(body_bytes=2000, messages=3)
     for client in opened(tiny_model, limits=limits):
         refused(client.post("/v1/chat/completions", content=b"x" * 3000), 413)
+        absurd = {"content-length": "9" * 5000}
+        refused(client.post("/v1/chat/completions", content=b"", headers=absurd), 413)
         pieces = (b"x" * 500 for _ in range(6))  # without a content-length
         refused(client.post("/v1/chat/completions", content=pieces), 413)
         body = {"model": name, "messages": HELLO * 4}

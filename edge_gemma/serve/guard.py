@@ -25,6 +25,7 @@ from edge_gemma.serve.refusals import Refusal, refusal_response
 from edge_gemma.units import MiB, format_bytes
 
 log = logging.getLogger("edge_gemma.serve")
+_MAX_DIGITS = 15  # of a content-length
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Guard:
         length = headers.get("content-length", "0")
         if not (length.isascii() and length.isdigit()):
             raise Refusal(400, f"the content-length is {length[:20]!r}; expected a number")
-        if int(length) > self._limits.body_bytes:
+        if len(length) > _MAX_DIGITS or int(length) > self._limits.body_bytes:
             raise too_large(self._limits)
 
 

@@ -192,7 +192,9 @@ class OpenAI:
         n_top = body.top_logprobs or 0
         if not 0 <= n_top <= _MAX_TOP_LOGPROBS:
             raise Refusal(
-                400, f"top_logprobs is {n_top}; expected 0 … {_MAX_TOP_LOGPROBS}", param="n_top"
+                400,
+                f"top_logprobs is {n_top}; expected 0 … {_MAX_TOP_LOGPROBS}",
+                param="top_logprobs",
             )
         max_tokens = body.max_completion_tokens or body.max_tokens
         logprobs = n_top if body.logprobs else None

@@ -173,7 +173,7 @@ class Service:
 
     async def close(self, timeout_s: float = 10.0) -> bool:
         """Take nothing more, refuse what waits, and let the running answers end for at most
-        ``timeout_s``; what runs then is cut off.
+        ``timeout_s``; what runs then is cut off, and its reader gets ServiceBusy.
 
         False when the worker is still busy 5 s later (in an encoder, which cannot be stopped): do
         not close the model then.
@@ -245,6 +245,7 @@ class Service:
         try:
             self._begin(loop, answer)
         except Cancelled:
+            answer.put(Chunk("", finish_reason="cancelled"))
             answer.end()
         except EdgeGemmaError as error:
             self._count_failed()
@@ -304,6 +305,9 @@ class Service:
             answer.end(lane.error)
             return
         self._idle.append(running.session)
+        if self._cut_off and chunk.finish_reason == "cancelled" and not answer.stopped:
+            answer.end(ServiceBusy("the server is shutting down; the answer was cut off"))
+            return
         if running.dropped_turns and chunk.usage:
             usage = replace(chunk.usage, dropped_turns=running.dropped_turns)
             chunk = replace(chunk, usage=usage)
