@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+from types import SimpleNamespace
 
 import hypothesis
 import hypothesis.strategies as st
@@ -13,9 +14,13 @@ import numpy as np
 import pytest
 
 import edge_gemma
+from edge_gemma.bundles.token_roles import FUNCTION_TOKENS
+from edge_gemma.conversation.stream import Chunk
 from edge_gemma.conversation.transcription import transcribe
 from edge_gemma.errors import RuntimeFailure, UsageError
 from edge_gemma.options import Sampling
+from edge_gemma.prompts.prompt import Prompt
+from edge_gemma.serve.calls import CallStream
 from edge_gemma.serve.guard import BearerTokens, Limits
 from edge_gemma.serve.http import Address, make_app
 from edge_gemma.serve.service import Service
@@ -617,3 +622,45 @@ def checked(response):
     if response.status_code != 200:
         assert "error" in response.json() and "Traceback" not in response.text
     return response
+
+
+# --- calls while they stream ---
+
+
+def call_stream(special_tokens=None):
+    manifest = SimpleNamespace(special_tokens=special_tokens or {}, chat_template=None)
+    prompt = Prompt(manifest, lambda text, special: list(text.encode()))
+    decoder = SimpleNamespace(piece=lambda token: bytes([token]) if token < 256 else b"")
+    return CallStream([LIGHT], prompt, decoder)
+
+
+@pytest.mark.parametrize(
+    ("texts", "sent", "ended"),
+    [
+        (["a {b}\n", "c"], "a {b}\nc", ("", 0)),
+        (
+            ["Sure.\n", "  ", '{"name": "light", ', '"parameters": {"on": true}}'],
+            "Sure.\n",
+            ("", 1),
+        ),
+        (["``", "`json\n", '{"name": "light", "parameters": {}}\n```'], "", ("", 1)),
+        (["[1] is", " a note"], "", ("[1] is a note", 0)),
+        (['{"name": "other", "parameters": {}}'], "", ('{"name": "other", "parameters": {}}', 0)),
+        (["one ` two"], "one ` two", ("", 0)),
+    ],
+)
+def test_what_may_be_a_call_is_held_back(texts, sent, ended):
+    stream = call_stream()
+    assert "".join([stream.push(Chunk(text)) for text in texts]) == sent
+    rest, calls = stream.finish()
+    assert (rest, len(calls)) == ended
+
+
+def test_calls_with_control_tokens_come_out_of_a_stream():
+    tokens = {name: 300 + n for n, name in enumerate(FUNCTION_TOKENS)}
+    stream = call_stream(tokens)
+    written = b"call:light{on:true}"
+    ids = [*b"Yes. ", tokens["start_function_call"], *written, tokens["end_function_call"]]
+    pieces = [Chunk(chr(token) if token < 256 else "", (token,)) for token in ids]
+    assert "".join([stream.push(piece) for piece in pieces]) == "Yes. "
+    assert stream.finish() == ("", [edge_gemma.FunctionCall("light", {"on": True})])
