@@ -35,7 +35,7 @@ def tiny_bundle(tiny_checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def embedding_checkpoint(tmp_path_factory):
-    """A small EmbeddingGemma repository, with the answers in reference/embedding.npz."""
+    """A small EmbeddingGemma repository, with the answers in reference/gemma-embedding.npz."""
     import embedding
 
     return embedding.write_embedding(tmp_path_factory.mktemp("embedding") / "checkpoint")

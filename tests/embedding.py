@@ -1,5 +1,5 @@
 """EmbeddingGemma checkpoints with random weights, laid out as the real repository is, and the texts
-whose vectors are stored in reference/embedding.npz.
+whose vectors are stored in reference/gemma-embedding.npz.
 """
 
 from __future__ import annotations

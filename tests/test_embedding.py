@@ -40,7 +40,7 @@ ONE_THREAD = PlanRequest(n_threads=1)
 
 @functools.cache
 def answers() -> dict[str, np.ndarray]:
-    with np.load(REFERENCE / "embedding.npz") as stored:
+    with np.load(REFERENCE / "gemma-embedding.npz") as stored:
         return dict(stored)
 
 

@@ -83,8 +83,8 @@ class Costs:
     def items(self, s: Settings) -> tuple[Item, ...]:
         decoder = self.manifest.decoder
         vocabulary = decoder.n_vocab * VOCABULARY_BYTES_PER_TOKEN
-        # the output row of each sequence, and llama_token_data (12 bytes) for each candidate
-        logits = decoder.n_vocab * (4 * s.n_seq_max + 12)
+        # a row of logits and a sampler's candidates for each sequence, and the ids in order
+        logits = decoder.n_vocab * ((4 + 12) * s.n_seq_max + 4)
         if self.manifest.embedding is not None:
             # llama.cpp reserves a row for each token; engines/llama/output_rows.py takes their
             # memory away where pages can be given back

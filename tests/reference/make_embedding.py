@@ -1,10 +1,10 @@
-"""How embedding.npz was made: sentence-transformers in float32 on the checkpoints of
+"""How gemma-embedding.npz was made: sentence-transformers in float32 on the checkpoints of
 tests/embedding.py, the small one and one of the real model's shape (24 layers, 768 wide).
 
-    PYTHONPATH=tests:. python tests/reference/make_embedding.py OUT
+    PYTHONPATH=tests python tests/reference/make_embedding.py OUT
 
-OUT gets embedding.npz. Needs torch 2.14, transformers 5.24, sentence-transformers 6.2 and the `dev`
-extra. For each size and prompt: vectors of all texts ``[n, width]`` float32, and the token ids of
+OUT gets gemma-embedding.npz. Needs torch 2.14, transformers 5.24, sentence-transformers 6.2 and the
+`dev` extra. For each size and prompt: vectors of all texts ``[n, width]`` float32, and the token ids of
 each text with its prompt.
 """
 
@@ -42,6 +42,6 @@ if __name__ == "__main__":
     for size in SIZES:
         with tempfile.TemporaryDirectory() as folder:
             answers |= answers_of(size, Path(folder) / "checkpoint")
-    np.savez_compressed(Path(sys.argv[1]) / "embedding.npz", **answers)
+    np.savez_compressed(Path(sys.argv[1]) / "gemma-embedding.npz", **answers)
     for key, value in answers.items():
         print(key, value.shape, value.dtype)

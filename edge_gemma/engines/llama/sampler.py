@@ -10,6 +10,7 @@ does not allow: accepting one throws C++ through ctypes and ends the process.
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import secrets
 from collections.abc import Sequence
@@ -29,6 +30,11 @@ PENALTY_WINDOW = 64  # tokens the repeat penalty looks back on, llama.cpp's own 
 
 # llama.cpp's objects behind ctypes: opaque pointers, and its llama_token_data_array
 _Pointer = Any
+
+
+@functools.cache
+def _ids_in_order(n_vocab: int) -> np.ndarray:
+    return np.arange(n_vocab, dtype=np.int32)
 
 
 class Sampler:
@@ -56,11 +62,7 @@ class Sampler:
         self._chain: _Pointer = None
         self._grammar: _Pointer = self._make_grammar()
         self._chain = self._make_chain()
-        in_order = np.zeros(n_vocab, _CANDIDATE)
-        in_order["id"] = np.arange(n_vocab, dtype=np.int32)
-        self._candidates = in_order.copy()
-        # as bytes: numpy copies records twenty times slower
-        self._fresh_bytes, self._bytes = in_order.view(np.uint8), self._candidates.view(np.uint8)
+        self._candidates = np.zeros(n_vocab, _CANDIDATE)
 
     def _make_chain(self) -> _Pointer:
         low, sampling = self._low, self._sampling
@@ -143,7 +145,8 @@ class Sampler:
         return int(array.data[array.selected].id)
 
     def _all_candidates(self, logits: np.ndarray, forbidden: np.ndarray) -> np.ndarray:
-        self._bytes[:] = self._fresh_bytes  # samplers sort and cut the array in place
+        self._candidates["id"] = _ids_in_order(self._n_vocab)  # samplers sort and cut in place
+        self._candidates["p"] = 0
         self._candidates["logit"] = logits
         self._candidates["logit"][forbidden] = -np.inf
         return self._candidates
