@@ -10,10 +10,10 @@ import time
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from edge_gemma.benchmarks.inputs import STEP_S, detector, packets, picture, sound
 from edge_gemma.benchmarks.systems import AudioEncoderAlone, System
 from edge_gemma.benchmarks.worker import Round, say
-
 from edge_gemma.hearing.encoder import AudioEncoder, AudioStream
 from edge_gemma.hearing.samples import RATE_HZ
 from edge_gemma.hearing.utterances import SpeechDetector

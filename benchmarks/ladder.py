@@ -20,6 +20,7 @@ from statistics import median
 from typing import Any
 
 import msgspec
+
 from edge_gemma.benchmarks.caps import usable_cpus
 from edge_gemma.benchmarks.measure import Run, interleave, median_of
 from edge_gemma.benchmarks.sections import (
@@ -33,12 +34,11 @@ from edge_gemma.benchmarks.sections import (
 )
 from edge_gemma.benchmarks.systems import Task
 from edge_gemma.benchmarks.texts import calibration_text, evaluation_text
+from edge_gemma.bundles.folder import Bundle
+from edge_gemma.bundles.manifest import MANIFEST
 from edge_gemma.convert.pipeline import Conversion, convert
 from edge_gemma.convert.quality import Receipt, compare
 from edge_gemma.convert.recipe import read_recipe
-
-from edge_gemma.bundles.folder import Bundle
-from edge_gemma.bundles.manifest import MANIFEST
 from edge_gemma.errors import RuntimeFailure, UsageError
 from edge_gemma.units import MiB
 

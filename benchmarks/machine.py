@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from edge_gemma.benchmarks.caps import usable_cpus
-
 from edge_gemma.bundles.manifest import Manifest
 from edge_gemma.machine.footprint import load_psutil
 from edge_gemma.units import GiB, MiB, format_bytes

@@ -22,7 +22,6 @@ from edge_gemma.benchmarks.caps import NO_LIMITS, Limits, Outcome
 from edge_gemma.benchmarks.caps import run as run_capped
 from edge_gemma.benchmarks.sections import Steps, no_steps
 from edge_gemma.benchmarks.systems import Task
-
 from edge_gemma.machine import footprint as memory
 from edge_gemma.machine.peak import PeakSampler
 

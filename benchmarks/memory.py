@@ -18,7 +18,6 @@ from edge_gemma.benchmarks.caps import NO_LIMITS, Limits, usable_cpus
 from edge_gemma.benchmarks.measure import Run, measure, memory_of, timed
 from edge_gemma.benchmarks.sections import OVERVIEW_NOTE, Progress, Row, Section, silent
 from edge_gemma.benchmarks.systems import Task
-
 from edge_gemma.bundles.folder import Bundle
 from edge_gemma.bundles.manifest import Tensor
 from edge_gemma.errors import RuntimeFailure

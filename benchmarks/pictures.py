@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import matplotlib
-from edge_gemma.benchmarks.sections import Row, Section
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # no pyplot: no backend, no global state
 from matplotlib.patches import Patch
 
+from edge_gemma.benchmarks.sections import Row, Section
 from edge_gemma.units import MiB
 
 # Okabe and Ito's colours: told apart by everybody, on white and on near-black

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from edge_gemma.benchmarks.sections import Progress, Section, silent
-
 from edge_gemma.errors import MissingExtra, UsageError
 
 FOLDER = Path(__file__).with_name("presets")

@@ -12,7 +12,6 @@ from pathlib import Path
 from edge_gemma.benchmarks.caps import usable_cpus
 from edge_gemma.benchmarks.memory import keeping
 from edge_gemma.benchmarks.sections import Progress, Section, silent
-
 from edge_gemma.bundles.folder import Bundle
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from edge_gemma.benchmarks.sections import KINDS, Row, Section
-
 from edge_gemma.errors import UsageError
 from edge_gemma.files import written_whole
 from edge_gemma.units import MiB

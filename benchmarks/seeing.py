@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+
 from edge_gemma.benchmarks.caps import usable_cpus
 from edge_gemma.benchmarks.measure import Run, interleave, measure, median_of, medians
 from edge_gemma.benchmarks.memory import keeping
 from edge_gemma.benchmarks.sections import Progress, Row, Section, counted, silent
 from edge_gemma.benchmarks.systems import Task
-
 from edge_gemma.bundles.folder import Bundle
 from edge_gemma.errors import RuntimeFailure
 

@@ -24,7 +24,6 @@ from edge_gemma.benchmarks.measure import (
 from edge_gemma.benchmarks.memory import keeping
 from edge_gemma.benchmarks.sections import Progress, Row, Section, counted, silent
 from edge_gemma.benchmarks.systems import Task
-
 from edge_gemma.bundles.folder import Bundle
 from edge_gemma.errors import UsageError
 

@@ -246,7 +246,6 @@ class VisionEncoderAlone(System):
 
     def encode_picture(self, pixels: np.ndarray) -> np.ndarray:
         from edge_gemma.benchmarks import inputs
-
         from edge_gemma.engines.onnx.runtime import run_onnx
 
         planes = inputs.normalized(pixels, Path(self.task.path).name)

@@ -14,10 +14,10 @@ import time
 from collections.abc import Iterable
 
 import numpy as np
+
 from edge_gemma.benchmarks.inputs import PACKET, STEP_S, detector, packets, picture, sound
 from edge_gemma.benchmarks.systems import EdgeGemma, System
 from edge_gemma.benchmarks.worker import Round, prompt_ids, say
-
 from edge_gemma.conversation.stream import Chunk
 from edge_gemma.options import Sampling
 from edge_gemma.spans import Tokens

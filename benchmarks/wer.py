@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from edge_gemma.benchmarks.sections import Progress, silent
 
+from edge_gemma.benchmarks.sections import Progress, silent
 from edge_gemma.errors import EdgeGemmaError, MissingExtra, UsageError
 
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3")

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from edge_gemma.benchmarks.systems import OWN, System, Task
-
 from edge_gemma.errors import UsageError
 
 Round = dict[str, Any]

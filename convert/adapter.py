@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+
 from edge_gemma.convert.checkpoint import (
     DTYPES,
     Checkpoint,
@@ -23,7 +24,6 @@ from edge_gemma.convert.checkpoint import (
     read_json,
     without_wrappers,
 )
-
 from edge_gemma.errors import CheckpointError, UnsupportedModel
 
 TENSORS = "adapter_model.safetensors"

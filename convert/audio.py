@@ -33,10 +33,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from edge_gemma.convert.onnx_writer import OnnxWriter, Precision, Shape, check_precision
-from edge_gemma.convert.tensors import TensorReader
 
 from edge_gemma.bundles.manifest import AudioPart
+from edge_gemma.convert.onnx_writer import OnnxWriter, Precision, Shape, check_precision
+from edge_gemma.convert.tensors import TensorReader
 from edge_gemma.errors import CheckpointError, UnsupportedModel
 from edge_gemma.hearing.encoder import STEP_FRAMES
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
+
 from edge_gemma.convert.onnx_writer import MICROSOFT, Matrix, OnnxWriter, Precision
 from edge_gemma.convert.tensors import TensorReader
 

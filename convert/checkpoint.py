@@ -27,9 +27,9 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+
 from edge_gemma.convert.convolutions import channel_first
 from edge_gemma.convert.tensors import TensorReader
-
 from edge_gemma.errors import CheckpointError
 from edge_gemma.units import MiB, format_bytes
 

@@ -20,15 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from edge_gemma.bundles.description import DENSE
+from edge_gemma.bundles.gguf import layout_rank
+from edge_gemma.bundles.manifest import EmbeddingPart, File
 from edge_gemma.convert.gemma import SPARSE_LAYERS, SPARSITY_MULTIPLIER, Dims, Source
 from edge_gemma.convert.gguf_writer import Pair, Value, gguf_header, padded
 from edge_gemma.convert.quantize import quantize_rows, row_bytes
 from edge_gemma.convert.tensors import TensorReader
 from edge_gemma.convert.vocabulary import Vocabulary
-
-from edge_gemma.bundles.description import DENSE
-from edge_gemma.bundles.gguf import layout_rank
-from edge_gemma.bundles.manifest import EmbeddingPart, File
 
 CHUNK_VALUES = 1 << 21  # 8 MiB as float32: large enough to hide Python, small enough for a board
 _MEAN = 1  # llama.h, enum llama_pooling_type

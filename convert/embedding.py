@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import msgspec
-from edge_gemma.convert.checkpoint import Checkpoint, read_json
 
 from edge_gemma.bundles.description import DENSE, EMBEDDING_PROMPTS, MRL_DIMENSIONS
 from edge_gemma.bundles.manifest import EmbeddingPart
+from edge_gemma.convert.checkpoint import Checkpoint, read_json
 from edge_gemma.errors import CheckpointError, UnsupportedModel
 
 MODULES = "modules.json"

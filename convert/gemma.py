@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
-from edge_gemma.convert.checkpoint import HEAD, Checkpoint
-from edge_gemma.convert.tensors import TensorReader
 
 from edge_gemma.bundles.description import (
     GEMMA3N_ALTUP,
@@ -28,6 +26,8 @@ from edge_gemma.bundles.description import (
     expected_tensors,
 )
 from edge_gemma.bundles.manifest import Family
+from edge_gemma.convert.checkpoint import HEAD, Checkpoint
+from edge_gemma.convert.tensors import TensorReader
 from edge_gemma.errors import CheckpointError, UnsupportedModel
 
 PREFIX = "model.language_model."

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from edge_gemma.convert.checkpoint import read_json
-from edge_gemma.convert.vocabulary import Vocabulary, configured_ids
 
 from edge_gemma.bundles.manifest import SamplingDefaults, usable_sampling
+from edge_gemma.convert.checkpoint import read_json
+from edge_gemma.convert.vocabulary import Vocabulary, configured_ids
 
 FILE = "generation_config.json"
 # our name → transformers'

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
 from edge_gemma.convert.checkpoint import HEAD, Checkpoint
 from edge_gemma.convert.gemma import EMBEDDING, Dims
 

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from edge_gemma.convert.gemma import Mapping
-from edge_gemma.convert.gguf_writer import Pair, check_output, write_gguf
-from edge_gemma.convert.text_chunks import CHUNK_TOKENS, read_chunks
 
 from edge_gemma.bundles.folder import Bundle
 from edge_gemma.bundles.gguf import TensorInfo, read_header
 from edge_gemma.bundles.manifest import require_generation
+from edge_gemma.convert.gemma import Mapping
+from edge_gemma.convert.gguf_writer import Pair, check_output, write_gguf
+from edge_gemma.convert.text_chunks import CHUNK_TOKENS, read_chunks
 from edge_gemma.errors import BundleError
 
 _SUM, _COUNT = ".in_sum2", ".counts"

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from edge_gemma.bundles.description import GEMMA3N_KV_LAYERS
 from edge_gemma.convert.adapter import Adapter, LowRank, open_adapter, read_config
 from edge_gemma.convert.checkpoint import HEAD, Checkpoint, checkpoint_name, read_json
 from edge_gemma.convert.gemma import EMBEDDING, PREFIX, Dims, checkpoint_shapes, read_dims
 from edge_gemma.convert.gguf_writer import Pair, check_output, write_gguf
 from edge_gemma.convert.head import same_rows
 from edge_gemma.convert.tensors import TensorReader
-
-from edge_gemma.bundles.description import GEMMA3N_KV_LAYERS
 from edge_gemma.errors import CheckpointError, UnsupportedModel, UsageError
 
 # transformers' module → GGUF's tensor, where llama.cpp multiplies with

@@ -19,9 +19,9 @@ import tomllib
 from pathlib import Path
 
 import msgspec
-from edge_gemma.convert.gemma import Cut, Dims
 
 from edge_gemma.bundles.description import GEMMA3N_KV_LAYERS
+from edge_gemma.convert.gemma import Cut, Dims
 from edge_gemma.errors import UnsupportedModel, UsageError
 
 E4B_LAYERS = 35

@@ -17,12 +17,12 @@ import re
 from pathlib import Path
 
 import numpy as np
-from edge_gemma.convert.tensors import TensorReader
-from edge_gemma.convert.vision import write_vision_encoder
 
 from edge_gemma.bundles.description import Description
 from edge_gemma.bundles.gguf import Header, TensorInfo, read_header
 from edge_gemma.bundles.manifest import VisionPart
+from edge_gemma.convert.tensors import TensorReader
+from edge_gemma.convert.vision import write_vision_encoder
 from edge_gemma.errors import BundleError, UnsupportedModel
 from edge_gemma.store.importer import WriteVision
 

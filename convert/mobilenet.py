@@ -11,11 +11,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+
+from edge_gemma.bundles.manifest import VisionPart
 from edge_gemma.convert.channel_last import NORM_EPSILON, STRIPS, ChannelLast
 from edge_gemma.convert.onnx_writer import OPSET_OF_BLOCKS, OnnxWriter
 from edge_gemma.convert.tensors import TensorReader
-
-from edge_gemma.bundles.manifest import VisionPart
 from edge_gemma.errors import CheckpointError
 from edge_gemma.units import MiB
 

@@ -21,17 +21,6 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
-from edge_gemma.convert.checkpoint import Checkpoint
-from edge_gemma.convert.decoder import CHUNK_VALUES, Layout, plan_layout, write_decoder
-from edge_gemma.convert.embedding import read_embedding
-from edge_gemma.convert.gemma import TOWERS, Dims, Mapping, map_tensors, read_dims
-from edge_gemma.convert.generation_config import Answers, read_answers
-from edge_gemma.convert.head import Head, choose_head
-from edge_gemma.convert.lora import Merged
-from edge_gemma.convert.recipe import Recipe, choose_types, read_recipe
-from edge_gemma.convert.special_rows import write_special_rows
-from edge_gemma.convert.tensors import TensorReader
-from edge_gemma.convert.vocabulary import Vocabulary, read_vocabulary
 
 from edge_gemma.bundles.description import describe
 from edge_gemma.bundles.folder import Bundle, BundleWriter, file_entry
@@ -44,6 +33,17 @@ from edge_gemma.bundles.manifest import (
     Source,
     VisionPart,
 )
+from edge_gemma.convert.checkpoint import Checkpoint
+from edge_gemma.convert.decoder import CHUNK_VALUES, Layout, plan_layout, write_decoder
+from edge_gemma.convert.embedding import read_embedding
+from edge_gemma.convert.gemma import TOWERS, Dims, Mapping, map_tensors, read_dims
+from edge_gemma.convert.generation_config import Answers, read_answers
+from edge_gemma.convert.head import Head, choose_head
+from edge_gemma.convert.lora import Merged
+from edge_gemma.convert.recipe import Recipe, choose_types, read_recipe
+from edge_gemma.convert.special_rows import write_special_rows
+from edge_gemma.convert.tensors import TensorReader
+from edge_gemma.convert.vocabulary import Vocabulary, read_vocabulary
 from edge_gemma.errors import RuntimeFailure, UsageError
 from edge_gemma.units import MiB, format_bytes
 

@@ -19,8 +19,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from edge_gemma.convert.text_chunks import CHUNK_TOKENS, read_chunks
 
+from edge_gemma.convert.text_chunks import CHUNK_TOKENS, read_chunks
 from edge_gemma.errors import UsageError
 
 BLOCK_ROWS = 64  # logits rows at a time: 64 × 262,144 × 4 bytes = 64 MiB a model

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
+
 from edge_gemma.convert.gemma import Mapping, Source
 from edge_gemma.convert.quantize import TYPES, fitting_type
-
 from edge_gemma.errors import UsageError
 
 FOLDER = Path(__file__).parent / "recipes"

@@ -14,11 +14,11 @@ from math import gcd, isqrt
 from pathlib import Path
 
 import numpy as np
+
+from edge_gemma.bundles.manifest import VisionPart
 from edge_gemma.convert.channel_last import NORM_EPSILON, STRIPS, ChannelLast
 from edge_gemma.convert.onnx_writer import OPSET_OF_BLOCKS, OnnxWriter
 from edge_gemma.convert.tensors import TensorReader
-
-from edge_gemma.bundles.manifest import VisionPart
 from edge_gemma.errors import CheckpointError
 
 TOWER, PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."

@@ -13,8 +13,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from edge_gemma.convert.tensors import TensorReader
 
+from edge_gemma.convert.tensors import TensorReader
 from edge_gemma.errors import CheckpointError
 
 FILE = "special_rows.npy"

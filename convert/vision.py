@@ -14,11 +14,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from edge_gemma.bundles.manifest import VisionPart
 from edge_gemma.convert import mobilenet, siglip
 from edge_gemma.convert.channel_last import PRECISIONS
 from edge_gemma.convert.tensors import TensorReader
-
-from edge_gemma.bundles.manifest import VisionPart
 from edge_gemma.errors import CheckpointError, UsageError
 
 FILE = "vision_encoder.onnx"

@@ -21,8 +21,8 @@ from typing import TypeVar
 
 import msgspec
 import numpy as np
-from edge_gemma.convert.checkpoint import MAX_JSON_BYTES, read_json
 
+from edge_gemma.convert.checkpoint import MAX_JSON_BYTES, read_json
 from edge_gemma.errors import CheckpointError, RuntimeFailure
 from edge_gemma.units import format_bytes
 

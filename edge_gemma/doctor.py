@@ -36,6 +36,7 @@ PURPOSES = {
     "camera": "USB cameras",
     "voice": "wake words",
     "convert": "converting checkpoints",
+    "serve": "serving other programs",
     "bench": "benchmarks",
     "plots": "benchmark pictures",
     "sample": "the demo's model",

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from checkpoints import REFERENCE
+
 from edge_gemma.benchmarks.dev.models import values, write_safetensors
 
 SEED = 300

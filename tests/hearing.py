@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 from checkpoints import REFERENCE, write_checkpoint
-from edge_gemma.benchmarks.dev.bundles import audio_encoder_bundle
-from edge_gemma.convert.checkpoint import Checkpoint
 
+from edge_gemma.benchmarks.dev.bundles import audio_encoder_bundle
 from edge_gemma.bundles.folder import Bundle
+from edge_gemma.convert.checkpoint import Checkpoint
 
 encoder_bundle = audio_encoder_bundle
 

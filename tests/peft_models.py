@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from edge_gemma.convert.lora import convert_lora
-from edge_gemma.convert.pipeline import Conversion, convert
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from edge_gemma.convert.lora import convert_lora
+from edge_gemma.convert.pipeline import Conversion, convert
 from edge_gemma.engines.llama import decoder as decode
 from edge_gemma.plan.records import Settings
 from edge_gemma.spans import Tokens

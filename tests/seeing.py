@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from checkpoints import REFERENCE, write_checkpoint
+
 from edge_gemma.benchmarks.dev.bundles import vision_encoder_bundle
 
 encoder_bundle = vision_encoder_bundle

@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import bf16, recipe, values, write_checkpoint, write_safetensors
+from hypothesis import given
+from hypothesis import strategies as st
+
 from edge_gemma.convert.adapter import matching_pattern, open_adapter
 from edge_gemma.convert.checkpoint import HEAD, Checkpoint
 from edge_gemma.convert.gemma import EMBEDDING, PREFIX, read_dims
 from edge_gemma.convert.lora import Merged, convert_lora, read_adapter
 from edge_gemma.convert.pipeline import Conversion, convert, prepare
-from hypothesis import given
-from hypothesis import strategies as st
-
 from edge_gemma.errors import CheckpointError, EdgeGemmaError, UnsupportedModel
 
 Q_PROJ = f"{PREFIX}layers.1.self_attn.q_proj.weight"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from edge_gemma.benchmarks.dev import armvm
 
+from edge_gemma.benchmarks.dev import armvm
 from edge_gemma.errors import RuntimeFailure, UsageError
 from edge_gemma.units import MiB
 

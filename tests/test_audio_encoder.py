@@ -8,14 +8,14 @@ import hearing
 import numpy as np
 import pytest
 from checkpoints import recipe, write_checkpoint
-from edge_gemma.benchmarks.dev import audio_reference
-from edge_gemma.convert.audio import AudioConfig, write_audio_encoder
-from edge_gemma.convert.checkpoint import Checkpoint
-from edge_gemma.convert.special_rows import hard_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_gemma.benchmarks.dev import audio_reference
 from edge_gemma.bundles.folder import Bundle
+from edge_gemma.convert.audio import AudioConfig, write_audio_encoder
+from edge_gemma.convert.checkpoint import Checkpoint
+from edge_gemma.convert.special_rows import hard_rows
 from edge_gemma.errors import (
     BundleError,
     CheckpointError,

@@ -7,6 +7,7 @@ import re
 import sys
 
 import pytest
+
 from edge_gemma.benchmarks import (
     machine,
     measure,
@@ -26,7 +27,6 @@ from edge_gemma.benchmarks.dev.synthetic import Types, tiny_gguf
 from edge_gemma.benchmarks.report import write_report
 from edge_gemma.benchmarks.sections import Section
 from edge_gemma.benchmarks.systems import Task
-
 from edge_gemma.errors import UsageError
 from edge_gemma.units import MiB
 
@@ -159,7 +159,6 @@ def test_the_wait_for_an_answer_is_the_products_own(folder, monkeypatch, capsys,
     from types import SimpleNamespace
 
     from edge_gemma.benchmarks.systems import EdgeGemma
-
     from edge_gemma.conversation import live_turn
 
     monkeypatch.setattr(live_turn, "LiveTurn", type("Recorded", (Timed,), {"calls": []}))

@@ -7,9 +7,9 @@ import sys
 import time
 
 import pytest
+
 from edge_gemma.benchmarks import caps
 from edge_gemma.benchmarks.caps import Limits, run, usable_cpus
-
 from edge_gemma.errors import RuntimeFailure, UsageError
 from edge_gemma.units import MiB
 

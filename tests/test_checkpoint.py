@@ -11,10 +11,10 @@ import struct
 import numpy as np
 import pytest
 from checkpoints import bf16, recipe, values, write_checkpoint, write_safetensors
-from edge_gemma.convert.checkpoint import Checkpoint, canonical_name, read_header
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_gemma.convert.checkpoint import Checkpoint, canonical_name, read_header
 from edge_gemma.errors import CheckpointError
 
 

@@ -11,11 +11,11 @@ import shutil
 import numpy as np
 import pytest
 from checkpoints import REFERENCE, recipe, write_checkpoint
+
+from edge_gemma.bundles.folder import Bundle
 from edge_gemma.convert.checkpoint import Checkpoint
 from edge_gemma.convert.gemma import map_tensors, read_dims
 from edge_gemma.convert.pipeline import Conversion, convert, prepare
-
-from edge_gemma.bundles.folder import Bundle
 from edge_gemma.errors import (
     CheckpointError,
     RuntimeFailure,

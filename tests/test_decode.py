@@ -11,11 +11,11 @@ import time
 import numpy as np
 import pytest
 from checkpoints import REFERENCE, write_checkpoint
-from edge_gemma.benchmarks.dev.synthetic import Types, tiny_gguf
-from edge_gemma.convert.pipeline import Conversion, convert
 
+from edge_gemma.benchmarks.dev.synthetic import Types, tiny_gguf
 from edge_gemma.bundles.folder import Bundle
 from edge_gemma.bundles.gguf import GGML_TYPES
+from edge_gemma.convert.pipeline import Conversion, convert
 from edge_gemma.engines.llama.decoder import Decoder
 from edge_gemma.engines.llama.library import repacks
 from edge_gemma.errors import BundleError, Cancelled, UsageError

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import ggufs
 import pytest
-from edge_gemma.benchmarks.dev.synthetic import tiny_gguf
 from ggufs import (
     ARRAY,
     BOOL,
@@ -30,6 +29,7 @@ from ggufs import (
     scalar,
 )
 
+from edge_gemma.benchmarks.dev.synthetic import tiny_gguf
 from edge_gemma.bundles.description import describe
 from edge_gemma.errors import BundleError, UnsupportedModel
 

@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+
 from edge_gemma.benchmarks.dev import audio_reference, conversion, vision
 from edge_gemma.benchmarks.dev.bundles import Maker
 

@@ -192,7 +192,7 @@ def test_what_is_not_installed(tmp_path):
     )
     extras = {extra.name: extra for extra in found.extras}
     assert (
-        extras["hear"].missing_packages == ("sounddevice",)
+        extras["hear"].missing_packages == ("sounddevice", "av")
         and extras["video"].missing_packages == ("av",)
         and not extras["see"].missing_packages
     )

@@ -12,14 +12,14 @@ import ggufs
 import numpy as np
 import pytest
 from checkpoints import REFERENCE
-from edge_gemma.convert.pipeline import Conversion, convert
-from edge_gemma.convert.recipe import Recipe
 
 import edge_gemma
 from edge_gemma.bundles.description import describe
 from edge_gemma.bundles.folder import Bundle
 from edge_gemma.bundles.manifest import is_loaded_to_multiply
 from edge_gemma.cli import main
+from edge_gemma.convert.pipeline import Conversion, convert
+from edge_gemma.convert.recipe import Recipe
 from edge_gemma.embedding import normalised
 from edge_gemma.engines.llama import library, output_rows
 from edge_gemma.engines.llama.decoder import Decoder

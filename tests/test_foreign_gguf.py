@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import sentencepiece
-from edge_gemma.benchmarks.dev.synthetic import tiny_gguf
 from ggufs import BOOL, FLOAT32, INT32, STRING, UINT16, UINT32, Parts, array, scalar, text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import edge_gemma
+from edge_gemma.benchmarks.dev.synthetic import tiny_gguf
 from edge_gemma.bundles.description import describe
 from edge_gemma.bundles.folder import Bundle
 from edge_gemma.bundles.gguf import read_header, read_strings

@@ -11,15 +11,15 @@ import shutil
 import msgspec
 import pytest
 from checkpoints import write_checkpoint
-from edge_gemma.convert.checkpoint import read_json
-from edge_gemma.convert.generation_config import Answers, read_answers
-from edge_gemma.convert.pipeline import Conversion, convert
-from edge_gemma.convert.vocabulary import read_vocabulary
 
 import edge_gemma
 from edge_gemma.bundles.folder import Bundle
 from edge_gemma.bundles.manifest import SamplingDefaults, encode_manifest
 from edge_gemma.cli.options import SamplingOptions
+from edge_gemma.convert.checkpoint import read_json
+from edge_gemma.convert.generation_config import Answers, read_answers
+from edge_gemma.convert.pipeline import Conversion, convert
+from edge_gemma.convert.vocabulary import read_vocabulary
 from edge_gemma.errors import CheckpointError, UsageError
 
 N = 768

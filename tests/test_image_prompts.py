@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import seeing
 from checkpoints import REFERENCE, recipe, write_checkpoint
-from edge_gemma.convert.pipeline import Conversion, convert
 
 from edge_gemma.bundles.folder import Bundle
+from edge_gemma.convert.pipeline import Conversion, convert
 from edge_gemma.engines.llama.decoder import Decoder
 from edge_gemma.plan.records import Settings
 from edge_gemma.prompts.prompt import read_special_rows

@@ -6,8 +6,8 @@ import os
 
 import numpy as np
 import pytest
-from edge_gemma.benchmarks.dev.synthetic import Types, tiny_gguf
 
+from edge_gemma.benchmarks.dev.synthetic import Types, tiny_gguf
 from edge_gemma.bundles.description import describe
 from edge_gemma.bundles.folder import Bundle
 from edge_gemma.bundles.gguf import read_header

@@ -9,10 +9,10 @@ import json
 import numpy as np
 import pytest
 from checkpoints import recipe, values, write_checkpoint, write_safetensors
+
 from edge_gemma.convert.gemma import read_dims
 from edge_gemma.convert.lora import convert_lora, read_adapter
 from edge_gemma.convert.pipeline import Conversion, convert
-
 from edge_gemma.engines.llama import decoder as decode
 from edge_gemma.errors import CheckpointError, UnsupportedModel, UsageError
 from edge_gemma.plan.records import Settings

@@ -9,8 +9,8 @@ import re
 
 import pytest
 from checkpoints import recipe, values, write_checkpoint, write_safetensors
-from edge_gemma.convert.pipeline import Conversion, convert, prepare
 
+from edge_gemma.convert.pipeline import Conversion, convert, prepare
 from edge_gemma.errors import UnsupportedModel, UsageError
 
 SMALL = Conversion(

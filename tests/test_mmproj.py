@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import seeing
+
 from edge_gemma.benchmarks.dev.mtmd import write_mmproj
+from edge_gemma.bundles.gguf import read_header
 from edge_gemma.convert.mmproj import Mmproj, vision_from_mmproj
 from edge_gemma.convert.vision import write_vision_encoder
-
-from edge_gemma.bundles.gguf import read_header
 from edge_gemma.engines.onnx.runtime import open_onnx
 from edge_gemma.errors import BundleError, UnsupportedModel
 

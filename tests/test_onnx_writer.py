@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+
 from edge_gemma.convert.onnx_writer import (
     ALIGNMENT,
     OPSET_OF_BLOCKS,
@@ -12,7 +13,6 @@ from edge_gemma.convert.onnx_writer import (
     quantize_blocks,
     quantize_channels,
 )
-
 from edge_gemma.engines.onnx.runtime import open_onnx
 from edge_gemma.errors import UsageError
 

@@ -9,12 +9,12 @@ import json
 import re
 
 import pytest
-from edge_gemma.benchmarks.dev.synthetic import tiny_gguf
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import edge_gemma
 from edge_gemma import cli
+from edge_gemma.benchmarks.dev.synthetic import tiny_gguf
 from edge_gemma.bundles.folder import Bundle
 from edge_gemma.bundles.manifest import AudioPart, Manifest, VisionPart
 from edge_gemma.engines.llama.decoder import Decoder

@@ -12,14 +12,14 @@ import time
 import numpy as np
 import pytest
 from checkpoints import write_checkpoint
+
 from edge_gemma.benchmarks.ladder import run as ladder
 from edge_gemma.benchmarks.ladder import time_kept
+from edge_gemma.bundles.folder import Bundle
+from edge_gemma.cli import main
 from edge_gemma.convert import imatrix as im
 from edge_gemma.convert.pipeline import Conversion, convert
 from edge_gemma.convert.quality import compare
-
-from edge_gemma.bundles.folder import Bundle
-from edge_gemma.cli import main
 from edge_gemma.engines.llama import decoder as decode
 from edge_gemma.errors import BundleError, RuntimeFailure, UsageError
 from edge_gemma.plan.records import Settings

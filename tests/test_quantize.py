@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from checkpoints import recipe as read_checkpoint_recipe
 from checkpoints import write_checkpoint
+
+from edge_gemma.bundles.gguf import read_header
 from edge_gemma.convert import quantize
 from edge_gemma.convert.pipeline import Conversion, convert
 from edge_gemma.convert.recipe import names, read_recipe
-
-from edge_gemma.bundles.gguf import read_header
 from edge_gemma.errors import UsageError
 
 STOCK = [name for name in names() if not name.startswith("edge")]

@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import REFERENCE
-from edge_gemma.convert.checkpoint import Checkpoint, checkpoint_name
-from edge_gemma.convert.convolutions import channel_first
-from edge_gemma.convert.pipeline import Conversion, Result, convert, prepare
 from prompts import CONVERSATIONS, TEMPLATE
 from replicas import LAYOUTS, Repository, changed, channel_last
 
 from edge_gemma.bundles.folder import Bundle
 from edge_gemma.bundles.gguf import read_header
+from edge_gemma.convert.checkpoint import Checkpoint, checkpoint_name
+from edge_gemma.convert.convolutions import channel_first
+from edge_gemma.convert.pipeline import Conversion, Result, convert, prepare
 from edge_gemma.engines.llama import decoder as decode
 from edge_gemma.errors import CheckpointError, UnsupportedModel
 from edge_gemma.plan.records import Settings
@@ -297,7 +297,8 @@ def _no_kernel(r: Repository) -> None:
             "g3text", "mlx in 4 bits", _four_bit, CheckpointError, "has type U32.*original bf16"
         ),
         refused(
-            "g3text", "an embedding model", _embedding, UnsupportedModel, "bidirectional attention"
+            "g3text", "an embedding model without modules.json", _embedding, CheckpointError,
+            "has no modules.json: it lists the layers",
         ),
         refused(
             "g3n", "3n of mixed widths (MatFormer)", _mixed, UnsupportedModel, "--slice FILE"
@@ -409,6 +410,7 @@ def test_mobilenetv5_reads_channel_last(tmp_path):
     """The tiny MobileNetV5 of the references, stored both ways."""
     import seeing
     from checkpoints import write_safetensors
+
     from edge_gemma.convert.vision import write_vision_encoder
 
     plain = seeing.tower_checkpoint("mnv5", tmp_path / "plain")

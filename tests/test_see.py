@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import seeing
 from checkpoints import recipe, write_checkpoint
-from edge_gemma.benchmarks.dev.mtmd import write_mmproj
-from edge_gemma.benchmarks.seeing import conversation
-from edge_gemma.convert.checkpoint import Checkpoint
-from edge_gemma.convert.mmproj import vision_writer
 
 import edge_gemma
 from edge_gemma import cli
+from edge_gemma.benchmarks.dev.mtmd import write_mmproj
+from edge_gemma.benchmarks.seeing import conversation
 from edge_gemma.cli.see import QUESTION, split
+from edge_gemma.convert.checkpoint import Checkpoint
+from edge_gemma.convert.mmproj import vision_writer
 from edge_gemma.errors import (
     BundleError,
     MediaError,

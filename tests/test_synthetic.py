@@ -3,11 +3,11 @@
 import gguf
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+
 from edge_gemma.benchmarks.dev import bundles, models, shapes, synthetic
 from edge_gemma.benchmarks.dev.synthetic import SHAPES, Types, tensors, tiny_gguf
 from edge_gemma.convert.checkpoint import Checkpoint
-from safetensors.numpy import load_file
-
 from edge_gemma.engines.llama.library import library
 from edge_gemma.errors import UsageError
 

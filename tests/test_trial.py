@@ -7,9 +7,9 @@ import sys
 
 import numpy as np
 import pytest
-from edge_gemma.convert.trial import N_TOKENS, try_encoders, try_out
 
 from edge_gemma.bundles.folder import Bundle
+from edge_gemma.convert.trial import N_TOKENS, try_encoders, try_out
 from edge_gemma.errors import BundleError
 
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import seeing
 from checkpoints import REFERENCE, write_checkpoint
-from edge_gemma.convert.checkpoint import Checkpoint
-from edge_gemma.convert.vision import write_vision_encoder
 
 from edge_gemma.bundles.folder import Bundle, file_entry
 from edge_gemma.bundles.manifest import encode_manifest
+from edge_gemma.convert.checkpoint import Checkpoint
+from edge_gemma.convert.vision import write_vision_encoder
 from edge_gemma.errors import (
     BundleError,
     CheckpointError,

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import sentencepiece
 from checkpoints import REFERENCE
-from edge_gemma.convert import vocabulary as v
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_gemma.convert import vocabulary as v
 from edge_gemma.errors import CheckpointError, RuntimeFailure
 
 N = 768

@@ -5,10 +5,10 @@ import sys
 import numpy as np
 import pytest
 import soundfile
-from edge_gemma.benchmarks.wer import dataset, errors, measure, words
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_gemma.benchmarks.wer import dataset, errors, measure, words
 from edge_gemma.errors import MediaError, MissingExtra, UsageError
 
 

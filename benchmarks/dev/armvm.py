@@ -33,7 +33,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from edge_gemma.benchmarks.sections import Row, in_mib, markdown_table, signed
-
 from edge_gemma.errors import RuntimeFailure, UsageError
 from edge_gemma.units import GiB, MiB, format_bytes, parse_bytes
 

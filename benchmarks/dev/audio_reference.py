@@ -19,10 +19,10 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+
 from edge_gemma.benchmarks.inputs import sound
 from edge_gemma.convert.audio import EMBEDDER, TOWER, AudioConfig
 from edge_gemma.convert.checkpoint import Checkpoint
-
 from edge_gemma.hearing.encoder import AudioEncoder
 from edge_gemma.hearing.log_mel import LogMel
 

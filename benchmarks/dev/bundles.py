@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 import numpy as np
+
 from edge_gemma.benchmarks.dev import models, shapes
 from edge_gemma.benchmarks.dev.synthetic import SHAPES, Types, full_gguf, tiny_gguf
-
 from edge_gemma.bundles.folder import Bundle, BundleWriter, file_entry
 from edge_gemma.bundles.manifest import (
     MANIFEST,

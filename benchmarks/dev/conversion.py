@@ -28,9 +28,8 @@ from typing import Any
 from edge_gemma.benchmarks import caps
 from edge_gemma.benchmarks.machine import describe_machine
 from edge_gemma.benchmarks.sections import markdown_table
-from edge_gemma.convert.recipe import read_recipe
-
 from edge_gemma.bundles.folder import Bundle
+from edge_gemma.convert.recipe import read_recipe
 from edge_gemma.errors import RuntimeFailure
 from edge_gemma.machine.peak import PeakSampler
 from edge_gemma.units import MiB, format_bytes

@@ -20,7 +20,6 @@ from typing import Any
 
 from edge_gemma.benchmarks import regress
 from edge_gemma.benchmarks.sections import markdown_table
-
 from edge_gemma.errors import EdgeGemmaError, UsageError
 
 CHECKOUT = Path(__file__).resolve().parents[2]

@@ -22,11 +22,11 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors.numpy import save_file
+
 from edge_gemma.benchmarks.dev import shapes as sizes
 from edge_gemma.benchmarks.dev.sample import sample_gguf, tokenizer_model
 from edge_gemma.benchmarks.dev.shapes import Shapes
-from safetensors.numpy import save_file
-
 from edge_gemma.errors import UsageError
 
 METADATA = {"format": "pt"}

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from edge_gemma.benchmarks.dev.shapes import MOBILENET_WIDTH, TOWER_PX
 from edge_gemma.benchmarks.systems import System
-
 from edge_gemma.bundles.gguf import read_header
 from edge_gemma.errors import UsageError
 
 if TYPE_CHECKING:
-    from edge_gemma.convert.checkpoint import Checkpoint
     from gguf import GGUFWriter
+
+    from edge_gemma.convert.checkpoint import Checkpoint
 
 TYPES = ("f32", "f16", "q8_0")
 
@@ -104,6 +105,7 @@ def _belongs(name: str) -> bool:
 
 def _add_tensor(writer: GGUFWriter, name: str, values: np.ndarray, dtype: str) -> None:
     import gguf
+
     from edge_gemma.convert.quantize import fitting_type, quantize_rows
 
     short = name

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from edge_gemma.benchmarks.dev.models import stream_safetensors, to_bf16
 from edge_gemma.benchmarks.dev.sample import length, sample_gguf, tokenizer_model
-
 from edge_gemma.bundles.gguf import Header, TensorInfo, read_header
 
 # GGUF → transformers, the inverse of the converter's table for gemma3

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from edge_gemma.convert.vocabulary import UNKNOWN, USER_DEFINED
 
 from edge_gemma.bundles.gguf import Skipped, read_header
+from edge_gemma.convert.vocabulary import UNKNOWN, USER_DEFINED
 from edge_gemma.errors import MissingExtra
 
 

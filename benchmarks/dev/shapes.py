@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from edge_gemma.benchmarks.dev.synthetic import SHAPES
-
 from edge_gemma.errors import UsageError
 
 Shapes = dict[str, tuple[int, ...]]

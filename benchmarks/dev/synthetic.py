@@ -25,10 +25,10 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from edge_gemma.convert.gemma import SPARSE_LAYERS, SPARSITY_MULTIPLIER
 
 from edge_gemma.bundles.description import GEMMA3N_KV_LAYERS
 from edge_gemma.bundles.gguf import layout_rank
+from edge_gemma.convert.gemma import SPARSE_LAYERS, SPARSITY_MULTIPLIER
 from edge_gemma.errors import MissingExtra, UsageError
 from edge_gemma.units import MiB, format_bytes
 

@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+
 from edge_gemma.benchmarks import inputs
 from edge_gemma.benchmarks.dev import mtmd
 from edge_gemma.benchmarks.dev.shapes import TOWER_PX
@@ -41,7 +42,6 @@ from edge_gemma.benchmarks.systems import System, Task, VisionEncoderAlone
 from edge_gemma.convert.checkpoint import Checkpoint
 from edge_gemma.convert.mobilenet import TIMM
 from edge_gemma.convert.vision import write_vision_encoder
-
 from edge_gemma.engines.onnx.runtime import open_onnx
 from edge_gemma.errors import EdgeGemmaError
 from edge_gemma.machine.footprint import footprint, trim_heap

@@ -3,9 +3,9 @@ tests/embedding.py, the small one and one of the real model's shape (24 layers, 
 
     PYTHONPATH=tests python tests/reference/make_embedding.py OUT
 
-OUT gets gemma-embedding.npz. Needs torch 2.14, transformers 5.24, sentence-transformers 6.2 and the
-`dev` extra. For each size and prompt: vectors of all texts ``[n, width]`` float32, and the token ids of
-each text with its prompt.
+OUT gets gemma-embedding.npz. Needs torch 2.14, transformers 5.24, sentence-transformers 6.2 and
+the `dev` extra. For each size and prompt: vectors of all texts ``[n, width]`` float32, and the
+token ids of each text with its prompt.
 """
 
 import sys
