@@ -206,6 +206,17 @@ def test_chained_ogg(tmp_path, codec):
     assert len(first) <= len(cut) < len(together) and "It is truncated" in notes[0]
 
 
+@sound("FLAC or MP3 files joined byte by byte", "every one is read")
+@pytest.mark.parametrize("kind", ["FLAC", "MP3"])
+def test_joined_files(kind):
+    pieces = [encoded(voice(1.5), kind), encoded(voice(1.0)[::-1].copy(), kind)]
+    apart = np.concatenate([heard(piece)[0] for piece in pieces])
+    together, notes = heard(b"".join(pieces))
+    assert len(apart) == 40_000 and np.array_equal(together, apart) and not notes
+    alone, _ = heard(pieces[0] + b"TAG" + bytes(125))  # ID3v1 is no sound
+    assert np.array_equal(alone, apart[: len(alone)])
+
+
 def test_chained_ogg_of_different_rates_and_channels():
     buffer = io.BytesIO()
     soundfile.write(buffer, np.stack([voice(1, 44100)] * 2, 1), 44100, "VORBIS", format="OGG")

@@ -8,6 +8,7 @@ Nothing here decodes; it does not know libsndfile or FFmpeg.
 from __future__ import annotations
 
 import io
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,11 @@ _OGG_HEADER_BYTES = 27
 _OGG_FIRST_PAGE, _OGG_LAST_PAGE = 2, 4  # flags: of a logical stream
 _FLAC_HEADER_BYTES = 26  # up to the end of STREAMINFO's number of samples
 _RESYNC_BYTES = 1 << 20
+# the beginning of a stream: its name and a first block of metadata that has STREAMINFO's length
+_FLAC_STREAM = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
+_FLAC_STREAM_BYTES = 8
+_MP3_FIRST_FRAME_BYTES = 256  # as far as the Xing header is from the frame's start, and its fields
+_XING = re.compile(rb"Xing|Info")
 
 
 @dataclass(frozen=True)
@@ -60,11 +66,11 @@ def inspect(file: BinaryIO) -> Container:
     start = id3_bytes(head)
     head = _at(file, start, 4)
     if head == b"fLaC":
-        return _flac(file, start)
+        return _flac(file, start, n_bytes)
     if start and head in (b"RIFF", b"FORM", b"OggS"):
         # libsndfile passes over the tag, and over as many bytes of the end
         return Container(pieces=((start, n_bytes),))
-    return Container()
+    return _mp3(file, start, n_bytes)
 
 
 def id3_bytes(head: bytes) -> int:
@@ -194,13 +200,63 @@ def _au(file: BinaryIO, n_bytes: int) -> Container:
     return Container(patches=((8, b"\xff" * 4),), notes=(_NEVER_WRITTEN,))
 
 
-def _flac(file: BinaryIO, start: int) -> Container:
-    """FLAC's STREAMINFO says 0 samples when the encoder could not go back to write the number."""
+def _flac(file: BinaryIO, start: int, n_bytes: int) -> Container:
+    """FLAC's STREAMINFO says 0 samples when the encoder could not go back to write the number.
+    Files that were joined byte by byte are read one after the other.
+    """
     head = _at(file, start, _FLAC_HEADER_BYTES)
     if len(head) < _FLAC_HEADER_BYTES:
         return Container()
     n_samples = int.from_bytes(head[21:26]) & 0xF_FFFF_FFFF  # 36 bits
-    return Container(is_flac=True, length_is_unknown=not n_samples)
+    starts = [start, *_found(file, _FLAC_STREAM, start + _FLAC_HEADER_BYTES)]
+    pieces = tuple(zip(starts, [*starts[1:], n_bytes], strict=True)) if len(starts) > 1 else ()
+    return Container(pieces=pieces, is_flac=True, length_is_unknown=not n_samples)
+
+
+def _found(file: BinaryIO, pattern: re.Pattern[bytes], position: int) -> Iterator[int]:
+    """Where the pattern stands from ``position`` on."""
+    file.seek(position)
+    before = b""
+    while block := file.read(_RESYNC_BYTES):
+        data = before + block
+        offset = position - len(before)
+        yield from (offset + match.start() for match in pattern.finditer(data))
+        before = data[-_FLAC_STREAM_BYTES + 1 :]
+        position += len(block)
+
+
+# --- MP3 ---
+
+
+def _mp3(file: BinaryIO, start: int, n_bytes: int) -> Container:
+    """Encoders write the stream's length into its first frame, and decoders stop there: an MP3
+    that was joined to another is a piece of its own.
+    """
+    pieces: list[tuple[int, int]] = []
+    while len(pieces) < _MAX_CHUNKS:
+        length = _mp3_stream_bytes(_at(file, start, _MP3_FIRST_FRAME_BYTES))
+        end = start + length if length else n_bytes
+        behind = end + id3_bytes(_at(file, end, 10)) if end < n_bytes else n_bytes
+        is_last = not _is_mp3_frame(_at(file, behind, 4))
+        pieces.append((0 if not pieces else start, n_bytes if is_last else end))
+        if is_last:
+            break
+        start = behind
+    return Container(pieces=tuple(pieces) if len(pieces) > 1 else ())
+
+
+def _is_mp3_frame(head: bytes) -> bool:
+    return len(head) == 4 and head[0] == 0xFF and head[1] & 0xE6 == 0xE2 and head[2] >> 4 < 15
+
+
+def _mp3_stream_bytes(frame: bytes) -> int:
+    """The stream's length as the Xing or Info header in its first frame says; 0 for none."""
+    found = _XING.search(frame)
+    if not _is_mp3_frame(frame[:4]) or found is None:
+        return 0
+    flags = int.from_bytes(frame[found.end() : found.end() + 4])
+    at = found.end() + 4 + (4 if flags & 1 else 0)  # the number of frames comes first
+    return int.from_bytes(frame[at : at + 4]) if flags & 2 else 0
 
 
 # --- Ogg ---
