@@ -84,6 +84,21 @@ def test_language_codes_in_a_chat(tiny_model, monkeypatch, tmp_path):
 
 @pytest.mark.compat(
     kind="family",
+    what="ShieldGemma 2 (Gemma 3 with SigLIP): a picture and a policy",
+    happens="model.classify gives the odds of Yes and No",
+)
+def test_classify_looks_at_the_picture(looking_bundle):
+    with edge_gemma.load(looking_bundle, n_ctx=512) as model:
+        odds = []
+        for shade in (0, 200):
+            picture = edge_gemma.Image(np.full((40, 60, 3), shade, np.uint8))
+            odds.append(model.classify([picture, "Does it break the policy? Yes or No."]))
+    assert all(set(o) == {"Yes", "No"} and abs(sum(o.values()) - 1) < 1e-5 for o in odds)
+    assert odds[0] != odds[1]
+
+
+@pytest.mark.compat(
+    kind="family",
     what="ShieldGemma 2: how likely the answer is Yes",
     happens="model.classify gives the probability of each label",
 )
