@@ -3,9 +3,9 @@
 The only module that imports llama_cpp, with the schema converter in grammar.py.
 
 In: nothing but the installed llama-cpp-python. Out: its low-level module (:func:`library`) for
-decode.py and sample.py, and answers to questions about it: may layers go to a GPU, is a weight
-copied here, does a file's vocabulary load, what is a weight multiplied with. Reasons for failures
-are read off llama.cpp's log (:func:`last_log`), which is kept from the terminal unless asked for.
+decoder.py, context.py and sampler.py, and answers to questions about it: may layers go to a GPU,
+is a weight copied here, does a file's vocabulary load. Reasons for failures are read off
+llama.cpp's log (:func:`last_log`), which is kept from the terminal unless asked for.
 """
 
 from __future__ import annotations
