@@ -261,3 +261,39 @@ def test_closing_refuses_what_waits_and_cuts_off_what_runs(lanes):
     assert closed and took_s < 4
     assert not health.live and not health.ready
     assert not [t for t in threading.enumerate() if t.name == "edge-gemma-serve"]
+
+
+def test_a_long_prompt_is_prefilled_between_the_tokens_of_others(lanes):
+    """One ubatch at a time; the answers are those of a prompt that was prefilled whole."""
+    sequences = lanes.sequences
+    n_ubatch = sequences.context.settings.n_ubatch
+    long = [Tokens([2, *range(300, 300 + n_ubatch + 100)])]
+    expected = text_of(lanes.generate(long, GREEDY))
+    endless = Sampling(max_tokens=40, temperature=0, grammar="root ::= [a-z] root")
+    loop = TokenLoop(sequences.decoder, sequences.context, sequences.weights, shared=True)
+    with Session(sequences) as one, Session(sequences) as two:
+        one.replace([Tokens([2, 300, 301])])
+        two.replace(long)
+        first = loop.add(one, endless)
+        loop.step()
+        second = loop.add(two, GREEDY)
+        produced = []
+        while not second.prefilled:
+            produced.append(loop.step())
+        # a pass for each ubatch, and beside each a token of the other
+        assert [sum(lane is first for lane, _ in step) for step in produced] == [1, 1]
+        chunks = [chunk for lane, chunk in (*sum(produced, []), *_all_of(loop)) if lane is second]
+    assert text_of(chunks) == expected
+    assert chunks[-1].usage.prompt_tokens == n_ubatch + 101
+
+
+def test_an_urgent_prompt_goes_before_others(lanes):
+    sequences = lanes.sequences
+    loop = TokenLoop(sequences.decoder, sequences.context, sequences.weights, shared=True)
+    with Session(sequences) as one, Session(sequences) as two:
+        for session in (one, two):
+            session.replace([Tokens([2, 300, 301])])
+        usual, urgent = loop.add(one, GREEDY), loop.add(two, GREEDY, urgent=True)
+        loop.step()
+        assert urgent.prefilled and not usual.prefilled
+        loop.close()

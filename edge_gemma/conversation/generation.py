@@ -46,9 +46,9 @@ class Place(Protocol):
     def begin(self) -> None:
         """A generation starts: the place may not be taken away until :meth:`end`."""
 
-    def prefill_all(self) -> None:
-        """Decode everything that is not in the cache yet and keep the logits of the last position.
-        Raises Cancelled, RuntimeFailure.
+    def prefill_step(self) -> bool:
+        """Decode at most one ubatch of what is not in the cache yet. True when nothing is left:
+        then the logits of the last position are kept. Raises Cancelled, RuntimeFailure.
         """
 
     def next_token(self) -> tuple[int, int, int]:
@@ -138,11 +138,12 @@ class Generation:
 
 class Lane:
     """One place and its generation in a :class:`TokenLoop`. ``index`` is its number there;
-    ``error`` is why it ended, where it failed.
+    ``urgent`` prompts are prefilled before others; ``error`` is why it ended, where it failed.
     """
 
-    def __init__(self, index: int, place: Place, generation: Generation):
+    def __init__(self, index: int, place: Place, generation: Generation, urgent: bool = False):
         self.index, self.place, self.generation = index, place, generation
+        self.urgent, self.prefilled = urgent, False
         self.prompt_tokens = place.length
         self.error: EdgeGemmaError | None = None
 
@@ -173,11 +174,16 @@ class Lane:
 class TokenLoop:
     """Generations that advance together: each step is one decode for all of them.
 
+    ``shared``: somebody reads while others begin, so that between two tokens at most one ubatch of
+    one prompt is prefilled. Without, prompts are prefilled whole, which keeps the steps full.
     Closing it ends those that are still running.
     """
 
-    def __init__(self, decoder: Decoder, context: Context, weights: Weights):
+    def __init__(
+        self, decoder: Decoder, context: Context, weights: Weights, *, shared: bool = False
+    ):
         self._decoder, self._context, self._weights = decoder, context, weights
+        self._shared = shared
         self._lanes: list[Lane] = []
         self._n_added = 0
 
@@ -185,17 +191,20 @@ class TokenLoop:
     def n_active(self) -> int:
         return len(self._lanes)
 
-    def add(self, place: Place, sampling: Sampling) -> Lane:
-        """A new generation; its prompt is prefilled in the next step. Raises UsageError."""
+    def add(self, place: Place, sampling: Sampling, *, urgent: bool = False) -> Lane:
+        """A new generation; its prompt is prefilled in the next steps, an ``urgent`` one before
+        others. Raises UsageError.
+        """
         generation = Generation(self._decoder, sampling, place.n_ctx - place.length)
-        lane = Lane(self._n_added, place, generation)
+        lane = Lane(self._n_added, place, generation, urgent)
         place.begin()
         self._lanes.append(lane)
         self._n_added += 1
         return lane
 
     def step(self) -> list[tuple[Lane, Chunk]]:
-        """Advance every lane by one token: the chunks, and the last chunk of each that ended.
+        """Advance every prefilled lane by one token: the chunks, and the last chunk of each lane
+        that ended.
 
         A new lane's prompt is prefilled by itself and its first token sampled from its own logits.
         A lane that was cancelled ends with what it has. One that fails (a grammar that cannot be
@@ -204,14 +213,12 @@ class TokenLoop:
         """
         produced: list[tuple[Lane, Chunk]] = []
         with self._context.lock:
-            ready = []
             for lane in self._lanes:
                 if lane.place.cancelled:
                     lane.cancel()
-                elif lane.generation.ids:
-                    ready.append(lane)
-                else:
-                    produced += self._first_token(lane)
+            ready = [lane for lane in self._lanes if lane.prefilled and not lane.done]
+            for lane in self._to_prefill():
+                produced += self._prefill(lane)
             if ready and self._decoded(ready):
                 for row, lane in enumerate(ready):
                     produced += self._taken(lane, row)
@@ -223,9 +230,16 @@ class TokenLoop:
             self._weights.trim()
         return produced
 
-    def _first_token(self, lane: Lane) -> list[tuple[Lane, Chunk]]:
+    def _to_prefill(self) -> list[Lane]:
+        lanes = [lane for lane in self._lanes if not (lane.prefilled or lane.done)]
+        lanes.sort(key=lambda lane: not lane.urgent)
+        return lanes[:1] if self._shared else lanes
+
+    def _prefill(self, lane: Lane) -> list[tuple[Lane, Chunk]]:
+        """One ubatch of the lane's prompt, or all of it; behind the last, its first token."""
         try:
-            lane.place.prefill_all()
+            while not (ended := lane.place.prefill_step()) and not self._shared:
+                pass
         except Cancelled:
             if lane.place.cancelled:
                 lane.cancel()
@@ -236,6 +250,9 @@ class TokenLoop:
         if lane.place.cancelled:
             lane.cancel()
             return []
+        if not ended:
+            return []
+        lane.prefilled = True
         return self._taken(lane)
 
     def _taken(self, lane: Lane, row: int = -1) -> list[tuple[Lane, Chunk]]:

@@ -128,7 +128,7 @@ class Session:
         if not self.length:
             raise UsageError("nothing to continue: append a prompt first")
         with self._context.lock:
-            self.prefill_all()
+            self._prefill(self.length, outputs="last")
             return self._context.logits().copy()
 
     def check(self, sampling: Sampling) -> None:
@@ -163,8 +163,13 @@ class Session:
         self._cancelled.clear()
         self._busy = True
 
-    def prefill_all(self) -> None:
-        self._prefill(self.length, outputs="last")
+    def prefill_step(self, outputs: Outputs = "last") -> bool:
+        """Decode at most one ubatch of what was appended → whether nothing is left. With outputs
+        "none" the last position is left out, as :meth:`append` does. Raises Cancelled,
+        RuntimeFailure.
+        """
+        end = self.length if outputs == "last" else self._positions.last_start()
+        return self._prefill(end, outputs, n_passes=1)
 
     def next_token(self) -> tuple[int, int, int]:
         token = self._positions.keys[-1]
@@ -185,9 +190,9 @@ class Session:
 
     # the cache
 
-    def _prefill(self, end: int, outputs: Outputs = "none") -> None:
-        """Decode positions up to ``end``; with outputs "last", keep the logits of the last one
-        (decoding it again if need be).
+    def _prefill(self, end: int, outputs: Outputs = "none", n_passes: int | None = None) -> bool:
+        """Decode positions up to ``end``, in ``n_passes`` at most; with outputs "last", keep the
+        logits of the last one (decoding it again if need be). False when positions are left.
         """
         with self._context.lock:
             self._context.check_open()
@@ -197,17 +202,28 @@ class Session:
             started, first = time.perf_counter(), self._cached
             self._context.clear_cancel()
             try:
-                for position, span in self._positions.runs(self._cached, end):
+                while self._cached < end and n_passes != 0:
                     if self._cancelled.is_set():
-                        raise Cancelled(position)
-                    last = position + len(span) == end
-                    self._decode(sequence, position, span, outputs if last else "none")
+                        raise Cancelled(self._cached)
+                    self._prefill_pass(sequence, end, outputs)
+                    n_passes = None if n_passes is None else n_passes - 1
             except Cancelled as stop:
                 self._cached = stop.position
                 raise
             finally:
                 self._n_prefilled += self._cached - first
                 self._prefill_s += time.perf_counter() - started
+            return self._cached >= end
+
+    def _prefill_pass(self, sequence: int, end: int, outputs: Outputs) -> None:
+        """One pass over the weights: the next positions of one kind, an ubatch of them at most."""
+        start = self._cached
+        stop = min(end, start + self._context.settings.n_ubatch)
+        if stop < end and (block := self._positions.block_start(stop)) < stop:
+            stop = block if block > start else end  # the rows of a block are decoded together
+        position, span = next(self._positions.runs(start, stop))
+        last = position + len(span) == end
+        self._decode(sequence, position, span, outputs if last else "none")
 
     def _decode(self, sequence: int, position: int, span: Span, outputs: Outputs) -> None:
         if isinstance(span, Tokens):

@@ -222,7 +222,7 @@ class Service:
 
     def _new_loop(self) -> TokenLoop:
         sequences = self.model.sequences
-        return TokenLoop(sequences.decoder, sequences.context, sequences.weights)
+        return TokenLoop(sequences.decoder, sequences.context, sequences.weights, shared=True)
 
     def _wait_for_work(self) -> bool:
         """False when the service is closed and nothing runs."""
