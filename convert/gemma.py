@@ -456,7 +456,7 @@ def map_tensors(
     if own_head is None:
         own_head = not dims.tied and HEAD in checkpoint
     head = HEAD if own_head else None
-    table = _mapping_table(dims, out_dims, cut, head, untied)
+    table = mapping_table(dims, out_dims, cut, head, untied)
     sources = tuple(
         source if source.parts == (Part(head, dims.n_vocab),) else _present(checkpoint, source)
         for source in table
@@ -565,7 +565,7 @@ def _layer_modules(dims: Dims) -> dict[str, str]:
     return _LAYER_3N if dims.family == "gemma3n" else _LAYER
 
 
-def _mapping_table(dims: Dims, out: Dims, cut: Cut, head: str | None, untied: bool) -> list[Source]:
+def mapping_table(dims: Dims, out: Dims, cut: Cut, head: str | None, untied: bool) -> list[Source]:
     """Every tensor that the GGUF of ``out`` has, from a checkpoint of
     ``dims``; ``head`` is the name of the checkpoint's own output head.
     """

@@ -32,6 +32,7 @@ _HOMES = {
     "Video": "seeing.video",
     "load": "model",
     "plan_bundle": "model",
+    "recommend": "recommendation",
     "tool_schema": "prompts.calls",
     "transcribe": "conversation.transcription",
 }

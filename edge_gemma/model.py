@@ -35,7 +35,7 @@ from edge_gemma.machine.repack import repacks_for
 from edge_gemma.messages import Image, Message, Part, PictureSource
 from edge_gemma.options import Sampling, SamplingChanges
 from edge_gemma.plan.ladder import make_plan
-from edge_gemma.plan.records import Plan, PlanRequest
+from edge_gemma.plan.records import Level, Plan, PlanRequest
 from edge_gemma.prompts.prompt import Prompt, read_special_rows
 from edge_gemma.seeing.video import Video
 from edge_gemma.senses import Content, Senses
@@ -52,14 +52,16 @@ def load(
     budget: int | str | None = None,
     device: str | Device = "auto",
     n_ctx: int | None = None,
+    level: Level | None = None,
     request: PlanRequest = PlanRequest(),
     lora: Sequence[tuple[str | Path, float]] = (),
     on_progress: Callable[[float], bool | None] | None = None,
 ) -> Model:
     """Plan, then load.
 
-    ``budget`` in bytes or as text ("2GiB"); ``device`` a profile's name or "auto"; ``request`` the
-    rest.
+    ``budget`` in bytes or as text ("2GiB"); ``device`` a profile's name or "auto"; ``level``:
+    "efficiency", "balanced" or "performance", with how much context the plan begins; ``request``
+    the rest.
 
     Raises PlanRefused before anything is allocated, BundleError, UsageError.
 
@@ -68,7 +70,7 @@ def load(
     True
     """
     bundle = _opened(bundle)
-    request = _request(request, budget, n_ctx)
+    request = _request(request, budget, n_ctx, level)
     if lora:
         sizes = (Path(file).stat().st_size for file, _ in lora if Path(file).is_file())
         request = dataclasses.replace(request, lora_bytes=sum(sizes))
@@ -82,6 +84,7 @@ def plan_bundle(
     budget: int | str | None = None,
     device: str | Device = "auto",
     n_ctx: int | None = None,
+    level: Level | None = None,
     request: PlanRequest = PlanRequest(),
 ) -> Plan:
     """What a bundle will take, without loading it: on this machine ("auto"), or on a board by its
@@ -96,18 +99,22 @@ def plan_bundle(
     bundle = _opened(bundle)
     found = find_device(device) if isinstance(device, str) else device
     repacks = repacked_here if device == "auto" else repacks_for(found)
-    return make_plan(bundle.manifest, found, _request(request, budget, n_ctx), repacks)
+    return make_plan(bundle.manifest, found, _request(request, budget, n_ctx, level), repacks)
 
 
 def _opened(bundle: str | os.PathLike[str] | Bundle) -> Bundle:
     return bundle if isinstance(bundle, Bundle) else Bundle.open(resolve(bundle))
 
 
-def _request(request: PlanRequest, budget: int | str | None, n_ctx: int | None) -> PlanRequest:
+def _request(
+    request: PlanRequest, budget: int | str | None, n_ctx: int | None, level: Level | None
+) -> PlanRequest:
     if budget is not None:
         request = dataclasses.replace(request, budget_bytes=parse_bytes(budget))
     if n_ctx is not None:
         request = dataclasses.replace(request, n_ctx=n_ctx)
+    if level is not None:
+        request = dataclasses.replace(request, level=level)
     return request
 
 

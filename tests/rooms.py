@@ -50,6 +50,7 @@ TOGETHER = {
     "spans": "records",
     "messages": "records",
     "options": "records",
+    "recommendation": "model",  # a front door, as load is
     "__main__": "cli",
 }
 RUNTIME = ROOMS[: ROOMS.index("doctor") + 1]

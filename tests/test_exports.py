@@ -29,6 +29,7 @@ NAMES = [
     "Video",
     "load",
     "plan_bundle",
+    "recommend",
     "tool_schema",
     "transcribe",
 ]

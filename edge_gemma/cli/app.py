@@ -12,7 +12,9 @@ import typer
 from edge_gemma.cli.flags import Flags
 from edge_gemma.cli.options import complete
 
-GROUPS = tuple("demo text embed bundles system store convert see hear listen serve bench".split())
+GROUPS = tuple(
+    "demo text embed bundles system recommend store convert see hear listen serve bench".split()
+)
 EXIT_CODES = (
     "Exit codes: 0 done · 2 usage · 3 bad bundle or checkpoint · 4 refused by the plan · 5 "
     "download · 6 audio or image · 7 failed while running · 130 Ctrl-C"

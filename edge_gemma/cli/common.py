@@ -92,6 +92,14 @@ BudgetOption = Annotated[
     ),
 ]
 ContextOption = Annotated[int | None, _CTX]
+LevelOption = Annotated[
+    str,
+    typer.Option(
+        "--level",
+        help="efficiency (little memory, a context of 2048 tokens), balanced (4096) or performance "
+        "(up to 16384).",
+    ),
+]
 ThreadsOption = Annotated[int | None, _THREADS]
 ThreadCountsOption = Annotated[list[int] | None, _THREADS]  # repeatable
 TokensOption = Annotated[

@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
 
 import typer
 
@@ -23,6 +23,7 @@ from edge_gemma.cli.common import (
     BudgetOption,
     ContextOption,
     DeviceOption,
+    LevelOption,
     ThreadsOption,
     VerboseOption,
     note,
@@ -33,7 +34,7 @@ from edge_gemma.sources import typed
 if TYPE_CHECKING:
     from edge_gemma.bundles.manifest import Sense
     from edge_gemma.options import Sampling
-    from edge_gemma.plan.records import PlanRequest
+    from edge_gemma.plan.records import Level, PlanRequest
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class PlanningOptions:
     device: DeviceOption = "auto"
     budget: BudgetOption = None
     ctx: ContextOption = None
+    level: LevelOption = "balanced"
     ubatch: Annotated[
         int | None,
         typer.Option(
@@ -87,6 +89,7 @@ class PlanningOptions:
             n_gpu_layers=self.gpu_layers,
             senses=senses,
             structured=structured,
+            level=cast("Level", self.level),  # the plan checks it
         )
 
 

@@ -46,6 +46,7 @@ class Device:
     zram_bytes: int = 0  # compressed swap lives in memory, so it adds none
     swap_bytes: int = 0  # on disk
     memory_cgroup: bool = True  # a memory limit can be set here
+    decode_gb_s: float | None = None  # at which a decoder was seen to read its weights (10⁹ bytes)
 
     @property
     def reserve_bytes(self) -> int:
@@ -82,6 +83,7 @@ class _Profile(msgspec.Struct, forbid_unknown_fields=True):
     big_cpus: tuple[int, ...] = ()
     gpu: str | None = None
     zram: str = "0"
+    decode_gb_s: float | None = None
     notes: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
 
@@ -144,6 +146,7 @@ def load_profile(name: str) -> Device:
         gpu=profile.gpu,
         zram_bytes=parse_bytes(profile.zram),
         memory_cgroup=profile.memory_cgroup,
+        decode_gb_s=profile.decode_gb_s,
     )
 
 

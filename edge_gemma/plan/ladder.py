@@ -9,6 +9,9 @@ benchmarks.
 The ladder, taken in this order until the request fits; a setting the caller named is never
 conceded:
 
+0. At the level ``performance``, which begins with 16384 tokens of context and 512 of a prefill
+   step: context → 8192 → 4096. ``efficiency`` begins with 2048 and 128, ``balanced`` with 4096 and
+   256.
 1. ``n_ubatch`` 256 → 128 → 64: smaller compute buffers, slower prefill. Never below 256 where an
    image must fit one ubatch.
 2. KV cache f16 → q8_0: half the cache, a small loss of precision.
@@ -34,12 +37,29 @@ from edge_gemma.bundles.manifest import SENSES, Manifest, Tensor, require
 from edge_gemma.errors import UsageError
 from edge_gemma.machine.device import Device
 from edge_gemma.plan.costs import HEADROOM, KV_TYPES, Costs
-from edge_gemma.plan.records import AFTER_LOAD, Item, Plan, PlanRequest, Settings, wanted_senses
+from edge_gemma.plan.records import (
+    AFTER_LOAD,
+    Item,
+    Level,
+    Plan,
+    PlanRequest,
+    Settings,
+    wanted_senses,
+)
 from edge_gemma.units import MiB, format_bytes
 
-DEFAULT_N_CTX = 4096
+LARGE_N_CTX_LADDER = (8192, 4096)  # from what only the level performance begins with
 N_CTX_LADDER = (4096, 2048, 1024, 512)
 N_UBATCH_LADDER = (256, 128, 64)
+Done = tuple[str, ...]  # what was conceded, for people
+Rung = tuple[Settings, Done]
+KV_PRICE = "KV cache in q8_0: a small loss of precision"
+# level → (context, ubatch) that the ladder begins with
+LEVELS: dict[Level, tuple[int, int]] = {
+    "efficiency": (2048, 128),
+    "balanced": (4096, 256),
+    "performance": (16384, 512),
+}
 MIN_N_CTX = 64
 
 
@@ -94,52 +114,69 @@ def _check(manifest: Manifest, request: PlanRequest) -> None:
         raise UsageError(
             f"KV type {request.kv_type!r} is unknown; expected one of {', '.join(KV_TYPES)}"
         )
+    if request.level not in LEVELS:
+        raise UsageError(f"level {request.level!r} is unknown; expected one of {', '.join(LEVELS)}")
     for sense in request.senses or ():
         if sense not in SENSES:
             raise UsageError(f"sense {sense!r} is unknown; expected {' or '.join(SENSES)}")
         require(manifest, sense)
 
 
-def _ladder(
-    manifest: Manifest, device: Device, request: PlanRequest
-) -> Iterator[tuple[Settings, tuple[str, ...]]]:
+def _ladder(manifest: Manifest, device: Device, request: PlanRequest) -> Iterator[Rung]:
     """Settings from the most comfortable to the most frugal, with what was conceded on the way."""
     senses = wanted_senses(manifest, request)
     train = manifest.decoder.n_ctx_train
-    n_ctx = request.n_ctx or min(DEFAULT_N_CTX, train)
+    start_n_ctx, start_n_ubatch = LEVELS[request.level]
+    image_in_one_ubatch = manifest.family == "gemma3" and "vision" in senses
+    if image_in_one_ubatch:
+        start_n_ubatch = max(start_n_ubatch, N_UBATCH_LADDER[0])
+    n_ctx = request.n_ctx or min(start_n_ctx, train)
     settings = Settings(
         n_ctx=n_ctx,
-        n_ubatch=request.n_ubatch or N_UBATCH_LADDER[0],
+        n_ubatch=request.n_ubatch or start_n_ubatch,
         n_seq_max=request.n_seq_max,
         n_threads=request.n_threads or device.n_threads,
         kv_type=request.kv_type or "f16",
         repack=True if request.repack is None else request.repack,
         n_gpu_layers=request.n_gpu_layers or 0,
     )
-    done: tuple[str, ...] = ()
     if manifest.embedding is not None:
         yield from _embedding_ladder(replace(settings, n_ubatch=n_ctx), request)
         return
-    yield settings, done
+    last: Rung = (settings, ())
+    yield last
+    smallest = 256 if image_in_one_ubatch else 0
+    steps: list[Callable[[Rung], Iterator[Rung]]] = [
+        lambda rung: _contexts(*rung, request, LARGE_N_CTX_LADDER),
+        lambda rung: _ubatches(*rung, request, smallest),
+        lambda rung: _smaller_kv(*rung, request),
+        lambda rung: _contexts(*rung, request, N_CTX_LADDER),
+        lambda rung: _late(*rung, request, len(senses)),
+    ]
+    for step in steps:
+        for rung in step(last):
+            last = rung  # the next step goes on from where this one ended
+            yield rung
 
-    image_in_one_ubatch = manifest.family == "gemma3" and "vision" in senses
-    if request.n_ubatch is None and not image_in_one_ubatch:
-        for n_ubatch in N_UBATCH_LADDER[1:]:
-            settings = replace(settings, n_ubatch=n_ubatch)
-            yield settings, (f"n_ubatch {n_ubatch}: slower prefill",)
-        done = (f"n_ubatch {settings.n_ubatch}: slower prefill",)
+
+def _contexts(
+    settings: Settings, done: Done, request: PlanRequest, sizes: tuple[int, ...]
+) -> Iterator[Rung]:
+    before = tuple(line for line in done if not line.startswith("context"))
+    for n_ctx in sizes:
+        if request.n_ctx is None and n_ctx < settings.n_ctx:
+            settings = replace(settings, n_ctx=n_ctx)
+            yield settings, (*before, f"context of {n_ctx} tokens")
+
+
+def _smaller_kv(settings: Settings, done: Done, request: PlanRequest) -> Iterator[Rung]:
     if request.kv_type is None:
-        settings = replace(settings, kv_type="q8_0")
-        done = (*done, "KV cache in q8_0: a small loss of precision")
-        yield settings, done
-    if request.n_ctx is None:
-        before = done
-        for n_ctx in N_CTX_LADDER:
-            if n_ctx < settings.n_ctx:
-                settings = replace(settings, n_ctx=n_ctx)
-                done = (*before, f"context of {n_ctx} tokens")
-                yield settings, done
-    if len(senses) > 1:
+        yield replace(settings, kv_type="q8_0"), (*done, KV_PRICE)
+
+
+def _late(settings: Settings, done: Done, request: PlanRequest, n_senses: int) -> Iterator[Rung]:
+    """What is conceded when nothing else can be: encoders, llguidance's tables, repacking."""
+    if n_senses > 1:
         settings = replace(settings, encoders="one at a time")
         done = (*done, "encoders one at a time: each loads when it is needed")
         yield settings, done
@@ -152,9 +189,16 @@ def _ladder(
         yield settings, (*done, "weights not repacked: slower, every weight reclaimable")
 
 
-def _embedding_ladder(
-    settings: Settings, request: PlanRequest
-) -> Iterator[tuple[Settings, tuple[str, ...]]]:
+def _ubatches(
+    settings: Settings, done: Done, request: PlanRequest, smallest: int
+) -> Iterator[Rung]:
+    for n_ubatch in N_UBATCH_LADDER:
+        if request.n_ubatch is None and smallest <= n_ubatch < settings.n_ubatch:
+            settings = replace(settings, n_ubatch=n_ubatch)
+            yield settings, (*done, f"n_ubatch {n_ubatch}: slower prefill")
+
+
+def _embedding_ladder(settings: Settings, request: PlanRequest) -> Iterator[Rung]:
     """For a model that embeds: a text is computed in one ubatch, and there is no KV cache."""
     done: tuple[str, ...] = ()
     yield settings, done

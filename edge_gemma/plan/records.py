@@ -12,6 +12,8 @@ PHASES = ("load", "listen", "look", "prefill", "decode")
 AFTER_LOAD = PHASES[1:]
 EMBED_TEXTS = 32  # that an embedding model computes in one pass, at most
 Kind = Literal["anon", "file_hot", "file_cold", "reclaimable"]
+# where the ladder begins: a small context in small steps, the usual one, or a large one
+Level = Literal["efficiency", "balanced", "performance"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class PlanRequest:
     senses: tuple[Sense, ...] | None = None  # whose encoders to count; None: all the bundle has
     lora_bytes: int = 0
     structured: bool = False  # answers will be held to JSON schemas: count what that takes
+    level: Level = "balanced"
 
 
 @dataclass(frozen=True)
