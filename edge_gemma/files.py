@@ -16,6 +16,12 @@ from typing import BinaryIO
 from edge_gemma.errors import RuntimeFailure
 
 
+def cache_folder(name: str) -> Path:
+    """``$XDG_CACHE_HOME/edge-gemma/NAME``, or the same under ``~/.cache``. Nothing is created."""
+    chosen = os.environ.get("XDG_CACHE_HOME")
+    return (Path(chosen) if chosen else Path.home() / ".cache") / "edge-gemma" / name
+
+
 @contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a binary file that replaces ``path`` when the block ends without an error.

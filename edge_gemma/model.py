@@ -21,6 +21,8 @@ from edge_gemma.bundles.folder import Bundle
 from edge_gemma.bundles.manifest import Manifest, require_embedding, require_generation
 from edge_gemma.conversation.batch import Batch
 from edge_gemma.conversation.chat import Chat
+from edge_gemma.conversation.prompt_cache import PromptCache
+from edge_gemma.conversation.prompt_files import PromptFiles, prompt_scope
 from edge_gemma.conversation.sequences import Sequences
 from edge_gemma.conversation.session import Session
 from edge_gemma.conversation.stream import Chunk
@@ -55,13 +57,15 @@ def load(
     level: Level | None = None,
     request: PlanRequest = PlanRequest(),
     lora: Sequence[tuple[str | Path, float]] = (),
+    prompt_folder: str | os.PathLike[str] | None = "auto",
     on_progress: Callable[[float], bool | None] | None = None,
 ) -> Model:
     """Plan, then load.
 
     ``budget`` in bytes or as text ("2GiB"); ``device`` a profile's name or "auto"; ``level``:
     "efficiency", "balanced" or "performance", with how much context the plan begins; ``request``
-    the rest.
+    the rest. Where it asks for a prompt cache, ``prompt_folder`` is its place on disk ("auto":
+    ~/.cache/edge-gemma/prompts); None: it is in memory alone.
 
     Raises PlanRefused before anything is allocated, BundleError, UsageError.
 
@@ -75,7 +79,7 @@ def load(
         sizes = (Path(file).stat().st_size for file, _ in lora if Path(file).is_file())
         request = dataclasses.replace(request, lora_bytes=sum(sizes))
     made = make_plan(bundle.manifest, machine_for(device), request, repacked_here).require()
-    return Model(bundle, made, lora=lora, on_progress=on_progress)
+    return Model(bundle, made, lora=lora, prompt_folder=prompt_folder, on_progress=on_progress)
 
 
 def plan_bundle(
@@ -142,6 +146,7 @@ class Model:
         plan: Plan,
         *,
         lora: Sequence[tuple[str | Path, float]] = (),
+        prompt_folder: str | os.PathLike[str] | None = None,
         on_progress: Callable[[float], bool | None] | None = None,
     ):
         self.bundle, self.plan = bundle, plan
@@ -151,9 +156,12 @@ class Model:
             self.decoder = self.weights.decoder
             identity = manifest.files[manifest.decoder.file].sha256
             self._sequences: Sequences | None = None
+            self._prompts: PromptCache | None = None
             self._embedder: TextEmbedder | None = None
             if manifest.embedding is None:
-                self._sequences = Sequences(self.weights, identity, bundle_sampling(manifest))
+                self._prompts = self._prompt_cache(identity, lora, prompt_folder)
+                sampling = bundle_sampling(manifest)
+                self._sequences = Sequences(self.weights, identity, sampling, self._prompts)
             else:
                 self._embedder = TextEmbedder(manifest, self.weights)
             self.prompt = Prompt(manifest, self.decoder.tokenize, read_special_rows(bundle))
@@ -162,6 +170,21 @@ class Model:
             raise
         self.senses = Senses(bundle, plan.settings)
         self._scratch_session: Session | None = None
+
+    def _prompt_cache(
+        self,
+        identity: str,
+        lora: Sequence[tuple[str | Path, float]],
+        folder: str | os.PathLike[str] | None,
+    ) -> PromptCache | None:
+        settings = self.plan.settings
+        if not settings.prompt_cache_bytes:
+            return None
+        files = None
+        if folder is not None:
+            scope = prompt_scope(identity, settings, self.weights.version, lora)
+            files = PromptFiles(scope, None if folder == "auto" else Path(folder))
+        return PromptCache(settings.prompt_cache_bytes, files)
 
     @property
     def sequences(self) -> Sequences:
@@ -404,6 +427,8 @@ class Model:
             self._embedder.close()
         self.senses.close()
         self.weights.close()
+        if self._prompts is not None:
+            self._prompts.close()
 
     def __enter__(self) -> Model:
         return self

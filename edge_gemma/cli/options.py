@@ -68,6 +68,14 @@ class PlanningOptions:
             "--gpu-layers", help="Layers on the GPU, −1 for all; needs a llama.cpp built for it."
         ),
     ] = None
+    prompt_cache: Annotated[
+        bool,
+        typer.Option(
+            "--prompt-cache/--no-prompt-cache",
+            help="Keep prefilled prompts, in memory and in ~/.cache/edge-gemma/prompts, so that "
+            "what begins alike starts at once.",
+        ),
+    ] = True
 
     def request(
         self, senses: tuple[Sense, ...] | None = None, *, structured: bool = False
@@ -88,6 +96,7 @@ class PlanningOptions:
             repack=self.repack,
             n_gpu_layers=self.gpu_layers,
             senses=senses,
+            prompt_cache_bytes=None if self.prompt_cache else 0,
             structured=structured,
             level=cast("Level", self.level),  # the plan checks it
         )

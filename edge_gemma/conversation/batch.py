@@ -58,7 +58,7 @@ class Batch:
             self._sessions.clear()
 
     def _begin(self, loop: TokenLoop, index: int, prompt: Sequence[Span]) -> None:
-        session = Session(self._sequences)
+        session = Session(self._sequences, remember=False)
         session.replace(prompt)
         seed = self._sampling.seed
         if seed is not None:

@@ -138,10 +138,13 @@ class Chat:
                 return 0
         fitted = fit(messages, self._render, _length, n_ctx=session.n_ctx, n_reserve=reserve)
         self._continues = False
-        session.replace(fitted.rendered)
+        session.replace(fitted.rendered, n_stable=self._stable_length())
         session.append([])
         self.messages = list(fitted.messages)
         return fitted.dropped
+
+    def _stable_length(self) -> int:
+        return self._prompt.stable_length(self.messages, tools=self.tools)
 
     def _render(self, messages: Sequence[Message], continued: bool = False) -> list[Span]:
         return self._prompt.spans(
@@ -177,7 +180,7 @@ class Chat:
             fitted = fit(before, render, _around, n_ctx=session.n_ctx, n_reserve=reserve)
             before, rendered, dropped = fitted.messages, fitted.rendered, fitted.dropped
             self._continues = False
-            session.replace(rendered.before)
+            session.replace(rendered.before, n_stable=self._stable_length())
             session.append([])
         self._turn = _OpenTurn(list(before[:-1]), dropped, head, rendered.after, pad_audio)
 

@@ -5,6 +5,7 @@ In: spans. Out: how far two contents agree, and stretches to decode in one pass 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 
@@ -38,6 +39,22 @@ class Positions:
             else:
                 self.blocks[span.digest] = span
                 self.keys += [(span.digest, i) for i in range(len(span))]
+
+    def codes(self) -> np.ndarray:
+        """A number for each position, ``[n]`` int64: the token id, or a negative one that stands
+        for an embedding row by its digest.
+        """
+        first_of: dict[str, int] = {}
+        values = []
+        for key in self.keys:
+            if not isinstance(key, int):
+                digest, index = key
+                if digest not in first_of:
+                    hashed = hashlib.blake2b(digest.encode(), digest_size=7).digest()
+                    first_of[digest] = int.from_bytes(hashed, "little") + 1
+                key = -first_of[digest] - index
+            values.append(key)
+        return np.array(values, np.int64)
 
     def shared_with(self, other: Positions) -> int:
         """How many positions at the beginning are the same in both."""

@@ -14,13 +14,14 @@ import msgspec
 import numpy as np
 
 from edge_gemma.conversation.positions import Positions
+from edge_gemma.engines.engine import Buffer
 from edge_gemma.errors import BundleError
 from edge_gemma.files import written_whole
 from edge_gemma.spans import Rows
 
 SAVE_MAGIC = b"edge-gemma conversation 1\n"
 MAX_SAVED_BYTES = 8 << 30
-_CHECKSUM_BYTES = 32
+CHECKSUM_BYTES = 32
 
 
 class Saved(msgspec.Struct, forbid_unknown_fields=True):
@@ -58,6 +59,11 @@ class Saved(msgspec.Struct, forbid_unknown_fields=True):
         return positions
 
 
+def checksum(data: Buffer) -> bytes:
+    """Of everything that is read back from a disk before an engine sees it."""
+    return hashlib.blake2b(data, digest_size=CHECKSUM_BYTES).digest()
+
+
 def rows_of(positions: Positions) -> list[tuple[str, bool, tuple[int, int], bytes]]:
     """The embedding rows of a session, as :class:`Saved` holds them."""
     return [
@@ -69,9 +75,8 @@ def rows_of(positions: Positions) -> list[tuple[str, bool, tuple[int, int], byte
 def write_saved(path: Path, saved: Saved) -> None:
     """Write the file whole or not at all. Raises RuntimeFailure."""
     body = msgspec.msgpack.encode(saved)
-    checksum = hashlib.blake2b(body, digest_size=_CHECKSUM_BYTES).digest()
     with written_whole(path) as file:
-        file.write(SAVE_MAGIC + checksum + body)
+        file.write(SAVE_MAGIC + checksum(body) + body)
 
 
 def read_saved(path: Path) -> Saved:
@@ -88,9 +93,9 @@ def read_saved(path: Path) -> Saved:
     start = len(SAVE_MAGIC)
     if not data.startswith(SAVE_MAGIC):
         raise BundleError(f"{path} is not a saved conversation of this version")
-    checksum = data[start : start + _CHECKSUM_BYTES]
-    body = memoryview(data)[start + _CHECKSUM_BYTES :]
-    if hashlib.blake2b(body, digest_size=_CHECKSUM_BYTES).digest() != checksum:
+    found = data[start : start + CHECKSUM_BYTES]
+    body = memoryview(data)[start + CHECKSUM_BYTES :]
+    if checksum(body) != found:
         raise BundleError(f"{path} is damaged: its checksum does not match. Nothing was restored")
     try:
         return msgspec.msgpack.decode(body, type=Saved)

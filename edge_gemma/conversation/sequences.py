@@ -1,14 +1,15 @@
 """One KV cache and the sequences in it, which sessions take turns in.
 
 In: opened weights. Out: a context whose ``n_seq_max`` sequences are lent. When all are taken, the
-session that was idle longest gives its own up (what it appended stays with it, and is prefilled
-again when it is next used). So any number of sessions share what was planned.
+session that was idle longest gives its own up (what it appended stays with it, and is restored or
+prefilled again when it is next used). So any number of sessions share what was planned.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
+from edge_gemma.conversation.prompt_cache import PromptCache
 from edge_gemma.engines.engine import Context, Decoder, Weights
 from edge_gemma.errors import RuntimeFailure
 from edge_gemma.options import Sampling
@@ -25,11 +26,19 @@ class Holder(Protocol):
 
 class Sequences:
     """The KV cache of a model. ``identity`` is the SHA-256 of the decoder's file, which saved
-    conversations are compared with; ``sampling`` counts where a caller gives none.
+    conversations are compared with; ``sampling`` counts where a caller gives none; ``prompts`` are
+    states that were kept.
     """
 
-    def __init__(self, weights: Weights, identity: str, sampling: Sampling = Sampling()):
+    def __init__(
+        self,
+        weights: Weights,
+        identity: str,
+        sampling: Sampling = Sampling(),
+        prompts: PromptCache | None = None,
+    ):
         self.weights, self.identity, self.sampling = weights, identity, sampling
+        self.prompts = prompts
         self.decoder: Decoder = weights.decoder
         self.context: Context = self.decoder.context()
         self._holders: dict[int, Holder | None] = {}  # the longest held first

@@ -16,6 +16,7 @@ import numpy as np
 
 from edge_gemma.conversation.generation import Prefilled, TokenLoop
 from edge_gemma.conversation.positions import Positions
+from edge_gemma.conversation.prompt_cache import CHECKPOINT_EVERY, MIN_STATE, Found
 from edge_gemma.conversation.saved import Saved, read_saved, rows_of, write_saved
 from edge_gemma.conversation.sequences import Sequences
 from edge_gemma.conversation.stream import Chunk
@@ -31,14 +32,21 @@ class Session:
     The last position is decoded only when it is needed: appending (while a user still speaks, say)
     never pays for logits.
 
+    Where the model keeps prompts (conversation/prompt_cache.py), what was prefilled once is
+    restored. ``remember=False`` only restores, and keeps nothing itself.
+
     >>> session = model.session()
     >>> session.append([Tokens([2, 300, 301])])
     >>> session.length
     3
     """
 
-    def __init__(self, sequences: Sequences):
+    def __init__(self, sequences: Sequences, *, remember: bool = True):
         self._sequences, self._context = sequences, sequences.context
+        self._prompts = sequences.prompts
+        self._remember = remember and self._prompts is not None
+        self._n_stable = 0  # positions that other conversations begin with, too
+        self._boundary = 0  # where the last answer ended; 0: a window was kept there already
         self._positions = Positions()
         self._cached = 0  # positions whose K and V are in the cache
         self._sequence: int | None = None
@@ -82,8 +90,11 @@ class Session:
         if prefill:
             self._prefill(self._positions.last_start())
 
-    def replace(self, spans: Sequence[Span]) -> int:
+    def replace(self, spans: Sequence[Span], *, n_stable: int = 0) -> int:
         """Make ``spans`` the whole content, reusing the cache as far as they agree with it.
+
+        ``n_stable``: so many positions at the beginning (system text and tools) are what other
+        conversations begin with, too; they are kept on disk.
 
         Returns the positions reused; the others are prefilled by the next append or generation.
         Raises UsageError (nothing given), ContextFull; the session is unchanged then.
@@ -99,9 +110,11 @@ class Session:
                 f"Shorten it or load with n_ctx ≥ {len(positions) + 64}"
             )
         same = self._positions.shared_with(positions)
-        self._positions = positions
-        keep = min(same, positions.last_start(), self._cached)
-        self._keep(positions.block_start(keep))
+        keep = positions.block_start(min(same, positions.last_start(), self._cached))
+        if self._cached - keep >= MIN_STATE:
+            self._park()
+        self._positions, self._n_stable = positions, n_stable
+        self._keep(keep)
         self._cancelled.clear()
         return self._cached
 
@@ -110,12 +123,49 @@ class Session:
         return min(self._cached, self._positions.shared_with(Positions(spans)))
 
     def _keep(self, n_positions: int) -> None:
-        """Forget the cache behind ``n_positions``; all of it where that cannot be done exactly."""
-        if n_positions < self._cached and self._sequence is not None:
-            with self._context.lock:
+        """Forget the cache behind ``n_positions``. Where that cannot be done exactly, go further
+        back: to what was kept, or to nothing.
+        """
+        if self._sequence is None:
+            self._cached = 0
+            return
+        with self._context.lock:
+            rewinds = self._context.can_rewind(self._sequence, n_positions)
+            if self._restore_kept(n_positions, n_positions if rewinds else 0):
+                return
+            if n_positions < self._cached:
                 if not self._context.rewind(self._sequence, n_positions):
                     n_positions = 0
-        self._cached = min(n_positions, self._cached)
+                self._cached = n_positions
+
+    def _restore_kept(self, n_live: int, n_reached: int) -> bool:
+        """Take up the longest beginning that was kept, if it is longer than the ``n_reached``
+        positions that are reached without. ``n_live`` of them are in the sequence, windows apart.
+        """
+        assert self._sequence is not None
+        last = self._positions.last_start()
+        if self._prompts is None or last < n_reached + MIN_STATE:
+            return False
+        found = self._prompts.find(self._positions.codes()[:last], n_live)
+        if found is None or found.position < n_reached + MIN_STATE:
+            return False
+        self._boundary = 0
+        if self._restored(self._sequence, found):
+            self._cached = found.position
+        else:
+            self._prompts.forget(found)
+            self._context.clear(self._sequence)
+            self._cached = 0
+        return True
+
+    def _restored(self, sequence: int, found: Found) -> bool:
+        context = self._context
+        if found.state is not None and not context.restore(sequence, found.state.data):
+            return False
+        if found.window is not None:
+            return context.restore_window(sequence, found.window.data, found.position)
+        n_held = context.length(sequence)
+        return n_held == found.position or context.rewind(sequence, found.position)
 
     def piece(self, token: int) -> bytes:
         """The bytes a token stands for; none for control tokens."""
@@ -184,6 +234,7 @@ class Session:
 
     def end(self) -> Prefilled:
         self._busy = False
+        self._boundary = self._cached
         prefilled = Prefilled(self._n_prefilled, self._prefill_s)
         self._n_prefilled, self._prefill_s = 0, 0.0
         return prefilled
@@ -218,12 +269,17 @@ class Session:
     def _prefill_pass(self, sequence: int, end: int, outputs: Outputs) -> None:
         """One pass over the weights: the next positions of one kind, an ubatch of them at most."""
         start = self._cached
-        stop = min(end, start + self._context.settings.n_ubatch)
+        if start == self._boundary:
+            self._checkpoint(sequence)
+        mark = self._next_stop(end)
+        stop = min(mark, start + self._context.settings.n_ubatch)
         if stop < end and (block := self._positions.block_start(stop)) < stop:
             stop = block if block > start else end  # the rows of a block are decoded together
         position, span = next(self._positions.runs(start, stop))
         last = position + len(span) == end
         self._decode(sequence, position, span, outputs if last else "none")
+        if self._cached == mark < end:
+            self._checkpoint(sequence)
 
     def _decode(self, sequence: int, position: int, span: Span, outputs: Outputs) -> None:
         if isinstance(span, Tokens):
@@ -231,27 +287,80 @@ class Session:
         self._context.decode(sequence, position, span, outputs)
         self._cached = position + len(span)
 
+    def _next_stop(self, end: int) -> int:
+        """Where the next state or window is kept, or ``end``. Never inside a block whose rows
+        attend to each other.
+        """
+        if not self._remember:
+            return end
+        next_checkpoint = (self._cached // CHECKPOINT_EVERY + 1) * CHECKPOINT_EVERY
+        stops = {self._n_stable, *range(next_checkpoint, end, CHECKPOINT_EVERY)}
+        return min(
+            (s for s in stops if self._cached < s < end and self._positions.block_start(s) == s),
+            default=end,
+        )
+
+    def _checkpoint(self, sequence: int) -> None:
+        """Keep what leads back here. The sliding layers are read back at once: cells that lie as
+        they will after a restore give the same bits.
+        """
+        self._boundary = 0
+        if not self._remember or not self._cached:
+            return
+        assert self._prompts is not None
+        codes = self._positions.codes()[: self._cached]
+        if not self._prompts.make_room(self._context.state_bytes(sequence, window=True)):
+            return
+        window = self._context.save_window(sequence)
+        if not self._context.restore_window(sequence, window, self._cached):
+            self._cached = 0
+            raise RuntimeFailure("the engine refused the state that it had just given")
+        self._prompts.keep_window(codes, window)
+        if self._cached == self._n_stable:
+            self._keep_state(sequence, codes, on_disk=True)
+
+    def _keep_state(self, sequence: int, codes: np.ndarray, *, on_disk: bool) -> None:
+        assert self._prompts is not None
+        if len(codes) < MIN_STATE or self._prompts.holds(codes):
+            return
+        if self._prompts.make_room(self._context.state_bytes(sequence)):
+            self._prompts.keep(codes, self._context.save(sequence), on_disk=on_disk)
+
+    def _park(self, *, on_disk: bool = False) -> None:
+        """Keep what the sequence holds before it is lost."""
+        if self._remember and self._sequence is not None and self._cached:
+            with self._context.lock:
+                codes = self._positions.codes()[: self._cached]
+                self._keep_state(self._sequence, codes, on_disk=on_disk)
+
     def _held_sequence(self) -> int:
-        """This session's sequence, taken now (and then empty) if it has none."""
+        """This session's sequence, taken now if it has none: empty then, or with what was kept of
+        its beginning.
+        """
         if self._sequence is None:
             self._sequence = self._sequences.take(self)
             self._context.clear(self._sequence)
             self._cached = 0
+            self._restore_kept(0, 0)
         return self._sequence
 
     def give_up_sequence(self) -> int:
-        """Leave the sequence to another session; what was appended stays and is prefilled again
-        when it is needed. Raises RuntimeFailure while an answer is generated.
+        """Leave the sequence to another session; what was appended stays, and is restored or
+        prefilled again when it is needed. Raises RuntimeFailure while an answer is generated.
         """
         if self._busy or self._sequence is None:
             raise RuntimeFailure(
                 "every sequence of the KV cache is busy generating; load with a larger n_seq_max"
             )
+        self._park()
         sequence, self._sequence, self._cached = self._sequence, None, 0
         return sequence
 
-    def close(self) -> None:
+    def close(self, *, keep: bool = True) -> None:
+        """Give the sequence back. ``keep``: what it holds is kept where the model keeps prompts."""
         if self._sequence is not None:
+            if keep and self._context.is_open:
+                self._park(on_disk=True)
             self._sequences.give_back(self._sequence)
             self._sequence, self._cached = None, 0
 
@@ -271,7 +380,7 @@ class Session:
         settings, state = self._context.settings, b""
         with self._context.lock:
             if self._sequence is not None and self._cached:
-                state = self._context.save(self._sequence)
+                state = bytes(self._context.save(self._sequence))
         saved = Saved(
             bundle_sha256=self._sequences.identity,
             n_ctx=settings.n_ctx,

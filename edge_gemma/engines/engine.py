@@ -20,6 +20,7 @@ from edge_gemma.options import Logprob, Sampling
 from edge_gemma.plan.records import Settings
 from edge_gemma.spans import Span
 
+Buffer = bytes | bytearray | memoryview
 Outputs = Literal["none", "last"]
 EVALUATE_ROWS = 64  # logits rows per block in Context.evaluate: 64 × 262,144 × 4 bytes = 64 MiB
 
@@ -65,6 +66,9 @@ class Context(Protocol):
     def clear(self, sequence: int) -> None:
         """Forget the whole sequence."""
 
+    def can_rewind(self, sequence: int, position: int) -> bool:
+        """Whether :meth:`rewind` can do it exactly."""
+
     def rewind(self, sequence: int, position: int) -> bool:
         """Forget ``position`` and everything after it. False when that cannot be done exactly (the
         cells of a sliding window are gone): then the sequence is empty.
@@ -73,14 +77,27 @@ class Context(Protocol):
     def length(self, sequence: int) -> int:
         """Positions that the sequence holds."""
 
-    def save(self, sequence: int) -> bytes:
+    def state_bytes(self, sequence: int, *, window: bool = False) -> int:
+        """How many bytes :meth:`save` or (``window``) :meth:`save_window` will give now."""
+
+    def save(self, sequence: int) -> bytearray:
         """The engine's own bytes of a sequence, for a context of the same file, n_ctx and KV type.
         Raises RuntimeFailure.
         """
 
-    def restore(self, sequence: int, state: bytes) -> bool:
+    def restore(self, sequence: int, state: Buffer) -> bool:
         """Take over what :meth:`save` gave. False when the engine refuses it: then the sequence is
         empty. The caller has checked where the bytes come from.
+        """
+
+    def save_window(self, sequence: int) -> bytearray:
+        """The sliding layers alone: the only part of a sequence that is lost as it grows. Raises
+        RuntimeFailure.
+        """
+
+    def restore_window(self, sequence: int, window: Buffer, position: int) -> bool:
+        """Go back to ``position`` with what :meth:`save_window` gave there; the sequence must still
+        hold the positions before it. False when the engine refuses it: then the sequence is empty.
         """
 
     def cancel(self) -> None:
@@ -88,6 +105,10 @@ class Context(Protocol):
 
     def clear_cancel(self) -> None:
         """Forget an earlier :meth:`cancel`."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the model was not closed yet."""
 
     def check_open(self) -> None:
         """Raises RuntimeFailure when the model was closed."""
@@ -179,6 +200,10 @@ class Weights(Protocol):
 
     @property
     def decoder(self) -> Decoder: ...
+
+    @property
+    def version(self) -> str:
+        """The engine's name and version: states of another one are not taken."""
 
     def prefetch(self, ids: Iterable[int]) -> None:
         """Ask the disk for the table rows of these tokens before they are needed."""

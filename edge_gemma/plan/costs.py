@@ -98,6 +98,7 @@ class Costs:
             Item("compute buffers", self.compute_bytes(s), "anon", AFTER_LOAD),
             Item("logits and sampling", logits, "anon", ("prefill", "decode")),
             *self._structured(s),
+            Item("prompt cache", s.prompt_cache_bytes, "anon", AFTER_LOAD),
             Item("LoRA adapters", self.lora_bytes, "anon", PHASES),
             *self._encoders(s),
             *self._mapped_while_loading(s),
@@ -165,14 +166,27 @@ class Costs:
         if self.manifest.embedding is not None:  # each text is computed whole, and nothing is kept
             return
         decoder = self.manifest.decoder
-        values, nbytes = TYPE_SIZES[s.kv_type.upper()]
-        cell = 2 * decoder.n_head_kv * decoder.head_dim * nbytes // values  # K and V of one layer
+        cell = self._cell_bytes(s)
         n_global = sum(kind == "global" for kind in decoder.kv_layers)
         n_sliding = len(decoder.kv_layers) - n_global
         global_bytes = n_global * cell * _pad(s.n_ctx) * s.n_seq_max
         sliding_bytes = n_sliding * cell * self.sliding_cells(s) * s.n_seq_max
         yield Item("KV cache, global layers", global_bytes, "anon", AFTER_LOAD)
         yield Item("KV cache, sliding layers", sliding_bytes, "anon", AFTER_LOAD)
+
+    def state_bytes(self, s: Settings) -> int:
+        """A kept state of the KV cache, of a conversation that fills the context."""
+        decoder = self.manifest.decoder
+        n_global = sum(kind == "global" for kind in decoder.kv_layers)
+        window = min(s.n_ctx, decoder.sliding_window)  # llama.cpp saves no more of a sliding layer
+        n_sliding = len(decoder.kv_layers) - n_global
+        return self._cell_bytes(s) * (n_global * s.n_ctx + n_sliding * window)
+
+    def _cell_bytes(self, s: Settings) -> int:
+        """K and V of one position in one layer."""
+        decoder = self.manifest.decoder
+        values, nbytes = TYPE_SIZES[s.kv_type.upper()]
+        return 2 * decoder.n_head_kv * decoder.head_dim * nbytes // values
 
     def sliding_cells(self, s: Settings) -> int:
         """llama-kv-cache-iswa.cpp: the window and one ubatch, padded."""

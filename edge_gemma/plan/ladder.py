@@ -11,7 +11,8 @@ conceded:
 
 0. At the level ``performance``, which begins with 16384 tokens of context and 512 of a prefill
    step: context → 8192 → 4096. ``efficiency`` begins with 2048 and 128, ``balanced`` with 4096 and
-   256.
+   256. Then the prompt cache, where it was left to the plan: three states of a whole context, one,
+   none.
 1. ``n_ubatch`` 256 → 128 → 64: smaller compute buffers, slower prefill. Never below 256 where an
    image must fit one ubatch.
 2. KV cache f16 → q8_0: half the cache, a small loss of precision.
@@ -61,6 +62,7 @@ LEVELS: dict[Level, tuple[int, int]] = {
     "performance": (16384, 512),
 }
 MIN_N_CTX = 64
+PROMPT_CACHE_STATES = (3, 1, 0)  # of a whole context, that are kept unless bytes are named
 
 
 def make_plan(
@@ -81,7 +83,7 @@ def make_plan(
         else min(request.budget_bytes, device.usable_bytes)
     )
     costs = Costs(manifest, device, request, repacks)
-    for settings, concessions in _ladder(manifest, device, request):
+    for settings, concessions in _ladder(manifest, device, request, costs):
         candidate = _plan(costs.items(settings), settings, concessions, budget)
         if candidate.fits:
             break
@@ -122,7 +124,9 @@ def _check(manifest: Manifest, request: PlanRequest) -> None:
         require(manifest, sense)
 
 
-def _ladder(manifest: Manifest, device: Device, request: PlanRequest) -> Iterator[Rung]:
+def _ladder(
+    manifest: Manifest, device: Device, request: PlanRequest, costs: Costs
+) -> Iterator[Rung]:
     """Settings from the most comfortable to the most frugal, with what was conceded on the way."""
     senses = wanted_senses(manifest, request)
     train = manifest.decoder.n_ctx_train
@@ -139,15 +143,18 @@ def _ladder(manifest: Manifest, device: Device, request: PlanRequest) -> Iterato
         kv_type=request.kv_type or "f16",
         repack=True if request.repack is None else request.repack,
         n_gpu_layers=request.n_gpu_layers or 0,
+        prompt_cache_bytes=request.prompt_cache_bytes or 0,
     )
     if manifest.embedding is not None:
-        yield from _embedding_ladder(replace(settings, n_ubatch=n_ctx), request)
+        settings = replace(settings, n_ubatch=n_ctx, prompt_cache_bytes=0)
+        yield from _embedding_ladder(settings, request)
         return
-    last: Rung = (settings, ())
+    last: Rung = next(_prompt_caches(settings, (), request, costs), (settings, ()))
     yield last
     smallest = 256 if image_in_one_ubatch else 0
     steps: list[Callable[[Rung], Iterator[Rung]]] = [
         lambda rung: _contexts(*rung, request, LARGE_N_CTX_LADDER),
+        lambda rung: _prompt_caches(*rung, request, costs),
         lambda rung: _ubatches(*rung, request, smallest),
         lambda rung: _smaller_kv(*rung, request),
         lambda rung: _contexts(*rung, request, N_CTX_LADDER),
@@ -196,6 +203,18 @@ def _ubatches(
         if request.n_ubatch is None and smallest <= n_ubatch < settings.n_ubatch:
             settings = replace(settings, n_ubatch=n_ubatch)
             yield settings, (*done, f"n_ubatch {n_ubatch}: slower prefill")
+
+
+def _prompt_caches(
+    settings: Settings, done: Done, request: PlanRequest, costs: Costs
+) -> Iterator[Rung]:
+    for n_states in PROMPT_CACHE_STATES if request.prompt_cache_bytes is None else ():
+        kept_bytes = n_states * costs.state_bytes(settings)
+        size = f"prompt cache of {format_bytes(kept_bytes)}" if kept_bytes else "no prompt cache"
+        conceded = (
+            () if n_states == PROMPT_CACHE_STATES[0] else (f"{size}: more is prefilled again",)
+        )
+        yield replace(settings, prompt_cache_bytes=kept_bytes), (*done, *conceded)
 
 
 def _embedding_ladder(settings: Settings, request: PlanRequest) -> Iterator[Rung]:

@@ -29,6 +29,7 @@ class Settings:
     n_gpu_layers: int = 0
     flash_attention: bool = True
     guidance: bool = True  # schemas by llguidance's tables, else by llama.cpp's grammar
+    prompt_cache_bytes: int = 0  # for kept states of the KV cache; 0: none are kept
     # both stay open, or each is opened when it is needed and closed before the other
     encoders: Literal["resident", "one at a time"] = "resident"
 
@@ -47,6 +48,8 @@ class PlanRequest:
     n_gpu_layers: int | None = None
     senses: tuple[Sense, ...] | None = None  # whose encoders to count; None: all the bundle has
     lora_bytes: int = 0
+    # for kept states of the KV cache; None: as much as serves, and less where that does not fit
+    prompt_cache_bytes: int | None = 0
     structured: bool = False  # answers will be held to JSON schemas: count what that takes
     level: Level = "balanced"
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import product, takewhile
 
 import numpy as np
 
@@ -127,6 +127,19 @@ class Prompt:
         bring their soft tokens. Raises UsageError, BundleError (the template).
         """
         return self._fill(self._pieces(messages, tools, continued, generate), pad_audio)
+
+    def stable_length(
+        self, messages: Sequence[Message | Mapping], *, tools: Sequence[Mapping] = ()
+    ) -> int:
+        """How many positions at the beginning come from the system text and the tools alone,
+        whatever is said then; 0 without both. Raises UsageError, BundleError.
+        """
+        head = [message for message in messages[:1] if _role(message) == "system"]
+        if not head and not tools:
+            return 0
+        said = [self.spans([*head, Message("user", text)], tools=tools) for text in ("a", "0")]
+        ids = [[token for span in spans for token in getattr(span, "ids", ())] for spans in said]
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*ids, strict=False)))
 
     def listening(
         self,
@@ -322,6 +335,10 @@ class Prompt:
         if name not in self.manifest.special_tokens:
             raise UsageError(f"this bundle cannot {verb}: its vocabulary has no {name!r} token")
         return self.manifest.special_tokens[name]
+
+
+def _role(message: Message | Mapping) -> object:
+    return message.get("role") if isinstance(message, Mapping) else message.role
 
 
 def call_style(manifest: Manifest) -> CallStyle:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_gemma.errors import RuntimeFailure
-from edge_gemma.files import written_whole
+from edge_gemma.files import cache_folder, written_whole
 from edge_gemma.units import MiB
 
 DEFAULT_CAP_BYTES = 256 * MiB  # 128 pictures at Gemma 3n's 256 × 2048 float32
@@ -29,9 +29,7 @@ _MAX_HEADER_BYTES = 4096  # of a .npy file, generously
 
 def default_folder() -> Path:
     """``$XDG_CACHE_HOME/edge-gemma/soft-tokens``, or the same under ``~/.cache``."""
-    chosen = os.environ.get("XDG_CACHE_HOME")
-    cache = Path(chosen) if chosen else Path.home() / ".cache"
-    return cache / "edge-gemma" / "soft-tokens"
+    return cache_folder("soft-tokens")
 
 
 class SoftTokenCache:

@@ -263,7 +263,10 @@ class Service:
         spans, dropped = self._prompt(request)
         session = self._take_session(spans)
         try:
-            session.replace(spans)
+            n_stable = 0
+            if session.shared(spans) < _length(spans) // 2:
+                n_stable = self.model.prompt.stable_length(request.messages, tools=request.tools)
+            session.replace(spans, n_stable=n_stable)
             lane = loop.add(session, request.sampling)
         except BaseException:
             self._idle.append(session)
@@ -300,7 +303,7 @@ class Service:
             self._count(chunk, answer)
         if lane.error is not None:
             # what the engine's cache holds behind the failure is not known
-            running.session.close()
+            running.session.close(keep=False)
             self._idle.insert(0, Session(self.model.sequences))
             answer.end(lane.error)
             return
@@ -343,7 +346,7 @@ class Service:
         except Exception:
             log.exception("the token loop could not be closed")
         for running in failed:
-            running.session.close()
+            running.session.close(keep=False)
             self._idle.insert(0, Session(self.model.sequences))
             running.answer.end(_internal(error))
 

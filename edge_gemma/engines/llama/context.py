@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from edge_gemma.bundles.gguf import TYPE_IDS
-from edge_gemma.engines.engine import Outputs
+from edge_gemma.engines.engine import Buffer, Outputs
 from edge_gemma.engines.llama import library as llama
 from edge_gemma.errors import Cancelled, RuntimeFailure, UsageError
 from edge_gemma.plan.records import Settings
@@ -314,33 +314,63 @@ class Context:
 
         llama_memory_seq_rm says True even when they are, and the next logits are silently wrong.
         """
-        oldest = self._low.llama_memory_seq_pos_min(self._memory, sequence)
-        if position == 0 or oldest > max(0, position - self._model.n_swa):
+        if position == 0 or not self.can_rewind(sequence, position):
             self.clear(sequence)
             return position == 0
         return bool(self._low.llama_memory_seq_rm(self._memory, sequence, position, -1))
 
+    def can_rewind(self, sequence: int, position: int) -> bool:
+        # a token attends to itself and the n_swa - 1 before it
+        oldest = self._low.llama_memory_seq_pos_min(self._memory, sequence)
+        return position == 0 or oldest <= max(0, position - self._model.n_swa + 1)
+
     def length(self, sequence: int) -> int:
         return self._low.llama_memory_seq_pos_max(self._memory, sequence) + 1
 
-    def save(self, sequence: int) -> bytes:
+    def state_bytes(self, sequence: int, *, window: bool = False) -> int:
+        return self._low.llama_state_seq_get_size_ext(self._ctx, sequence, self._part(window))
+
+    def save(self, sequence: int) -> bytearray:
         """llama.cpp's own bytes of one sequence's cells. Restore only into a context of the same
         file, n_ctx and KV type.
         """
-        size = self._low.llama_state_seq_get_size(self._ctx, sequence)
-        buffer = (ctypes.c_uint8 * size)()
-        written = self._low.llama_state_seq_get_data(self._ctx, buffer, size, sequence)
-        if written == 0:
-            raise RuntimeFailure("llama.cpp could not save the conversation's state")
-        return bytes(memoryview(buffer)[:written])
+        return self._saved(sequence, window=False)
 
-    def restore(self, sequence: int, state: bytes) -> bool:
+    def save_window(self, sequence: int) -> bytearray:
+        return self._saved(sequence, window=True)
+
+    def restore(self, sequence: int, state: Buffer) -> bool:
         self.clear(sequence)
-        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-        if self._low.llama_state_seq_set_data(self._ctx, buffer, len(state), sequence) == 0:
-            self.clear(sequence)
+        return self._restored(sequence, state, window=False)
+
+    def restore_window(self, sequence: int, window: Buffer, position: int) -> bool:
+        if not self._restored(sequence, window, window=True):
             return False
-        return True
+        # the other layers go back, too
+        self._low.llama_memory_seq_rm(self._memory, sequence, position, -1)
+        return self.length(sequence) == position
+
+    def _part(self, window: bool) -> int:
+        low = self._low
+        return low.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY if window else low.LLAMA_STATE_SEQ_FLAGS_NONE
+
+    def _saved(self, sequence: int, *, window: bool) -> bytearray:
+        size, flags = self.state_bytes(sequence, window=window), self._part(window)
+        state = bytearray(size)
+        buffer = (ctypes.c_uint8 * size).from_buffer(state)
+        if self._low.llama_state_seq_get_data_ext(self._ctx, buffer, size, sequence, flags) != size:
+            raise RuntimeFailure("llama.cpp could not save the conversation's state")
+        return state
+
+    def _restored(self, sequence: int, state: Buffer, *, window: bool) -> bool:
+        data = np.frombuffer(state, np.uint8)  # no copy: a state is up to a hundred MiB
+        pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        read = self._low.llama_state_seq_set_data_ext(
+            self._ctx, pointer, data.size, sequence, self._part(window)
+        )
+        if read == 0:
+            self.clear(sequence)
+        return bool(read)
 
     def close(self) -> None:
         self.cancel()
@@ -350,6 +380,10 @@ class Context:
                 with llama.interrupts_held():
                     self._low.llama_free(self._ctx)
                     self._ctx = None
+
+    @property
+    def is_open(self) -> bool:
+        return bool(self._ctx)
 
     def check_open(self) -> None:
         if not self._ctx:

@@ -33,6 +33,13 @@ _reported: list[tuple[str, int]] = []  # (buffer, bytes) of every "… buffer si
 _log_lock = threading.Lock()
 
 
+def version() -> str:
+    """Its name and version, as states of the KV cache depend on it."""
+    import llama_cpp
+
+    return f"llama-cpp-python {llama_cpp.__version__}"
+
+
 def set_verbose(on: bool) -> None:
     """Let llama.cpp's log through to stderr (`-v`)."""
     global _VERBOSE

@@ -30,7 +30,7 @@ from edge_gemma.bundles.folder import Bundle
 from edge_gemma.bundles.gguf import TYPE_IDS
 from edge_gemma.bundles.manifest import Manifest, Tensor, end_tokens, is_loaded_to_multiply
 from edge_gemma.engines.llama.decoder import Decoder
-from edge_gemma.engines.llama.library import repacks
+from edge_gemma.engines.llama.library import repacks, version
 from edge_gemma.errors import BundleError
 from edge_gemma.machine.footprint import PAGE_BYTES, mapping_of
 from edge_gemma.plan.records import Plan
@@ -162,6 +162,10 @@ class Weights:
         """Give back the rows that were looked up since the last call; the page cache keeps them."""
         for start, length in self._addresses:
             _madvise(start, length, _MADV_DONTNEED)
+
+    @property
+    def version(self) -> str:
+        return version()
 
     def prefetch(self, ids: Iterable[int]) -> None:
         """Ask the kernel for the rows of these tokens at once: on an SD card that saves a fault,
