@@ -85,6 +85,8 @@ class Costs:
         vocabulary = decoder.n_vocab * VOCABULARY_BYTES_PER_TOKEN
         # a row of logits and a sampler's candidates for each sequence, and the ids in order
         logits = decoder.n_vocab * ((4 + 12) * s.n_seq_max + 4)
+        # with several sequences, one's clip may be encoded while the others' tokens are decoded
+        sampled_in = AFTER_LOAD if s.n_seq_max > 1 else ("prefill", "decode")
         if self.manifest.embedding is not None:
             # llama.cpp reserves a row for each token; engines/llama/output_rows.py takes their
             # memory away where pages can be given back
@@ -96,7 +98,7 @@ class Costs:
             *self._weights(s),
             *self._kv(s),
             Item("compute buffers", self.compute_bytes(s), "anon", AFTER_LOAD),
-            Item("logits and sampling", logits, "anon", ("prefill", "decode")),
+            Item("logits and sampling", logits, "anon", sampled_in),
             *self._structured(s),
             Item("prompt cache", s.prompt_cache_bytes, "anon", AFTER_LOAD),
             Item("LoRA adapters", self.lora_bytes, "anon", PHASES),

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from edge_gemma.conversation.session import Session
 from edge_gemma.conversation.stream import Chunk
 from edge_gemma.errors import EdgeGemmaError
-from edge_gemma.messages import Message, Part
+from edge_gemma.messages import Audio, Image, Message, Part
 from edge_gemma.options import Sampling
 
 BUFFERED_CHUNKS = 64
@@ -29,7 +29,7 @@ class GenerationRequest:
 
     ``tools`` are described in the prompt. ``truncate`` forgets the oldest turns of a conversation
     that does not fit the context; without, it is refused. ``pad_audio`` fills each clip to 188 rows
-    as transformers does.
+    as transformers does. ``urgent`` requests (a person waits for what was spoken) go before others.
     """
 
     messages: Sequence[Message] = ()
@@ -38,6 +38,14 @@ class GenerationRequest:
     tools: Sequence[Mapping] = ()
     truncate: bool = False
     pad_audio: bool = True
+    urgent: bool = False
+
+    @property
+    def media(self) -> list[Image | Audio]:
+        """The pictures and sounds that must be encoded before the prompt is known."""
+        contents = [self.prompt or (), *(message.content for message in self.messages)]
+        parts = [part for content in contents if not isinstance(content, str) for part in content]
+        return [part for part in parts if isinstance(part, Image | Audio) and part.rows is None]
 
 
 class Answer:
@@ -105,7 +113,7 @@ class Answer:
 
     def begin(self, session: Session) -> None:
         """From here on :meth:`cancel` stops this session."""
-        self.began_s = time.perf_counter()
+        self.began_s = self.began_s or time.perf_counter()
         with self._lock:
             self._session = session
 

@@ -1,10 +1,11 @@
 """One model for many callers: a bounded queue, and one worker thread that drives the token loop.
 
-In: whole conversations, from any number of tasks of an event loop. Out: answers, chunk by chunk. Up
-to ``n_seq_max`` of them are generated together, one decode per token for all. Nothing is kept for a
-caller; what a conversation shares with an earlier one is reused from the KV cache all the same.
-Encoding pictures and sound, prefill and decode are done by the one worker, so that the plan's
-memory is never exceeded. This module knows no protocol.
+In: whole conversations, and turns that are still being spoken, from any number of tasks of an event
+loop. Out: answers, chunk by chunk. Up to ``n_seq_max`` of them are generated together, one decode
+per token for all, and between two of them at most one ubatch of somebody's prompt. Nothing is kept
+for a caller; what a conversation shares with an earlier one is reused from the KV cache all the
+same. Pictures and sound are encoded by a second thread, one at a time, for those who have a lane
+already, so that the plan's memory is never exceeded. This module knows no protocol.
 """
 
 from __future__ import annotations
@@ -14,34 +15,40 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from edge_gemma.conversation.fitting import fit
+from edge_gemma.bundles.manifest import require
 from edge_gemma.conversation.generation import Lane, TokenLoop
 from edge_gemma.conversation.session import Session
 from edge_gemma.conversation.stream import Chunk
 from edge_gemma.errors import (
     Cancelled,
-    ContextFull,
     EdgeGemmaError,
     RuntimeFailure,
     ServiceBusy,
     UsageError,
     first_line,
 )
-from edge_gemma.messages import Message
+from edge_gemma.hearing.encoder import Encoder
+from edge_gemma.messages import Image
 from edge_gemma.serve.answer import Answer, GenerationRequest
-from edge_gemma.spans import Span
+from edge_gemma.serve.lanes import Heard, Running, Slot, running_slot, slot
+from edge_gemma.serve.prompting import Prompting, n_positions
+from edge_gemma.serve.spoken import SpokenAnswer
+from edge_gemma.spans import Rows, Span
 
 if TYPE_CHECKING:
     from edge_gemma.model import Model
 
 log = logging.getLogger("edge_gemma.serve")
+_AnAnswer = TypeVar("_AnAnswer", bound=Answer)
 
 # a session is continued when at least this share of the prompt is in its cache already
 REUSED_SHARE = 0.25
+_CUT_OFF = "the server is shutting down; the answer was cut off"
 _LAST_CUT_S = 5.0  # for what was cut off to end
 
 
@@ -76,18 +83,12 @@ class _Counts:
     answer_s: float = 0.0  # seconds from leaving the queue to the end, of recent answers on average
 
 
-@dataclass
-class _Running:
-    answer: Answer
-    session: Session
-    dropped_turns: int
-
-
 class Service:
     """Many conversations on one model. Close it before the model.
 
     ``max_waiting`` requests wait beside those that are generated; beyond it :meth:`submit` raises
-    ServiceBusy. The model is the service's alone while it is open.
+    ServiceBusy. ``n_urgent`` of the lanes are kept for urgent requests, so that a spoken turn finds
+    one free while texts are generated. The model is the service's alone while it is open.
 
     >>> import asyncio
     >>> async def ask(service, text):
@@ -101,17 +102,26 @@ class Service:
     ('length', True)
     """
 
-    def __init__(self, model: Model, *, max_waiting: int = 32):
-        self.model, self.max_waiting = model, max_waiting
+    def __init__(self, model: Model, *, max_waiting: int = 32, n_urgent: int = 0):
+        self.model, self.max_waiting, self.n_urgent = model, max_waiting, n_urgent
         self.n_lanes = model.plan.settings.n_seq_max
+        if not 0 <= n_urgent < self.n_lanes:
+            raise UsageError(
+                f"{n_urgent} of {self.n_lanes} lanes cannot be kept for urgent requests; load with "
+                f"n_seq_max ≥ {n_urgent + 1}"
+            )
         self.n_ctx = model.plan.settings.n_ctx
         self._changed = threading.Condition()
         self._waiting: deque[Answer] = deque()
         self._open: set[Answer] = set()  # not closed by their readers
-        self._running: dict[int, _Running] = {}  # by the lane's index
+        self._running: dict[int, Running] = {}  # by the lane's index
         self._idle = [Session(model.sequences) for _ in range(self.n_lanes)]  # longest idle first
         self._counts = _Counts()
-        self._preparing = 0  # 1 while the worker makes a request's prompt
+        self._prompting = Prompting(model)
+        self._encoding: dict[Answer, Future[GenerationRequest]] = {}
+        self._listening: list[Heard] = []  # the one whose turn it is first
+        self._beginning: Answer | None = None  # the worker makes its prompt
+        self._encoders = ThreadPoolExecutor(1, thread_name_prefix="edge-gemma-encode")
         self._closing = self._cut_off = False
         self._worker = threading.Thread(target=self._work, name="edge-gemma-serve", daemon=True)
         self._worker.start()
@@ -125,23 +135,64 @@ class Service:
         """
         if (request.prompt is None) == (not request.messages):
             raise UsageError("give messages or a prompt, and not both")
+        return self._queued(request, Answer)
+
+    def listen(self, request: GenerationRequest) -> SpokenAnswer:
+        """Queue a turn that is still being spoken: the last message holds one ``Audio()``. Call it
+        in an event loop, then push samples while the prompt is prefilled.
+
+        Raises what :meth:`submit` raises, and UnsupportedModel (a bundle that cannot hear).
+        """
+        require(self.model.bundle.manifest, "audio")
+        if len([part for part in request.media if part.source is None]) != 1:
+            raise UsageError("a spoken turn is a message with one Audio() that is still to come")
+        if len(request.media) > 1:
+            raise UsageError("a spoken turn takes earlier pictures and clips as soft tokens only")
+
+        def spoken(*given: Any) -> SpokenAnswer:
+            return SpokenAnswer(*given, self._encoders, self._open_stream, self._notify)
+
+        return self._queued(request, spoken)
+
+    def _queued(self, request: GenerationRequest, make: Callable[..., _AnAnswer]) -> _AnAnswer:
         with self._changed:
-            self._check_admission()
-            n_busy = len(self._running) + self._preparing + len(self._waiting)
-            place = max(0, n_busy + 1 - self.n_lanes)
-            answer = Answer(request, place, self._closed)
+            self._check_admission(request.urgent)
+            place = max(0, len(self._waiting) + 1 - self._n_free(request.urgent))
+            answer = make(request, place, self._closed)
             self._waiting.append(answer)
             self._open.add(answer)
             self._changed.notify()
         return answer
 
-    def _check_admission(self) -> None:
+    def _open_stream(self) -> Encoder:
+        return self.model.senses.audio().stream()
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify()
+
+    def _n_free(self, urgent: bool) -> int:
+        """Lanes that such a request could have now."""
+        busy = self._busy()
+        n_free = self.n_lanes - len(busy)
+        if urgent:
+            return n_free
+        n_kept = self.n_urgent - sum(answer.request.urgent for answer in busy)
+        return max(0, n_free - max(0, n_kept))
+
+    def _busy(self) -> list[Answer]:
+        """Those that have a lane."""
+        running = [running.answer for running in self._running.values()]
+        listening: list[Answer] = [heard.answer for heard in self._listening]
+        beginning = [] if self._beginning is None else [self._beginning]
+        return list(dict.fromkeys([*running, *listening, *self._encoding, *beginning]))
+
+    def _check_admission(self, urgent: bool) -> None:
         if self._closing or not self._worker.is_alive():
             self._counts.refused += 1
             raise ServiceBusy("the server is shutting down")
-        n_free = self.n_lanes - len(self._running) - self._preparing
         n_allowed = self.n_lanes + self.max_waiting
-        too_many_waiting = len(self._waiting) >= max(0, n_free) + self.max_waiting
+        too_many_waiting = len(self._waiting) >= self._n_free(urgent) + self.max_waiting
         # answers that are there and not read take memory, too
         if not too_many_waiting and len(self._open) < 2 * n_allowed:
             return
@@ -152,6 +203,16 @@ class Service:
             retry_after_s=max(1.0, waiting_s),
         )
 
+    def slots(self) -> list[Slot]:
+        """What each busy lane does now; lanes that are not in it are idle."""
+        with self._changed:
+            encoding = [slot("encoding", answer) for answer in self._encoding]
+            heard = [
+                slot("listening", heard.answer, heard.session.length) for heard in self._listening
+            ]
+            running = [running_slot(running) for running in self._running.values()]
+        return [*running, *heard, *encoding]
+
     def health(self) -> Health:
         with self._changed:
             counts, live = self._counts, self._worker.is_alive()
@@ -159,7 +220,7 @@ class Service:
                 live=live,
                 ready=live and not self._closing and len(self._waiting) < self.max_waiting,
                 n_lanes=self.n_lanes,
-                n_running=len(self._running) + self._preparing,
+                n_running=len(self._busy()),
                 n_waiting=len(self._waiting),
                 max_waiting=self.max_waiting,
                 n_answered=counts.answered,
@@ -189,11 +250,15 @@ class Service:
         if self._worker.is_alive():
             with self._changed:
                 self._cut_off = True
-                cut_off = [running.answer for running in self._running.values()]
+                cut_off = self._busy()
+                self._changed.notify()
             for answer in cut_off:
                 answer.stop_session()
             await asyncio.to_thread(self._worker.join, _LAST_CUT_S)
-        return not self._worker.is_alive()
+        if self._worker.is_alive():
+            return False
+        self._encoders.shutdown()
+        return True
 
     def _closed(self, answer: Answer) -> None:
         """The reader of an answer left."""
@@ -202,6 +267,8 @@ class Service:
             if answer in self._waiting:
                 self._waiting.remove(answer)
                 self._counts.cancelled += 1
+            if answer in self._encoding:
+                self._encoding[answer].cancel()
             self._changed.notify()
 
     # the worker
@@ -211,6 +278,7 @@ class Service:
         while self._wait_for_work():
             try:
                 self._admit(loop)
+                self._hear(loop)
                 self._stop_abandoned()
                 for lane, chunk in loop.step():
                     self._deliver(lane, chunk)
@@ -227,24 +295,67 @@ class Service:
     def _wait_for_work(self) -> bool:
         """False when the service is closed and nothing runs."""
         with self._changed:
-            while not self._running and not self._waiting:
-                if self._closing:
+            while not self._has_work():
+                if self._closing and not self._busy():
                     return False
                 self._changed.wait()
             return True
 
+    def _has_work(self) -> bool:
+        if self._running or self._next() is not None:
+            return True
+        if self._cut_off and self._listening:
+            return True
+        encoded = any(future.done() for future in self._encoding.values())
+        return encoded or any(heard.has_work for heard in self._listening)
+
+    def _next(self) -> Answer | None:
+        """The first of those that wait and may have a lane now; urgent ones before others."""
+        for urgent in (True, False):
+            if self._n_free(urgent):
+                for answer in self._waiting:
+                    if answer.request.urgent == urgent and not self._must_wait(answer):
+                        return answer
+        return None
+
+    def _must_wait(self, answer: Answer) -> bool:
+        """Whether a picture's encoder would take the place of one that hears a turn."""
+        if not (self._listening and self.model.senses.one_at_a_time):
+            return False
+        return any(isinstance(part, Image) for part in answer.request.media)
+
     def _admit(self, loop: TokenLoop) -> None:
-        """Begin the next request, if there is one and a lane for it. One at a time, so that
-        encoding for several does not keep the running ones waiting.
-        """
+        """Begin what was encoded, else the next request, if there is one and a lane for it."""
         with self._changed:
-            if not self._waiting or not self._idle:
+            encoded = [answer for answer, future in self._encoding.items() if future.done()]
+            answer = encoded[0] if encoded else self._next()
+            if answer is None:
                 return
-            answer = self._waiting.popleft()
-            self._preparing = 1
+            if encoded:
+                future = self._encoding.pop(answer)
+            else:
+                self._waiting.remove(answer)
+            self._beginning = answer
         try:
-            self._begin(loop, answer)
-        except Cancelled:
+            if encoded:
+                self._attempt(answer, lambda: self._start(loop, answer, future.result()))
+            else:
+                self._attempt(answer, lambda: self._begin(loop, answer))
+        finally:
+            with self._changed:
+                self._beginning = None
+
+    def _attempt(
+        self, answer: Answer, begin: Callable[[], None], session: Session | None = None
+    ) -> None:
+        """What goes wrong ends the answer, and nobody else's; a ``session`` it had is idle then."""
+        try:
+            if answer.stopped:
+                raise Cancelled(0)
+            begin()
+            return
+        except (Cancelled, CancelledError):
+            self._count_cancelled()
             answer.put(Chunk("", finish_reason="cancelled"))
             answer.end()
         except EdgeGemmaError as error:
@@ -254,27 +365,88 @@ class Service:
             log.exception("a request failed")
             self._count_failed()
             answer.end(_internal(error))
-        finally:
-            with self._changed:
-                self._preparing = 0
+        if session is not None:
+            self._idle.append(session)
 
     def _begin(self, loop: TokenLoop, answer: Answer) -> None:
+        """The answer has a lane from here on."""
         request = answer.request
-        spans, dropped = self._prompt(request)
+        answer.began_s = time.perf_counter()
+        self.model.decoder.check(request.sampling)
+        if isinstance(answer, SpokenAnswer):
+            self._begin_listening(answer)
+        elif request.media:
+            future = self._encoders.submit(self._prompting.encoded, request)
+            with self._changed:
+                self._encoding[answer] = future
+            future.add_done_callback(lambda _: self._notify())
+        else:
+            self._start(loop, answer, request)
+
+    def _start(self, loop: TokenLoop, answer: Answer, request: GenerationRequest) -> None:
+        """The generation begins; ``request`` has its media as soft tokens."""
+        spans, dropped = self._prompting.spans(request)
         session = self._take_session(spans)
         try:
             n_stable = 0
-            if session.shared(spans) < _length(spans) // 2:
+            if session.shared(spans) < n_positions(spans) // 2:
                 n_stable = self.model.prompt.stable_length(request.messages, tools=request.tools)
             session.replace(spans, n_stable=n_stable)
-            lane = loop.add(session, request.sampling)
+            self._run(loop, answer, session, dropped)
         except BaseException:
             self._idle.append(session)
             raise
+
+    def _run(self, loop: TokenLoop, answer: Answer, session: Session, dropped: int) -> None:
+        request = answer.request
+        lane = loop.add(session, request.sampling, urgent=request.urgent)
         answer.begin(session)
         with self._changed:
-            self._preparing = 0
-            self._running[lane.index] = _Running(answer, session, dropped)
+            self._running[lane.index] = Running(answer, session, dropped, lane)
+
+    # turns that are being spoken
+
+    def _begin_listening(self, answer: SpokenAnswer) -> None:
+        fitted = self._prompting.listening(answer.request)
+        session = self._take_session(fitted.rendered.before)
+        session.replace(fitted.rendered.before)
+        answer.begin(session)
+        with self._changed:
+            heard = Heard(answer, session, fitted.rendered.after, fitted.dropped)
+            self._listening.append(heard)
+
+    def _hear(self, loop: TokenLoop) -> None:
+        """At most one ubatch of one turn that is being spoken, in turns."""
+        with self._changed:
+            heard = next((heard for heard in self._listening if heard.has_work), None)
+        if heard is None:
+            return
+        heard.goes_on = False
+        self._attempt(heard.answer, lambda: self._advance(loop, heard), heard.session)
+        with self._changed:
+            self._listening.remove(heard)
+            if heard.goes_on:
+                self._listening.append(heard)
+
+    def _advance(self, loop: TokenLoop, heard: Heard) -> None:
+        session = heard.session
+        rows, spoken = heard.answer.take_rows()
+        for block in rows:
+            session.append([Rows(block)], prefill=False)
+            heard.n_rows += len(block)
+        if spoken:
+            session.append(heard.after(heard.n_rows), prefill=False)
+            self._run(loop, heard.answer, session, heard.dropped_turns)
+            return
+        heard.filled = self._filled(session)
+        heard.goes_on = True
+
+    def _filled(self, session: Session) -> bool:
+        """One ubatch of what was appended → whether nothing is left."""
+        try:
+            return session.prefill_step("none")
+        except Cancelled:
+            return False  # if it was this one's, the next look ends it
 
     def _take_session(self, spans: Sequence[Span]) -> Session:
         """The idle session that has most of the prompt in its cache, else the one that is idle
@@ -282,7 +454,7 @@ class Service:
         """
         shared = [session.shared(spans) for session in self._idle]
         best = max(range(len(shared)), key=shared.__getitem__)
-        if shared[best] < REUSED_SHARE * _length(spans):
+        if shared[best] < REUSED_SHARE * n_positions(spans):
             best = 0
         return self._idle.pop(best)
 
@@ -291,6 +463,13 @@ class Service:
         for running in self._running.values():
             if running.answer.stopped or self._cut_off:
                 running.answer.stop_session()
+        if not self._cut_off:
+            return
+        with self._changed:
+            listening, self._listening = self._listening, []
+        for heard in listening:
+            heard.answer.end(ServiceBusy(_CUT_OFF))
+            self._idle.append(heard.session)
 
     def _deliver(self, lane: Lane, chunk: Chunk) -> None:
         running = self._running[lane.index]
@@ -309,7 +488,7 @@ class Service:
             return
         self._idle.append(running.session)
         if self._cut_off and chunk.finish_reason == "cancelled" and not answer.stopped:
-            answer.end(ServiceBusy("the server is shutting down; the answer was cut off"))
+            answer.end(ServiceBusy(_CUT_OFF))
             return
         if running.dropped_turns and chunk.usage:
             usage = replace(chunk.usage, dropped_turns=running.dropped_turns)
@@ -332,6 +511,10 @@ class Service:
         took_s = time.perf_counter() - (answer.began_s or answer.submitted_s)
         counts.answer_s += (took_s - counts.answer_s) / 8
 
+    def _count_cancelled(self) -> None:
+        with self._changed:
+            self._counts.cancelled += 1
+
     def _count_failed(self) -> None:
         with self._changed:
             self._counts.failed += 1
@@ -353,47 +536,6 @@ class Service:
     def _close_sessions(self) -> None:
         for session in self._idle:
             session.close()
-
-    # prompts
-
-    def _prompt(self, request: GenerationRequest) -> tuple[list[Span], int]:
-        """The spans of a request, media encoded, and how many turns were forgotten."""
-        self.model.decoder.check(request.sampling)
-        n_reserve = min(request.sampling.max_tokens, self.n_ctx // 4)
-        if request.prompt is not None:
-            spans = self.model.spans(request.prompt)
-            self._check_length(spans, n_reserve)
-            return spans, 0
-        messages = [self._encoded(message, n_reserve) for message in request.messages]
-
-        def render(some: Sequence[Message]) -> list[Span]:
-            return self.model.prompt.spans(some, tools=request.tools, pad_audio=request.pad_audio)
-
-        if request.truncate:
-            fitted = fit(messages, render, _length, n_ctx=self.n_ctx, n_reserve=n_reserve)
-            return fitted.rendered, fitted.dropped
-        spans = render(messages)
-        self._check_length(spans, n_reserve)
-        return spans, 0
-
-    def _encoded(self, message: Message, n_reserve: int) -> Message:
-        if isinstance(message.content, str):
-            return message
-        parts = self.model.senses.encoded(message.content, used_tokens=n_reserve)
-        return Message(message.role, parts)
-
-    def _check_length(self, spans: Sequence[Span], n_reserve: int) -> None:
-        n_most = self.n_ctx - min(n_reserve, 64)
-        n = _length(spans)
-        if n > n_most:
-            raise ContextFull(
-                f"the prompt has {n} tokens; this model's context holds {self.n_ctx}, of which "
-                f"{n_most} are for the prompt"
-            )
-
-
-def _length(spans: Sequence[Span]) -> int:
-    return sum(len(span) for span in spans)
 
 
 def _internal(error: Exception) -> EdgeGemmaError:
