@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from edge_gemma.conversation.generation import Lane
 from edge_gemma.conversation.session import Session
+from edge_gemma.conversation.stream import Chunk
 from edge_gemma.serve.answer import Answer
 from edge_gemma.serve.spoken import SpokenAnswer
 from edge_gemma.spans import Span
@@ -49,6 +50,35 @@ class Heard:
     @property
     def has_work(self) -> bool:
         return not self.filled or self.answer.has_news
+
+
+@dataclass
+class Counts:
+    """Since the service was opened."""
+
+    answered: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    refused: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    completion_tokens: int = 0
+    answer_s: float = 0.0  # seconds from leaving the queue to the end, of recent answers on average
+
+    def ended(self, end: Chunk, answer: Answer) -> None:
+        """An answer's last chunk came."""
+        if end.finish_reason == "cancelled":
+            self.cancelled += 1
+        elif end.finish_reason == "failed":
+            self.failed += 1
+        else:
+            self.answered += 1
+        if end.usage is not None:
+            self.prompt_tokens += end.usage.prompt_tokens
+            self.reused_tokens += end.usage.reused_tokens
+            self.completion_tokens += end.usage.completion_tokens
+        took_s = time.perf_counter() - (answer.began_s or answer.submitted_s)
+        self.answer_s += (took_s - self.answer_s) / 8
 
 
 def slot(state: str, answer: Answer, n_prompt: int = 0, n_answer: int = 0) -> Slot:

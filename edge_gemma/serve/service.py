@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from edge_gemma.bundles.manifest import require
 from edge_gemma.conversation.generation import Lane, TokenLoop
@@ -35,7 +35,7 @@ from edge_gemma.errors import (
 from edge_gemma.hearing.encoder import Encoder
 from edge_gemma.messages import Image
 from edge_gemma.serve.answer import Answer, GenerationRequest
-from edge_gemma.serve.lanes import Heard, Running, Slot, running_slot, slot
+from edge_gemma.serve.lanes import Counts, Heard, Running, Slot, running_slot, slot
 from edge_gemma.serve.prompting import Prompting, n_positions
 from edge_gemma.serve.spoken import SpokenAnswer
 from edge_gemma.spans import Rows, Span
@@ -71,18 +71,6 @@ class Health:
     completion_tokens: int
 
 
-@dataclass
-class _Counts:
-    answered: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    refused: int = 0
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    completion_tokens: int = 0
-    answer_s: float = 0.0  # seconds from leaving the queue to the end, of recent answers on average
-
-
 class Service:
     """Many conversations on one model. Close it before the model.
 
@@ -116,7 +104,7 @@ class Service:
         self._open: set[Answer] = set()  # not closed by their readers
         self._running: dict[int, Running] = {}  # by the lane's index
         self._idle = [Session(model.sequences) for _ in range(self.n_lanes)]  # longest idle first
-        self._counts = _Counts()
+        self._counts = Counts()
         self._prompting = Prompting(model)
         self._encoding: dict[Answer, Future[GenerationRequest]] = {}
         self._listening: list[Heard] = []  # the one whose turn it is first
@@ -149,8 +137,11 @@ class Service:
         if len(request.media) > 1:
             raise UsageError("a spoken turn takes earlier pictures and clips as soft tokens only")
 
-        def spoken(*given: Any) -> SpokenAnswer:
-            return SpokenAnswer(*given, self._encoders, self._open_stream, self._notify)
+        def spoken(
+            request: GenerationRequest, place: int, on_closed: Callable[[Answer], None]
+        ) -> SpokenAnswer:
+            encoders = (self._encoders, self._open_stream, self._notify)
+            return SpokenAnswer(request, place, on_closed, *encoders)
 
         return self._queued(request, spoken)
 
@@ -479,7 +470,7 @@ class Service:
             return
         with self._changed:
             del self._running[lane.index]
-            self._count(chunk, answer)
+            self._counts.ended(chunk, answer)
         if lane.error is not None:
             # what the engine's cache holds behind the failure is not known
             running.session.close(keep=False)
@@ -495,21 +486,6 @@ class Service:
             chunk = replace(chunk, usage=usage)
         answer.put(chunk)
         answer.end()
-
-    def _count(self, end: Chunk, answer: Answer) -> None:
-        counts, usage = self._counts, end.usage
-        if end.finish_reason == "cancelled":
-            counts.cancelled += 1
-        elif end.finish_reason == "failed":
-            counts.failed += 1
-        else:
-            counts.answered += 1
-        if usage is not None:
-            counts.prompt_tokens += usage.prompt_tokens
-            counts.reused_tokens += usage.reused_tokens
-            counts.completion_tokens += usage.completion_tokens
-        took_s = time.perf_counter() - (answer.began_s or answer.submitted_s)
-        counts.answer_s += (took_s - counts.answer_s) / 8
 
     def _count_cancelled(self) -> None:
         with self._changed:
