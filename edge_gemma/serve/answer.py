@@ -7,18 +7,22 @@ bounded: a reader that falls behind gets fewer, larger chunks, and holds nobody 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from edge_gemma.conversation.session import Session
 from edge_gemma.conversation.stream import Chunk
 from edge_gemma.errors import EdgeGemmaError
 from edge_gemma.messages import Audio, Image, Message, Part
 from edge_gemma.options import Sampling
+from edge_gemma.serve.visit import Visit, current_visit
 
+log = logging.getLogger("edge_gemma.serve")
 BUFFERED_CHUNKS = 64
 
 
@@ -48,6 +52,33 @@ class GenerationRequest:
         return [part for part in parts if isinstance(part, Image | Audio) and part.rows is None]
 
 
+class Observer:
+    """Who is told what happens. Called by the worker and by the event loop: be quick, and lock.
+
+    Each method does nothing here; what one raises is logged and disturbs nobody.
+    """
+
+    def generated(self, answer: Answer, chunk: Chunk) -> None:
+        """The worker made a chunk."""
+
+    def ended(self, answer: Answer) -> None:
+        """Nothing more comes; the answer has its figures."""
+
+    def visited(self, visit: Visit) -> None:
+        """An HTTP request was answered, or its client left."""
+
+
+class Screen(Protocol):
+    """Looks at an answer before its reader does."""
+
+    async def passed(self, chunk: Chunk) -> Chunk | None:
+        """What may be read now of the chunks so far; None: nothing yet."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether no text passes any more."""
+
+
 class Answer:
     """The chunks of one answer: ``async with answer: async for chunk in answer: …``.
 
@@ -60,14 +91,22 @@ class Answer:
 
     def __init__(self, request: GenerationRequest, place: int, on_closed: Callable[[Answer], None]):
         self.request, self.place = request, place
+        self.visit = current_visit.get()  # the HTTP request it is for
+        self.screen: Screen | None = None
+        self.observers: Sequence[Observer] = ()
+        # by time.perf_counter: in the queue, out of it, its first token, its end
         self.submitted_s = time.perf_counter()
-        self.began_s: float | None = None  # when it left the queue, by time.perf_counter
+        self.began_s: float | None = None
+        self.first_s: float | None = None
+        self.ended_s: float | None = None
+        self.n_tokens = 0  # generated so far
+        self.last: Chunk | None = None  # the one with the figures
+        self.error: EdgeGemmaError | None = None
         self._on_closed = on_closed
         self._loop = asyncio.get_running_loop()
         self._ready = asyncio.Event()
         self._lock = threading.Lock()
         self._chunks: deque[Chunk] = deque()
-        self._error: EdgeGemmaError | None = None
         self._ended = False
         self._stopped = threading.Event()
         self._session: Session | None = None
@@ -78,13 +117,23 @@ class Answer:
         return self
 
     async def __anext__(self) -> Chunk:
+        if self.screen is None:
+            return await self._next()
+        while True:
+            chunk = await self.screen.passed(await self._next())
+            if self.screen.closed:
+                self.stop_session()
+            if chunk is not None:
+                return chunk
+
+    async def _next(self) -> Chunk:
         while True:
             self._ready.clear()
             with self._lock:
                 if self._chunks:
                     return self._chunks.popleft()
-                if self._error is not None:
-                    raise self._error
+                if self.error is not None:
+                    raise self.error
                 if self._ended:
                     raise StopAsyncIteration
             await self._ready.wait()
@@ -124,9 +173,15 @@ class Answer:
                 self._session.cancel()
 
     def put(self, chunk: Chunk) -> None:
+        self.n_tokens += len(chunk.token_ids)
+        if self.first_s is None and chunk.token_ids:
+            self.first_s = time.perf_counter()
+        if chunk.finish_reason:
+            self.last = chunk
+        self._tell(lambda observer: observer.generated(self, chunk))
         with self._lock:
             if len(self._chunks) >= BUFFERED_CHUNKS:
-                chunk = _joined(self._chunks.pop(), chunk)
+                chunk = joined(self._chunks.pop(), chunk)
             self._chunks.append(chunk)
         self._wake()
 
@@ -134,8 +189,33 @@ class Answer:
         """Nothing more comes; ``error`` is raised behind the last chunk."""
         with self._lock:
             self._session = None
-            self._ended, self._error = True, error
+            self._ended, self.error = True, error
+        self.ended_s = time.perf_counter()
+        self._note_for_visit()
+        self._tell(lambda observer: observer.ended(self))
         self._wake()
+
+    @property
+    def outcome(self) -> str:
+        """failed, cancelled, or how the answer finished."""
+        if self.error is not None:
+            return "failed"
+        return (self.last and self.last.finish_reason) or "cancelled"
+
+    def _note_for_visit(self) -> None:
+        if self.visit is None:
+            return
+        usage = self.last.usage if self.last else None
+        self.visit.prompt_tokens += usage.prompt_tokens if usage else 0
+        self.visit.completion_tokens += self.n_tokens
+        self.visit.finish_reasons.append(self.outcome)
+
+    def _tell(self, call: Callable[[Observer], None]) -> None:
+        for observer in self.observers:
+            try:
+                call(observer)
+            except Exception:
+                log.exception("%s failed", type(observer).__name__)
 
     def _wake(self) -> None:
         try:
@@ -144,7 +224,7 @@ class Answer:
             self._stopped.set()
 
 
-def _joined(first: Chunk, second: Chunk) -> Chunk:
+def joined(first: Chunk, second: Chunk) -> Chunk:
     return replace(
         second,
         text=first.text + second.text,

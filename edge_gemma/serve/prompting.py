@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 class Prompting:
-    """The prompts of one model."""
+    """The prompts of one model, in a context of ``n_ctx`` tokens."""
 
-    def __init__(self, model: Model):
-        self._model, self._n_ctx = model, model.plan.settings.n_ctx
+    def __init__(self, model: Model, n_ctx: int):
+        self._model, self._n_ctx = model, n_ctx
 
     def encoded(self, request: GenerationRequest) -> GenerationRequest:
         """The request with its pictures and clips as soft tokens. Raises what

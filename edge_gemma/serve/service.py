@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -34,9 +35,11 @@ from edge_gemma.errors import (
 )
 from edge_gemma.hearing.encoder import Encoder
 from edge_gemma.messages import Image
-from edge_gemma.serve.answer import Answer, GenerationRequest
+from edge_gemma.options import Sampling
+from edge_gemma.serve.answer import Answer, GenerationRequest, Observer
 from edge_gemma.serve.lanes import Counts, Heard, Running, Slot, running_slot, slot
 from edge_gemma.serve.prompting import Prompting, n_positions
+from edge_gemma.serve.rules import Rules
 from edge_gemma.serve.spoken import SpokenAnswer
 from edge_gemma.spans import Rows, Span
 
@@ -76,7 +79,9 @@ class Service:
 
     ``max_waiting`` requests wait beside those that are generated; beyond it :meth:`submit` raises
     ServiceBusy. ``n_urgent`` of the lanes are kept for urgent requests, so that a spoken turn finds
-    one free while texts are generated. The model is the service's alone while it is open.
+    one free while texts are generated. ``max_context`` (tokens) is what one conversation may take of
+    the plan's context. ``observers`` are told what happens, ``rules`` may refuse. The model is the
+    service's alone while it is open.
 
     >>> import asyncio
     >>> async def ask(service, text):
@@ -90,7 +95,16 @@ class Service:
     ('length', True)
     """
 
-    def __init__(self, model: Model, *, max_waiting: int = 32, n_urgent: int = 0):
+    def __init__(
+        self,
+        model: Model,
+        *,
+        max_waiting: int = 32,
+        n_urgent: int = 0,
+        max_context: int | None = None,
+        observers: Sequence[Observer] = (),
+        rules: Rules | None = None,
+    ):
         self.model, self.max_waiting, self.n_urgent = model, max_waiting, n_urgent
         self.n_lanes = model.plan.settings.n_seq_max
         if not 0 <= n_urgent < self.n_lanes:
@@ -98,14 +112,15 @@ class Service:
                 f"{n_urgent} of {self.n_lanes} lanes cannot be kept for urgent requests; load with "
                 f"n_seq_max ≥ {n_urgent + 1}"
             )
-        self.n_ctx = model.plan.settings.n_ctx
+        self.n_ctx = min(model.plan.settings.n_ctx, max_context or sys.maxsize)
+        self._observers, self._rules = observers, rules
         self._changed = threading.Condition()
         self._waiting: deque[Answer] = deque()
         self._open: set[Answer] = set()  # not closed by their readers
         self._running: dict[int, Running] = {}  # by the lane's index
         self._idle = [Session(model.sequences) for _ in range(self.n_lanes)]  # longest idle first
         self._counts = Counts()
-        self._prompting = Prompting(model)
+        self._prompting = Prompting(model, self.n_ctx)
         self._encoding: dict[Answer, Future[GenerationRequest]] = {}
         self._listening: list[Heard] = []  # the one whose turn it is first
         self._beginning: Answer | None = None  # the worker makes its prompt
@@ -146,10 +161,14 @@ class Service:
         return self._queued(request, spoken)
 
     def _queued(self, request: GenerationRequest, make: Callable[..., _AnAnswer]) -> _AnAnswer:
+        if self._rules is not None:
+            self._rules.check(request)
         with self._changed:
             self._check_admission(request.urgent)
             place = max(0, len(self._waiting) + 1 - self._n_free(request.urgent))
             answer = make(request, place, self._closed)
+            answer.observers = self._observers
+            answer.screen = None if self._rules is None else self._rules.screen(answer)
             self._waiting.append(answer)
             self._open.add(answer)
             self._changed.notify()
@@ -258,6 +277,7 @@ class Service:
             if answer in self._waiting:
                 self._waiting.remove(answer)
                 self._counts.cancelled += 1
+                answer.end()
             if answer in self._encoding:
                 self._encoding[answer].cancel()
             self._changed.notify()
@@ -366,13 +386,18 @@ class Service:
         self.model.decoder.check(request.sampling)
         if isinstance(answer, SpokenAnswer):
             self._begin_listening(answer)
-        elif request.media:
-            future = self._encoders.submit(self._prompting.encoded, request)
+        elif request.media or (self._rules is not None and self._rules.judges):
+            future = self._encoders.submit(self._encoded, request)
             with self._changed:
                 self._encoding[answer] = future
             future.add_done_callback(lambda _: self._notify())
         else:
             self._start(loop, answer, request)
+
+    def _encoded(self, request: GenerationRequest) -> GenerationRequest:
+        if self._rules is not None:
+            self._rules.judge(request)
+        return self._prompting.encoded(request)
 
     def _start(self, loop: TokenLoop, answer: Answer, request: GenerationRequest) -> None:
         """The generation begins; ``request`` has its media as soft tokens."""
@@ -390,10 +415,18 @@ class Service:
 
     def _run(self, loop: TokenLoop, answer: Answer, session: Session, dropped: int) -> None:
         request = answer.request
-        lane = loop.add(session, request.sampling, urgent=request.urgent)
+        sampling = self._bounded(request.sampling, session.length)
+        lane = loop.add(session, sampling, urgent=request.urgent)
         answer.begin(session)
         with self._changed:
             self._running[lane.index] = Running(answer, session, dropped, lane)
+
+    def _bounded(self, sampling: Sampling, n_prompt: int) -> Sampling:
+        """At most what ``max_context`` leaves; the plan's own context bounds itself."""
+        n_left = max(1, self.n_ctx - n_prompt)
+        if self.n_ctx == self.model.plan.settings.n_ctx or sampling.max_tokens <= n_left:
+            return sampling
+        return replace(sampling, max_tokens=n_left)
 
     # turns that are being spoken
 
