@@ -63,6 +63,7 @@ WALLS = {
     "huggingface_hub": "edge_gemma.store.hub",
     "starlette": "edge_gemma.serve",
     "uvicorn": "edge_gemma.serve.http",
+    "regex": "edge_gemma.serve.guard.content",
 }
 
 

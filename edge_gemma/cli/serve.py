@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +38,22 @@ StopOption = Annotated[
 ]
 
 
+GuardOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--guard",
+        help="A TOML file: rates, limits, content rules, audit log, usage, CORS (docs/serve.md).",
+    ),
+]
+CertOption = Annotated[
+    Path | None, typer.Option("--tls-cert", help="Speak TLS with this certificate (PEM).")
+]
+KeyOption = Annotated[Path | None, typer.Option("--tls-key", help="The certificate's key (PEM).")]
+RootPathOption = Annotated[
+    str, typer.Option("--root-path", help="The prefix under which a proxy has the server.")
+]
+
+
 def register(app: typer.Typer) -> None:
     app.command("serve")(grouped(serve))
 
@@ -49,6 +66,10 @@ def serve(
     parallel: ParallelOption = 1,
     queue: QueueOption = 32,
     stop_s: StopOption = 10.0,
+    guard: GuardOption = None,
+    tls_cert: CertOption = None,
+    tls_key: KeyOption = None,
+    root_path: RootPathOption = "",
     loading: LoadingOptions = LOADING,
 ) -> None:
     """Serve a bundle to OpenAI and Ollama clients, until Ctrl-C.
@@ -60,20 +81,27 @@ def serve(
     from edge_gemma.model import load, plan_bundle
 
     try:
+        from edge_gemma.serve.guard import shield
+        from edge_gemma.serve.guard.settings import GuardSettings
         from edge_gemma.serve.http import Address
         from edge_gemma.serve.http import serve as serve_model
     except ImportError:
         raise MissingExtra("Serving", "serve") from None
 
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    address = Address(host, port, token_file)
-    address.tokens()
+    address = Address(host, port, token_file, tls_cert, tls_key, root_path)
+    address.check()
+    settings = GuardSettings() if guard is None else GuardSettings.read(guard)
     llama.set_verbose(loading.verbose)
     found = open_bundle(bundle)
     request = dataclasses.replace(loading.request(structured=True), n_seq_max=parallel)
+    judges = shield.plan_shields(settings.models, loading.device, loading.threads)
+    request = shield.beside(request, judges, loading.device)
     plan_bundle(found, device=loading.device, request=request).require()
     opened = address.open()  # before minutes of loading: the port may be taken
-    with opened:
+    with opened, ExitStack() as stack:
+        guarding = settings.open()
+        stack.callback(guarding.close)
         with LoadingLine() as line:
             model = load(
                 found,
@@ -82,15 +110,25 @@ def serve(
                 lora=[parse_scaled(text, "--lora") for text in loading.lora or ()],
                 on_progress=line.fraction,
             )
+        rules = shield.opened_shields(settings.models, loading.device, loading.threads)
+        guarding = guarding.with_rules(stack.enter_context(rules))
         plan = model.plan
         for text in (*plan.concessions, *plan.notes):
             note(f"plan: {text}")
-        planned = format_bytes(plan.total_bytes)
+        planned = format_bytes(plan.total_bytes + shield.shield_bytes(judges))
         what = f"{found.manifest.name}, {parallel} at a time, {planned} planned"
 
         def ready(url: str) -> None:
             note(f"ready: {url} serves {what}; Ctrl-C ends")
 
-        if serve_model(model, address, opened, max_waiting=queue, stop_s=stop_s, on_ready=ready):
+        if serve_model(
+            model,
+            address,
+            opened,
+            max_waiting=queue,
+            guarding=guarding,
+            stop_s=stop_s,
+            on_ready=ready,
+        ):
             model.close()
     note("stopped")

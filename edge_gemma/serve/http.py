@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import signal
 import socket
+import ssl
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -25,6 +28,10 @@ from starlette.types import ASGIApp
 from edge_gemma.errors import EdgeGemmaError, RuntimeFailure, UsageError
 from edge_gemma.serve.bodies import Server, json_response
 from edge_gemma.serve.guard import BearerTokens, Guard, Limits, is_loopback
+from edge_gemma.serve.guard.rates import RATE_HEADERS
+from edge_gemma.serve.guard.routes import usage_routes
+from edge_gemma.serve.guard.settings import Guarding
+from edge_gemma.serve.http_deadlines import with_deadline
 from edge_gemma.serve.ollama import Ollama
 from edge_gemma.serve.openai import OpenAI
 from edge_gemma.serve.refusals import Refusal, refusal_of, refusal_response
@@ -41,11 +48,39 @@ _MAX_HEADER_BYTES = 32 * 1024
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server listens. ``token_file`` is needed for more than this machine."""
+    """Where a server listens. ``token_file`` is needed for more than this machine. With a
+    certificate and its key (PEM files) it speaks TLS. ``root_path`` is the prefix a proxy has it
+    under.
+    """
 
     host: str = "127.0.0.1"
     port: int = PORT
     token_file: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    root_path: str = ""
+
+    def check(self) -> None:
+        """Raises UsageError for tokens, certificates or a prefix that cannot be used."""
+        self.tokens()
+        self.check_tls()
+        if self.root_path and not self.root_path.startswith("/"):
+            raise UsageError(f"--root-path is {self.root_path!r}; expected one like /gemma")
+
+    def check_tls(self) -> None:
+        """Raises UsageError."""
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise UsageError("give both --tls-cert and --tls-key, or neither")
+        if self.tls_cert is None:
+            return
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self.tls_cert, self.tls_key, password="")
+        except (OSError, ssl.SSLError) as error:
+            reason = error.strerror or error
+            raise UsageError(
+                f"the certificate {self.tls_cert} and key {self.tls_key} cannot be used: {reason}"
+            ) from None
 
     def tokens(self) -> BearerTokens | None:
         """The tokens that let in; None: whoever reaches the socket comes in. Raises UsageError for
@@ -72,6 +107,8 @@ class Address:
             raise RuntimeFailure(f"cannot listen on {self.host}: {error.strerror}") from None
         try:
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # peers that vanished without a word are noticed
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             opened.bind(address)
         except OSError as error:
             opened.close()
@@ -83,9 +120,18 @@ class Address:
 
 
 def make_app(
-    service: Service, *, tokens: BearerTokens | None = None, limits: Limits = Limits()
+    service: Service,
+    *,
+    tokens: BearerTokens | None = None,
+    limits: Limits | None = None,
+    guarding: Guarding | None = None,
+    root_path: str = "",
 ) -> ASGIApp:
-    """Every route behind the guard. It closes nothing: the service is the caller's."""
+    """Every route behind the guard. It closes nothing: the service and the guarding, whose
+    observers and rules the service has, are the caller's.
+    """
+    guarding = guarding or Guarding()
+    limits = limits or guarding.limits
     server = Server(service, limits, service.model.bundle.manifest.name)
 
     async def health(request: Request) -> Response:
@@ -99,6 +145,7 @@ def make_app(
         *OpenAI(server).routes(),
         *Speech(server).routes(),
         *Ollama(server).routes(),
+        *usage_routes(guarding.usage),
     ]
     app = Starlette(
         routes=routes,
@@ -108,7 +155,24 @@ def make_app(
             Exception: _on_error,
         },
     )
-    return Guard(app, tokens, limits)
+    guard = Guard(
+        app,
+        tokens,
+        limits,
+        rates=guarding.rates,
+        origins=guarding.origins,
+        observers=guarding.observers,
+        root_path=root_path,
+    )
+    if not guarding.origins:
+        return guard
+    return CORSMiddleware(
+        guard,
+        allow_origins=guarding.origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("authorization", "content-type"),
+        expose_headers=("retry-after", "x-request-id", *RATE_HEADERS),
+    )
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
@@ -131,31 +195,42 @@ def serve(
     opened: socket.socket,
     *,
     max_waiting: int = 32,
-    limits: Limits = Limits(),
+    guarding: Guarding | None = None,
     stop_s: float = 10.0,
     on_ready: Callable[[str], None] = lambda url: None,
 ) -> bool:
-    """Serve until SIGTERM or SIGINT; then running answers may end for at most ``stop_s``.
+    """Serve until SIGTERM or SIGINT; then running answers may end for at most ``stop_s``. SIGHUP
+    reads the token file again.
 
     ``on_ready`` gets the address once requests are answered. False when the model is still at work
     after that and must not be closed. Raises UsageError.
     """
     tokens = address.tokens()
-    return asyncio.run(_serve(model, opened, tokens, max_waiting, limits, stop_s, on_ready))
+    guarding = guarding or Guarding()
+    service_of = functools.partial(
+        Service,
+        model,
+        max_waiting=max_waiting,
+        max_context=guarding.limits.context_tokens,
+        observers=guarding.observers,
+        rules=guarding.rules,
+    )
+    serving = _serve(service_of, opened, address, tokens, guarding, stop_s, on_ready)
+    return asyncio.run(serving)
 
 
 async def _serve(
-    model: Model,
+    service_of: Callable[[], Service],
     opened: socket.socket,
+    address: Address,
     tokens: BearerTokens | None,
-    max_waiting: int,
-    limits: Limits,
+    guarding: Guarding,
     stop_s: float,
     on_ready: Callable[[str], None],
 ) -> bool:
-    service = Service(model, max_waiting=max_waiting)
+    service = service_of()
     config = uvicorn.Config(
-        make_app(service, tokens=tokens, limits=limits),
+        make_app(service, tokens=tokens, guarding=guarding, root_path=address.root_path),
         lifespan="off",
         log_config=None,
         access_log=False,
@@ -163,16 +238,18 @@ async def _serve(
         limit_concurrency=_MAX_CONNECTIONS,
         timeout_keep_alive=30,
         h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
-        http="h11",
+        http=with_deadline(guarding.limits.header_s),
+        ssl_certfile=address.tls_cert,
+        ssl_keyfile=address.tls_key,
         ws="none",
     )
     server = _Server(config)
     stopping = asyncio.Event()
-    with _signals(stopping):
+    with _signals(stopping, (lambda: None) if tokens is None else tokens.reload):
         running = asyncio.create_task(server.serve(sockets=[opened]))
         while not server.started and not running.done():
             await asyncio.sleep(0.01)
-        on_ready(_url(opened))
+        on_ready(_url(opened, "http" if address.tls_cert is None else "https"))
         stopped = asyncio.create_task(stopping.wait())
         await asyncio.wait((running, stopped), return_when=asyncio.FIRST_COMPLETED)
         # new requests are refused, running answers end or are cut off, then connections close
@@ -192,17 +269,18 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def _signals(stopping: asyncio.Event) -> Generator[None, None, None]:
+def _signals(stopping: asyncio.Event, on_hangup: Callable[[], None]) -> Generator[None, None, None]:
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
+    handlers = {signal.SIGTERM: stopping.set, signal.SIGINT: stopping.set, signal.SIGHUP: on_hangup}
+    for number, handler in handlers.items():
+        loop.add_signal_handler(number, handler)
     try:
         yield
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in handlers:
             loop.remove_signal_handler(number)
 
 
-def _url(opened: socket.socket) -> str:
+def _url(opened: socket.socket, scheme: str) -> str:
     host, port = opened.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

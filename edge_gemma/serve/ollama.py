@@ -49,7 +49,13 @@ NDJSON = "application/x-ndjson"
 VERSION = "0.12.0"
 _NS = 1_000_000_000
 _ALWAYS = timedelta(days=365 * 100)  # a model that stays loaded
-_DONE_REASONS = {"stop": "stop", "stop_string": "stop", "length": "length", "context": "length"}
+_DONE_REASONS = {
+    "stop": "stop",
+    "stop_string": "stop",
+    "length": "length",
+    "context": "length",
+    "content_filter": "content_filter",  # by a rule of the guard; Ollama itself has none
+}
 
 _NOT_DONE = {"done": False}
 

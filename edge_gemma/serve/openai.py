@@ -43,7 +43,13 @@ from edge_gemma.serve.calls import CallStream
 from edge_gemma.serve.refusals import Refusal, error_object, refusal_of
 
 EVENT_STREAM = "text/event-stream"
-FINISH_REASONS = {"stop": "stop", "stop_string": "stop", "length": "length", "context": "length"}
+FINISH_REASONS = {
+    "stop": "stop",
+    "stop_string": "stop",
+    "length": "length",
+    "context": "length",
+    "content_filter": "content_filter",  # by a rule of the guard
+}
 _MAX_TOP_LOGPROBS = 20
 
 # --- bodies ---

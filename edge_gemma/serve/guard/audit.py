@@ -7,6 +7,7 @@ the salt finds out which. A disk that is full stops no answer; it is said in the
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import logging
 import os
@@ -75,6 +76,8 @@ class AuditLog(Observer):
 
     def close(self) -> None:
         self._file.close()
+        if self._file.n_lost:
+            log.warning("the audit log misses its last %d lines", self._file.n_lost)
 
 
 class _Digests:
@@ -104,6 +107,9 @@ class _Rotating(RotatingFileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         """The disk refused: said once, until lines are written again."""
+        with contextlib.suppress(OSError):
+            super().close()  # what is buffered would be refused at each line, and at the end
+        self.stream = None
         self.n_lost += 1
         if self.n_lost == 1:
             log.exception("the audit log cannot be written; answers go on without it")

@@ -111,6 +111,7 @@ class ContentRules:
     def __init__(self, rules: Sequence[Rule]):
         self._patterns = [rule for rule in rules if isinstance(rule, PatternRule)]
         self._models = [rule for rule in rules if isinstance(rule, ModelRule)]
+        self.judges = any("input" in rule.on for rule in self._models)
 
     def check(self, request: GenerationRequest) -> None:
         """The patterns on all that a request says. Raises Refusal."""
@@ -174,19 +175,19 @@ class AnswerScreen:
         if matched is not None:
             return self._cut(matched, n_safe, chunk)
         if final:
-            for rule in await asyncio.to_thread(self._spoken):
-                if rule.verdict == "refuse":
-                    return self._cut(rule, self._n_sent, chunk)
-                _note(rule, "output", self._visit)
+            for spoken in await asyncio.to_thread(self._spoken):
+                if spoken.verdict == "refuse":
+                    return self._cut(spoken, self._n_sent, chunk)
+                _note(spoken, "output", self._visit)
         elif any(rule.verdict == "refuse" for rule in self._models):
             return None
         return self._released(n_safe)
 
     def _spoken(self) -> list[Rule]:
         """What is asked of the whole answer."""
-        flags = [rule for rule in self._flags if rule.find(self._text)]
+        flags: list[Rule] = [rule for rule in self._flags if rule.find(self._text)]
         if not self._text.strip():
-            return list(flags)
+            return flags
         models = [rule for rule in self._models if rule.judge(self._text) >= rule.threshold]
         return [*flags, *models]
 

@@ -96,6 +96,8 @@ class Guard:
                 door.headers = (self._rates.admit if asks else self._rates.headers)(visit.caller)
         except Refusal as refusal:
             response = refusal_response(scope["path"], refusal)
+            if refusal.status == 400:  # where its body ends may be in doubt
+                response.headers["connection"] = "close"
             await response(scope, door.receive_raw, door.send)
             return
         try:
@@ -130,6 +132,9 @@ class Guard:
         if origin is not None and origin not in self._origins:
             if _netloc(origin) != headers.get("host"):
                 raise Refusal(403, "requests of web pages from elsewhere are refused")
+        if "transfer-encoding" in headers and "content-length" in headers:
+            # a proxy in front may have read another one of both: RFC 9112, 6.1
+            raise Refusal(400, "the request has a content-length and a transfer-encoding")
         length = headers.get("content-length", "0")
         if not (length.isascii() and length.isdigit()):
             raise Refusal(400, f"the content-length is {length[:20]!r}; expected a number")

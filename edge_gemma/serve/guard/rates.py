@@ -18,6 +18,11 @@ from edge_gemma.serve.answer import Answer, Observer
 from edge_gemma.serve.refusals import Refusal
 
 Clock = Callable[[], float]
+RATE_HEADERS = tuple(
+    f"x-ratelimit-{what}-{of}"
+    for what in ("limit", "remaining", "reset")
+    for of in ("requests", "tokens")
+)
 _SLICES = 60  # of a window: events within one are counted together, so that memory is bounded
 
 

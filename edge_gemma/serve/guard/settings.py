@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -44,7 +44,7 @@ class LimitsTable(_Table):
 
     def limits(self) -> Limits:
         """Raises UsageError."""
-        given = {
+        given: dict[str, Any] = {
             "body_bytes": None if self.body is None else parse_bytes(self.body),
             "messages": self.messages,
             "pixels": self.image_pixels,
@@ -78,11 +78,15 @@ class RateTable(_Table):
 class RatesTable(RateTable):
     by_name: dict[str, RateTable] = {}
 
+    def limits(self) -> RateLimits:
+        """Raises UsageError."""
+        return RateLimits(self.rate(), {name: each.rate() for name, each in self.by_name.items()})
+
 
 class RuleTable(_Table):
     name: str
     reason: str
-    on: list[Side] = ["input", "output"]
+    on: tuple[Side, ...] = ("input", "output")
     verdict: Literal["refuse", "flag"] = "refuse"
     pattern: str | None = None
     words: list[str] = []
@@ -139,6 +143,8 @@ class GuardSettings:
         """Raises UsageError, which names what is wrong and where."""
         table = read_toml(path, GuardTable)
         plain = [rule for rule in table.content if rule.model is None]
+        if table.rates is not None:
+            table.rates.limits()
         return cls(
             table,
             path.parent,
@@ -147,19 +153,14 @@ class GuardSettings:
             tuple(_guarded_model(rule) for rule in table.content if rule.model is not None),
         )
 
-    def open(self, model_rules: Sequence[ModelRule] = ()) -> Guarding:
+    def open(self) -> Guarding:
         """Open the files. Raises UsageError."""
         table = self.table
-        rules = [*self.rules, *model_rules]
-        rates = table.rates
-        by_name = {} if rates is None else rates.by_name
         audit, usage = table.audit, table.usage
         return Guarding(
             self.limits,
-            RateLimits(rates.rate(), {name: each.rate() for name, each in by_name.items()})
-            if rates
-            else None,
-            ContentRules(rules) if rules else None,
+            None if table.rates is None else table.rates.limits(),
+            self.rules,
             AuditLog(self.folder / audit.file, parse_bytes(audit.max_bytes), audit.keep)
             if audit
             else None,
@@ -174,10 +175,18 @@ class Guarding:
 
     limits: Limits = Limits()
     rates: RateLimits | None = None
-    rules: ContentRules | None = None
+    content: tuple[Rule, ...] = ()
     audit: AuditLog | None = None
     usage: UsageBook = field(default_factory=UsageBook)
     origins: tuple[str, ...] = ()
+
+    @property
+    def rules(self) -> ContentRules | None:
+        return ContentRules(self.content) if self.content else None
+
+    def with_rules(self, rules: Sequence[Rule]) -> Guarding:
+        """The same with more content rules."""
+        return replace(self, content=(*self.content, *rules))
 
     @property
     def observers(self) -> list[Observer]:

@@ -7,22 +7,25 @@ any other bundle judges texts, as well as it can.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from edge_gemma.errors import EdgeGemmaError
+from edge_gemma.errors import PlanRefused
 from edge_gemma.machine.footprint import RUNTIME_ANON_BYTES, RUNTIME_FILE_BYTES
+from edge_gemma.machine.probe import machine_for
 from edge_gemma.messages import Image
 from edge_gemma.serve.guard.content import ModelRule
 from edge_gemma.serve.guard.settings import GuardedModel, model_rule
+from edge_gemma.units import format_bytes
 
 if TYPE_CHECKING:
     from edge_gemma.model import Model
     from edge_gemma.plan.records import Plan, PlanRequest
 
-_N_CTX = 2048  # of what is judged; more is cut
-_MAX_CHARS = 6000  # fewer than so many tokens in most languages
+_N_CTX = 2048
+_MAX_CHARS = 1500  # of a text that is judged at once; a longer one is judged piece by piece
 _QUESTION = "Your answer must start with 'Yes' or 'No'."
 
 
@@ -41,6 +44,23 @@ def shield_bytes(plans: Sequence[tuple[str, Plan]]) -> int:
     """What they take beside another model: Python and the libraries are there once."""
     runtime_bytes = RUNTIME_ANON_BYTES + RUNTIME_FILE_BYTES
     return sum(max(0, plan.total_bytes - runtime_bytes) for _, plan in plans)
+
+
+def beside(request: PlanRequest, plans: Sequence[tuple[str, Plan]], device: str) -> PlanRequest:
+    """``request`` with a budget that leaves room for the models that judge. Raises PlanRefused
+    where they alone take all.
+    """
+    taken_bytes = shield_bytes(plans)
+    if not taken_bytes:
+        return request
+    usable_bytes = machine_for(device).usable_bytes
+    budget_bytes = min(request.budget_bytes or usable_bytes, usable_bytes) - taken_bytes
+    if budget_bytes <= 0:
+        raise PlanRefused(
+            f"the models of the content rules take {format_bytes(taken_bytes)}, which leaves "
+            "nothing for the model to serve; take a smaller one, or a pattern"
+        )
+    return replace(request, budget_bytes=budget_bytes)
 
 
 @contextmanager
@@ -76,15 +96,21 @@ class _Shield:
         self._model, self._lock = model, threading.Lock()
         self.sees = model.bundle.manifest.vision is not None
 
-    def judge(self, asked: GuardedModel):
+    def judge(self, asked: GuardedModel) -> Callable[[str | Image], float]:
         def violates(content: str | Image) -> float:
-            if isinstance(content, str):
-                question = f"{asked.policy}\n\nText: {content[:_MAX_CHARS]}\n\nDoes the text "
-                parts = [f"{question}violate this policy? {_QUESTION}"]
-            else:
+            if not isinstance(content, str):
                 question = f"{asked.policy}\n\nDoes the image violate this policy? {_QUESTION}"
-                parts = [content, question]
-            with self._lock:
-                return self._model.classify(parts)["Yes"]
+                return self._yes([content, question])
+            pieces = range(0, len(content), _MAX_CHARS)
+            return max(self._yes([self._question(asked, content, at)]) for at in pieces)
 
         return violates
+
+    def _question(self, asked: GuardedModel, text: str, at: int) -> str:
+        piece = text[at : at + _MAX_CHARS]
+        question = f"Does the text violate this policy? {_QUESTION}"
+        return f"{asked.policy}\n\nText: {piece}\n\n{question}"
+
+    def _yes(self, content: list[str | Image]) -> float:
+        with self._lock:
+            return self._model.classify(content)["Yes"]

@@ -132,9 +132,7 @@ def read_tokens(path: Path) -> list[KnownToken]:
             continue
         hashed = _HASHED.fullmatch(line)
         if hashed is not None:
-            known.append(
-                KnownToken(hashed[1], bytes.fromhex(hashed[2]), bytes.fromhex(hashed[3]))
-            )
+            known.append(KnownToken(hashed[1], bytes.fromhex(hashed[2]), bytes.fromhex(hashed[3])))
             continue
         n_short += len(line) < _MIN_LENGTH
         known.append(KnownToken.of(f"token-{len(known) + 1}", line, plain=True))
