@@ -79,9 +79,9 @@ class Service:
 
     ``max_waiting`` requests wait beside those that are generated; beyond it :meth:`submit` raises
     ServiceBusy. ``n_urgent`` of the lanes are kept for urgent requests, so that a spoken turn finds
-    one free while texts are generated. ``max_context`` (tokens) is what one conversation may take of
-    the plan's context. ``observers`` are told what happens, ``rules`` may refuse. The model is the
-    service's alone while it is open.
+    one free while texts are generated. ``max_context`` (tokens) is what one conversation may take
+    of the plan's context. ``observers`` are told what happens, ``rules`` may refuse. The model is
+    the service's alone while it is open.
 
     >>> import asyncio
     >>> async def ask(service, text):
