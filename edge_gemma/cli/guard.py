@@ -41,7 +41,7 @@ def _tokens() -> ModuleType:
 
 
 def add(name: NameArg, token_file: FileOption = Path("tokens")) -> None:
-    """Make a token, print it once, and keep its salted hash under NAME.
+    """Make a token, print it once, and keep its hash under NAME.
 
     A running server takes it after SIGHUP.
     """
@@ -69,7 +69,7 @@ def usage(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The guard's usage file.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Show what each caller used, out of the file that the guard keeps."""
+    """Show what each caller of a server used."""
     import msgspec
 
     found = _module("usage").read_usage(file)
