@@ -161,7 +161,13 @@ class Model:
             if manifest.embedding is None:
                 self._prompts = self._prompt_cache(identity, lora, prompt_folder)
                 sampling = bundle_sampling(manifest)
-                self._sequences = Sequences(self.weights, identity, sampling, self._prompts)
+                self._sequences = Sequences(
+                    self.weights,
+                    identity,
+                    sampling,
+                    self._prompts,
+                    n_draft=plan.settings.n_draft,
+                )
             else:
                 self._embedder = TextEmbedder(manifest, self.weights)
             self.prompt = Prompt(manifest, self.decoder.tokenize, read_special_rows(bundle))

@@ -24,7 +24,7 @@ NOTICE = (
 )
 
 DEMO_SAMPLING = SamplingOptions(max_tokens=64, seed=1)
-DEMO_LOADING = LoadingOptions(budget="420MiB", ctx=1024, prompt_cache=False)
+DEMO_LOADING = LoadingOptions(budget="420MiB", ctx=1024, prompt_cache=False, drafts=False)
 
 
 def register(app: typer.Typer) -> None:

@@ -76,6 +76,14 @@ class PlanningOptions:
             "what begins alike starts at once.",
         ),
     ] = True
+    drafts: Annotated[
+        bool,
+        typer.Option(
+            "--drafts/--no-drafts",
+            help="Propose what stands in the text already and verify it in one pass, where that "
+            "pays.",
+        ),
+    ] = True
 
     def request(
         self, senses: tuple[Sense, ...] | None = None, *, structured: bool = False
@@ -83,7 +91,7 @@ class PlanningOptions:
         """``senses``: those the command will use; None: all the bundle has. ``structured``: answers
         will be held to a schema.
         """
-        from edge_gemma.plan.records import PlanRequest
+        from edge_gemma.plan.records import MAX_DRAFT, PlanRequest
         from edge_gemma.units import parse_bytes
 
         budget_bytes = None if self.budget is None else parse_bytes(self.budget)
@@ -97,6 +105,7 @@ class PlanningOptions:
             n_gpu_layers=self.gpu_layers,
             senses=senses,
             prompt_cache_bytes=None if self.prompt_cache else 0,
+            n_draft=MAX_DRAFT if self.drafts else 0,
             structured=structured,
             level=cast("Level", self.level),  # the plan checks it
         )

@@ -9,14 +9,16 @@ leave between steps. This module knows no turns, templates or text formats.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
+from edge_gemma.conversation.drafts import Drafts, Lookup
+from edge_gemma.conversation.positions import Key
 from edge_gemma.conversation.stream import Chunk, TextStream, Timings, Usage
-from edge_gemma.engines.engine import Context, Decoder, Weights
+from edge_gemma.engines.engine import Context, Decoder, Step, Weights
 from edge_gemma.errors import Cancelled, EdgeGemmaError
 from edge_gemma.options import Logprob, Sampling
 
@@ -51,14 +53,20 @@ class Place(Protocol):
         then the logits of the last position are kept. Raises Cancelled, RuntimeFailure.
         """
 
-    def next_token(self) -> tuple[int, int, int]:
-        """``(sequence, position, id)`` of the last token, which is not in the cache yet."""
+    @property
+    def keys(self) -> Sequence[Key]:
+        """What stands at each position."""
+
+    def next_tokens(self, n_most: int) -> Step:
+        """``(sequence, position, ids)`` of what is not in the cache yet, ``n_most`` of them."""
 
     def take_token(self, token: int) -> None:
         """A sampled token becomes the last position; it is not in the cache yet."""
 
-    def step_done(self) -> None:
-        """The token of :meth:`next_token` was decoded."""
+    def step_done(self, n_tokens: int) -> bool:
+        """``n_tokens`` more are in the cache; what was decoded behind them was a draft, and is
+        forgotten. Whether nothing is left to decode.
+        """
 
     def end(self) -> Prefilled:
         """The generation is over."""
@@ -79,11 +87,20 @@ class Generation:
         self._sampler = decoder.sampler(sampling)
         self._stream = TextStream(sampling.stop)
         self.ids: list[int] = []
+        self.n_passes = self.n_drafted = self.n_accepted = self._n_forced = 0
         self.finish_reason: str | None = None
 
+    @property
+    def may_draft(self) -> bool:
+        """Not under a schema or grammar: what it forces is known without drafts, and the rest is
+        seldom a quotation.
+        """
+        return self._sampling.schema is None and self._sampling.grammar is None
+
     def take(self, logits: np.ndarray) -> Chunk | None:
-        """Sample from a row of logits ``[n_vocab]`` float32 → the token's chunk, or None for a
-        token that ends the turn. Sets ``finish_reason`` when it was the last.
+        """Sample from a row of logits ``[n_vocab]`` float32 → the chunk of the token, and of those
+        that must follow it; None for a token that ends the turn. Sets ``finish_reason`` when it was
+        the last.
         """
         token = self._sampler.sample(logits)
         logprobs: tuple[Logprob, ...] = ()
@@ -91,9 +108,21 @@ class Generation:
             logprobs = (self._sampler.logprob(logits, token),)
         self._last_s = time.perf_counter()
         self._first_s = self._first_s or self._last_s
+        n_before, text = len(self.ids), self._add(token)
+        if self.finish_reason is None:
+            for forced in self._sampler.forced():
+                text += self._add(forced)
+                if self.finish_reason is not None:
+                    break
+        taken = tuple(self.ids[n_before:])
+        self._n_forced += max(0, len(taken) - 1)
+        return Chunk(text, taken, logprobs) if taken else None
+
+    def _add(self, token: int) -> str:
+        """One more token of the answer → its text."""
         if self._decoder.is_end(token):
             self.finish_reason = "stop"
-            return None
+            return ""
         self.ids.append(token)
         text = self._stream.push(self._decoder.piece(token))
         if self._stream.stopped:
@@ -102,7 +131,11 @@ class Generation:
             self.finish_reason = "length"
         elif len(self.ids) >= self._n_room:
             self.finish_reason = "context"
-        return Chunk(text, (token,), logprobs)
+        return text
+
+    def n_left(self, n_room: int) -> int:
+        """Tokens that may still come where the context has ``n_room``."""
+        return min(n_room, self._sampling.max_tokens - len(self.ids))
 
     def last_chunk(self, prompt_tokens: int, prefilled: Prefilled) -> Chunk:
         """What the text stream held back, with finish reason, usage and timings."""
@@ -114,6 +147,10 @@ class Generation:
                 max(0, prompt_tokens - prefilled.n_positions),
                 len(self.ids),
                 self._sampler.seed,
+                n_passes=self.n_passes,
+                forced_tokens=self._n_forced,
+                drafted_tokens=self.n_drafted,
+                accepted_tokens=self.n_accepted,
             ),
             timings=self._timings(prefilled),
         )
@@ -145,6 +182,7 @@ class Lane:
         self.index, self.place, self.generation = index, place, generation
         self.urgent, self.prefilled = urgent, False
         self.prompt_tokens = place.length
+        self.lookup: Lookup | None = None
         self.error: EdgeGemmaError | None = None
 
     @property
@@ -156,7 +194,8 @@ class Lane:
         chunk = self.generation.take(logits)
         if chunk is None:
             return []
-        self.place.take_token(chunk.token_ids[0])
+        for token in chunk.token_ids:
+            self.place.take_token(token)
         return [(self, chunk)]
 
     def cancel(self) -> None:
@@ -174,16 +213,23 @@ class Lane:
 class TokenLoop:
     """Generations that advance together: each step is one decode for all of them.
 
+    ``drafts``: one that is alone may have tokens of its own text proposed.
     ``shared``: somebody reads while others begin, so that between two tokens at most one ubatch of
     one prompt is prefilled. Without, prompts are prefilled whole, which keeps the steps full.
     Closing it ends those that are still running.
     """
 
     def __init__(
-        self, decoder: Decoder, context: Context, weights: Weights, *, shared: bool = False
+        self,
+        decoder: Decoder,
+        context: Context,
+        weights: Weights,
+        *,
+        shared: bool = False,
+        drafts: Drafts | None = None,
     ):
         self._decoder, self._context, self._weights = decoder, context, weights
-        self._shared = shared
+        self._shared, self._drafts = shared, drafts
         self._lanes: list[Lane] = []
         self._n_added = 0
 
@@ -219,9 +265,8 @@ class TokenLoop:
             ready = [lane for lane in self._lanes if lane.prefilled and not lane.done]
             for lane in self._to_prefill():
                 produced += self._prefill(lane)
-            if ready and self._decoded(ready):
-                for row, lane in enumerate(ready):
-                    produced += self._taken(lane, row)
+            if ready:
+                produced += self._advanced(ready)
         ended = [lane for lane in self._lanes if lane.done]
         for lane in ended:
             self._lanes.remove(lane)
@@ -255,6 +300,56 @@ class TokenLoop:
         lane.prefilled = True
         return self._taken(lane)
 
+    def _advanced(self, lanes: list[Lane]) -> list[tuple[Lane, Chunk]]:
+        """One pass over what each lane holds and the cache does not, and what comes of it. A lane
+        that is alone may have a draft verified in the same pass.
+        """
+        n_most = max(1, self._context.settings.n_ubatch // len(lanes))
+        items = [lane.place.next_tokens(n_most) for lane in lanes]
+        draft = self._draft(lanes[0], items[0]) if len(self._lanes) == 1 else []
+        if draft:
+            sequence, position, ids = items[0]
+            items = [(sequence, position, [*ids, *draft])]
+        if not self._decoded(lanes, items, every=bool(draft)):
+            return []
+        if draft:
+            return self._verified(lanes[0], draft)
+        produced = []
+        for row, (lane, (_, _, ids)) in enumerate(zip(lanes, items, strict=True)):
+            if lane.place.step_done(len(ids)):
+                produced += self._taken(lane, row)
+        return produced
+
+    def _draft(self, lane: Lane, item: Step) -> list[int]:
+        place, generation = lane.place, lane.generation
+        if self._drafts is None or len(item[2]) != 1 or not generation.may_draft:
+            return []
+        if lane.lookup is None:
+            lane.lookup = Lookup(self._drafts.costs, self._drafts.n_most)
+        # a draft leaves room for the token behind it
+        settings = self._context.settings
+        n_room = generation.n_left(settings.n_ctx - place.length) - 1
+        n_room = min(n_room, settings.n_ubatch - 1)
+        return lane.lookup.propose(place.keys, n_room)
+
+    def _verified(self, lane: Lane, draft: list[int]) -> list[tuple[Lane, Chunk]]:
+        """Each token sampled from its own row, as long as what comes is what the draft said."""
+        produced: list[tuple[Lane, Chunk]] = []
+        n_accepted = 0
+        for row in range(len(draft) + 1):
+            taken = self._taken(lane, row)
+            produced += taken
+            agrees = row < len(draft) and taken and taken[0][1].token_ids == (draft[row],)
+            if lane.done or not agrees:
+                break
+            n_accepted += 1
+        lane.place.step_done(1 + n_accepted)
+        assert lane.lookup is not None
+        lane.lookup.judged(len(draft), n_accepted)
+        lane.generation.n_drafted += len(draft)
+        lane.generation.n_accepted += n_accepted
+        return produced
+
     def _taken(self, lane: Lane, row: int = -1) -> list[tuple[Lane, Chunk]]:
         """The lane's next token out of a kept row of logits."""
         try:
@@ -263,12 +358,12 @@ class TokenLoop:
             lane.fail(error)
             return []
 
-    def _decoded(self, lanes: list[Lane]) -> bool:
-        """One pass over the last token of each lane. False when it was stopped: nothing was decoded
+    def _decoded(self, lanes: list[Lane], items: list[Step], *, every: bool) -> bool:
+        """One pass over the tokens of each lane. False when it was stopped: nothing was decoded
         then, and those that were not meant go on in the next step. False, too, when it failed.
         """
         try:
-            return self._decode_step(lanes)
+            return self._decode_step(lanes, items, every=every)
         except Cancelled:
             return False
         except EdgeGemmaError as error:
@@ -276,17 +371,19 @@ class TokenLoop:
                 lane.fail(error)
             return False
 
-    def _decode_step(self, lanes: list[Lane]) -> bool:
+    def _decode_step(self, lanes: list[Lane], items: list[Step], *, every: bool) -> bool:
         self._context.check_open()
-        items = [lane.place.next_token() for lane in lanes]
         # even a single token: its rows lie on several pages, and each would be a wait of its own
-        self._weights.prefetch([token for _, _, token in items])
+        self._weights.prefetch([token for _, _, ids in items for token in ids])
         self._context.clear_cancel()
         if any(lane.place.cancelled for lane in lanes):
             return False
-        self._context.decode_step(items)
+        started = time.perf_counter()
+        self._context.decode_step(items, every=every)
         for lane in lanes:
-            lane.place.step_done()
+            lane.generation.n_passes += 1
+        if self._drafts is not None and len(lanes) == 1:
+            self._drafts.costs.record(len(items[0][2]), time.perf_counter() - started)
         return True
 
     def run(self) -> Iterator[tuple[Lane, Chunk]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from edge_gemma.conversation.drafts import Drafts
 from edge_gemma.conversation.prompt_cache import PromptCache
 from edge_gemma.engines.engine import Context, Decoder, Weights
 from edge_gemma.errors import RuntimeFailure
@@ -27,7 +28,7 @@ class Holder(Protocol):
 class Sequences:
     """The KV cache of a model. ``identity`` is the SHA-256 of the decoder's file, which saved
     conversations are compared with; ``sampling`` counts where a caller gives none; ``prompts`` are
-    states that were kept.
+    states that were kept; ``n_draft`` tokens are proposed at a time where that pays.
     """
 
     def __init__(
@@ -36,11 +37,13 @@ class Sequences:
         identity: str,
         sampling: Sampling = Sampling(),
         prompts: PromptCache | None = None,
+        n_draft: int = 0,
     ):
         self.weights, self.identity, self.sampling = weights, identity, sampling
         self.prompts = prompts
         self.decoder: Decoder = weights.decoder
-        self.context: Context = self.decoder.context()
+        self.drafts = Drafts(n_draft) if n_draft else None
+        self.context: Context = self.decoder.context(n_outputs=1 + n_draft)
         self._holders: dict[int, Holder | None] = {}  # the longest held first
         for sequence in range(self.context.settings.n_seq_max):
             self._holders[sequence] = None

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from edge_gemma.conversation.generation import Prefilled, TokenLoop
-from edge_gemma.conversation.positions import Positions
+from edge_gemma.conversation.positions import Key, Positions
 from edge_gemma.conversation.prompt_cache import CHECKPOINT_EVERY, MIN_STATE, Found
 from edge_gemma.conversation.saved import Saved, read_saved, rows_of, write_saved
 from edge_gemma.conversation.sequences import Sequences
 from edge_gemma.conversation.stream import Chunk
-from edge_gemma.engines.engine import Outputs
+from edge_gemma.engines.engine import Outputs, Step
 from edge_gemma.errors import BundleError, Cancelled, ContextFull, RuntimeFailure, UsageError
 from edge_gemma.options import Sampling
 from edge_gemma.spans import Span, Tokens
@@ -197,7 +197,10 @@ class Session:
         """
         if not self.length:
             raise UsageError("nothing to continue: append a prompt first")
-        loop = TokenLoop(self._sequences.decoder, self._context, self._sequences.weights)
+        sequences = self._sequences
+        loop = TokenLoop(
+            sequences.decoder, self._context, sequences.weights, drafts=sequences.drafts
+        )
         loop.add(self, sampling or self._sequences.sampling)
         for _, chunk in loop.run():
             yield chunk
@@ -221,16 +224,27 @@ class Session:
         end = self.length if outputs == "last" else self._positions.last_start()
         return self._prefill(end, outputs, n_passes=1)
 
-    def next_token(self) -> tuple[int, int, int]:
-        token = self._positions.keys[-1]
-        assert isinstance(token, int) and self._cached == self.length - 1
-        return self._held_sequence(), self._cached, token
+    @property
+    def keys(self) -> Sequence[Key]:
+        return self._positions.keys
+
+    def next_tokens(self, n_most: int) -> Step:
+        keys = self._positions.keys[self._cached : self._cached + n_most]
+        ids = [key for key in keys if isinstance(key, int)]
+        assert ids and len(ids) == len(keys)
+        return self._held_sequence(), self._cached, ids
 
     def take_token(self, token: int) -> None:
         self._positions.keys.append(token)
 
-    def step_done(self) -> None:
-        self._cached = self.length
+    def step_done(self, n_tokens: int) -> bool:
+        self._cached += n_tokens
+        sequence = self._held_sequence()
+        if self._context.length(sequence) > self._cached:  # the rest of a draft
+            if not self._context.rewind(sequence, self._cached):
+                self._cached = 0
+                raise RuntimeFailure("a rejected draft could not be taken back")
+        return self._cached == self.length
 
     def end(self) -> Prefilled:
         self._busy = False

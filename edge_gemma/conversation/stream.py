@@ -21,6 +21,10 @@ class Usage:
     completion_tokens: int
     seed: int
     dropped_turns: int = 0  # oldest turns forgotten to make room
+    n_passes: int = 0  # over the weights, behind the prompt's
+    forced_tokens: int = 0  # of the answer: a schema left no choice
+    drafted_tokens: int = 0  # proposed out of the text itself
+    accepted_tokens: int = 0  # of those
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from edge_gemma.plan.records import Settings
 from edge_gemma.spans import Span
 
 Buffer = bytes | bytearray | memoryview
+Step = tuple[int, int, Sequence[int]]  # sequence, position, ids
 Outputs = Literal["none", "last"]
 EVALUATE_ROWS = 64  # logits rows per block in Context.evaluate: 64 × 262,144 × 4 bytes = 64 MiB
 
@@ -44,9 +45,10 @@ class Context(Protocol):
         UsageError (ids outside the vocabulary, rows of the wrong width), RuntimeFailure.
         """
 
-    def decode_step(self, items: Sequence[tuple[int, int, int]]) -> None:
-        """One token for each of several sequences in one pass: ``(sequence, position, id)``. The
-        logits of all are kept, in the order of ``items``.
+    def decode_step(self, items: Sequence[Step], *, every: bool = False) -> None:
+        """Tokens for each of several sequences in one pass, ``settings.n_ubatch`` of them at most.
+        The logits of each sequence's last are kept, in the order of ``items``; with ``every``,
+        those of all tokens.
 
         Raises Cancelled (then none of the items was decoded), RuntimeFailure.
         """
@@ -122,6 +124,11 @@ class Sampler(Protocol):
     @property
     def seed(self) -> int:
         """The seed in use, drawn when none was given."""
+
+    def forced(self) -> list[int]:
+        """The ids that must come next whatever the logits say, remembered as if they had been
+        sampled; empty where there is a choice. Raises RuntimeFailure.
+        """
 
     def sample(self, logits: np.ndarray) -> int:
         """Choose one id from a row of logits ``[n_vocab]`` float32, and remember it (penalties,

@@ -84,7 +84,8 @@ class Costs:
         decoder = self.manifest.decoder
         vocabulary = decoder.n_vocab * VOCABULARY_BYTES_PER_TOKEN
         # a row of logits and a sampler's candidates for each sequence, and the ids in order
-        logits = decoder.n_vocab * ((4 + 12) * s.n_seq_max + 4)
+        n_rows = max(s.n_seq_max, 1 + s.n_draft)
+        logits = decoder.n_vocab * (4 * n_rows + 12 * s.n_seq_max + 4)
         # with several sequences, one's clip may be encoded while the others' tokens are decoded
         sampled_in = AFTER_LOAD if s.n_seq_max > 1 else ("prefill", "decode")
         if self.manifest.embedding is not None:

@@ -118,6 +118,8 @@ def _check(manifest: Manifest, request: PlanRequest) -> None:
         )
     if request.level not in LEVELS:
         raise UsageError(f"level {request.level!r} is unknown; expected one of {', '.join(LEVELS)}")
+    if not 0 <= request.n_draft <= 64:
+        raise UsageError(f"drafts of {request.n_draft} tokens were asked for; expected 0 … 64")
     for sense in request.senses or ():
         if sense not in SENSES:
             raise UsageError(f"sense {sense!r} is unknown; expected {' or '.join(SENSES)}")
@@ -144,6 +146,7 @@ def _ladder(
         repack=True if request.repack is None else request.repack,
         n_gpu_layers=request.n_gpu_layers or 0,
         prompt_cache_bytes=request.prompt_cache_bytes or 0,
+        n_draft=request.n_draft,
     )
     if manifest.embedding is not None:
         settings = replace(settings, n_ubatch=n_ctx, prompt_cache_bytes=0)

@@ -10,6 +10,7 @@ from edge_gemma.errors import PlanRefused
 
 PHASES = ("load", "listen", "look", "prefill", "decode")
 AFTER_LOAD = PHASES[1:]
+MAX_DRAFT = 15  # tokens that the commands have proposed at a time; each takes a row of logits
 EMBED_TEXTS = 32  # that an embedding model computes in one pass, at most
 Kind = Literal["anon", "file_hot", "file_cold", "reclaimable"]
 # where the ladder begins: a small context in small steps, the usual one, or a large one
@@ -29,6 +30,7 @@ class Settings:
     n_gpu_layers: int = 0
     flash_attention: bool = True
     guidance: bool = True  # schemas by llguidance's tables, else by llama.cpp's grammar
+    n_draft: int = 0  # tokens that are proposed out of the text itself and verified in one pass
     prompt_cache_bytes: int = 0  # for kept states of the KV cache; 0: none are kept
     # both stay open, or each is opened when it is needed and closed before the other
     encoders: Literal["resident", "one at a time"] = "resident"
@@ -50,6 +52,7 @@ class PlanRequest:
     lora_bytes: int = 0
     # for kept states of the KV cache; None: as much as serves, and less where that does not fit
     prompt_cache_bytes: int | None = 0
+    n_draft: int = 0
     structured: bool = False  # answers will be held to JSON schemas: count what that takes
     level: Level = "balanced"
 

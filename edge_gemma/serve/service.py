@@ -301,7 +301,13 @@ class Service:
 
     def _new_loop(self) -> TokenLoop:
         sequences = self.model.sequences
-        return TokenLoop(sequences.decoder, sequences.context, sequences.weights, shared=True)
+        return TokenLoop(
+            sequences.decoder,
+            sequences.context,
+            sequences.weights,
+            shared=True,
+            drafts=sequences.drafts,
+        )
 
     def _wait_for_work(self) -> bool:
         """False when the service is closed and nothing runs."""

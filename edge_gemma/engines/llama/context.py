@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from edge_gemma.bundles.gguf import TYPE_IDS
-from edge_gemma.engines.engine import Buffer, Outputs
+from edge_gemma.engines.engine import Buffer, Outputs, Step
 from edge_gemma.engines.llama import library as llama
 from edge_gemma.errors import Cancelled, RuntimeFailure, UsageError
 from edge_gemma.plan.records import Settings
@@ -197,15 +197,22 @@ class Context:
         finally:
             self._low.llama_set_causal_attn(self._ctx, True)
 
-    def decode_step(self, items: Sequence[tuple[int, int, int]]) -> None:
-        """One token for each of several sequences in one pass: ``(sequence, position, id)``; logits
-        of all are kept, in order.
+    def decode_step(self, items: Sequence[Step], *, every: bool = False) -> None:
+        """Tokens for each of several sequences in one pass: ``(sequence, position, ids)``; the
+        logits of each one's last are kept, in order, or those of ``every`` token.
         """
-        n = len(items)
+        n = sum(len(ids) for _, _, ids in items)
+        if n > self.settings.n_ubatch:
+            raise UsageError(f"{n} tokens in one pass; n_ubatch is {self.settings.n_ubatch}")
         self._batch.token, self._batch.embd = self._token_pointer, None
-        for i, (sequence, position, token) in enumerate(items):
-            self._ids[i], self._pos[i], self._seq[i] = token, position, self._seq_address[sequence]
-        self._out[:n] = 1
+        self._out[:n] = every
+        i = 0
+        for sequence, position, ids in items:
+            for offset, token in enumerate(ids):
+                self._ids[i], self._pos[i] = token, position + offset
+                self._seq[i] = self._seq_address[sequence]
+                i += 1
+            self._out[i - 1] = 1
         self._run(n, {sequence: position for sequence, position, _ in items})
 
     def _fill(self, sequence: int, position: int, span: Span, start: int, stop: int) -> None:

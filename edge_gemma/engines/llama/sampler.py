@@ -124,12 +124,26 @@ class Sampler:
                 raise RuntimeFailure(
                     "the grammar allows no token of this vocabulary here; it cannot be completed"
                 )
+        self._accept(token)
+        return token
+
+    def _accept(self, token: int) -> None:
         self._low.llama_sampler_accept(self._chain, token)
         if self._constraint is not None:
             self._constraint.accept(token)
         if self._grammar is not None:
             self._low.llama_sampler_accept(self._grammar, token)
-        return token
+
+    def forced(self) -> list[int]:
+        """The ids that must come next whatever the logits say, accepted. None where
+        log-probabilities were asked for: each token then needs logits of its own.
+        """
+        if self._constraint is None or self._sampling.logprobs is not None:
+            return []
+        tokens = self._constraint.forced_tokens()
+        for token in tokens:
+            self._accept(token)
+        return tokens
 
     def _choose(self, logits: np.ndarray, *, grammar_first: bool) -> int:
         if self._constraint is None:
