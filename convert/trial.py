@@ -116,7 +116,7 @@ def _main(decoder_path: str) -> None:
         if not np.isfinite(logits).all():
             sys.exit("the logits are not finite")
         said.append(int(logits.argmax()))
-        context.decode_step([(0, position, said[-1])])
+        context.decode_step([(0, position, said[-1:])])
     text = b"".join(decoder.piece(token, special=True) for token in said)
     sys.stdout.buffer.write(text)
     sys.stdout.flush()
