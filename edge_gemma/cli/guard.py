@@ -12,7 +12,8 @@ import typer
 from edge_gemma.cli.common import JsonOption, note, print_json, table
 
 FileOption = Annotated[
-    Path, typer.Option("--token-file", help="The file that serve --token-file reads.")
+    Path,
+    typer.Option("--token-file", help="A file with a token a line; requests need one of them."),
 ]
 NameArg = Annotated[str, typer.Argument(metavar="NAME", help="Whose token it is.")]
 
