@@ -41,18 +41,28 @@ def _tokens() -> ModuleType:
     return _module("tokens")
 
 
-def add(name: NameArg, token_file: FileOption = Path("tokens")) -> None:
+def add(
+    name: NameArg, token_file: FileOption = Path("tokens"), as_json: JsonOption = False
+) -> None:
     """Make a token, print it once, and keep its hash under NAME.
 
     A running server takes it after SIGHUP.
     """
-    print(_tokens().add_token(token_file, name))
+    token = _tokens().add_token(token_file, name)
+    if as_json:
+        print_json({"name": name, "token": token})
+    else:
+        print(token)
     note(f"{token_file} has a hash of it under the name {name}; it is not shown again")
 
 
-def remove(name: NameArg, token_file: FileOption = Path("tokens")) -> None:
+def remove(
+    name: NameArg, token_file: FileOption = Path("tokens"), as_json: JsonOption = False
+) -> None:
     """Take the token of NAME away. A running server forgets it after SIGHUP."""
     _tokens().remove_token(token_file, name)
+    if as_json:
+        print_json({"removed": name})
     note(f"{token_file} has no token of {name} any more")
 
 
