@@ -29,6 +29,7 @@ KINDS = {
     "sound": "Sound",
     "picture": "Pictures",
     "path": "Paths",
+    "client": "Clients of the server",
 }
 HEAD = """# Real files: what happens to each
 

@@ -64,6 +64,8 @@ WALLS = {
     "starlette": "edge_gemma.serve",
     "uvicorn": "edge_gemma.serve.http",
     "regex": "edge_gemma.serve.guard.content",
+    "wyoming": "edge_gemma.serve.wyoming",
+    "zeroconf": "edge_gemma.serve.wyoming_door",
 }
 
 

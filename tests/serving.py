@@ -19,6 +19,7 @@ class Served:
     process: subprocess.Popen
     url: str
     name: str
+    said: str = ""  # what it wrote before it was ready
 
 
 def command(bundle: Path, *options: str) -> list[str]:
@@ -42,7 +43,7 @@ def serving(bundle: Path, *options: str) -> Iterator[Served]:
             said.append(line)
             ready = re.match(r"ready: (\S+) serves (.+?), ", line)
             if ready:
-                yield Served(process, ready[1], ready[2])
+                yield Served(process, ready[1], ready[2], "".join(said))
                 break
         else:
             raise AssertionError("".join(said))

@@ -68,6 +68,7 @@ def test_what_is_refused_before_the_socket_opens(tiny_bundle, tmp_path):
 def test_the_server_costs_nothing_where_it_is_not_used():
     code = (
         "import sys, edge_gemma, edge_gemma.model, edge_gemma.cli.app;"
-        "print(sorted({'starlette', 'uvicorn', 'edge_gemma.serve'} & set(sys.modules)))"
+        "foreign = {'starlette', 'uvicorn', 'wyoming', 'zeroconf', 'edge_gemma.serve'};"
+        "print(sorted(foreign & set(sys.modules)))"
     )
     assert run(sys.executable, "-c", code).stdout.strip() == "[]"

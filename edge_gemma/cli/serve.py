@@ -12,6 +12,14 @@ import typer
 
 from edge_gemma.cli.common import BundleArg, LoadingLine, note, open_bundle, parse_scaled
 from edge_gemma.cli.options import LOADING, LoadingOptions, grouped
+from edge_gemma.cli.serve_wyoming import (
+    EndpointOption,
+    SystemOption,
+    ToNetworkOption,
+    WyomingChoice,
+    WyomingOption,
+    ZeroconfOption,
+)
 from edge_gemma.units import format_bytes
 
 HostOption = Annotated[
@@ -70,9 +78,14 @@ def serve(
     tls_cert: CertOption = None,
     tls_key: KeyOption = None,
     root_path: RootPathOption = "",
+    wyoming: WyomingOption = None,
+    wyoming_to_network: ToNetworkOption = False,
+    wyoming_endpoint: EndpointOption = False,
+    wyoming_system: SystemOption = None,
+    zeroconf: ZeroconfOption = None,
     loading: LoadingOptions = LOADING,
 ) -> None:
-    """Serve a bundle to OpenAI and Ollama clients, until Ctrl-C.
+    """Serve a bundle to OpenAI, Ollama and Wyoming clients, until Ctrl-C.
 
     Nothing is opened before the plan says that it fits.
     """
@@ -94,12 +107,17 @@ def serve(
     settings = GuardSettings() if guard is None else GuardSettings.read(guard)
     llama.set_verbose(loading.verbose)
     found = open_bundle(bundle)
-    request = dataclasses.replace(loading.request(structured=True), n_seq_max=parallel)
+    voice = WyomingChoice.parse(
+        wyoming, wyoming_to_network, zeroconf, wyoming_endpoint, wyoming_system
+    )
+    n_urgent = 1 if voice is not None and found.manifest.audio is not None else 0
+    request = dataclasses.replace(loading.request(structured=True), n_seq_max=parallel + n_urgent)
     judges = shield.plan_shields(settings.models, loading.device, loading.threads)
     request = shield.beside(request, judges, loading.device)
     plan_bundle(found, device=loading.device, request=request).require()
     opened = address.open()  # before minutes of loading: the port may be taken
     with opened, ExitStack() as stack:
+        doors = [] if voice is None else [voice.door(stack, n_urgent > 0)]
         guarding = settings.open()
         stack.callback(guarding.close)
         with LoadingLine() as line:
@@ -126,8 +144,10 @@ def serve(
             address,
             opened,
             max_waiting=queue,
+            n_urgent=n_urgent,
             guarding=guarding,
             stop_s=stop_s,
+            doors=doors,
             on_ready=ready,
         ):
             model.close()

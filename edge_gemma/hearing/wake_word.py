@@ -40,11 +40,20 @@ def wake_word(name: str) -> WakeWord:
     return heard
 
 
+def shipped() -> list[str]:
+    """The words that pymicro-wakeword brings. Raises MissingExtra."""
+    try:
+        from pymicro_wakeword import Model
+    except ImportError:
+        raise MissingExtra("A wake word", "voice") from None
+    return [model.value for model in Model]
+
+
 def _open(name: str) -> Any:
     """The ``pymicro_wakeword.MicroWakeWord``, which has no types."""
     from pymicro_wakeword import MicroWakeWord, Model
 
-    known = [model.value for model in Model]
+    known = shipped()
     try:
         if name in known:
             return MicroWakeWord.from_builtin(Model(name))

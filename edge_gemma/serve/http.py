@@ -11,7 +11,7 @@ import functools
 import signal
 import socket
 import ssl
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from edge_gemma.model import Model
 
 PORT = 11434  # Ollama's
+Door = Callable[[Server], contextlib.AbstractAsyncContextManager[None]]
 _MAX_CONNECTIONS = 512
 _MAX_HEADER_BYTES = 32 * 1024
 
@@ -195,12 +196,17 @@ def serve(
     opened: socket.socket,
     *,
     max_waiting: int = 32,
+    n_urgent: int = 0,
     guarding: Guarding | None = None,
     stop_s: float = 10.0,
+    doors: Sequence[Door] = (),
     on_ready: Callable[[str], None] = lambda url: None,
 ) -> bool:
     """Serve until SIGTERM or SIGINT; then running answers may end for at most ``stop_s``. SIGHUP
     reads the token file again.
+
+    ``n_urgent`` lanes are kept for speech. ``doors`` are other protocols on sockets of their own;
+    each is open while its context is.
 
     ``on_ready`` gets the address once requests are answered. False when the model is still at work
     after that and must not be closed. Raises UsageError.
@@ -211,11 +217,12 @@ def serve(
         Service,
         model,
         max_waiting=max_waiting,
+        n_urgent=n_urgent,
         max_context=guarding.limits.context_tokens,
         observers=guarding.observers,
         rules=guarding.rules,
     )
-    serving = _serve(service_of, opened, address, tokens, guarding, stop_s, on_ready)
+    serving = _serve(service_of, opened, address, tokens, guarding, stop_s, doors, on_ready)
     return asyncio.run(serving)
 
 
@@ -226,9 +233,11 @@ async def _serve(
     tokens: BearerTokens | None,
     guarding: Guarding,
     stop_s: float,
+    doors: Sequence[Door],
     on_ready: Callable[[str], None],
 ) -> bool:
     service = service_of()
+    others = Server(service, guarding.limits, service.model.bundle.manifest.name)
     config = uvicorn.Config(
         make_app(service, tokens=tokens, guarding=guarding, root_path=address.root_path),
         lifespan="off",
@@ -246,6 +255,14 @@ async def _serve(
     server = _Server(config)
     stopping = asyncio.Event()
     with _signals(stopping, (lambda: None) if tokens is None else tokens.reload):
+        open_doors = contextlib.AsyncExitStack()
+        try:
+            for door in doors:
+                await open_doors.enter_async_context(door(others))
+        except BaseException:
+            await open_doors.aclose()
+            await service.close(0)
+            raise
         running = asyncio.create_task(server.serve(sockets=[opened]))
         while not server.started and not running.done():
             await asyncio.sleep(0.01)
@@ -254,6 +271,7 @@ async def _serve(
         await asyncio.wait((running, stopped), return_when=asyncio.FIRST_COMPLETED)
         # new requests are refused, running answers end or are cut off, then connections close
         closed = await service.close(stop_s)
+        await open_doors.aclose()
         server.should_exit = True
         server.config.timeout_graceful_shutdown = 2
         await running

@@ -7,7 +7,6 @@ by itself, as ``edge-gemma transcribe`` does; others' answers are generated in b
 from __future__ import annotations
 
 import asyncio
-import re
 import zlib
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ from edge_gemma.serve.bodies import (
     warn_ignored,
     without_path,
 )
+from edge_gemma.serve.languages import language_name
 from edge_gemma.serve.openai import EVENT_STREAM, event
 from edge_gemma.serve.refusals import Refusal, error_object, refusal_of
 from edge_gemma.units import MiB
@@ -52,52 +52,6 @@ _MAX_FIELDS = 32
 _COPIED_BYTES = 1 * MiB
 _ABSURD_S = 1e7  # of a header that a program wrote before it knew the length
 _IGNORED = ("prompt", "keywords[]", "languages[]", "include[]", "chunking_strategy")
-_LANGUAGE = re.compile(r"[A-Za-z][A-Za-z ()-]{1,30}")
-# ISO 639-1 → the name that an instruction uses
-LANGUAGES = {
-    "ar": "Arabic",
-    "bg": "Bulgarian",
-    "bn": "Bengali",
-    "ca": "Catalan",
-    "cs": "Czech",
-    "da": "Danish",
-    "de": "German",
-    "el": "Greek",
-    "en": "English",
-    "es": "Spanish",
-    "et": "Estonian",
-    "fa": "Persian",
-    "fi": "Finnish",
-    "fr": "French",
-    "he": "Hebrew",
-    "hi": "Hindi",
-    "hr": "Croatian",
-    "hu": "Hungarian",
-    "id": "Indonesian",
-    "it": "Italian",
-    "ja": "Japanese",
-    "ko": "Korean",
-    "lt": "Lithuanian",
-    "lv": "Latvian",
-    "nl": "Dutch",
-    "no": "Norwegian",
-    "pl": "Polish",
-    "pt": "Portuguese",
-    "ro": "Romanian",
-    "ru": "Russian",
-    "sk": "Slovak",
-    "sl": "Slovenian",
-    "sr": "Serbian",
-    "sv": "Swedish",
-    "ta": "Tamil",
-    "te": "Telugu",
-    "th": "Thai",
-    "tr": "Turkish",
-    "uk": "Ukrainian",
-    "ur": "Urdu",
-    "vi": "Vietnamese",
-    "zh": "Chinese",
-}
 
 
 @dataclass(frozen=True)
@@ -179,7 +133,7 @@ class Speech:
         with path.open("wb") as file:
             while block := await upload.read(_COPIED_BYTES):
                 file.write(block)
-        language = _language(_text(form, "language"))
+        language = language_name(_text(form, "language"))
         instruction = TRANSCRIBE.format(language=language) if language else TRANSCRIBE_ANY
         if kind == "translate":
             instruction = TRANSLATE_ONLY.format(to="English")
@@ -320,17 +274,3 @@ def _number(form: FormData, name: str) -> float:
         return float(text)
     except ValueError:
         raise Refusal(400, f"{name} is {text[:20]!r}; expected a number", param=name) from None
-
-
-def _language(text: str) -> str | None:
-    """A code like de, or a name, as the instruction says it. Raises Refusal."""
-    if not text:
-        return None
-    code = text.lower().partition("-")[0]
-    if code in LANGUAGES:
-        return LANGUAGES[code]
-    if len(code) <= 3 or not _LANGUAGE.fullmatch(text):
-        raise Refusal(
-            400, f"language is {text[:20]!r}; expected a code like en, or a name", param="language"
-        )
-    return text
