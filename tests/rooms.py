@@ -63,6 +63,7 @@ WALLS = {
     "huggingface_hub": "edge_gemma.store.hub",
     "starlette": "edge_gemma.serve",
     "uvicorn": "edge_gemma.serve.http",
+    "prometheus_client": "edge_gemma.serve.metrics",
     "regex": "edge_gemma.serve.guard.content",
     "wyoming": "edge_gemma.serve.wyoming",
     "zeroconf": "edge_gemma.serve.wyoming_door",

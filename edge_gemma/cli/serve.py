@@ -53,6 +53,10 @@ GuardOption = Annotated[
         help="A TOML file: rates, limits, content rules, audit log, usage, CORS (docs/serve.md).",
     ),
 ]
+WatchOption = Annotated[
+    Path | None,
+    typer.Option("--watch", help="A TOML file: alerts, samples of quality (docs/serve.md)."),
+]
 CertOption = Annotated[
     Path | None, typer.Option("--tls-cert", help="Speak TLS with this certificate (PEM).")
 ]
@@ -75,6 +79,7 @@ def serve(
     queue: QueueOption = 32,
     stop_s: StopOption = 10.0,
     guard: GuardOption = None,
+    watch: WatchOption = None,
     tls_cert: CertOption = None,
     tls_key: KeyOption = None,
     root_path: RootPathOption = "",
@@ -98,6 +103,7 @@ def serve(
         from edge_gemma.serve.guard.settings import GuardSettings
         from edge_gemma.serve.http import Address
         from edge_gemma.serve.http import serve as serve_model
+        from edge_gemma.serve.watch.settings import Watch
     except ImportError:
         raise MissingExtra("Serving", "serve") from None
 
@@ -112,6 +118,7 @@ def serve(
     )
     n_urgent = 1 if voice is not None and found.manifest.audio is not None else 0
     request = dataclasses.replace(loading.request(structured=True), n_seq_max=parallel + n_urgent)
+    watching = Watch() if watch is None else Watch.read(watch)
     judges = shield.plan_shields(settings.models, loading.device, loading.threads)
     request = shield.beside(request, judges, loading.device)
     plan_bundle(found, device=loading.device, request=request).require()
@@ -146,6 +153,7 @@ def serve(
             max_waiting=queue,
             n_urgent=n_urgent,
             guarding=guarding,
+            watch=watching,
             stop_s=stop_s,
             doors=doors,
             on_ready=ready,

@@ -15,9 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
+
 from edge_gemma.conversation.session import Session
 from edge_gemma.conversation.stream import Chunk
 from edge_gemma.errors import EdgeGemmaError
+from edge_gemma.hearing.samples import RATE_HZ
 from edge_gemma.messages import Audio, Image, Message, Part
 from edge_gemma.options import Sampling
 from edge_gemma.serve.visit import Visit, current_visit
@@ -34,6 +37,7 @@ class GenerationRequest:
     ``tools`` are described in the prompt. ``truncate`` forgets the oldest turns of a conversation
     that does not fit the context; without, it is refused. ``pad_audio`` fills each clip to 188 rows
     as transformers does. ``urgent`` requests (a person waits for what was spoken) go before others.
+    ``scoring`` ones are the server's own: counted nowhere, held to no rule.
     """
 
     messages: Sequence[Message] = ()
@@ -43,6 +47,7 @@ class GenerationRequest:
     truncate: bool = False
     pad_audio: bool = True
     urgent: bool = False
+    scoring: bool = False
 
     @property
     def media(self) -> list[Image | Audio]:
@@ -57,6 +62,9 @@ class Observer:
 
     Each method does nothing here; what one raises is logged and disturbs nobody.
     """
+
+    def submitted(self, answer: Answer) -> None:
+        """It is about to be queued; its request may still be changed."""
 
     def generated(self, answer: Answer, chunk: Chunk) -> None:
         """The worker made a chunk."""
@@ -93,7 +101,8 @@ class Answer:
         self.request, self.place = request, place
         self.visit = current_visit.get()  # the HTTP request it is for
         self.screen: Screen | None = None
-        self.observers: Sequence[Observer] = ()
+        self._observers: Sequence[Observer] = ()
+        self._hides_logprobs = False
         # by time.perf_counter: in the queue, out of it, its first token, its end
         self.submitted_s = time.perf_counter()
         self.began_s: float | None = None
@@ -110,6 +119,27 @@ class Answer:
         self._ended = False
         self._stopped = threading.Event()
         self._session: Session | None = None
+
+    def watched(self, observers: Sequence[Observer]) -> None:
+        """Tell these from here on. Before it is queued."""
+        self._observers = observers
+        self._tell(lambda observer: observer.submitted(self))
+
+    def with_hidden_logprobs(self) -> None:
+        """Have the worker find the tokens' log-probabilities for observers; a reader who did not
+        ask for them does not see them. Before it is queued.
+        """
+        if self.request.sampling.logprobs is None:
+            sampling = replace(self.request.sampling, logprobs=0)
+            self.request = replace(self.request, sampling=sampling)
+            self._hides_logprobs = True
+
+    @property
+    def audio_s(self) -> float:
+        """Seconds of sound in the request."""
+        clips = [part.source for part in self.request.media if isinstance(part, Audio)]
+        samples = [len(clip) for clip in clips if isinstance(clip, np.ndarray)]
+        return sum(samples) / RATE_HZ
 
     # the reader's side
 
@@ -179,6 +209,8 @@ class Answer:
         if chunk.finish_reason:
             self.last = chunk
         self._tell(lambda observer: observer.generated(self, chunk))
+        if self._hides_logprobs:
+            chunk = replace(chunk, logprobs=())
         with self._lock:
             if len(self._chunks) >= BUFFERED_CHUNKS:
                 chunk = joined(self._chunks.pop(), chunk)
@@ -211,7 +243,7 @@ class Answer:
         self.visit.finish_reasons.append(self.outcome)
 
     def _tell(self, call: Callable[[Observer], None]) -> None:
-        for observer in self.observers:
+        for observer in self._observers:
             try:
                 call(observer)
             except Exception:

@@ -37,6 +37,7 @@ from edge_gemma.serve.openai import OpenAI
 from edge_gemma.serve.refusals import Refusal, refusal_of, refusal_response
 from edge_gemma.serve.service import Service
 from edge_gemma.serve.speech import Speech
+from edge_gemma.serve.watch.settings import Watch
 
 if TYPE_CHECKING:
     from edge_gemma.model import Model
@@ -126,12 +127,13 @@ def make_app(
     tokens: BearerTokens | None = None,
     limits: Limits | None = None,
     guarding: Guarding | None = None,
+    watch: Watch | None = None,
     root_path: str = "",
 ) -> ASGIApp:
-    """Every route behind the guard. It closes nothing: the service and the guarding, whose
-    observers and rules the service has, are the caller's.
+    """Every route behind the guard. It closes nothing: the service, the guarding and the watch,
+    whose observers and rules the service has, are the caller's.
     """
-    guarding = guarding or Guarding()
+    guarding, watch = guarding or Guarding(), watch or Watch()
     limits = limits or guarding.limits
     server = Server(service, limits, service.model.bundle.manifest.name)
 
@@ -147,7 +149,9 @@ def make_app(
         *Speech(server).routes(),
         *Ollama(server).routes(),
         *usage_routes(guarding.usage),
+        *watch.routes(),
     ]
+    watch.bind(service, routes)
     app = Starlette(
         routes=routes,
         exception_handlers={
@@ -162,7 +166,7 @@ def make_app(
         limits,
         rates=guarding.rates,
         origins=guarding.origins,
-        observers=guarding.observers,
+        observers=[*guarding.observers, *watch.observers],
         root_path=root_path,
     )
     if not guarding.origins:
@@ -198,6 +202,7 @@ def serve(
     max_waiting: int = 32,
     n_urgent: int = 0,
     guarding: Guarding | None = None,
+    watch: Watch | None = None,
     stop_s: float = 10.0,
     doors: Sequence[Door] = (),
     on_ready: Callable[[str], None] = lambda url: None,
@@ -212,17 +217,18 @@ def serve(
     after that and must not be closed. Raises UsageError.
     """
     tokens = address.tokens()
-    guarding = guarding or Guarding()
+    guarding, watch = guarding or Guarding(), watch or Watch()
     service_of = functools.partial(
         Service,
         model,
         max_waiting=max_waiting,
         n_urgent=n_urgent,
         max_context=guarding.limits.context_tokens,
-        observers=guarding.observers,
+        observers=[*guarding.observers, *watch.observers],
         rules=guarding.rules,
     )
-    serving = _serve(service_of, opened, address, tokens, guarding, stop_s, doors, on_ready)
+    options = (tokens, guarding, watch, stop_s, doors, on_ready)
+    serving = _serve(service_of, opened, address, *options)
     return asyncio.run(serving)
 
 
@@ -232,14 +238,18 @@ async def _serve(
     address: Address,
     tokens: BearerTokens | None,
     guarding: Guarding,
+    watch: Watch,
     stop_s: float,
     doors: Sequence[Door],
     on_ready: Callable[[str], None],
 ) -> bool:
     service = service_of()
     others = Server(service, guarding.limits, service.model.bundle.manifest.name)
+    app = make_app(
+        service, tokens=tokens, guarding=guarding, watch=watch, root_path=address.root_path
+    )
     config = uvicorn.Config(
-        make_app(service, tokens=tokens, guarding=guarding, root_path=address.root_path),
+        app,
         lifespan="off",
         log_config=None,
         access_log=False,
@@ -264,11 +274,13 @@ async def _serve(
             await service.close(0)
             raise
         running = asyncio.create_task(server.serve(sockets=[opened]))
+        watching = asyncio.create_task(watch.run())
         while not server.started and not running.done():
             await asyncio.sleep(0.01)
         on_ready(_url(opened, "http" if address.tls_cert is None else "https"))
         stopped = asyncio.create_task(stopping.wait())
         await asyncio.wait((running, stopped), return_when=asyncio.FIRST_COMPLETED)
+        watching.cancel()
         # new requests are refused, running answers end or are cut off, then connections close
         closed = await service.close(stop_s)
         await open_doors.aclose()

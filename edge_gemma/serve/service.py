@@ -161,14 +161,15 @@ class Service:
         return self._queued(request, spoken)
 
     def _queued(self, request: GenerationRequest, make: Callable[..., _AnAnswer]) -> _AnAnswer:
-        if self._rules is not None:
-            self._rules.check(request)
+        rules = None if request.scoring else self._rules
+        if rules is not None:
+            rules.check(request)
         with self._changed:
             self._check_admission(request.urgent)
             place = max(0, len(self._waiting) + 1 - self._n_free(request.urgent))
             answer = make(request, place, self._closed)
-            answer.observers = self._observers
-            answer.screen = None if self._rules is None else self._rules.screen(answer)
+            answer.watched(() if request.scoring else self._observers)
+            answer.screen = None if rules is None else rules.screen(answer)
             self._waiting.append(answer)
             self._open.add(answer)
             self._changed.notify()
@@ -222,6 +223,13 @@ class Service:
             ]
             running = [running_slot(running) for running in self._running.values()]
         return [*running, *heard, *encoding]
+
+    def cached_tokens(self) -> int:
+        """Positions that the KV cache holds, of busy lanes and of idle ones."""
+        with self._changed:
+            busy = [running.session for running in self._running.values()]
+            sessions = [*busy, *(heard.session for heard in self._listening), *self._idle]
+        return sum(session.length for session in sessions)
 
     def health(self) -> Health:
         with self._changed:
@@ -401,7 +409,7 @@ class Service:
             self._start(loop, answer, request)
 
     def _encoded(self, request: GenerationRequest) -> GenerationRequest:
-        if self._rules is not None:
+        if self._rules is not None and not request.scoring:
             self._rules.judge(request)
         return self._prompting.encoded(request)
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from edge_gemma.errors import UsageError
 from edge_gemma.hearing.encoder import Encoder
+from edge_gemma.hearing.samples import RATE_HZ
 from edge_gemma.serve.answer import Answer, GenerationRequest
 
 
@@ -38,6 +39,11 @@ class SpokenAnswer(Answer):
         self._stream: Encoder | None = None
         self._rows: list[np.ndarray] = []
         self._spoken = False
+        self._n_samples = 0
+
+    @property
+    def audio_s(self) -> float:
+        return self._n_samples / RATE_HZ
 
     async def push(self, samples: np.ndarray) -> int:
         """``samples [n]`` float32 at 16 kHz → how many soft tokens they completed. Raises
@@ -60,6 +66,7 @@ class SpokenAnswer(Answer):
             raise UsageError("the turn was spoken to its end already; begin another one")
         if self._stream is None:
             self._stream = self._open_stream()
+        self._n_samples += 0 if samples is None else len(samples)
         rows = self._stream.finish() if samples is None else self._stream.push(samples)
         with self._lock:
             self._rows += [rows] if len(rows) else []
