@@ -7,7 +7,7 @@ Histograms of time have the names of OpenTelemetry's conventions for generative 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, Info
@@ -170,7 +170,7 @@ def _gauge(name: str, text: str, value: float | None = None) -> GaugeMetricFamil
     return family
 
 
-def _labelled(name: str, text: str, label: str, values: dict[str, float]) -> GaugeMetricFamily:
+def _labelled(name: str, text: str, label: str, values: Mapping[str, float]) -> GaugeMetricFamily:
     family = GaugeMetricFamily(f"edge_gemma_{name}", text, labels=[label])
     for key, value in values.items():
         family.add_metric([key], value)
