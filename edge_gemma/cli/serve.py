@@ -90,9 +90,9 @@ def serve(
     zeroconf: ZeroconfOption = None,
     loading: LoadingOptions = LOADING,
 ) -> None:
-    """Serve a bundle to OpenAI, Ollama and Wyoming clients, until Ctrl-C.
+    """Serve a bundle to OpenAI, Ollama and Wyoming clients.
 
-    Nothing is opened before the plan says that it fits.
+    Until Ctrl-C. Nothing is opened before the plan says that it fits.
     """
     from edge_gemma.engines.llama import library as llama
     from edge_gemma.errors import MissingExtra
