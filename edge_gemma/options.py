@@ -18,7 +18,9 @@ class Sampling:
 
     ``seed=None`` draws one, reported in the last chunk's usage. ``temperature=0`` is greedy.
     ``logprobs=n`` adds the n most likely alternatives to each token. ``schema`` (a JSON schema as
-    dict) and ``grammar`` (GBNF) exclude each other.
+    dict) and ``grammar`` (GBNF) exclude each other. With ``call_schema`` (as
+    :func:`edge_gemma.tool_schema` makes it) text is free, and a function call in it is held to that
+    from the moment it begins.
 
     >>> Sampling(temperature=0, max_tokens=16).max_tokens
     16
@@ -34,6 +36,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     grammar: str | None = None
     schema: dict | None = None
+    call_schema: dict | None = None
     logprobs: int | None = None
 
     def __post_init__(self):
@@ -73,6 +76,7 @@ class SamplingChanges(TypedDict, total=False):
     stop: tuple[str, ...]
     grammar: str | None
     schema: dict | None
+    call_schema: dict | None
     logprobs: int | None
 
 

@@ -233,3 +233,86 @@ def test_white_space_is_free_on_request(tiny_model):
     assert end.usage.forced_tokens < fixed.usage.forced_tokens
     if end.finish_reason == "stop":
         assert json.loads(tiny_model.detokenize(ids))
+
+
+# --- calls in free text
+
+TOOLS = [
+    {
+        "name": name,
+        "parameters": {
+            "type": "object",
+            "properties": {"room": {"enum": ["hall", "kitchen"]}, "on": {"type": "boolean"}},
+            "required": ["room", "on"],
+            "additionalProperties": False,
+        },
+    }
+    for name in ("set_lamp", "set_fan")
+]
+
+
+class Said:
+    """A model whose answer begins as it is told: its own wishes come behind that."""
+
+    def __init__(self, monkeypatch, model, text):
+        from edge_gemma.engines.llama.sampler import Sampler
+
+        told = iter(model.tokenize(text))
+        choose = Sampler._choose
+
+        def chosen(sampler, logits, *, grammar_first):
+            token = None if sampler._constraint is not None else next(told, None)
+            return choose(sampler, logits, grammar_first=grammar_first) if token is None else token
+
+        monkeypatch.setattr(Sampler, "_choose", chosen)
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        '{"name": "',
+        'I will do that.\n{"name": "set_f',
+        '```json\n{"name": "',
+        '[{"name": "',
+        '{ "name" : "',
+        '{\n  "name": "set_lamp',
+    ],
+)
+def test_a_call_that_begins_is_held_to_its_schema(tiny_model, monkeypatch, begun):
+    Said(monkeypatch, tiny_model, begun)
+    sampling = Sampling(call_schema=edge_gemma.tool_schema(TOOLS), max_tokens=200, seed=2)
+    ids, end = answered(tiny_model, "go", sampling)
+    said = tiny_model.detokenize(ids)
+    opened = begun[: begun.index('name"') + 5]
+    opened += begun[len(opened) : begun.index('"', len(opened)) + 1]
+    assert said.startswith(opened) and end.usage.forced_tokens > 0
+    call, _ = json.JSONDecoder().raw_decode(said[said.index("{") :])
+    assert call["name"] in ("set_lamp", "set_fan") and set(call) == {"name", "parameters"}
+    assert call["parameters"]["room"] in ("hall", "kitchen")
+
+
+@pytest.mark.parametrize("begun", ['{"name": "Peter', 'say {"name": "', "a text", '{"nam'])
+def test_what_is_no_call_stays_free(tiny_model, monkeypatch, begun):
+    Said(monkeypatch, tiny_model, begun)
+    sampling = Sampling(call_schema=edge_gemma.tool_schema(TOOLS), max_tokens=40, seed=2)
+    _, end = answered(tiny_model, "go", sampling)
+    # a name is first taken for a function's where one may begin so
+    assert end.usage.forced_tokens == 0 or begun.startswith('{"name": "')
+
+
+def test_text_goes_on_freely_behind_a_call(tiny_model, monkeypatch):
+    whole = '{"name": "set_fan", "parameters": {"room": "hall", "on": true}}'
+    Said(monkeypatch, tiny_model, '{"name": "')
+    sampling = Sampling(call_schema=edge_gemma.tool_schema(TOOLS), max_tokens=120, seed=2)
+    ids, end = answered(tiny_model, "go", sampling)
+    said = tiny_model.detokenize(ids)
+    _, stop = json.JSONDecoder().raw_decode(said)
+    assert len(said) > stop or end.finish_reason == "stop", whole
+
+
+def test_tools_that_cannot_be_held_to_are_said_and_left_free(tiny_model, monkeypatch, caplog):
+    Said(monkeypatch, tiny_model, '{"name": "')
+    bad = {"type": "object", "properties": {"name": {"not": {"const": 1}}}}
+    sampling = Sampling(call_schema=bad, max_tokens=30, seed=2)
+    answered(tiny_model, "go", sampling)
+    assert "not held to their schema" in caplog.text

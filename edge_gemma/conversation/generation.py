@@ -8,6 +8,7 @@ leave between steps. This module knows no turns, templates or text formats.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ from edge_gemma.conversation.stream import Chunk, TextStream, Timings, Usage
 from edge_gemma.engines.engine import Context, Decoder, Step, Weights
 from edge_gemma.errors import Cancelled, EdgeGemmaError
 from edge_gemma.options import Logprob, Sampling
+
+# the name of a function behind the beginning of an object, where prompts/calls.py looks for calls
+_CALL_BEGINS = re.compile(r'(?:^|```\w*|[\[,;])\s*(\{\s*"name"\s*:\s*"[^"]*)\Z', re.MULTILINE)
+_TAIL_BYTES = 200
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class Generation:
         self._sampler = decoder.sampler(sampling)
         self._stream = TextStream(sampling.stop)
         self.ids: list[int] = []
+        self._tail = b""  # of the answer, where a call may have begun
         self.n_passes = self.n_drafted = self.n_accepted = self._n_forced = 0
         self.finish_reason: str | None = None
 
@@ -95,7 +101,8 @@ class Generation:
         """Not under a schema or grammar: what it forces is known without drafts, and the rest is
         seldom a quotation.
         """
-        return self._sampling.schema is None and self._sampling.grammar is None
+        held = (self._sampling.schema, self._sampling.grammar, self._sampling.call_schema)
+        return not any(held)
 
     def take(self, logits: np.ndarray) -> Chunk | None:
         """Sample from a row of logits ``[n_vocab]`` float32 → the chunk of the token, and of those
@@ -110,6 +117,7 @@ class Generation:
         self._first_s = self._first_s or self._last_s
         n_before, text = len(self.ids), self._add(token)
         if self.finish_reason is None:
+            self._watch_for_call(token)
             for forced in self._sampler.forced():
                 text += self._add(forced)
                 if self.finish_reason is not None:
@@ -117,6 +125,14 @@ class Generation:
         taken = tuple(self.ids[n_before:])
         self._n_forced += max(0, len(taken) - 1)
         return Chunk(text, taken, logprobs) if taken else None
+
+    def _watch_for_call(self, token: int) -> None:
+        if self._sampling.call_schema is None:
+            return
+        self._tail = (self._tail + self._decoder.piece(token))[-_TAIL_BYTES:]
+        begun = _CALL_BEGINS.search(self._tail.decode("utf-8", "replace"))
+        if begun is not None:
+            self._sampler.begin_call(begun[1])
 
     def _add(self, token: int) -> str:
         """One more token of the answer → its text."""

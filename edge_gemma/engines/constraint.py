@@ -37,6 +37,15 @@ class Constraint(Protocol):
     def accept(self, token: int) -> None:
         """``token`` comes next; one of those that :meth:`allowed` gave. Raises RuntimeFailure."""
 
+    def begin(self, text: str) -> bool:
+        """Whether an answer may begin with ``text``, which was said already; then it goes on from
+        there. Otherwise the constraint is of no more use.
+        """
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the answer may end here."""
+
     def forced_tokens(self) -> list[int]:
         """The ids that must come next whatever the model says; empty where there is a choice."""
 

@@ -125,6 +125,12 @@ class Sampler(Protocol):
     def seed(self) -> int:
         """The seed in use, drawn when none was given."""
 
+    def begin_call(self, text: str) -> bool:
+        """Hold what follows ``text``, the beginning of a function call that was said, to the call
+        schema, until the call ends. False where nothing can: it is no call to one of the functions,
+        or the engine cannot enforce it.
+        """
+
     def forced(self) -> list[int]:
         """The ids that must come next whatever the logits say, remembered as if they had been
         sampled; empty where there is a choice. Raises RuntimeFailure.

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,7 +60,7 @@ class Guidance:
 
     def constraint(self, schema: Json) -> Following:
         """A constraint on one answer. Raises UsageError for what cannot be enforced."""
-        return Following(self._matcher(schema), self._n_vocab)
+        return Following(self._matcher(schema), self._n_vocab, self._tokenizer.tokenize_str)
 
     def _matcher(self, schema: Json) -> LLMatcher:
         from llguidance import LLMatcher
@@ -82,8 +83,8 @@ class Guidance:
 class Following:
     """One answer on its way through a schema; fulfils engines.constraint.Constraint."""
 
-    def __init__(self, matcher: LLMatcher, n_vocab: int):
-        self._matcher = matcher
+    def __init__(self, matcher: LLMatcher, n_vocab: int, tokenize: Callable[[str], list[int]]):
+        self._matcher, self._tokenize = matcher, tokenize
         self._words = np.zeros(-(-n_vocab // 32), np.uint32)
 
     def allowed(self) -> np.ndarray:
@@ -95,6 +96,14 @@ class Following:
     def accept(self, token: int) -> None:
         self._matcher.consume_token(token)
         self._check()
+
+    def begin(self, text: str) -> bool:
+        tokens = self._tokenize(text)
+        return self._matcher.try_consume_tokens(tokens) == len(tokens)
+
+    @property
+    def is_complete(self) -> bool:
+        return self._matcher.is_accepting()
 
     def forced_tokens(self) -> list[int]:
         return list(self._matcher.compute_ff_tokens())

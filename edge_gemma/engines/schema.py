@@ -42,10 +42,18 @@ ENFORCED = frozenset(
 )
 # how the answer is spaced, at the top of a schema
 SPACING = "x-guidance"
+_SPACES = r"[ \t]{0,2}(\n[ \t]{0,16})?"  # as JSON is printed; never a run without an end
 _SPACING_VALUES = {
     "whitespace_flexible": re.compile(r"true|false"),
     "item_separator": re.compile(r'"( |\\[tnr])*,( |\\[tnr])*"'),
     "key_separator": re.compile(r'"( |\\[tnr])*:( |\\[tnr])*"'),
+    "whitespace_pattern": re.compile(re.escape(json.dumps(_SPACES))),
+}
+ANY_SPACE = {
+    "whitespace_flexible": True,
+    "whitespace_pattern": _SPACES,
+    "item_separator": ",",
+    "key_separator": ":",
 }
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")

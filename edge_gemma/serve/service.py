@@ -36,6 +36,7 @@ from edge_gemma.errors import (
 from edge_gemma.hearing.encoder import Encoder
 from edge_gemma.messages import Image
 from edge_gemma.options import Sampling
+from edge_gemma.prompts.calls import tool_schema
 from edge_gemma.serve.answer import Answer, GenerationRequest, Observer
 from edge_gemma.serve.lanes import Counts, Heard, Running, Slot, running_slot, slot
 from edge_gemma.serve.prompting import Prompting, n_positions
@@ -429,7 +430,7 @@ class Service:
 
     def _run(self, loop: TokenLoop, answer: Answer, session: Session, dropped: int) -> None:
         request = answer.request
-        sampling = self._bounded(request.sampling, session.length)
+        sampling = self._bounded(_with_calls(request), session.length)
         lane = loop.add(session, sampling, urgent=request.urgent)
         answer.begin(session)
         with self._changed:
@@ -559,6 +560,14 @@ class Service:
     def _close_sessions(self) -> None:
         for session in self._idle:
             session.close()
+
+
+def _with_calls(request: GenerationRequest) -> Sampling:
+    """With tools a call that begins is held to what they take, whatever else is said."""
+    sampling = request.sampling
+    if not request.tools or sampling.schema is not None or sampling.grammar is not None:
+        return sampling
+    return replace(sampling, call_schema=tool_schema(request.tools))
 
 
 def _internal(error: Exception) -> EdgeGemmaError:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edge_gemma.engines.constraint import TokenTable
+from edge_gemma.engines.constraint import Constraint, TokenTable
 from edge_gemma.engines.guidance import Guidance, is_installed
 from edge_gemma.engines.llama import library as llama
 from edge_gemma.engines.llama.context import Context, LoadedModel
@@ -263,7 +263,13 @@ class Decoder:
         elif sampling.grammar is not None or sampling.schema is not None:
             # llama.cpp's grammar would take one of these for the end of the answer
             suppressed = (*suppressed, *self._texts.values())
-        return Sampler(self.vocab, self.n_vocab, suppressed, sampling, constraint)
+        calls = None
+        if sampling.call_schema is not None and self._uses_guidance():
+            calls = self._call_constraint
+        return Sampler(self.vocab, self.n_vocab, suppressed, sampling, constraint, calls)
+
+    def _call_constraint(self, schema: dict) -> Constraint:
+        return self._made_guidance().constraint(schema)
 
     def check(self, sampling: Sampling) -> None:
         """Raises UsageError where :meth:`sampler` would."""

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,11 @@ import numpy as np
 from edge_gemma.engines.constraint import Constraint, ids_in, mask_of
 from edge_gemma.engines.llama.grammar import schema_to_grammar
 from edge_gemma.engines.llama.library import library
+from edge_gemma.engines.schema import ANY_SPACE, SPACING
 from edge_gemma.errors import RuntimeFailure, UsageError
 from edge_gemma.options import Logprob, Sampling
+
+log = logging.getLogger("edge_gemma.engines")
 
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 MAX_GRAMMAR_BYTES = 1 << 20
@@ -52,9 +56,11 @@ class Sampler:
         suppressed: Sequence[int],
         sampling: Sampling,
         constraint: Constraint | None = None,
+        call_constraint: Callable[[dict], Constraint] | None = None,
     ):
         self._low, self._sampling = library(), sampling
-        self._constraint = constraint
+        self._constraint, self._call_constraint = constraint, call_constraint
+        self._is_call = False  # the constraint ends with the call
         self._vocab, self._n_vocab = vocab, n_vocab
         self._suppressed = np.array(suppressed, np.intp)
         self._choosable = ~mask_of(suppressed, n_vocab)
@@ -131,8 +137,27 @@ class Sampler:
         self._low.llama_sampler_accept(self._chain, token)
         if self._constraint is not None:
             self._constraint.accept(token)
+            if self._is_call and self._constraint.is_complete:
+                self._constraint = None
         if self._grammar is not None:
             self._low.llama_sampler_accept(self._grammar, token)
+
+    def begin_call(self, text: str) -> bool:
+        schema = self._sampling.call_schema
+        if schema is None or self._call_constraint is None or self._constraint is not None:
+            return False
+        # white space as the model began it: usually as it is fixed, else any
+        for tried in (schema, {**schema, SPACING: ANY_SPACE}):
+            try:
+                constraint = self._call_constraint(tried)
+            except UsageError as error:
+                log.warning("calls are not held to their schema: %s", error)
+                self._call_constraint = None
+                return False
+            if constraint.begin(text):
+                self._constraint, self._is_call = constraint, True
+                return True
+        return False
 
     def forced(self) -> list[int]:
         """The ids that must come next whatever the logits say, accepted. None where
