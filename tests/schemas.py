@@ -125,7 +125,7 @@ def schemas(draw) -> dict:
 
 
 def answer_from_noise(decoder, schema: object, seed: int) -> str | None:
-    """What a model that knows nothing writes under a schema; None where it does not come to an end.
+    """What a model that knows nothing writes under a schema, forced tokens taken at once; None where it does not come to an end.
 
     Quotes, brackets and ends get likelier with every token, so that most answers are short.
     """
@@ -141,7 +141,7 @@ def answer_from_noise(decoder, schema: object, seed: int) -> str | None:
             token = sampler.sample(row)
             if decoder.is_end(token):
                 return b"".join(map(decoder.piece, ids)).decode("utf-8")
-            ids.append(token)
+            ids += [token, *sampler.forced()]
     finally:
         sampler.close()
     return None
