@@ -125,7 +125,8 @@ def schemas(draw) -> dict:
 
 
 def answer_from_noise(decoder, schema: object, seed: int) -> str | None:
-    """What a model that knows nothing writes under a schema, forced tokens taken at once; None where it does not come to an end.
+    """What a model that knows nothing writes under a schema; None where it does not come to an end.
+    What is forced is taken at once.
 
     Quotes, brackets and ends get likelier with every token, so that most answers are short.
     """
