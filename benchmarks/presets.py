@@ -38,6 +38,7 @@ BENCHMARKS = {
     "plan": "memory:plan",
     "capped": "memory:capped",
     "speed": "speed:speed",
+    "start": "start:start",
     "latency": "speed:latency",
     "compare": "speed:compare_each",
     "encoder": "hearing:encoder",

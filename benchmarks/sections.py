@@ -201,6 +201,21 @@ KINDS: dict[str, Kind] = {
             Column("load warm s", "load_s", number(2)),
         ),
     ),
+    "start": Kind(
+        title="Until an answer starts, and tokens in a pass",
+        key=("model", "threads", "depth"),
+        better={"cold_s": -1, "memory_s": -1, "disk_s": -1, "tokens_per_pass": 1},
+        columns=(
+            Column("model", "model"),
+            Column("threads", "threads"),
+            Column("kept tokens", "depth"),
+            Column("first token, prefilled s", "cold_s", measured(3)),
+            Column("kept in memory s", "memory_s", measured(3)),
+            Column("kept on disk s", "disk_s", measured(3)),
+            Column("tokens per pass, quoting", "tokens_per_pass", number(2)),
+            Column("forced share of a call", "forced_share", share),
+        ),
+    ),
     "latency": Kind(
         title="From the end of the input to the first token",
         key=("model", "mode", "amount", "padding"),

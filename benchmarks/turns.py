@@ -34,7 +34,7 @@ LISTENER_PHASES = {
 }
 
 
-def _ours(system: System) -> EdgeGemma:
+def ours_of(system: System) -> EdgeGemma:
     if not isinstance(system, EdgeGemma):
         raise SystemExit(f"{system.task.system} holds no conversation here; edge-gemma does")
     return system
@@ -51,7 +51,7 @@ def _first_token_at(chunks: Iterable[Chunk]) -> float:
 
 def typed_rounds(system: System) -> list[Round]:
     """A conversation of ``n_prompt`` tokens is in the cache; timed is a new turn of 32."""
-    ours, task = _ours(system), system.task
+    ours, task = ours_of(system), system.task
     sampling = Sampling(temperature=0, max_tokens=task.n_predict)
     rounds = []
     for turn in range(task.rounds):
@@ -80,7 +80,7 @@ def spoken_rounds(system: System) -> list[Round]:
     """
     from edge_gemma.conversation.live_turn import LiveTurn
 
-    ours, task = _ours(system), system.task
+    ours, task = ours_of(system), system.task
     sampling = Sampling(temperature=0, max_tokens=task.n_predict)
     rounds = []
     for number in range(task.rounds):
@@ -115,7 +115,7 @@ def listened_rounds(system: System) -> list[Round]:
     from edge_gemma.conversation.listener import Listener
     from edge_gemma.conversation.transcription import ListenOptions
 
-    ours = _ours(system)
+    ours = ours_of(system)
     sampling = Sampling(temperature=0, max_tokens=ANSWER_TOKENS)
     turns, phase = 0, ""
     with ours.model.chat() as chat:
@@ -135,7 +135,7 @@ def picture_turns(system: System) -> list[Round]:
     """``rounds`` turns with one new picture and a question each. The oldest turns make room."""
     import edge_gemma
 
-    ours, task = _ours(system), system.task
+    ours, task = ours_of(system), system.task
     sampling = Sampling(temperature=0, max_tokens=task.n_predict)
     pixels, dropped = picture(task.image_px), 0
     # soft tokens that an earlier run left behind would spare this one its encoder

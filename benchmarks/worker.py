@@ -40,6 +40,7 @@ SETTLE_S = 0.25  # after a load the parent looks at the memory; outside everythi
 # no other run pays memory for it
 MODES = {
     "generate": "edge_gemma.benchmarks.worker:generate_rounds",
+    "start": "edge_gemma.benchmarks.start:start_rounds",
     "text": "edge_gemma.benchmarks.turns:typed_rounds",
     "speech": "edge_gemma.benchmarks.turns:spoken_rounds",
     "speech, encoded after its end": "edge_gemma.benchmarks.turns:spoken_rounds",

@@ -6,6 +6,7 @@ disk.
 
 from __future__ import annotations
 
+import mmap
 import os
 import uuid
 from collections.abc import Iterator
@@ -20,6 +21,16 @@ def cache_folder(name: str) -> Path:
     """``$XDG_CACHE_HOME/edge-gemma/NAME``, or the same under ``~/.cache``. Nothing is created."""
     chosen = os.environ.get("XDG_CACHE_HOME")
     return (Path(chosen) if chosen else Path.home() / ".cache") / "edge-gemma" / name
+
+
+def pages(n_bytes: int) -> memoryview:
+    """Memory of its own, which the system has back at once when it is let go; what malloc was given
+    back may stay with the process.
+
+    >>> len(pages(5000))
+    5000
+    """
+    return memoryview(mmap.mmap(-1, n_bytes))
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from edge_gemma.benchmarks import (
     rivals,
     sections,
     speed,
+    start,
     turns,
     worker,
 )
@@ -375,6 +376,13 @@ def test_speed_knows_the_roof(folder):
         and 0 < row["roof_share"] < 1.5
     )
     assert "GB/s with 1 thread;" in section.notes[0]
+
+
+def test_start_tells_kept_prompts_from_prefilled_ones(folder):
+    section = start.start([folder], n_prompt=300, n_predict=8, n_threads=1, repeats=1)
+    (row,) = section.rows
+    assert min(row["cold_s"], row["memory_s"], row["disk_s"]) > 0
+    assert row["tokens_per_pass"] >= 1 and 0 < row["forced_share"] < 1
 
 
 def test_quality_against_itself_is_zero(folder, tmp_path):

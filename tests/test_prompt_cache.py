@@ -68,7 +68,8 @@ def test_a_new_process_takes_a_stable_beginning_from_disk_to_the_bit(tiny_bundle
 
 def test_three_conversations_in_turns_on_one_sequence_prefill_only_what_is_new(tiny_bundle):
     with loaded(tiny_bundle, None) as model:
-        chats = [model.chat(system=f"You are number {i}. " + "word " * 80) for i in range(3)]
+        systems = [f"You are number {i}. " + "word " * 80 for i in range(3)]
+        chats = [model.chat(system=system) for system in systems]
         for turn in range(3):
             for chat in chats:
                 before = chat.session.length
@@ -247,6 +248,17 @@ def test_what_was_used_longest_ago_goes_first():
     cache.keep(prompts[3], bytes(100))
     assert [cache.find(codes) is not None for codes in prompts] == [True, False, True, True]
     assert not cache.make_room(10**6)
+
+
+def test_windows_do_not_crowd_states_out():
+    cache = PromptCache(3 * (100 + 8 * 10))
+    states = [np.full(10, i) for i in range(2)]
+    for codes in states:
+        cache.keep(codes, bytes(100))
+    for i in range(20):
+        cache.keep_window(np.full(10, 100 + i), bytes(100))
+    assert all(cache.find(codes) is not None for codes in states)
+    assert cache.find(np.full(11, 119), n_live=10) is not None
 
 
 def test_a_longer_state_takes_the_place_of_its_beginnings():

@@ -221,9 +221,11 @@ def speed(
     against: AgainstOption = None,
 ) -> None:
     """Prefill and decode speed, and load time. Over context length and threads, cold and warm, with
-    the share of the memory's bandwidth. --threads may be repeated.
+    the share of the memory's bandwidth. --threads may be repeated. Then the wait for the first
+    token where a prompt was kept in memory or on disk, and how many tokens a pass gives.
     """
     from edge_gemma.benchmarks import speed as benchmarks
+    from edge_gemma.benchmarks.start import start
 
     def job(progress: Progress) -> list[Section]:
         section = benchmarks.speed(
@@ -233,7 +235,10 @@ def speed(
             repeats=repeats,
             progress=progress.stage,
         )
-        return [section]
+        if section.stopped:
+            return [section]
+        kept = start(_folders(bundles), repeats=repeats, progress=progress.stage)
+        return [section, kept]
 
     finish_run(job, Output(as_json, report, save, against))
 

@@ -7,8 +7,8 @@ a whole sequence. A *window* is what the sliding layers held at one position, th
 lost as a conversation goes on: together with a sequence, or a state, that reaches at least as far,
 it leads back to its position exactly.
 
-Memory is bounded by what was planned; used longest ago goes first. States may lie on disk as well
-(prompt_files.py). This module knows no engine and no turns.
+Memory is bounded by what was planned; what was used longest ago goes first. States may lie on disk
+as well (prompt_files.py). This module knows no engine and no turns.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ log = logging.getLogger("edge_gemma.prompt_cache")
 
 CHECKPOINT_EVERY = 512  # positions: so many are prefilled again at most, where windows are kept
 MIN_STATE = 64  # positions; shorter prompts are prefilled as fast as they are restored
+WINDOW_SHARE = 1 / 3  # of the memory
 MIN_FILE = 256  # positions; what takes a moment to prefill is not worth a file
 
 
@@ -81,16 +82,22 @@ class PromptCache:
         with self._lock:
             return sum(kept.nbytes for kept in self._kept)
 
-    def make_room(self, n_bytes: int) -> bool:
+    def make_room(self, n_bytes: int, *, window: bool = False) -> bool:
         """Let go of so much that ``n_bytes`` more fit; False when they never do. Before they are
         allocated, so that the plan holds at every moment.
+
+        Windows come often and serve only who edits: where they take more than their share, they
+        go before states.
         """
         if n_bytes > self.max_bytes:
             return False
         with self._lock:
-            excess = self.total_bytes + n_bytes - self.max_bytes
-            while excess > 0:
-                excess -= self._kept.pop(0).nbytes
+            while self.total_bytes + n_bytes > self.max_bytes:
+                windows = [kept for kept in self._kept if kept.is_window]
+                states = [kept for kept in self._kept if not kept.is_window]
+                in_windows = sum(kept.nbytes for kept in windows) + window * n_bytes
+                too_many = in_windows > WINDOW_SHARE * self.max_bytes
+                self._kept.remove((windows if windows and too_many else states or windows)[0])
         return True
 
     def holds(self, codes: np.ndarray) -> bool:
@@ -127,7 +134,7 @@ class PromptCache:
             self._add(Kept(codes, window, is_window=True))
 
     def _add(self, kept: Kept) -> None:
-        if self.make_room(kept.nbytes):
+        if self.make_room(kept.nbytes, window=kept.is_window):
             self._kept.append(kept)
 
     def _use(self, kept: Kept) -> None:

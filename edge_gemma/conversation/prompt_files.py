@@ -29,7 +29,7 @@ import numpy as np
 from edge_gemma.conversation.saved import CHECKSUM_BYTES, checksum
 from edge_gemma.engines.engine import Buffer
 from edge_gemma.errors import RuntimeFailure
-from edge_gemma.files import cache_folder, written_whole
+from edge_gemma.files import cache_folder, pages, written_whole
 from edge_gemma.plan.records import Settings
 from edge_gemma.units import MiB
 
@@ -83,16 +83,15 @@ class StateFile:
     def n_positions(self) -> int:
         return len(self.codes)
 
-    def read(self) -> bytearray | None:
+    def read(self) -> memoryview | None:
         """The engine's bytes; None when the file is gone or damaged. A damaged one is removed."""
         try:
             with open(self.path, "rb", buffering=0) as file:
                 header = _read_header(file)
                 self._check(header)
-                state = bytearray(header.state_bytes)
-                view, done = memoryview(state), 0
+                state, done = pages(header.state_bytes), 0
                 while done < len(state):
-                    n = file.readinto(view[done:])
+                    n = file.readinto(state[done:])
                     if not n:
                         raise _Damaged("it ends too early")
                     done += n

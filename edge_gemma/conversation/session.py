@@ -323,7 +323,8 @@ class Session:
             return
         assert self._prompts is not None
         codes = self._positions.codes()[: self._cached]
-        if not self._prompts.make_room(self._context.state_bytes(sequence, window=True)):
+        n_bytes = self._context.state_bytes(sequence, window=True) + codes.nbytes
+        if not self._prompts.make_room(n_bytes, window=True):
             return
         window = self._context.save_window(sequence)
         if not self._context.restore_window(sequence, window, self._cached):
@@ -337,7 +338,7 @@ class Session:
         assert self._prompts is not None
         if len(codes) < MIN_STATE or self._prompts.holds(codes):
             return
-        if self._prompts.make_room(self._context.state_bytes(sequence)):
+        if self._prompts.make_room(self._context.state_bytes(sequence) + codes.nbytes):
             self._prompts.keep(codes, self._context.save(sequence), on_disk=on_disk)
 
     def _park(self, *, on_disk: bool = False) -> None:

@@ -82,7 +82,7 @@ class Context(Protocol):
     def state_bytes(self, sequence: int, *, window: bool = False) -> int:
         """How many bytes :meth:`save` or (``window``) :meth:`save_window` will give now."""
 
-    def save(self, sequence: int) -> bytearray:
+    def save(self, sequence: int) -> memoryview:
         """The engine's own bytes of a sequence, for a context of the same file, n_ctx and KV type.
         Raises RuntimeFailure.
         """
@@ -92,7 +92,7 @@ class Context(Protocol):
         empty. The caller has checked where the bytes come from.
         """
 
-    def save_window(self, sequence: int) -> bytearray:
+    def save_window(self, sequence: int) -> memoryview:
         """The sliding layers alone: the only part of a sequence that is lost as it grows. Raises
         RuntimeFailure.
         """

@@ -11,8 +11,8 @@ conceded:
 
 0. At the level ``performance``, which begins with 16384 tokens of context and 512 of a prefill
    step: context → 8192 → 4096. ``efficiency`` begins with 2048 and 128, ``balanced`` with 4096 and
-   256. Then the prompt cache, where it was left to the plan: three states of a whole context, one,
-   none.
+   256. Then the prompt cache, where it was left to the plan: four states of a whole context, two,
+   one, none.
 1. ``n_ubatch`` 256 → 128 → 64: smaller compute buffers, slower prefill. Never below 256 where an
    image must fit one ubatch.
 2. ``n_ctx`` 4096 → 2048. Before the KV cache, which costs every prompt time: on a CPU, prefill
@@ -65,7 +65,7 @@ LEVELS: dict[Level, tuple[int, int]] = {
     "performance": (16384, 512),
 }
 MIN_N_CTX = 64
-PROMPT_CACHE_STATES = (3, 1, 0)  # of a whole context, that are kept unless bytes are named
+PROMPT_CACHE_STATES = (4, 2, 1, 0)  # of a whole context, that are kept unless bytes are named
 
 
 def make_plan(

@@ -21,6 +21,7 @@ from edge_gemma.bundles.gguf import TYPE_IDS
 from edge_gemma.engines.engine import Buffer, Outputs, Step
 from edge_gemma.engines.llama import library as llama
 from edge_gemma.errors import Cancelled, RuntimeFailure, UsageError
+from edge_gemma.files import pages
 from edge_gemma.plan.records import Settings
 from edge_gemma.spans import Rows, Span, Tokens
 
@@ -337,13 +338,13 @@ class Context:
     def state_bytes(self, sequence: int, *, window: bool = False) -> int:
         return self._low.llama_state_seq_get_size_ext(self._ctx, sequence, self._part(window))
 
-    def save(self, sequence: int) -> bytearray:
+    def save(self, sequence: int) -> memoryview:
         """llama.cpp's own bytes of one sequence's cells. Restore only into a context of the same
         file, n_ctx and KV type.
         """
         return self._saved(sequence, window=False)
 
-    def save_window(self, sequence: int) -> bytearray:
+    def save_window(self, sequence: int) -> memoryview:
         return self._saved(sequence, window=True)
 
     def restore(self, sequence: int, state: Buffer) -> bool:
@@ -361,9 +362,9 @@ class Context:
         low = self._low
         return low.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY if window else low.LLAMA_STATE_SEQ_FLAGS_NONE
 
-    def _saved(self, sequence: int, *, window: bool) -> bytearray:
+    def _saved(self, sequence: int, *, window: bool) -> memoryview:
         size, flags = self.state_bytes(sequence, window=window), self._part(window)
-        state = bytearray(size)
+        state = pages(size)
         buffer = (ctypes.c_uint8 * size).from_buffer(state)
         if self._low.llama_state_seq_get_data_ext(self._ctx, buffer, size, sequence, flags) != size:
             raise RuntimeFailure("llama.cpp could not save the conversation's state")
