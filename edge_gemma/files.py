@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,9 @@ def pages(n_bytes: int) -> memoryview:
     >>> len(pages(5000))
     5000
     """
-    return memoryview(mmap.mmap(-1, n_bytes))
+    if sys.platform == "win32":
+        return memoryview(mmap.mmap(-1, n_bytes))
+    return memoryview(mmap.mmap(-1, n_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 @contextmanager
