@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -39,6 +40,7 @@ from edge_gemma.bundles.manifest import MANIFEST
 from edge_gemma.convert.pipeline import Conversion, convert
 from edge_gemma.convert.quality import Receipt, compare
 from edge_gemma.convert.recipe import read_recipe
+from edge_gemma.engines.llama.rescoring import rescorer_of
 from edge_gemma.errors import RuntimeFailure, UsageError
 from edge_gemma.units import MiB
 
@@ -187,14 +189,24 @@ class _Work:
         the long part.
         """
         self.stage("quality")
-        receipts = compare(
-            self.bundles[REFERENCE].decoder_path,
-            {label: self.bundles[label].decoder_path for label in labels},
-            text,
-            max_tokens=max_tokens,
-            n_threads=self.options.n_threads,
-            progress=self.steps,
-        )
+        with ExitStack() as stack:
+            rescorers = {}  # a bundle is measured as it runs
+            for label in labels:
+                bundle = self.bundles[label]
+                manifest = bundle.manifest
+                rescorer = rescorer_of(bundle.decoder_path, manifest.family, manifest.decoder)
+                if rescorer:
+                    rescorers[label] = rescorer
+                    stack.callback(rescorer.close)
+            receipts = compare(
+                self.bundles[REFERENCE].decoder_path,
+                {label: self.bundles[label].decoder_path for label in labels},
+                text,
+                max_tokens=max_tokens,
+                n_threads=self.options.n_threads,
+                rescorers=rescorers,
+                progress=self.steps,
+            )
         new = [_rung(label, self.bundles[label], receipts[label]) for label in labels]
         rungs = self.earlier + new
         if len({(rung.receipt.text, rung.receipt.tokens) for rung in rungs}) > 1:

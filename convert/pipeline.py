@@ -16,16 +16,19 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from edge_gemma.bundles.description import describe
 from edge_gemma.bundles.folder import Bundle, BundleWriter, file_entry
 from edge_gemma.bundles.manifest import (
     AudioPart,
+    DecoderPart,
     EmbeddingPart,
     Family,
     File,
@@ -36,7 +39,7 @@ from edge_gemma.bundles.manifest import (
 from edge_gemma.convert.checkpoint import Checkpoint
 from edge_gemma.convert.decoder import CHUNK_VALUES, Layout, plan_layout, write_decoder
 from edge_gemma.convert.embedding import read_embedding
-from edge_gemma.convert.gemma import TOWERS, Dims, Mapping, map_tensors, read_dims
+from edge_gemma.convert.gemma import EMBEDDING, TOWERS, Dims, Mapping, map_tensors, read_dims
 from edge_gemma.convert.generation_config import Answers, read_answers
 from edge_gemma.convert.head import Head, choose_head
 from edge_gemma.convert.lora import Merged
@@ -424,18 +427,25 @@ def _receipt(
     long as it takes.
     """
     from edge_gemma.convert.quality import compare
+    from edge_gemma.engines.llama.rescoring import rescorer_of
 
     reference, n_threads = decoder.with_name(".reference.gguf"), options.threads()
     layout = _reference_layout(prepared)
     write_decoder(reference, layout, prepared.tensors, n_threads=n_threads)
     report.stage("receipt")
-    receipts = compare(
-        reference,
-        {"new": decoder},
-        Path(text),
-        max_tokens=options.check_tokens,
-        n_threads=n_threads,
-    )
+    with ExitStack() as stack:
+        part = _with_head(describe(decoder).decoder, prepared)
+        rescorer = rescorer_of(decoder, prepared.mapping.dims.family, part)
+        if rescorer:  # the receipt is of the model as it runs
+            stack.callback(rescorer.close)
+        receipts = compare(
+            reference,
+            {"new": decoder},
+            Path(text),
+            max_tokens=options.check_tokens,
+            n_threads=n_threads,
+            rescorers={} if rescorer is None else {"new": rescorer},
+        )
     reference.unlink()
     return receipts["new"].table()
 
@@ -496,7 +506,7 @@ def _manifest(
         name=description.name,
         family=prepared.mapping.dims.family,
         instruct=description.chat_template is not None and prepared.embedding is None,
-        decoder=description.decoder,
+        decoder=_with_head(description.decoder, prepared),
         source=Source(origin=origin, tool="edge-gemma convert"),
         files=parts.files,
         chat_template=description.chat_template,
@@ -511,6 +521,15 @@ def _manifest(
         recipe=_recipe_record(prepared.recipe, options),
         quality=quality,
     )
+
+
+def _with_head(part: DecoderPart, prepared: Prepared) -> DecoderPart:
+    """``part``, told whether its head is the token embedding a second time, and no matrix of the
+    checkpoint's.
+    """
+    heads = [s for s in prepared.mapping.sources if s.name == "output.weight"]
+    again = any(source.name == EMBEDDING for head in heads for source in head.parts)
+    return msgspec.structs.replace(part, head_from_embedding=again)
 
 
 def _media_tokens(

@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edge_gemma.convert.text_chunks import CHUNK_TOKENS, read_chunks
 from edge_gemma.errors import UsageError
+
+if TYPE_CHECKING:
+    from edge_gemma.engines.llama.rescoring import Rescorer
 
 BLOCK_ROWS = 64  # logits rows at a time: 64 × 262,144 × 4 bytes = 64 MiB a model
 
@@ -55,10 +59,13 @@ def compare(
     *,
     max_tokens: int = 0,
     n_threads: int = 0,
+    rescorers: Mapping[str, Rescorer] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Receipt]:
     """Receipts of ``candidates`` (name → GGUF) against ``reference`` on
     ``text``; ``max_tokens`` bounds the work (0: the whole text).
+    ``rescorers``: what scores a candidate's best tokens again, as its bundle
+    will when it runs; the caller closes them.
 
     Raises UsageError (too little text, another vocabulary), BundleError.
     """
@@ -77,6 +84,8 @@ def compare(
         for path in (reference, *candidates.values()):
             decoders.append(Decoder(path, settings))
             stack.callback(decoders[-1].close)
+        for name, decoder in zip(candidates, decoders[1:], strict=True):
+            decoder.rescorer = (rescorers or {}).get(name)
         base = decoders[0]
         if any(decoder.n_vocab != base.n_vocab for decoder in decoders):
             raise UsageError(

@@ -62,6 +62,8 @@ class DecoderPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     kv_layers: tuple[KvLayer, ...]  # the layers that own a KV cache, in order
     ple_width: int = 0  # 256 for gemma3n, 0 for gemma3
     tied_head: bool = True  # the output head is the token embedding
+    # a head of its own that holds the token embedding's values, in another type (`untied` recipes)
+    head_from_embedding: bool = False
     # of the GGUF before its first tensor, checked by hash at every load: llama.cpp aborts on some
     # damage there
     header_bytes: int
@@ -206,6 +208,19 @@ def is_loaded_to_multiply(manifest: Manifest, tensor: Tensor) -> bool:
     """
     is_unread_head = manifest.embedding is not None and tensor.name == "token_embd.weight"
     return tensor.use != "lookup" or is_unread_head
+
+
+def finer_head_rows(decoder: DecoderPart) -> Tensor | None:
+    """The token embedding, where the head of its own holds the same rows more coarsely (the
+    converter says so); else None.
+    """
+    if not decoder.head_from_embedding:
+        return None
+    by_name = {tensor.name: tensor for tensor in decoder.tensors}
+    head, table = by_name.get("output.weight"), by_name.get("token_embd.weight")
+    if head is None or table is None or table.type not in ("Q8_0", "F16"):
+        return None
+    return table if head.nbytes < table.nbytes else None
 
 
 def no_encoder(name: str, sense: Sense) -> UnsupportedModel:

@@ -62,6 +62,14 @@ class PlanningOptions:
             help="Copy weights into the CPU's fast layout. Default: if that fits.",
         ),
     ] = None
+    rescore: Annotated[
+        bool | None,
+        typer.Option(
+            "--rescore/--no-rescore",
+            help="Score the best candidates of a coarse output head again with the finer token "
+            "embedding. Default: where the bundle has both.",
+        ),
+    ] = None
     gpu_layers: Annotated[
         int | None,
         typer.Option(
@@ -103,6 +111,7 @@ class PlanningOptions:
             n_threads=self.threads,
             repack=self.repack,
             n_gpu_layers=self.gpu_layers,
+            rescore=self.rescore,
             senses=senses,
             prompt_cache_bytes=None if self.prompt_cache else 0,
             n_draft=MAX_DRAFT if self.drafts else 0,

@@ -11,6 +11,7 @@ from edge_gemma.bundles.manifest import (
     Manifest,
     Tensor,
     VisionPart,
+    finer_head_rows,
     is_loaded_to_multiply,
     require,
 )
@@ -42,6 +43,8 @@ PICTURE_BYTES = 12_000_000 * (4 + 3)
 # llguidance's tables of a vocabulary, while they are made (afterwards 170): measured on Gemma's
 # 262,144 tokens
 STRUCTURED_BYTES_PER_TOKEN = 272
+# Rows of the token embedding that score candidates again and are kept between two releases
+RESCORED_ROWS = 2048
 # Of the total, kept free where anonymous repacked weights could starve the mapped ones.
 HEADROOM = 0.04
 
@@ -102,6 +105,7 @@ class Costs:
             Item("logits and sampling", logits, "anon", sampled_in),
             *self._structured(s),
             Item("prompt cache", s.prompt_cache_bytes, "anon", AFTER_LOAD),
+            *self._rescored(s),
             Item("LoRA adapters", self.lora_bytes, "anon", PHASES),
             *self._encoders(s),
             *self._mapped_while_loading(s),
@@ -112,6 +116,16 @@ class Costs:
         if self.structured and s.guidance:
             tables = self.manifest.decoder.n_vocab * STRUCTURED_BYTES_PER_TOKEN
             yield Item("structured output", tables, "anon", AFTER_LOAD)
+
+    def _rescored(self, s: Settings) -> Iterator[Item]:
+        table = finer_head_rows(self.manifest.decoder) if s.rescore else None
+        if table is not None:
+            page = self.device.page_bytes
+            row = table.nbytes // table.shape[1]
+            touched = min(int(RESCORED_ROWS * (1 + row / page) * page), table.nbytes)
+            # mapped a second time; where pages cannot be given back all of them may stay
+            read = touched if self.device.can_release else table.nbytes
+            yield Item("rows that score candidates again", read, "file_cold", ("prefill", "decode"))
 
     def _copied_bytes(self, s: Settings) -> int:
         """Weights in buffers of their own: on the GPU, or repacked for the CPU."""

@@ -37,7 +37,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from edge_gemma.bundles.manifest import SENSES, Manifest, Tensor, require
+from edge_gemma.bundles.manifest import SENSES, Manifest, Tensor, finer_head_rows, require
 from edge_gemma.errors import UsageError
 from edge_gemma.machine.device import Device
 from edge_gemma.plan.costs import HEADROOM, KV_TYPES, Costs
@@ -123,6 +123,11 @@ def _check(manifest: Manifest, request: PlanRequest) -> None:
         raise UsageError(f"level {request.level!r} is unknown; expected one of {', '.join(LEVELS)}")
     if not 0 <= request.n_draft <= 64:
         raise UsageError(f"drafts of {request.n_draft} tokens were asked for; expected 0 … 64")
+    if request.rescore and finer_head_rows(manifest.decoder) is None:
+        raise UsageError(
+            f"{manifest.name} keeps no finer rows of its output head, so candidates cannot be "
+            "scored again; recipes with untied = true do (edge, edge_fast)"
+        )
     for sense in request.senses or ():
         if sense not in SENSES:
             raise UsageError(f"sense {sense!r} is unknown; expected {' or '.join(SENSES)}")
@@ -150,6 +155,7 @@ def _ladder(
         n_gpu_layers=request.n_gpu_layers or 0,
         prompt_cache_bytes=request.prompt_cache_bytes or 0,
         n_draft=request.n_draft,
+        rescore=request.rescore is not False and finer_head_rows(manifest.decoder) is not None,
     )
     if manifest.embedding is not None:
         settings = replace(settings, n_ubatch=n_ctx, prompt_cache_bytes=0)

@@ -29,6 +29,7 @@ class Settings:
     repack: bool = True
     n_gpu_layers: int = 0
     flash_attention: bool = True
+    rescore: bool = False  # the best candidates again with the token embedding (finer_head_rows)
     guidance: bool = True  # schemas by llguidance's tables, else by llama.cpp's grammar
     n_draft: int = 0  # tokens that are proposed out of the text itself and verified in one pass
     prompt_cache_bytes: int = 0  # for kept states of the KV cache; 0: none are kept
@@ -55,6 +56,7 @@ class PlanRequest:
     n_draft: int = 0
     structured: bool = False  # answers will be held to JSON schemas: count what that takes
     level: Level = "balanced"
+    rescore: bool | None = None  # None: where the bundle's head is coarser than its embedding
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import numpy as np
 from edge_gemma.bundles.gguf import TYPE_IDS
 from edge_gemma.engines.engine import Buffer, Outputs, Step
 from edge_gemma.engines.llama import library as llama
+from edge_gemma.engines.llama.rescoring import Rescorer
 from edge_gemma.errors import Cancelled, RuntimeFailure, UsageError
 from edge_gemma.files import pages
 from edge_gemma.plan.records import Settings
@@ -46,6 +48,8 @@ class Context:
 
     ``n_outputs``: logits rows one decode may ask for. ``on_tensor``: an evaluation callback
     ``(tensor_pointer, ask) -> bool`` (see ggml_backend_sched_eval_callback), for calibration.
+    ``rescorer`` scores the best of each kept row again; llama.cpp gives hidden states for all of a
+    batch or none, so a span's last position is then a batch of its own.
     """
 
     def __init__(
@@ -56,8 +60,10 @@ class Context:
         n_outputs: int | None = None,
         on_tensor: Callable[[int, bool], bool] | None = None,
         on_close: Callable[[Context], None] = lambda context: None,
+        rescorer: Rescorer | None = None,
     ):
         self._low = llama.library()
+        self._rescorer = rescorer
         self._model, self.settings, self._on_close = model, settings, on_close
         self.n_outputs = max(n_outputs or 0, settings.n_seq_max)
         # A C function as abort callback: it is asked between any two graph nodes, and a Python one
@@ -172,8 +178,9 @@ class Context:
             if not span.causal:
                 self._decode_block(sequence, position, span, outputs)
                 return
-        for start in range(0, n, step):
-            stop = min(start + step, n)
+        alone = n - 1 if self._rescorer and outputs == "last" else n
+        starts = [*range(0, alone, step), *range(alone, n)]
+        for start, stop in pairwise([*starts, n]):
             self._fill(sequence, position + start, span, start, stop)
             self._out[: stop - start] = 0
             if outputs == "last" and stop == n:
@@ -243,9 +250,14 @@ class Context:
             raise UsageError(
                 f"{len(self._out_index)} logits rows asked of a context made for {self.n_outputs}"
             )
+        rescored = self._rescorer if 0 < n == len(self._out_index) else None
+        if self._rescorer:
+            self._low.llama_set_embeddings(self._ctx, rescored is not None)
         with llama.interrupts_held(self.cancel) if self._on_tensor else nullcontext():
             code = self._low.llama_decode(self._ctx, self._batch)
         if code == 0:
+            if rescored:
+                self._rescore(rescored, n)
             return
         for sequence, position in starts.items():
             self._low.llama_memory_seq_rm(self._memory, sequence, position, -1)
@@ -256,6 +268,14 @@ class Context:
                 f"the KV cache has no room for {n} more positions (n_ctx {self.settings.n_ctx})"
             )
         raise RuntimeFailure(f"llama.cpp could not decode (code {code}): {llama.last_log()}")
+
+    def _rescore(self, rescorer: Rescorer, n: int) -> None:
+        for index in range(n):
+            hidden = self._low.llama_get_embeddings_ith(self._ctx, index)
+            if not hidden:
+                raise RuntimeFailure("llama.cpp kept no hidden state to score candidates with")
+            row = np.ctypeslib.as_array(hidden, (self._model.n_embd,))
+            rescorer.rescore(self.logits(index), row)
 
     def cancel(self) -> None:
         """Stop a decode that is running, from any thread, between two graph nodes (CPU only)."""
@@ -285,13 +305,13 @@ class Context:
         self.clear(0)
         position = 0
         for span in spans:
-            block = (
-                len(span)
-                if isinstance(span, Rows) and not span.causal
-                else min(self.settings.n_ubatch, step or self.n_outputs)
-            )
-            for start in range(0, len(span), block):
-                stop = min(start + block, len(span))
+            is_block = isinstance(span, Rows) and not span.causal
+            block = len(span) if is_block else min(self.settings.n_ubatch, step or self.n_outputs)
+            cuts = set(range(0, len(span), block)) | {len(span)}
+            if self._rescorer and wanted is not None and not is_block:  # batches of their own
+                borders = {wanted.start - position, wanted.stop - position}
+                cuts |= {border for border in borders if 0 < border < len(span)}
+            for start, stop in pairwise(sorted(cuts)):
                 n = stop - start
                 self._fill(0, position, span, start, stop)
                 keep = (
@@ -300,8 +320,7 @@ class Context:
                     else np.array([p in wanted for p in range(position, position + n)], np.int8)
                 )
                 self._out[:n] = keep
-                causal = not (isinstance(span, Rows) and not span.causal)
-                self._low.llama_set_causal_attn(self._ctx, causal)
+                self._low.llama_set_causal_attn(self._ctx, not is_block)
                 try:
                     self._run(n, {0: position})
                 finally:

@@ -20,6 +20,7 @@ from edge_gemma.engines.guidance import Guidance, is_installed
 from edge_gemma.engines.llama import library as llama
 from edge_gemma.engines.llama.context import Context, LoadedModel
 from edge_gemma.engines.llama.embedder import Embedder
+from edge_gemma.engines.llama.rescoring import Rescorer
 from edge_gemma.engines.llama.sampler import Sampler
 from edge_gemma.errors import BundleError, UsageError
 from edge_gemma.machine.footprint import trim_heap
@@ -100,6 +101,8 @@ class Decoder:
     ):
         self._low = low = llama.library()
         self.settings, self.suppressed = settings, tuple(suppressed)
+        # of every context's logits; whoever opened the weights may set one
+        self.rescorer: Rescorer | None = None
         self._model: Any = None  # llama.cpp's pointer
         self._adapters: list[tuple[Any, float]] = []
         self._contexts: set[Context] = set()
@@ -326,6 +329,7 @@ class Decoder:
             n_outputs=n_outputs,
             on_tensor=on_tensor,
             on_close=self._contexts.discard,
+            rescorer=None if on_tensor else self.rescorer,
         )
         self._contexts.add(context)
         return context

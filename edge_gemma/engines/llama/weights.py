@@ -28,9 +28,15 @@ from pathlib import Path
 from edge_gemma.bundles.description import Description
 from edge_gemma.bundles.folder import Bundle
 from edge_gemma.bundles.gguf import TYPE_IDS
-from edge_gemma.bundles.manifest import Manifest, Tensor, end_tokens, is_loaded_to_multiply
+from edge_gemma.bundles.manifest import (
+    Manifest,
+    Tensor,
+    end_tokens,
+    is_loaded_to_multiply,
+)
 from edge_gemma.engines.llama.decoder import Decoder
 from edge_gemma.engines.llama.library import repacks, version
+from edge_gemma.engines.llama.rescoring import rescorer_of
 from edge_gemma.errors import BundleError
 from edge_gemma.machine.footprint import PAGE_BYTES, mapping_of
 from edge_gemma.plan.records import Plan
@@ -135,6 +141,8 @@ class Weights:
                 overrides=overrides(manifest),
                 on_progress=progress,
             )
+        if plan.settings.rescore:
+            self.decoder.rescorer = rescorer_of(self.path, manifest.family, manifest.decoder)
         if self._releasable:
             self._settle(
                 _merge(
@@ -162,6 +170,8 @@ class Weights:
         """Give back the rows that were looked up since the last call; the page cache keeps them."""
         for start, length in self._addresses:
             _madvise(start, length, _MADV_DONTNEED)
+        if self.decoder.rescorer:
+            self.decoder.rescorer.trim()
 
     @property
     def version(self) -> str:
@@ -238,6 +248,8 @@ class Weights:
     def close(self) -> None:
         self._addresses = []  # the addresses mean nothing once the mapping is gone
         self.decoder.close()
+        if self.decoder.rescorer:
+            self.decoder.rescorer.close()
 
     def __enter__(self) -> Weights:
         return self
