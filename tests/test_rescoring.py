@@ -78,9 +78,25 @@ def test_the_same_logits_token_by_token_and_in_lanes(bundles):
         for sequence in (0, 1):
             context.decode(sequence, 0, Tokens(IDS[:-1]), "last")
             assert_close(context.logits(), whole[-2])
-        context.decode_step([(s, len(IDS) - 1, IDS[-1]) for s in (0, 1)])
+        context.decode_step([(s, len(IDS) - 1, IDS[-1:]) for s in (0, 1)])
         for row in (0, 1):
             assert_close(context.logits(row), whole[-1])
+
+
+def test_forced_tokens_before_the_last_one_are_decoded_too(bundles):
+    coarse, _ = bundles
+    whole = logits(coarse, IDS)
+    with load(coarse, n_ctx=256, request=PlanRequest(n_seq_max=2)) as model:
+        context = model.decoder.context(n_outputs=8)
+        for sequence in (0, 1):
+            context.decode(sequence, 0, Tokens(IDS[:20]))
+        context.decode_step([(0, 20, IDS[20:24]), (1, 20, IDS[20:21])])
+        assert [context.length(sequence) for sequence in (0, 1)] == [24, 21]
+        assert_close(context.logits(0), whole[23])
+        assert_close(context.logits(1), whole[20])
+        context.decode_step([(0, 24, IDS[24:27])], every=True)
+        for row in range(3):
+            assert_close(context.logits(row), whole[24 + row])
 
 
 def test_wanted_rows_alone_are_scored_too(bundles):

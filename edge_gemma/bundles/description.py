@@ -174,6 +174,7 @@ def describe(path: str | Path, *, repairable: bool = False) -> Description:
         sliding_window=sliding_window,
         kv_layers=kv_layers,
         tied_head="output.weight" not in uses,
+        head_from_embedding=False,  # a file does not say: the converter does
         header_bytes=header.data_offset,
         header_sha256=header_sha256,
         tensors=tuple(

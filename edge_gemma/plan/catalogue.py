@@ -131,6 +131,7 @@ def manifest_of(model: Published, recipe: str, senses: tuple[Sense, ...]) -> Man
         sliding_window=model.sliding_window,
         kv_layers=model.kv_layers,
         tied_head="output" not in types,
+        head_from_embedding="output" in types,
         header_bytes=header,
         header_sha256="0" * 64,
         tensors=tuple(tensors),

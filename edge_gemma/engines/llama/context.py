@@ -212,16 +212,25 @@ class Context:
         n = sum(len(ids) for _, _, ids in items)
         if n > self.settings.n_ubatch:
             raise UsageError(f"{n} tokens in one pass; n_ubatch is {self.settings.n_ubatch}")
+        starts = {sequence: position for sequence, position, _ in items}
+        if self._rescorer and not every and n > len(items):  # the last ones in a pass of their own
+            before = [(s, position, ids[:-1]) for s, position, ids in items]
+            self._run(self._fill_step(before, every=False, last=False), starts)
+            items = [(s, position + len(ids) - 1, ids[-1:]) for s, position, ids in items]
+        self._run(self._fill_step(items, every=every), starts)
+
+    def _fill_step(self, items: Sequence[Step], *, every: bool, last: bool = True) -> int:
+        """Put ``items`` into the batch; returns how many tokens they are."""
         self._batch.token, self._batch.embd = self._token_pointer, None
-        self._out[:n] = every
         i = 0
         for sequence, position, ids in items:
             for offset, token in enumerate(ids):
                 self._ids[i], self._pos[i] = token, position + offset
-                self._seq[i] = self._seq_address[sequence]
+                self._seq[i], self._out[i] = self._seq_address[sequence], every
                 i += 1
-            self._out[i - 1] = 1
-        self._run(n, {sequence: position for sequence, position, _ in items})
+            if last and ids:
+                self._out[i - 1] = 1
+        return i
 
     def _fill(self, sequence: int, position: int, span: Span, start: int, stop: int) -> None:
         n = stop - start
