@@ -431,6 +431,8 @@ class Model:
     def close(self) -> None:
         if self._embedder is not None:
             self._embedder.close()
+        if self._sequences is not None:
+            self._sequences.close()
         self.senses.close()
         self.weights.close()
         if self._prompts is not None:

@@ -316,3 +316,15 @@ def test_tools_that_cannot_be_held_to_are_said_and_left_free(tiny_model, monkeyp
     sampling = Sampling(call_schema=bad, max_tokens=30, seed=2)
     answered(tiny_model, "go", sampling)
     assert "not held to their schema" in caplog.text
+
+
+def test_drafts_that_are_left_to_the_plan_are_conceded(tiny_bundle):
+    def planned(**asked):
+        request = PlanRequest(n_threads=1, **asked)
+        return edge_gemma.plan_bundle(tiny_bundle, n_ctx=512, request=request)
+
+    left, without = planned(n_draft=None), planned()
+    assert left.settings.n_draft > 0 and left.total_bytes > without.total_bytes
+    tight = planned(n_draft=None, budget_bytes=left.needed_bytes - 1)
+    assert tight.settings.n_draft == 0 and len(tight.concessions) == 1
+    assert "no drafts" in tight.concessions[0]

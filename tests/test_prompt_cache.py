@@ -346,6 +346,7 @@ n = int(sys.argv[2])
 while True:
     codes = np.arange(n, n + 300)
     files.write(codes, bytes([n % 256]) * (4 << 20))
+    print("written", flush=True)
     n += 1
 """
 
@@ -359,6 +360,8 @@ def killed_while_writing(folder, times: int) -> None:
         )
         with process:
             assert process.stdout.readline() == "ready\n"
+            if turn == 0:
+                assert process.stdout.readline() == "written\n"
             time.sleep(0.02 + 0.013 * (turn % 17))
             process.kill()
     files = PromptFiles("scope", folder)
@@ -379,3 +382,93 @@ def test_a_killed_writer_leaves_nothing_that_is_taken(tmp_path):
 @pytest.mark.slow
 def test_a_writer_killed_fifty_times(tmp_path):
     killed_while_writing(tmp_path, 50)
+
+
+def parked_and_not(bundle, spans, **asked):
+    """Logits behind a prompt that was interrupted by another, and of one that was not."""
+    found = []
+    for disturb in (False, True):
+        with loaded(bundle, None, **asked) as model, model.session() as session:
+            session.replace(spans[:-1])
+            for _ in session.generate(Sampling(temperature=0, max_tokens=3)):
+                pass
+            if disturb:
+                with model.session() as other:
+                    other.append(prompt(100, seed=9))
+            session.append(spans[-1:])
+            found.append((session.logits(), session._n_prefilled))
+    return found
+
+
+def test_a_gemma_3n_with_soft_tokens_goes_on_to_the_bit(hearing_bundle):
+    n_embd = hearing_bundle.manifest.decoder.n_embd
+    rows = Rows(np.random.default_rng(3).standard_normal((90, n_embd), dtype=np.float32))
+    spans = [*prompt(150), rows, Tokens([310] * 40), Tokens([320] * 20)]
+    alone, parked = parked_and_not(hearing_bundle, spans)
+    assert np.array_equal(alone[0], parked[0]) and parked[1] <= alone[1]
+
+
+def test_rows_that_attend_to_each_other_are_never_cut(looking_bundle):
+    n_embd = looking_bundle.manifest.decoder.n_embd
+    rng = np.random.default_rng(3)
+    block = Rows(rng.standard_normal((40, n_embd), dtype=np.float32), causal=False)
+    spans = [*prompt(490), block, Tokens([310] * 30), Tokens([320] * 20)]
+    alone, parked = parked_and_not(looking_bundle, spans)
+    assert np.array_equal(alone[0], parked[0])
+    with loaded(looking_bundle, None) as model, model.session() as session:
+        session.replace(spans, n_stable=500)  # inside the block, as 512 is
+        session.logits()
+        assert model.sequences.prompts.total_bytes == 0
+        session.replace([Tokens([2]), *spans], n_stable=491)  # where it begins
+        session.logits()
+        assert {kept.position for kept in model.sequences.prompts._kept} == {491, 580}
+
+
+@pytest.mark.slow
+def test_the_real_model_inside_its_plan(sample_gguf, tmp_path):
+    """Three conversations in turns on one sequence, an edited turn behind 3,000 tokens, and the
+    plan.
+    """
+    import inspect
+
+    from edge_gemma.machine.peak import PeakSampler
+    from edge_gemma.store.importer import import_gguf
+
+    text = inspect.getsource(subprocess) + inspect.getsource(logging)
+    folder = import_gguf(sample_gguf, tmp_path / "bundle", name="sample", origin="a test").folder
+    greedy = Sampling(temperature=0, max_tokens=24)
+    with PeakSampler() as peak, loaded(folder, None, n_ctx=4096, cache=None) as model:
+        peak.rebase()
+        parts = [text[i * 9000 :][:2500] for i in range(3)]
+        chats = [model.chat(system=f"You know this file:\n{part}") for part in parts]
+        for turn in range(3):
+            for chat in chats:
+                before = chat.session.length
+                end = list(chat.send(f"What does part {turn} do?", greedy))[-1]
+                if turn:
+                    assert prefilled(end) <= end.usage.prompt_tokens - before + 1
+        for chat in chats:
+            chat.close()
+        tokens = [2, *model.tokenize(text)][:3000]
+        long_answer = Sampling(temperature=0, max_tokens=400)
+        with model.session() as session:
+            for question in ("What does it do?", "What does it return?"):
+                asked = Tokens(model.tokenize(f"\nQuestion: {question}\nAnswer:"))
+                session.replace([Tokens(tokens), asked])
+                end = list(session.generate(long_answer))[-1]
+            assert prefilled(end) <= 600
+        kept = model.sequences.prompts.total_bytes
+        assert 0.8 * model.plan.settings.prompt_cache_bytes < kept
+    assert abs(peak.peak_pss_bytes / model.plan.total_bytes - 1) < 0.05
+
+
+def test_a_long_prompt_comes_again_with_another_end(tiny_bundle, tmp_path):
+    """And what is left open is kept when the model is closed."""
+    ends = []
+    for question in (310, 320):
+        with loaded(tiny_bundle, tmp_path, n_ctx=2048) as model:
+            spans = [*prompt(1100), Tokens([question] * 5)]
+            ends.append(list(model.generate(spans, SHORT))[-1])
+    assert [prefilled(end) for end in ends] == [1105, 1105 - 1024]
+    kept = [int(path.name.split("-")[1]) for path in tmp_path.iterdir()]
+    assert kept.count(1024) == 1 and len(kept) == 3

@@ -99,7 +99,7 @@ class PlanningOptions:
         """``senses``: those the command will use; None: all the bundle has. ``structured``: answers
         will be held to a schema.
         """
-        from edge_gemma.plan.records import MAX_DRAFT, PlanRequest
+        from edge_gemma.plan.records import PlanRequest
         from edge_gemma.units import parse_bytes
 
         budget_bytes = None if self.budget is None else parse_bytes(self.budget)
@@ -114,7 +114,7 @@ class PlanningOptions:
             rescore=self.rescore,
             senses=senses,
             prompt_cache_bytes=None if self.prompt_cache else 0,
-            n_draft=MAX_DRAFT if self.drafts else 0,
+            n_draft=None if self.drafts else 0,
             structured=structured,
             level=cast("Level", self.level),  # the plan checks it
         )

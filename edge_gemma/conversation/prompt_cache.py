@@ -28,6 +28,7 @@ log = logging.getLogger("edge_gemma.prompt_cache")
 CHECKPOINT_EVERY = 512  # positions: so many are prefilled again at most, where windows are kept
 MIN_STATE = 64  # positions; shorter prompts are prefilled as fast as they are restored
 WINDOW_SHARE = 1 / 3  # of the memory
+MIN_LONG = 2 * CHECKPOINT_EVERY  # positions
 MIN_FILE = 256  # positions; what takes a moment to prefill is not worth a file
 
 

@@ -24,6 +24,8 @@ class Holder(Protocol):
 
     def give_up_sequence(self) -> int: ...
 
+    def close(self) -> None: ...
+
 
 class Sequences:
     """The KV cache of a model. ``identity`` is the SHA-256 of the decoder's file, which saved
@@ -72,3 +74,9 @@ class Sequences:
 
     def give_back(self, sequence: int) -> None:
         self._holders[sequence] = None
+
+    def close(self) -> None:
+        """Close the sessions that were left open; what they hold is kept where prompts are."""
+        for holder in list(self._holders.values()):
+            if holder is not None and not holder.busy:
+                holder.close()

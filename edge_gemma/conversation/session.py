@@ -16,7 +16,7 @@ import numpy as np
 
 from edge_gemma.conversation.generation import Prefilled, TokenLoop
 from edge_gemma.conversation.positions import Key, Positions
-from edge_gemma.conversation.prompt_cache import CHECKPOINT_EVERY, MIN_STATE, Found
+from edge_gemma.conversation.prompt_cache import CHECKPOINT_EVERY, MIN_LONG, MIN_STATE, Found
 from edge_gemma.conversation.saved import Saved, read_saved, rows_of, write_saved
 from edge_gemma.conversation.sequences import Sequences
 from edge_gemma.conversation.stream import Chunk
@@ -94,7 +94,7 @@ class Session:
         """Make ``spans`` the whole content, reusing the cache as far as they agree with it.
 
         ``n_stable``: so many positions at the beginning (system text and tools) are what other
-        conversations begin with, too; they are kept on disk.
+        conversations begin with, too; they are kept on disk. 0: of a long prompt, all but the end.
 
         Returns the positions reused; the others are prefilled by the next append or generation.
         Raises UsageError (nothing given), ContextFull; the session is unchanged then.
@@ -113,7 +113,8 @@ class Session:
         keep = positions.block_start(min(same, positions.last_start(), self._cached))
         if self._cached - keep >= MIN_STATE:
             self._park()
-        self._positions, self._n_stable = positions, n_stable
+        self._positions = positions
+        self._n_stable = n_stable or _long_beginning(positions.last_start())
         self._keep(keep)
         self._cancelled.clear()
         return self._cached
@@ -449,3 +450,10 @@ class Session:
             return True
         self._context.clear(sequence)
         return False
+
+
+def _long_beginning(n_positions: int) -> int:
+    """What is likely to come again of a long prompt whose parts are not known: a document, with
+    another question behind it.
+    """
+    return n_positions // CHECKPOINT_EVERY * CHECKPOINT_EVERY if n_positions >= MIN_LONG else 0

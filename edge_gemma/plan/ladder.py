@@ -12,7 +12,7 @@ conceded:
 0. At the level ``performance``, which begins with 16384 tokens of context and 512 of a prefill
    step: context → 8192 → 4096. ``efficiency`` begins with 2048 and 128, ``balanced`` with 4096 and
    256. Then the prompt cache, where it was left to the plan: four states of a whole context, two,
-   one, none.
+   one, none; and drafts, which take rows of logits.
 1. ``n_ubatch`` 256 → 128 → 64: smaller compute buffers, slower prefill. Never below 256 where an
    image must fit one ubatch.
 2. ``n_ctx`` 4096 → 2048. Before the KV cache, which costs every prompt time: on a CPU, prefill
@@ -43,6 +43,7 @@ from edge_gemma.machine.device import Device
 from edge_gemma.plan.costs import HEADROOM, KV_TYPES, Costs
 from edge_gemma.plan.records import (
     AFTER_LOAD,
+    MAX_DRAFT,
     Item,
     Level,
     Plan,
@@ -121,7 +122,7 @@ def _check(manifest: Manifest, request: PlanRequest) -> None:
         )
     if request.level not in LEVELS:
         raise UsageError(f"level {request.level!r} is unknown; expected one of {', '.join(LEVELS)}")
-    if not 0 <= request.n_draft <= 64:
+    if request.n_draft is not None and not 0 <= request.n_draft <= 64:
         raise UsageError(f"drafts of {request.n_draft} tokens were asked for; expected 0 … 64")
     if request.rescore and finer_head_rows(manifest.decoder) is None:
         raise UsageError(
@@ -154,11 +155,11 @@ def _ladder(
         repack=True if request.repack is None else request.repack,
         n_gpu_layers=request.n_gpu_layers or 0,
         prompt_cache_bytes=request.prompt_cache_bytes or 0,
-        n_draft=request.n_draft,
+        n_draft=MAX_DRAFT if request.n_draft is None else request.n_draft,
         rescore=request.rescore is not False and finer_head_rows(manifest.decoder) is not None,
     )
     if manifest.embedding is not None:
-        settings = replace(settings, n_ubatch=n_ctx, prompt_cache_bytes=0)
+        settings = replace(settings, n_ubatch=n_ctx, prompt_cache_bytes=0, n_draft=0)
         yield from _embedding_ladder(settings, request)
         return
     last: Rung = next(_prompt_caches(settings, (), request, costs), (settings, ()))
@@ -167,6 +168,7 @@ def _ladder(
     steps: list[Callable[[Rung], Iterator[Rung]]] = [
         lambda rung: _contexts(*rung, request, LARGE_N_CTX_LADDER),
         lambda rung: _prompt_caches(*rung, request, costs),
+        lambda rung: _no_drafts(*rung, request),
         lambda rung: _ubatches(*rung, request, smallest),
         lambda rung: _contexts(*rung, request, N_CTX_LADDER[:2]),
         lambda rung: _smaller_kv(*rung, request),
@@ -187,6 +189,14 @@ def _contexts(
         if request.n_ctx is None and n_ctx < settings.n_ctx:
             settings = replace(settings, n_ctx=n_ctx)
             yield settings, (*before, f"context of {n_ctx} tokens")
+
+
+def _no_drafts(settings: Settings, done: Done, request: PlanRequest) -> Iterator[Rung]:
+    if request.n_draft is None:
+        yield (
+            replace(settings, n_draft=0),
+            (*done, "no drafts out of the text: fewer tokens a pass"),
+        )
 
 
 def _smaller_kv(settings: Settings, done: Done, request: PlanRequest) -> Iterator[Rung]:

@@ -53,7 +53,7 @@ class PlanRequest:
     lora_bytes: int = 0
     # for kept states of the KV cache; None: as much as serves, and less where that does not fit
     prompt_cache_bytes: int | None = 0
-    n_draft: int = 0
+    n_draft: int | None = 0  # None: MAX_DRAFT, or none where that does not fit
     structured: bool = False  # answers will be held to JSON schemas: count what that takes
     level: Level = "balanced"
     rescore: bool | None = None  # None: where the bundle's head is coarser than its embedding

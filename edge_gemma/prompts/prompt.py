@@ -132,12 +132,15 @@ class Prompt:
         self, messages: Sequence[Message | Mapping], *, tools: Sequence[Mapping] = ()
     ) -> int:
         """How many positions at the beginning come from the system text and the tools alone,
-        whatever is said then; 0 without both. Raises UsageError, BundleError.
+        whatever is said then; 0 without both, or where the template wants more than that.
         """
         head = [message for message in messages[:1] if _role(message) == "system"]
         if not head and not tools:
             return 0
-        said = [self.spans([*head, Message("user", text)], tools=tools) for text in ("a", "0")]
+        try:
+            said = [self.spans([*head, Message("user", text)], tools=tools) for text in ("a", "0")]
+        except (UsageError, BundleError):
+            return 0
         ids = [[token for span in spans for token in getattr(span, "ids", ())] for spans in said]
         return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*ids, strict=False)))
 
