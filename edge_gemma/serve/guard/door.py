@@ -61,13 +61,13 @@ class Guard:
         observers: Sequence[Observer] = (),
         root_path: str = "",
     ):
-        self._app, self._tokens, self._limits = app, tokens, limits
+        self.app, self._tokens, self._limits = app, tokens, limits
         self._rates, self._origins, self._observers = rates, frozenset(origins), observers
         self._root_path = root_path.rstrip("/")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
@@ -101,7 +101,7 @@ class Guard:
             await response(scope, door.receive_raw, door.send)
             return
         try:
-            await self._app(scope, door.receive, door.send)
+            await self.app(scope, door.receive, door.send)
         except TimeoutError:
             log.warning("%s: the client took nothing for too long", scope["path"])
 
