@@ -472,3 +472,34 @@ def test_a_long_prompt_comes_again_with_another_end(tiny_bundle, tmp_path):
     assert [prefilled(end) for end in ends] == [1105, 1105 - 1024]
     kept = [int(path.name.split("-")[1]) for path in tmp_path.iterdir()]
     assert kept.count(1024) == 1 and len(kept) == 3
+
+
+def test_a_server_with_one_lane_keeps_two_conversations(tiny_bundle, tmp_path):
+    """Each request brings its whole conversation; a restarted server goes on."""
+    import asyncio
+
+    from edge_gemma import GenerationRequest, Message, Service
+
+    system = Message("system", "Two people talk to you. " + "word " * 200)
+
+    async def turn(service, messages, text):
+        messages.append(Message("user", text))
+        request = GenerationRequest(list(messages), sampling=SHORT)
+        async with service.submit(request) as answer:
+            chunks = [chunk async for chunk in answer]
+        messages.append(Message("assistant", "".join(chunk.text for chunk in chunks)))
+        return prefilled(chunks[-1])
+
+    async def serve(model, talks, texts):
+        service = Service(model)
+        counts = [await turn(service, talk, text) for text in texts for talk in talks]
+        await service.close()
+        return counts
+
+    talks = [[system], [system]]
+    with loaded(tiny_bundle, tmp_path) as model:
+        first, second, *others = asyncio.run(serve(model, talks, ["one", "two", "three"]))
+    assert first > 100 > second and max(others) < 60
+    with loaded(tiny_bundle, tmp_path) as model:
+        restarted = asyncio.run(serve(model, talks, ["four"]))
+    assert max(restarted) < 100  # the system text, and the conversation that was there at the end

@@ -6,6 +6,7 @@ are chat.py's. State lives here, never on the model.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -24,6 +25,8 @@ from edge_gemma.engines.engine import Outputs, Step
 from edge_gemma.errors import BundleError, Cancelled, ContextFull, RuntimeFailure, UsageError
 from edge_gemma.options import Sampling
 from edge_gemma.spans import Span, Tokens
+
+log = logging.getLogger("edge_gemma.prompt_cache")
 
 
 class Session:
@@ -339,8 +342,11 @@ class Session:
         assert self._prompts is not None
         if len(codes) < MIN_STATE or self._prompts.holds(codes):
             return
-        if self._prompts.make_room(self._context.state_bytes(sequence) + codes.nbytes):
-            self._prompts.keep(codes, self._context.save(sequence), on_disk=on_disk)
+        try:
+            if self._prompts.make_room(self._context.state_bytes(sequence) + codes.nbytes):
+                self._prompts.keep(codes, self._context.save(sequence), on_disk=on_disk)
+        except RuntimeFailure as failure:  # it is prefilled again, then
+            log.warning("%s", failure)
 
     def _park(self, *, on_disk: bool = False) -> None:
         """Keep what the sequence holds before it is lost."""
