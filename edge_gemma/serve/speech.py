@@ -30,6 +30,7 @@ from edge_gemma.conversation.transcription import (
     utterances,
 )
 from edge_gemma.errors import EdgeGemmaError, MediaError
+from edge_gemma.hearing.samples import MAX_CLIP_S
 from edge_gemma.hearing.sound import AudioFile
 from edge_gemma.messages import Audio, Message
 from edge_gemma.serve.answer import GenerationRequest
@@ -148,7 +149,8 @@ class Speech:
             raise self._too_long()
         pieces = self._utterances(task.path)
         while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
-            yield await self._segment(task, piece)
+            # what fits a clip is something that was just said; a long file may wait for others
+            yield await self._segment(task, piece, urgent=duration_s <= MAX_CLIP_S)
 
     def _utterances(self, path: Path) -> Iterator[Utterance]:
         try:
@@ -162,10 +164,10 @@ class Speech:
     def _too_long(self) -> Refusal:
         return Refusal(413, f"the sound is longer than {self._server.limits.audio_s:g} s")
 
-    async def _segment(self, task: Task, piece: Utterance) -> Heard:
+    async def _segment(self, task: Task, piece: Utterance, *, urgent: bool) -> Heard:
         sampling = self._server.sampling(MAX_TOKENS, temperature=task.temperature, logprobs=0)
         clip = Message("user", [task.instruction, Audio(piece.samples)])
-        request = GenerationRequest([clip], sampling=sampling)
+        request = GenerationRequest([clip], sampling=sampling, urgent=urgent)
         texts: list[str] = []
         ids: list[int] = []
         logprobs: list[float] = []
