@@ -27,6 +27,7 @@ from starlette.types import ASGIApp
 
 from edge_gemma.errors import EdgeGemmaError, RuntimeFailure, UsageError
 from edge_gemma.serve.bodies import Server, json_response
+from edge_gemma.serve.embeddings import Embeddings
 from edge_gemma.serve.guard import BearerTokens, Guard, Limits, is_loopback
 from edge_gemma.serve.guard.rates import RATE_HEADERS
 from edge_gemma.serve.guard.routes import usage_routes
@@ -35,8 +36,10 @@ from edge_gemma.serve.http_deadlines import with_deadline
 from edge_gemma.serve.ollama import Ollama
 from edge_gemma.serve.openai import OpenAI
 from edge_gemma.serve.refusals import Refusal, refusal_of, refusal_response
+from edge_gemma.serve.responses import Responses
 from edge_gemma.serve.service import Service
 from edge_gemma.serve.speech import Speech
+from edge_gemma.serve.spoken_text import SpokenText
 from edge_gemma.serve.watch.settings import Watch
 
 if TYPE_CHECKING:
@@ -148,6 +151,9 @@ def make_app(
         *OpenAI(server).routes(),
         *Speech(server).routes(),
         *Ollama(server).routes(),
+        *Embeddings(server).routes(),
+        *Responses(server).routes(),
+        *SpokenText(server).routes(),
         *usage_routes(guarding.usage),
         *watch.routes(),
     ]

@@ -190,6 +190,8 @@ class Ollama:
 
     def _capabilities(self) -> list[str]:
         manifest = self._server.manifest
+        if manifest.embedding is not None:
+            return ["embedding"]
         capabilities = ["completion"]
         if manifest.instruct:
             capabilities.append("tools")

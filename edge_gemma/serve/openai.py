@@ -10,9 +10,8 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -40,6 +39,16 @@ from edge_gemma.serve.bodies import (
     with_schema,
 )
 from edge_gemma.serve.calls import CallStream
+from edge_gemma.serve.openai_bodies import (
+    AudioPart,
+    ChatBody,
+    ChatMessage,
+    CompletionBody,
+    ImagePart,
+    SamplingBody,
+    TextPart,
+    ToolCall,
+)
 from edge_gemma.serve.refusals import Refusal, error_object, refusal_of
 
 EVENT_STREAM = "text/event-stream"
@@ -51,103 +60,6 @@ FINISH_REASONS = {
     "content_filter": "content_filter",  # by a rule of the guard
 }
 _MAX_TOP_LOGPROBS = 20
-
-# --- bodies ---
-
-
-class TextPart(msgspec.Struct, tag_field="type", tag="text"):
-    text: str
-
-
-class ImageAddress(msgspec.Struct):
-    url: str
-    detail: str | None = None
-
-
-class ImagePart(msgspec.Struct, tag_field="type", tag="image_url"):
-    image_url: ImageAddress
-
-
-class InputAudio(msgspec.Struct):
-    data: str
-    format: str | None = None
-
-
-class AudioPart(msgspec.Struct, tag_field="type", tag="input_audio"):
-    input_audio: InputAudio
-
-
-class CalledFunction(msgspec.Struct):
-    name: str
-    arguments: str = "{}"
-
-
-class ToolCall(msgspec.Struct):
-    function: CalledFunction
-    id: str | None = None
-
-
-class ChatMessage(msgspec.Struct):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart | ImagePart | AudioPart] | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-
-
-class StreamOptions(msgspec.Struct):
-    include_usage: bool | None = None
-
-
-class JsonSchema(msgspec.Struct):
-    schema: dict[str, Any] | None = None
-    name: str | None = None
-
-
-class ResponseFormat(msgspec.Struct):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-
-class SamplingBody(msgspec.Struct, kw_only=True):
-    """What /v1/chat/completions and /v1/completions share."""
-
-    model: str
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    n: int | None = None
-    logit_bias: dict[str, float] | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    # not OpenAI's own; llama.cpp's clients send them
-    top_k: int | None = None
-    min_p: float | None = None
-    repeat_penalty: float | None = None
-
-
-class ChatBody(SamplingBody, kw_only=True):
-    messages: list[ChatMessage]
-    max_completion_tokens: int | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    response_format: ResponseFormat | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-
-
-class CompletionBody(SamplingBody, kw_only=True):
-    prompt: str | list[str]
-    logprobs: int | None = None
-    echo: bool | None = None
-    suffix: str | None = None
-    best_of: int | None = None
-
-
-# --- routes ---
 
 
 class OpenAI:
@@ -181,20 +93,26 @@ class OpenAI:
     async def chat(self, request: Request) -> Response:
         body = decoded(await request.body(), ChatBody)
         server = self._server
-        server.check_model(body.model)
-        server.check_messages(body.messages)
-        tools = _offered_tools(body)
-        sampling = with_schema(self._chat_sampling(body), _schema(body, tools))
-        messages = await self._messages(body.messages)
-        generation = GenerationRequest(messages, sampling=sampling, tools=tools)
-        answer = ChatWriter(server, tools, with_logprobs=bool(body.logprobs))
+        generation = await self.generation(body)
+        answer = ChatWriter(server, generation.tools, with_logprobs=bool(body.logprobs))
         if body.stream:
             answer.with_usage = _wants_usage(body)
             return await streamed(request, server, generation, answer.events, EVENT_STREAM)
         chunks = await unless_gone(request, whole(server.service.submit(generation)))
         return json_response(answer.whole(chunks))
 
-    def _chat_sampling(self, body: ChatBody) -> Sampling:
+    async def generation(
+        self, body: ChatBody, path: str = "/v1/chat/completions"
+    ) -> GenerationRequest:
+        """What a chat asks for. Raises Refusal, UsageError, MediaError."""
+        self._server.check_model(body.model)
+        self._server.check_messages(body.messages)
+        tools = _offered_tools(body)
+        sampling = with_schema(self._chat_sampling(body, path), _schema(body, tools))
+        messages = await self._messages(body.messages)
+        return GenerationRequest(messages, sampling=sampling, tools=tools)
+
+    def _chat_sampling(self, body: ChatBody, path: str) -> Sampling:
         n_top = body.top_logprobs or 0
         if not 0 <= n_top <= _MAX_TOP_LOGPROBS:
             raise Refusal(
@@ -204,7 +122,7 @@ class OpenAI:
             )
         max_tokens = body.max_completion_tokens or body.max_tokens
         logprobs = n_top if body.logprobs else None
-        return self._sampling(body, max_tokens, logprobs, "/v1/chat/completions")
+        return self._sampling(body, max_tokens, logprobs, path)
 
     def _sampling(
         self, body: SamplingBody, max_tokens: int | None, logprobs: int | None, path: str

@@ -11,6 +11,7 @@ already, so that the plan's memory is never exceeded. This module knows no proto
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import sys
 import threading
@@ -21,7 +22,9 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
-from edge_gemma.bundles.manifest import require
+import numpy as np
+
+from edge_gemma.bundles.manifest import require, require_embedding, require_generation
 from edge_gemma.conversation.generation import Lane, TokenLoop
 from edge_gemma.conversation.session import Session
 from edge_gemma.conversation.stream import Chunk
@@ -119,7 +122,11 @@ class Service:
         self._waiting: deque[Answer] = deque()
         self._open: set[Answer] = set()  # not closed by their readers
         self._running: dict[int, Running] = {}  # by the lane's index
-        self._idle = [Session(model.sequences) for _ in range(self.n_lanes)]  # longest idle first
+        # a bundle that embeds generates nothing: it has no lanes, and no worker is needed
+        self._embeds = model.bundle.manifest.embedding is not None
+        self._n_embedding = 0  # requests that are embedded or wait for it
+        n_sessions = 0 if self._embeds else self.n_lanes
+        self._idle = [Session(model.sequences) for _ in range(n_sessions)]  # longest idle first
         self._counts = Counts()
         self._prompting = Prompting(model, self.n_ctx)
         self._encoding: dict[Answer, Future[GenerationRequest]] = {}
@@ -128,15 +135,18 @@ class Service:
         self._encoders = ThreadPoolExecutor(1, thread_name_prefix="edge-gemma-encode")
         self._closing = self._cut_off = False
         self._worker = threading.Thread(target=self._work, name="edge-gemma-serve", daemon=True)
-        self._worker.start()
+        if not self._embeds:
+            self._worker.start()
 
     # for callers
 
     def submit(self, request: GenerationRequest) -> Answer:
         """Queue a request → its answer; read it inside ``async with``. Call it in an event loop.
 
-        Raises ServiceBusy (the queue is full, or the service is closing), UsageError.
+        Raises ServiceBusy (the queue is full, or the service is closing), UsageError,
+        UnsupportedModel (a bundle that embeds).
         """
+        require_generation(self.model.bundle.manifest)
         if (request.prompt is None) == (not request.messages):
             raise UsageError("give messages or a prompt, and not both")
         return self._queued(request, Answer)
@@ -175,6 +185,40 @@ class Service:
             self._open.add(answer)
             self._changed.notify()
         return answer
+
+    async def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        kind: str | None = None,
+        dimensions: int | None = None,
+        truncate: bool = False,
+    ) -> np.ndarray:
+        """:meth:`Model.embed` for many callers: one request after the other, in a thread of its
+        own. Raises ServiceBusy, UsageError, UnsupportedModel (a bundle that generates text).
+        """
+        require_embedding(self.model.bundle.manifest)
+        with self._changed:
+            if self._closing or self._n_embedding > self.max_waiting:
+                self._counts.refused += 1
+                what = "is shutting down" if self._closing else "has as many requests as may wait"
+                retry_after_s = None if self._closing else 1.0
+                raise ServiceBusy(f"the server {what}", retry_after_s=retry_after_s)
+            self._n_embedding += 1
+        try:
+            embed = functools.partial(
+                self.model.embed, texts, kind=kind, dimensions=dimensions, truncate=truncate
+            )
+            vectors = await asyncio.get_running_loop().run_in_executor(self._encoders, embed)
+        except EdgeGemmaError:
+            self._count_failed()
+            raise
+        finally:
+            with self._changed:
+                self._n_embedding -= 1
+        with self._changed:
+            self._counts.answered += 1
+        return vectors
 
     def _open_stream(self) -> Encoder:
         return self.model.senses.audio().stream()
@@ -234,13 +278,13 @@ class Service:
 
     def health(self) -> Health:
         with self._changed:
-            counts, live = self._counts, self._worker.is_alive()
+            counts, live = self._counts, self._embeds or self._worker.is_alive()
             return Health(
                 live=live,
                 ready=live and not self._closing and len(self._waiting) < self.max_waiting,
                 n_lanes=self.n_lanes,
-                n_running=len(self._busy()),
-                n_waiting=len(self._waiting),
+                n_running=len(self._busy()) + min(1, self._n_embedding),
+                n_waiting=len(self._waiting) + max(0, self._n_embedding - 1),
                 max_waiting=self.max_waiting,
                 n_answered=counts.answered,
                 n_failed=counts.failed,
@@ -265,6 +309,9 @@ class Service:
             self._changed.notify()
         for answer in waiting:
             answer.end(ServiceBusy("the server is shutting down"))
+        if self._embeds:
+            await asyncio.to_thread(self._encoders.shutdown, cancel_futures=True)
+            return True
         await asyncio.to_thread(self._worker.join, timeout_s)
         if self._worker.is_alive():
             with self._changed:
