@@ -8,7 +8,11 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
+import tomllib
+from pathlib import Path
 
+import msgspec
 import pytest
 
 from edge_gemma.conversation.stream import Chunk, Usage
@@ -28,7 +32,7 @@ from edge_gemma.serve.guard.content import (  # noqa: E402
     pattern_rule,
 )
 from edge_gemma.serve.guard.rates import Rate, RateLimits  # noqa: E402
-from edge_gemma.serve.guard.settings import Guarding, GuardSettings  # noqa: E402
+from edge_gemma.serve.guard.settings import Guarding, GuardSettings, GuardTable  # noqa: E402
 from edge_gemma.serve.guard.tokens import add_token, read_tokens, remove_token  # noqa: E402
 from edge_gemma.serve.guard.usage import UsageBook, read_usage  # noqa: E402
 from edge_gemma.serve.http import make_app  # noqa: E402
@@ -519,3 +523,13 @@ def test_bad_files(tmp_path, text, words):
     file.write_text(text)
     with pytest.raises(UsageError, match=words):
         GuardSettings.read(file)
+
+
+def test_the_file_in_the_docs_is_one():
+    page = (Path(__file__).parent.parent / "docs/serve.md").read_text()
+    [text] = [each for each in re.findall(r"```toml\n(.*?)```", page, re.S) if "[limits]" in each]
+    table = msgspec.convert(tomllib.loads(text), GuardTable)
+    assert table.limits.limits() == Limits(context_tokens=4096, output_tokens=512)
+    assert all(getattr(table, name) for name in ("rates", "content", "audit", "usage", "cors"))
+    cards = pattern_rule("cards", "", pattern=table.content[0].pattern)
+    assert cards.find("it is 4111 1111 1111 1111.") and not cards.find("on 2026-11-26 at 18:00")

@@ -15,6 +15,9 @@ from urllib.parse import urlsplit
 import pytest
 from serving import command, serving
 
+from edge_gemma.machine.footprint import footprint
+from edge_gemma.units import MiB
+
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")
 
@@ -219,3 +222,30 @@ def run_json(group, name, file):
     file.write_text("")
     options = ("--token-file", str(file), "--json")
     return run(sys.executable, "-m", "edge_gemma", group, name, *options).stdout
+
+
+@pytest.mark.slow
+def test_an_idle_server_takes_little_beside_its_model(tiny_bundle, tmp_path):
+    """At most 25 MiB (PSS) more than the same model loaded in Python, with guard and metrics on."""
+    guard = tmp_path / "guard.toml"
+    guard.write_text(
+        "[[content]]\nname = 'a'\nreason = 'b'\nwords = ['x']\n[rates]\nrequests = 1000\n"
+        "[audit]\nfile = 'audit.jsonl'\n[usage]\nfile = 'usage.json'\n"
+    )
+    code = (
+        "import sys, time, edge_gemma as e; r = e.PlanRequest(n_threads=1, structured=True);"
+        "m = e.load(sys.argv[1], n_ctx=1024, request=r);"
+        "list(m.generate('abc', e.Sampling(max_tokens=4))); print('ready', flush=True);"
+        "time.sleep(60)"
+    )
+    words = [sys.executable, "-c", code, str(tiny_bundle)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as alone:
+        assert alone.stdout.readline() == "ready\n"
+        before = footprint(alone.pid)
+        alone.kill()
+    with serving(tiny_bundle, "--guard", str(guard)) as server:
+        body = {"model": server.name, "prompt": "abc", "max_tokens": 4}
+        assert httpx.post(f"{server.url}/v1/completions", json=body).status_code == 200
+        assert httpx.get(f"{server.url}/metrics").status_code == 200
+        after = footprint(server.process.pid)
+    assert after.pss_bytes - before.pss_bytes < 25 * MiB

@@ -7,10 +7,13 @@ import contextlib
 import http.server
 import json
 import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
+from serving import serving
 
 from edge_gemma.conversation.stream import Chunk
 from edge_gemma.errors import RuntimeFailure, UsageError
@@ -435,3 +438,27 @@ def test_every_expression_of_the_dashboard_names_a_metric_that_exists(tiny_model
     assert not {name for name in missing if not name.endswith(("_count", "_sum", "_created"))}
     ids = [panel["id"] for panel in dashboard["panels"]]
     assert len(set(ids)) == len(ids)
+
+
+def test_the_file_in_the_docs_is_one(tmp_path):
+    page = (Path(__file__).parent.parent / "docs/serve.md").read_text()
+    [text] = [each for each in re.findall(r"```toml\n(.*?)```", page, re.S) if "[[alert]]" in each]
+    file = tmp_path / "watch.toml"
+    file.write_text(text)
+    watch = Watch.read(file)
+    assert len(watch.alerts.rules) == 2 and watch.quality is not None
+
+
+def test_stats_on_the_command_line(tiny_bundle):
+    def run(*arguments):
+        words = [sys.executable, "-m", "edge_gemma", "stats", *arguments]
+        return subprocess.run(words, capture_output=True, text=True, timeout=60)
+
+    with serving(tiny_bundle) as server:
+        shown = run(server.url)
+        assert shown.returncode == 0, shown.stderr
+        assert shown.stdout.startswith("success unknown: 0 ok") and "planned" in shown.stdout
+        assert json.loads(run(server.url, "--json", "--answers").stdout)["last_answers"] == []
+    for address in (server.url, "file:///etc/passwd", "http://127.0.0.1:1", "http://[::1"):
+        wrong = run(address)
+        assert wrong.returncode in (2, 7) and "Traceback" not in wrong.stderr, wrong.stderr
