@@ -12,13 +12,14 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 from serving import serving
 
 from edge_gemma.conversation.stream import Chunk
 from edge_gemma.errors import RuntimeFailure, UsageError
 from edge_gemma.machine.heat import temperatures, throttle_count, throttling
-from edge_gemma.messages import Message
+from edge_gemma.messages import Audio, Message
 from edge_gemma.options import Logprob, Sampling
 from edge_gemma.serve.answer import GenerationRequest
 
@@ -462,3 +463,36 @@ def test_stats_on_the_command_line(tiny_bundle):
     for address in (server.url, "file:///etc/passwd", "http://127.0.0.1:1", "http://[::1"):
         wrong = run(address)
         assert wrong.returncode in (2, 7) and "Traceback" not in wrong.stderr, wrong.stderr
+
+
+def test_speech_is_timed_from_its_end_and_what_got_no_answer_is_counted(hearing_model):
+    watch = Watch()
+    second = np.zeros(16000, np.float32)
+    sampling = Sampling(max_tokens=2, temperature=0)
+
+    def turn(audio):
+        return GenerationRequest([Message("user", ["Write it down:", audio])], sampling=sampling)
+
+    async def speak():
+        service = Service(hearing_model, observers=watch.observers)
+        async with service.listen(turn(Audio())) as answer:
+            await answer.push(second)
+            await answer.push(second)
+            await answer.finish()
+            assert [chunk async for chunk in answer]
+        async with service.submit(turn(Audio(second))) as answer:
+            assert [chunk async for chunk in answer]
+        async with service.listen(turn(Audio())) as answer:
+            await answer.push(second)
+        assert await service.close(10)
+
+    asyncio.run(speak())
+    spoken, clip, left = watch.recent.figures()
+    assert spoken["audio_s"] == 2 and spoken["real_time_factor"] is None
+    assert 0 <= spoken["ttft_s"] <= spoken["duration_s"]
+    assert clip["audio_s"] == 1 and clip["real_time_factor"] > 0
+    assert left["outcome"] == "cancelled"
+    text = watch.metrics.text().decode()
+    assert "\nedge_gemma_speech_seconds_total 4.0\n" in text
+    assert "\nedge_gemma_audio_dropped_seconds_total 1.0\n" in text
+    assert "\nedge_gemma_speech_real_time_factor_count 1.0\n" in text

@@ -104,7 +104,7 @@ class Answer:
         self._observers: Sequence[Observer] = ()
         self._hides_logprobs = False
         # by time.perf_counter: in the queue, out of it, its first token, its end
-        self.submitted_s = time.perf_counter()
+        self.submitted_s = self.asked_s = time.perf_counter()  # asked: when all of it was there
         self.began_s: float | None = None
         self.first_s: float | None = None
         self.ended_s: float | None = None

@@ -64,13 +64,17 @@ class Metrics(Observer):
             return Counter(name, text, labels, registry=registry)
 
         self._ttft = histogram(
-            "gen_ai_server_time_to_first_token_seconds", "From submit to the first token.", TTFT_S
+            "gen_ai_server_time_to_first_token_seconds",
+            "From the whole request to the first token.",
+            TTFT_S,
         )
         self._per_token = histogram(
             "gen_ai_server_time_per_output_token_seconds", "After the first one.", PER_TOKEN_S
         )
         self._duration = histogram(
-            "gen_ai_server_request_duration_seconds", "From submit to the last token.", DURATION_S
+            "gen_ai_server_request_duration_seconds",
+            "From the whole request to the last token.",
+            DURATION_S,
         )
         self._queue = histogram("edge_gemma_queue_seconds", "Waited for a lane.", QUEUE_S)
         self._factor = histogram(

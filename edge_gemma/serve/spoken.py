@@ -8,6 +8,7 @@ sample only the encoder's tail and the end of the prompt are left to compute.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 
@@ -53,6 +54,7 @@ class SpokenAnswer(Answer):
 
     async def finish(self) -> None:
         """The turn was spoken to its end; the answer begins as soon as it is prefilled."""
+        self.asked_s = time.perf_counter()
         await self._encoded(None)
 
     async def _encoded(self, samples: np.ndarray | None) -> int:

@@ -19,17 +19,19 @@ _BUSY = (429, 503)
 
 @dataclass(frozen=True)
 class AnswerFigures:
-    """Of one answer; None where there was nothing to time. Seconds."""
+    """Of one answer; None where there was nothing to time. Seconds. What was spoken is there when
+    it was spoken to its end.
+    """
 
     outcome: str
     queue_s: float | None  # from submit to a lane
-    ttft_s: float | None  # from submit to the first token
+    ttft_s: float | None  # from when all of the request was there to the first token
     time_per_token_s: float | None  # after the first
     duration_s: float
     prompt_tokens: int
     completion_tokens: int
     audio_s: float
-    real_time_factor: float | None  # seconds of work per second of speech
+    real_time_factor: float | None  # seconds of work per second of speech, of whole clips
 
 
 def figures_of(answer: Answer) -> AnswerFigures:
@@ -39,14 +41,16 @@ def figures_of(answer: Answer) -> AnswerFigures:
     usage = answer.last.usage if answer.last else None
     per_token = None if first_s is None or n_tokens < 2 else (ended_s - first_s) / (n_tokens - 1)
     factor = None
-    if answer.audio_s and began_s is not None and answer.error is None:
+    spoken = answer.asked_s != answer.submitted_s  # as fast as somebody speaks
+    answered = answer.outcome not in ("failed", "cancelled")
+    if answer.audio_s and began_s is not None and answered and not spoken:
         factor = (ended_s - began_s) / answer.audio_s
     return AnswerFigures(
         outcome=answer.outcome,
         queue_s=None if began_s is None else began_s - answer.submitted_s,
-        ttft_s=None if first_s is None else first_s - answer.submitted_s,
+        ttft_s=None if first_s is None else first_s - answer.asked_s,
         time_per_token_s=per_token,
-        duration_s=ended_s - answer.submitted_s,
+        duration_s=max(0.0, ended_s - answer.asked_s),
         prompt_tokens=usage.prompt_tokens if usage else 0,
         completion_tokens=n_tokens,
         audio_s=answer.audio_s,
