@@ -14,7 +14,7 @@ from edge_gemma.cli.options import complete
 
 GROUPS = tuple(
     """demo text embed bundles system recommend store convert see hear listen serve guard watch
-    bench""".split()
+    batch bench""".split()
 )
 EXIT_CODES = (
     "Exit codes: 0 done · 2 usage · 3 bad bundle or checkpoint · 4 refused by the plan · 5 "
