@@ -68,8 +68,8 @@ def batch(
         n_seq_max=1 if embeds else parallel,
     )
     if left:
-        with LoadingLine() as line:
-            model = load(found, device=loading.device, request=request, on_progress=line.fraction)
+        with LoadingLine() as bar:
+            model = load(found, device=loading.device, request=request, on_progress=bar.fraction)
         with model:
             _run(model, left, out, parallel)
     _replace(out, b"".join(in_order(out)))
