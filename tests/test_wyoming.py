@@ -13,6 +13,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from serving import command
 from serving import serving as serving_process
 from test_serve import make_speech
@@ -44,8 +46,9 @@ from wyoming.tts import (
 from wyoming.wake import Detect, Detection
 
 from edge_gemma.serve.service import Service
-from edge_gemma.serve.wyoming import Wyoming
+from edge_gemma.serve.wyoming import Wyoming, _parsed
 from edge_gemma.serve.wyoming_door import WyomingAddress, serving
+from edge_gemma.serve.wyoming_frames import BadFrame, format_of, read_event
 from edge_gemma.serve.wyoming_info import Senses, installed_voices, installed_wake_words
 
 LIMITS = Limits(output_tokens=8, wait_s=5.0)
@@ -533,6 +536,33 @@ def test_what_is_broken_is_told_and_ends_the_connection(hearing):
         assert kind == "error" and not rest, name
         assert error["code"] in ("bad-event", "refused"), (name, error)
         assert len(error["text"]) < 200, (name, error)
+
+
+FIELDS = st.sampled_from(
+    ("type", "data", "data_length", "payload_length", "rate", "width", "channels", "text", "name")
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(FIELDS, inner, max_size=4),
+    max_leaves=8,
+)
+LINES = st.dictionaries(FIELDS, VALUES, max_size=6).map(lambda line: json.dumps(line).encode())
+
+
+@given(st.lists(st.one_of(st.binary(max_size=60), LINES), max_size=4).map(b"\n".join))
+def test_bytes_of_any_kind_are_events_or_refused(data):
+    async def read():
+        reader = asyncio.StreamReader(limit=1024)
+        reader.feed_data(data)
+        reader.feed_eof()
+        while (event := await read_event(reader, 5.0)) is not None:
+            assert isinstance(event.type, str) and isinstance(event.data, dict)
+            for parse in (format_of, Transcribe.from_event, Transcript.from_event):
+                with contextlib.suppress(BadFrame):
+                    _parsed(parse, event)
+
+    with contextlib.suppress(BadFrame):
+        asyncio.run(read())
 
 
 def test_http_on_wyomings_port(hearing):
