@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import logging
 import re
@@ -13,11 +14,12 @@ import tomllib
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 from edge_gemma.conversation.stream import Chunk, Usage
 from edge_gemma.errors import PlanRefused, UsageError
-from edge_gemma.messages import FunctionCall, Message
+from edge_gemma.messages import FunctionCall, Image, Message
 from edge_gemma.serve.answer import GenerationRequest
 
 testclient = pytest.importorskip("starlette.testclient")
@@ -307,6 +309,14 @@ def test_content_rules_through_the_routes(tiny_model):
         assert json.loads(lines[-1])["done_reason"] == "content_filter"
 
 
+def test_what_is_only_read_aloud_is_looked_at_too(tiny_model):
+    with opened(tiny_model, Guarding(content=(PETS,))) as client:
+        body = {"model": "x", "input": "Hello cat", "voice": "alloy"}
+        refused = client.post("/v1/audio/speech", json=body)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["code"] == "content_filter"
+
+
 def test_a_bundle_as_a_rule(tiny_model, tiny_bundle, tmp_path):
     file = tmp_path / "guard.toml"
     file.write_text(
@@ -325,6 +335,26 @@ def test_a_bundle_as_a_rule(tiny_model, tiny_bundle, tmp_path):
         with opened(tiny_model, guarding) as client:
             refused = chat(client, tiny_model)
             assert refused.status_code == 400 and "shield" in refused.json()["error"]["message"]
+
+
+def test_a_bundle_that_sees_judges_pictures(looking_bundle, tmp_path):
+    policy = "No cats."
+    file = tmp_path / "guard.toml"
+    file.write_text(
+        f"[[content]]\nname = 'shield'\nreason = 'a policy'\nmodel = '{looking_bundle.folder}'\n"
+        f"policy = '{policy}'\n"
+    )
+    settings = GuardSettings.read(file)
+    with shield.opened_shields(settings.models, "auto", 1) as [rule]:
+        assert rule.pictures and not rule.texts
+        odds = [rule.judge(Image(np.full((40, 60, 3), shade, np.uint8))) for shade in (0, 200)]
+        assert 0 < odds[0] < 1 and odds[0] != odds[1]
+        request = GenerationRequest([Message("user", [Image(np.zeros((9, 9, 3), np.uint8)), "?"])])
+        for threshold, refused in ((1e-9, True), (1 - 1e-9, False)):
+            rules = ContentRules([dataclasses.replace(rule, threshold=threshold)])
+            with pytest.raises(Refusal) if refused else contextlib.nullcontext():
+                rules.judge(request)
+            rules.judge(GenerationRequest(prompt="only text"))
 
 
 def tiny_request(**options):

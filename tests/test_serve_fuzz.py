@@ -79,20 +79,25 @@ def looking_model(looking_bundle):
         yield model
 
 
-@pytest.fixture(params=["reads", "looks", "hears"])
+@pytest.fixture(scope="module")
+def embedding_model(embedding_bundle):
+    with edge_gemma.load(embedding_bundle, request=edge_gemma.PlanRequest(n_threads=1)) as model:
+        yield model
+
+
+@pytest.fixture(params=["tiny_model", "looking_model", "hearing_model", "embedding_model"])
 def model(request):
-    names = {"reads": "tiny_model", "looks": "looking_model", "hears": "hearing_model"}
-    return request.getfixturevalue(names[request.param])
+    return request.getfixturevalue(request.param)
 
 
 def test_nonsense(model):
-    statuses = run(model, 70)
+    statuses = run(model, 60)
     assert statuses.get(400, 0) > 10
 
 
 @pytest.mark.slow
 def test_ten_thousand_times_nonsense(model):
-    statuses = run(model, N_SLOW // 3 + 1)
+    statuses = run(model, N_SLOW // 4)
     print(statuses)
     assert statuses[400] > N_SLOW // 20 and statuses[200] > N_SLOW // 100
 

@@ -128,6 +128,7 @@ class Embeddings:
             )
         if not texts:
             return np.empty((0, part.width), np.float32)
+        self._server.service.check_texts(texts)
         embedding = self._server.service.embed(texts, dimensions=dimensions, truncate=truncate)
         return await unless_gone(request, embedding)
 

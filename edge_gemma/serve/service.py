@@ -220,6 +220,12 @@ class Service:
             self._counts.answered += 1
         return vectors
 
+    def check_texts(self, texts: Sequence[str]) -> None:
+        """What the rules say of texts that nothing is generated from. Raises what they raise."""
+        if self._rules is not None:
+            for text in texts:
+                self._rules.check(GenerationRequest(prompt=text))
+
     def _open_stream(self) -> Encoder:
         return self.model.senses.audio().stream()
 

@@ -76,6 +76,7 @@ class SpokenText:
                 f"the input has {len(body.input)} characters; expected 1 … {MAX_CHARACTERS}",
                 param="input",
             )
+        self._server.service.check_texts([body.input])
         speed = 1.0 if body.speed is None else body.speed
         if not 0.25 <= speed <= 4.0:
             raise Refusal(400, f"speed is {speed}; expected 0.25 … 4", param="speed")
