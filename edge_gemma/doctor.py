@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 
 from edge_gemma.bundles.gguf import TYPE_IDS
 from edge_gemma.errors import EdgeGemmaError
+from edge_gemma.hearing.sound_server import SoundServer, sound_server
 from edge_gemma.machine.device import Device
 from edge_gemma.machine.probe import probe, read_text, this_machine
 from edge_gemma.machine.repack import repack_rules, repacked
@@ -34,7 +35,8 @@ PURPOSES = {
     "see": "images",
     "video": "video files",
     "camera": "USB cameras",
-    "voice": "wake words, an assistant that does not hear itself",
+    "voice": "spoken answers, wake words, an assistant that does not hear itself",
+    "kokoro": "Kokoro voices",
     "convert": "converting checkpoints",
     "trim": "word lists to cut a vocabulary by",
     "serve": "serving other programs",
@@ -81,6 +83,7 @@ class Report:
     governor: str  # of the CPU frequency; "" where there is none
     power: tuple[str, ...]  # what a Raspberry Pi's firmware complains of
     microphones: tuple[str, ...]
+    sound_server: SoundServer | None
     llama: Llama | None
     llama_problem: str
     extras: tuple[Extra, ...]
@@ -123,6 +126,7 @@ def examine(
         governor=read_text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         power=_power(root),
         microphones=_microphones(root),
+        sound_server=sound_server() if root == Path("/") else None,
         llama=found,
         llama_problem=problem,
         extras=_extras(have or _have),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -29,8 +31,14 @@ from edge_gemma.cli.options import LOADING, LoadingOptions, SamplingOptions, gro
 
 if TYPE_CHECKING:
     from edge_gemma.conversation.listener import Heard
-    from edge_gemma.conversation.voice import Voice
-    from edge_gemma.hearing.devices import SoundDevice
+    from edge_gemma.conversation.voice import Synthesizer, Voice
+    from edge_gemma.hearing.devices import SoundDevice, Speaker
+    from edge_gemma.hearing.echo import EchoCanceller
+
+SpeakerOption = Annotated[
+    str | None,
+    typer.Option("--output", help="Which loudspeaker: a number or part of a name."),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -49,15 +57,15 @@ def listen(
         str,
         typer.Option(
             "--voice",
-            help="Speak the answers: none, an espeak-ng voice like en or de, or a piper voice "
-            "file.",
+            help="Speak the answers: none, an espeak-ng voice like en or de, a piper voice file, "
+            "or KOKORO.onnx:VOICE with its voices*.bin beside it.",
         ),
     ] = "none",
     barge_in: Annotated[
         bool,
         typer.Option(
             "--barge-in/--half-duplex",
-            help="Speech stops an answer; half-duplex where the microphone hears the loudspeaker.",
+            help="Speech stops an answer; half-duplex: nothing is heard until it was spoken.",
         ),
     ] = True,
     wake_word: Annotated[
@@ -67,6 +75,21 @@ def listen(
             help="Hear nothing until this is said: a name of pymicro-wakeword, like okay_nabu.",
         ),
     ] = None,
+    speaker: SpeakerOption = None,
+    echo_cancel: Annotated[
+        str,
+        typer.Option(
+            "--echo-cancel",
+            help="Keep the answers out of the microphone: aec (in this process), system (the sound "
+            "server's), off (headphones), or auto: system where it is loaded, else aec.",
+        ),
+    ] = "auto",
+    noise_suppression: Annotated[
+        int, typer.Option("--noise-suppression", help="0 (off) to 4.")
+    ] = 0,
+    gain: Annotated[
+        int, typer.Option("--gain", help="Automatic gain: 0 (off), or up to 31 dB.")
+    ] = 0,
     pad_audio: PadAudioOption = False,
     pause: PauseOption = 0.6,
     sampling: SamplingOptions = ANSWERING,
@@ -76,24 +99,43 @@ def listen(
     """Talk with the model: hear, answer, speak, until Ctrl-C. Answers begin when you stop speaking;
     speaking again stops them.
     """
-    from edge_gemma.conversation.listener import Listener
-    from edge_gemma.hearing.devices import Microphone, find_sound_device
+    import numpy as np
 
-    make_voice = _voice_maker(voice)
+    from edge_gemma.conversation.listener import Listener
+    from edge_gemma.hearing.devices import Microphone, Speaker, find_sound_device
+    from edge_gemma.hearing.echo import noise_filter
+    from edge_gemma.hearing.samples import RATE_HZ
+
+    echo = EchoChoice.of(echo_cancel, speaks=voice != "none")
+    loudspeaker = Speaker(speaker, echo.canceller.played if echo.canceller else None)
+    make_voice = _voice_maker(voice, loudspeaker)
     find_sound_device(name, "input")  # before the model is loaded
+    if voice != "none":
+        find_sound_device(speaker, "output")
     gate = None
     if wake_word:
         from edge_gemma.hearing.wake_word import wake_word as make_gate
 
         gate = make_gate(wake_word)
+    filters = [noise_filter(noise_suppression, gain)] if noise_suppression or gain else []
     options = dataclasses.replace(
         listen_options(bundle, pad_audio, pause, sampling),
         instruction=instruction,
-        barge_in=barge_in,
+        barge_in=barge_in and not echo.half_duplex,
     )
     model, chat = open_chat(bundle, loading, options, system)
-    with model, chat:
-        listener = Listener(chat, Microphone(name), options, make_voice=make_voice, gate=gate)
+    with model, chat, contextlib.closing(loudspeaker):
+        listener = Listener(
+            chat,
+            Microphone(name),
+            options,
+            make_voice=make_voice,
+            gate=gate,
+            echo=echo.canceller,
+            filters=filters,
+        )
+        if echo.canceller:
+            loudspeaker.play(np.zeros(0, np.float32), RATE_HZ)  # open: its samples are counted
         try:
             for record in listener.records():
                 if as_json:
@@ -103,6 +145,43 @@ def listen(
         except KeyboardInterrupt:
             listener.stop()
             note("")
+
+
+@dataclasses.dataclass(frozen=True)
+class EchoChoice:
+    """What --echo-cancel came to. ``half_duplex``: nothing hears while an answer is spoken."""
+
+    canceller: EchoCanceller | None = None
+    half_duplex: bool = False
+
+    @classmethod
+    def of(cls, wanted: str, *, speaks: bool) -> EchoChoice:
+        """Choose, and say what was chosen. Raises UsageError, MissingExtra."""
+        from edge_gemma.errors import MissingExtra, UsageError
+        from edge_gemma.hearing import sound_server
+        from edge_gemma.hearing.echo import EchoCanceller
+
+        if wanted not in ("auto", "off", "aec", "system"):
+            raise UsageError(f"--echo-cancel is {wanted!r}; expected auto, off, aec or system")
+        if wanted == "off" or (wanted == "auto" and not speaks):
+            return cls()
+        server = sound_server.sound_server() if wanted == "auto" else None
+        if wanted == "system" or (server and server.echo_cancelled):
+            pair = sound_server.require()
+            sound_server.use(pair)
+            note(f"echo: cancelled by the sound server ({pair.source})")
+            return cls()
+        try:
+            canceller = EchoCanceller()
+        except MissingExtra as error:
+            if wanted == "aec":
+                raise
+            note(f"echo: {error}. Until then nothing is heard while an answer is spoken")
+            return cls(half_duplex=True)
+        note(
+            "echo: cancelled here; barge-in works once it knows the room, after some 4 s of speech"
+        )
+        return cls(canceller)
 
 
 def _show(record: Heard) -> None:
@@ -132,29 +211,59 @@ def _show_state(record: Heard) -> None:
         note(record.text)
 
 
-def _voice_maker(voice: str) -> Callable[[], Voice | None]:
+def _voice_maker(voice: str, speaker: Speaker) -> Callable[[], Voice | None]:
     """What makes a Voice for each answer with --voice. The synthesizer is found at once, so that a
     missing one is reported before a model is loaded.
     """
     if voice == "none":
         return lambda: None
-    from edge_gemma.conversation.voice import Voice, espeak, piper
-    from edge_gemma.hearing.devices import Speaker
+    from edge_gemma.conversation.clauses import Clauses
+    from edge_gemma.conversation.voice import Voice
 
-    synthesize = piper(voice) if voice.endswith(".onnx") else espeak(voice)
-    speaker = Speaker()
-    return lambda: Voice(synthesize, speaker.play, speaker.stop)
+    synthesize, language = _synthesizer(voice)
+    Clauses()  # raises now where its library is missing
+    return lambda: Voice(
+        synthesize, speaker.play, speaker.stop, lambda: speaker.n_heard, language=language
+    )
+
+
+def _synthesizer(voice: str) -> tuple[Synthesizer, str]:
+    """``--voice`` → what speaks, and its language for units."""
+    from edge_gemma.conversation.voice import espeak, kokoro, piper
+
+    file, colon, name = voice.partition(".onnx")
+    if not colon:
+        return espeak(voice), voice
+    if name.startswith(":"):
+        folder = Path(file).parent
+        voices = sorted(folder.glob("voices*.bin"))
+        return kokoro(f"{file}.onnx", voices[-1] if voices else folder / "voices.bin", name[1:]), (
+            "en"
+        )
+    # piper's files are named LANGUAGE_COUNTRY-NAME-QUALITY.onnx
+    return piper(voice), Path(voice).name.partition("_")[0]
 
 
 def devices(
     meter: Annotated[
         bool, typer.Option("--meter", help="Show the microphone's level until Ctrl-C.")
     ] = False,
+    echo_test: Annotated[
+        bool,
+        typer.Option("--echo-test", help="Play some speech and measure the echo that is left."),
+    ] = False,
     name: InputOption = None,
+    speaker: SpeakerOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List microphones and loudspeakers. --meter shows what a microphone hears."""
+    """List microphones and loudspeakers. --meter shows what a microphone hears, --echo-test what it
+    hears of the loudspeaker.
+    """
     from edge_gemma.hearing.devices import devices as find
+
+    if echo_test:
+        _echo_test(name, speaker, as_json)
+        return
 
     found = find()
     if as_json:
@@ -163,8 +272,43 @@ def devices(
         print(table([_device_row(device) for device in found], right=(0,)))
     else:
         note("no sound device found; on a server or in a container there may be none")
+    _show_sound_server(as_json)
     if meter:
         _meter(name)
+
+
+def _show_sound_server(as_json: bool) -> None:
+    """On stderr: how its echo canceller stands."""
+    from edge_gemma.hearing.sound_server import LOAD, sound_server
+
+    server = None if as_json else sound_server()
+    if server is None:
+        return
+    if server.echo_cancelled:
+        note(f"{server.name} takes the echo out of {server.echo_cancelled.source}")
+    else:
+        note(f"{server.name} has an echo canceller that is not loaded: {LOAD}")
+
+
+def _echo_test(name: str | None, speaker: str | None, as_json: bool) -> None:
+    from edge_gemma.hearing.echo_test import echo_test
+
+    result = echo_test(name, speaker)
+    if as_json:
+        print_json(result)
+        return
+    note(f"{result.microphone} hears {result.loudspeaker}:")
+    heard = f"echo {result.echo_dbfs:.0f} dBFS, noise {result.noise_dbfs:.0f} dBFS"
+    if result.state == "no echo":
+        print(f"no echo ({heard}): headphones, or the volume is down")
+    elif result.left_db is None:
+        print(f"an echo that could not be learned ({heard}); listen will be half-duplex")
+    else:
+        print(
+            f"{heard}; delay {1000 * (result.delay_s or 0):.0f} ms; after cancelling "
+            f"{result.left_db:.0f} dB of it are left, {result.barge_ins} false barge-ins in "
+            f"{result.seconds:.0f} s"
+        )
 
 
 def _device_row(device: SoundDevice) -> tuple[str, str, str]:

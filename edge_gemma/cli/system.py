@@ -108,6 +108,13 @@ def _software_rows(report: Report) -> list[tuple[str, str]]:
     card = ", on an SD card" if report.store_on_sd else ""
     free = format_bytes(report.store_free_bytes)
     rows.append(("microphones", ", ".join(report.microphones) or "none"))
+    if report.sound_server:
+        server = report.sound_server
+        pair = server.echo_cancelled
+        echo = "its echo canceller is not loaded (listen brings its own)"
+        if pair:
+            echo = f"takes the echo out of {pair.source} and {pair.sink}"
+        rows.append(("sound server", f"{server.name}; {echo}"))
     rows.append(("store", f"{report.store}, {free} free{card}"))
     return rows
 

@@ -276,6 +276,15 @@ class Chat:
         known = {tool["name"] for tool in check_tools(self.tools)}
         return [call for call in parse_calls(text) if call.parameters or call.name in known]
 
+    def heard_only(self, text: str) -> None:
+        """The last answer was cut off while it was spoken: remember ``text``, what was heard of it.
+        The next turn puts the cache right.
+        """
+        last = self.messages[-1] if self.messages else None
+        if last is not None and last.role == "assistant" and isinstance(last.content, str):
+            self.messages[-1] = Message("assistant", text.strip() or "…")
+            self._continues = False
+
     def cancel(self) -> None:
         """Stop the answer, from any thread."""
         self.session.cancel()

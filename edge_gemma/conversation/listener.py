@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -26,7 +26,8 @@ from edge_gemma.conversation.transcription import ListenOptions, Source, blocks_
 from edge_gemma.conversation.voice import Voice
 from edge_gemma.errors import Cancelled, DeviceLost, EdgeGemmaError, UsageError
 from edge_gemma.hearing.devices import Microphone
-from edge_gemma.hearing.samples import RATE_HZ
+from edge_gemma.hearing.echo import EchoCanceller, SoundFilter
+from edge_gemma.hearing.samples import BLOCK_SAMPLES, RATE_HZ
 from edge_gemma.hearing.utterances import SpeechDetector, UtteranceEvent
 
 __all__ = ["Heard", "ListenOptions", "Listener"]
@@ -42,6 +43,9 @@ class Listener:
     sample blocks; the last two wait for each answer. ``make_voice`` makes a :class:`Voice` for each
     answer, None for a silent one. ``gate(samples) -> bool`` is asked, block by block, before an
     utterance may begin (a wake word); once it says yes, the next utterance is heard.
+
+    ``echo`` takes what the loudspeaker plays out of the sound first, ``filters`` (noise
+    suppression) come behind it; gate, detector and encoder hear what is left.
     """
 
     chat: Chat
@@ -50,6 +54,8 @@ class Listener:
     make_voice: Callable[[], Voice | None] = lambda: None
     gate: Callable[[np.ndarray], bool] | None = None
     detector: SpeechDetector | None = None
+    echo: EchoCanceller | None = None
+    filters: Sequence[SoundFilter] = ()
     _stopping: threading.Event = field(default_factory=threading.Event, repr=False)
     _listening: _Listening | None = field(default=None, repr=False)
 
@@ -94,6 +100,7 @@ class _Listening:
         self._chat, self._options = listener.chat, listener.options
         self._make_voice, self._gate = listener.make_voice, listener.gate
         self._detector, self._stopping = detector, stopping
+        self._echo, self._filters = listener.echo, listener.filters
         self._n_samples = self._n_dropped = 0
         self._gate_open = self._gate is None
         self._turn: LiveTurn | None = None
@@ -128,8 +135,11 @@ class _Listening:
                 yield from self._reopened(microphone)
                 continue
             yield from self._hear(block)
-            if microphone.dropped_blocks > self._n_dropped:
-                self._n_dropped = microphone.dropped_blocks
+            n_lost = microphone.dropped_blocks - self._n_dropped
+            if n_lost > 0:
+                self._n_dropped += n_lost
+                if self._echo is not None:
+                    self._echo.lost(n_lost * BLOCK_SAMPLES)
                 yield Heard("dropped", self._at_s, n=self._n_dropped)
 
     def _reopened(self, microphone: Microphone) -> Iterator[Heard]:
@@ -139,6 +149,8 @@ class _Listening:
             except (DeviceLost, UsageError):
                 yield from self.drain()
             else:
+                if self._echo is not None:
+                    self._echo.restart()
                 yield Heard("back", self._at_s, microphone.name)
                 return
 
@@ -152,6 +164,7 @@ class _Listening:
         arrived_s = time.perf_counter()
         if self._answer and self._answer.done:
             yield from self.drain(wait=True)
+        block = self._cleaned(block)
         if not self._gate_open and self._gate is not None:
             self._gate_open = self._gate(block)
             return
@@ -159,6 +172,13 @@ class _Listening:
             for event in self._detector.push(block):
                 yield from self._event(event, arrived_s)
         yield from self.drain()
+
+    def _cleaned(self, block: np.ndarray) -> np.ndarray:
+        if self._echo is not None:
+            block = self._echo.clean(block)
+        for sound_filter in self._filters:
+            block = sound_filter(block)
+        return block
 
     def _event(self, event: UtteranceEvent, arrived_s: float) -> Iterator[Heard]:
         if event.kind == "start":

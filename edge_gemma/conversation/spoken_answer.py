@@ -26,12 +26,13 @@ class Heard:
     - ``ready`` (a microphone is open), ``speech`` (an utterance began), ``partial`` (so many soft
       tokens are in the decoder by now), ``silence`` (it ended; the answer starts), ``text`` (a
       piece of the answer), ``turn`` (its whole text, its last chunk);
-    - ``interrupted`` (speech stopped the answer; ``text`` is what had come), ``dropped`` (``n``
-      blocks were lost so far), ``lost``, ``back`` (the microphone; ``text`` says why; what was said
-      until then is answered), ``failed`` (a turn that could not be answered; ``text`` says why).
+    - ``interrupted`` (speech stopped the answer; ``text`` is what was said of it, or what had come
+      where nothing speaks; the chat remembers that), ``dropped`` (``n`` blocks were lost so far),
+      ``lost``, ``back`` (the microphone; ``text`` says why; what was said until then is answered),
+      ``failed`` (a turn that could not be answered, or spoken; ``text`` says why).
 
     ``at_s`` counts seconds of sound; ``wait_s`` (with turn) is the time from the last sample's
-    arrival to the first token.
+    arrival to the first token, ``sound_wait_s`` to the first sound.
     """
 
     kind: Literal[
@@ -51,6 +52,7 @@ class Heard:
     text: str = ""
     n: int = 0
     wait_s: float | None = None
+    sound_wait_s: float | None = None
     end: Chunk | None = None
 
 
@@ -134,7 +136,10 @@ class SpokenAnswer:
     def _whole(self, end: Chunk | None) -> Heard:
         first_s = self._turn.first_token_s
         wait_s = first_s - self._heard_s if first_s else None
-        return Heard("turn", 0.0, "".join(self._parts), wait_s=wait_s, end=end)
+        sound_s = self._voice.first_sound_s if self._voice else None
+        sound_wait_s = sound_s - self._heard_s if sound_s else None
+        text = "".join(self._parts)
+        return Heard("turn", 0.0, text, wait_s=wait_s, sound_wait_s=sound_wait_s, end=end)
 
     def _open_ears(self) -> None:
         """The encoder is back before the next utterance, not after its first word."""
@@ -145,14 +150,22 @@ class SpokenAnswer:
                 self._records.put(Heard("failed", 0.0, str(error)))
 
     def stop(self) -> str:
-        """Stop decoding and speaking, wait for the thread. Returns what had come of the answer."""
+        """Stop speaking and decoding, wait for the thread. Returns what was said of the answer
+        (what had come, without a voice); the chat remembers that much.
+        """
         self._stopped.set()
-        self._chat.cancel()
         if self._voice:
-            self._voice.stop()
-            self._voice.join()
+            self._voice.stop()  # first: silence is what the one who speaks waits for
+        self._chat.cancel()
         self._thread.join()
-        return "".join(self._parts)
+        if not self._voice:
+            return "".join(self._parts)
+        self._voice.join()
+        said = self._voice.said
+        # before the first token the turn was taken back; a voice that failed says nothing about it
+        if self._turn.first_token_s is not None and not self._voice.error:
+            self._chat.heard_only(said)
+        return said
 
     def close(self) -> None:
         """Wait for the thread."""

@@ -1,9 +1,9 @@
-"""Answers spoken aloud, sentence by sentence while the rest is still being decoded.
+"""Answers spoken aloud, clause by clause while the rest is still being decoded.
 
 In: text in pieces. Out: sound on a loudspeaker (or wherever ``play`` puts it). A
 synthesizer is any callable ``text -> (samples [n] float32, rate_hz)``; espeak-ng
-and piper are run as programs, so nothing of theirs is linked. This module does not
-know models or microphones.
+and piper are run as programs, so nothing of theirs is linked; kokoro-onnx is a
+library. This module does not know models or microphones.
 """
 
 from __future__ import annotations
@@ -12,60 +12,31 @@ import io
 import json
 import os
 import queue
-import re
 import shutil
 import subprocess
 import threading
+import time
 import wave
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from edge_gemma.errors import DeviceLost, EdgeGemmaError, RuntimeFailure, UsageError
+from edge_gemma.conversation.clauses import Clause, Clauses
+from edge_gemma.errors import (
+    DeviceLost,
+    EdgeGemmaError,
+    MediaError,
+    MissingExtra,
+    RuntimeFailure,
+    UsageError,
+)
 
 Synthesizer = Callable[[str], tuple[np.ndarray, int]]
-_END_OF_SENTENCE = re.compile(r"(?<=[.!?…。！？])[\"')\]]*\s+|\n+")
-_MAX_CHARACTERS = 400  # without an end of sentence: spoken anyway, up to the last comma or space
 _TIMEOUT_S = 60
-
-
-class Sentences:
-    """Text pieces → whole sentences, as soon as they are known to be whole.
-
-    >>> cut = Sentences()
-    >>> [*cut.push("Hello the"), *cut.push("re. How a"), *cut.push("re you? "), *cut.finish()]
-    ['Hello there.', 'How are you?']
-    """
-
-    def __init__(self) -> None:
-        self._text = ""
-
-    def push(self, text: str) -> Iterator[str]:
-        self._text += text
-        while True:
-            match = _END_OF_SENTENCE.search(self._text)
-            if match is None:
-                break
-            sentence = self._take(match.end())
-            if sentence:
-                yield sentence
-        while len(self._text) > _MAX_CHARACTERS:
-            yield self._take(self._last_gap())
-
-    def finish(self) -> Iterator[str]:
-        sentence = self._take(len(self._text))
-        if sentence:
-            yield sentence
-
-    def _take(self, n: int) -> str:
-        taken, self._text = self._text[:n], self._text[n:]
-        return taken.strip()
-
-    def _last_gap(self) -> int:
-        """Where a text without an end of sentence is cut: behind the last comma or space."""
-        last = max(self._text.rfind(gap, 0, _MAX_CHARACTERS) for gap in ", ")
-        return last + 1 if last >= 0 else _MAX_CHARACTERS
+_N_AHEAD = 2  # clauses that are synthesized and wait to be played
+_HUNGRY_S = 1.0  # of sound left: the next clause may be shorter than a sentence
 
 
 def espeak(voice: str = "en", words_per_minute: int = 175) -> Synthesizer:
@@ -100,6 +71,38 @@ def piper(model: str | os.PathLike[str]) -> Synthesizer:
     def synthesize(text: str) -> tuple[np.ndarray, int]:
         line = text.replace("\n", " ") + "\n"
         return _from_16_bit(_run(command, line, "piper")), rate_hz
+
+    return synthesize
+
+
+def kokoro(
+    model: str | os.PathLike[str],
+    voices: str | os.PathLike[str],
+    voice: str = "af_heart",
+    language: str = "en-us",
+) -> Synthesizer:
+    """A Kokoro voice by kokoro-onnx (``pip install kokoro-onnx``; phonemizer, which it needs, is
+    under the GPL). ``model`` is its ``.onnx``, ``voices`` its ``.bin`` of voices. Raises
+    UsageError, MissingExtra.
+    """
+    try:
+        from kokoro_onnx import Kokoro
+    except ImportError:
+        raise MissingExtra("A Kokoro voice", "kokoro") from None
+    try:
+        speaker = Kokoro(str(model), str(voices))
+        known = list(speaker.get_voices())
+    except Exception as error:  # of onnxruntime, numpy or the package: it names no classes
+        raise UsageError(f"{model} is not a Kokoro voice ({error})") from None
+    if voice not in known:
+        raise UsageError(f"{voice!r} is no voice of {voices}; choose one of: {', '.join(known)}")
+
+    def synthesize(text: str) -> tuple[np.ndarray, int]:
+        try:
+            samples, rate_hz = speaker.create(text, voice=voice, lang=language)
+        except Exception as error:
+            raise RuntimeFailure(f"Kokoro could not speak ({error})") from None
+        return np.asarray(samples, np.float32), int(rate_hz)
 
     return synthesize
 
@@ -160,26 +163,36 @@ def _nothing() -> None:
     pass
 
 
+@dataclass(frozen=True, eq=False)
+class _Sound:
+    """A clause as ``samples [n]``; the answer's characters from ``begin`` to ``end``."""
+
+    clause: Clause
+    begin: int
+    samples: np.ndarray
+    rate_hz: int
+
+
 class Voice:
-    """Speaks in a thread: ``push`` text while it is decoded, ``finish`` to speak
-    the rest, ``stop`` to fall silent at once.
+    """Speaks in two threads, so that one clause is synthesized while the one before it is played:
+    ``push`` text while it is decoded, ``finish`` to speak the rest, ``stop`` to fall silent at
+    once.
 
     ``play(samples, rate_hz) -> bool`` is usually
-    :meth:`edge_gemma.hearing.devices.Speaker.play`, ``silence()`` its ``stop``. A
-    failure of either is kept in ``error`` and ends the speaking, not the answer.
-    ``spoken`` lists the sentences that were begun.
+    :meth:`edge_gemma.hearing.devices.Speaker.play`, ``silence()`` its ``stop``. ``heard()`` says
+    how many samples of the present sound were heard by now (its ``n_heard``); without it the
+    clock says so. ``language`` is for :func:`~edge_gemma.conversation.clauses.spoken_form`. A
+    failure is kept in ``error`` and ends the speaking, not the answer. ``spoken`` lists the
+    clauses that were begun; :attr:`said` is the part of the answer that was heard.
 
-    >>> said = []
-    >>> def synthesize(text):
-    ...     said.append(text)
-    ...     return np.zeros(160, np.float32), 16000
+    >>> synthesize = lambda text: (np.zeros(160, np.float32), 16000)
     >>> voice = Voice(synthesize, play=lambda samples, rate_hz: True)
-    >>> voice.push("Hello. How a")
+    >>> voice.push("Hello there. How a")
     >>> voice.push("re you?")
     >>> voice.finish()
     >>> voice.join()
-    >>> said
-    ['Hello.', 'How are you?']
+    >>> voice.spoken, voice.said
+    (['Hello there.', 'How are you?'], 'Hello there. How are you?')
     """
 
     def __init__(
@@ -187,49 +200,153 @@ class Voice:
         synthesize: Synthesizer,
         play: Callable[[np.ndarray, int], bool],
         silence: Callable[[], None] = _nothing,
+        heard: Callable[[], int] | None = None,
+        *,
+        language: str = "en",
     ):
         self._synthesize, self._play, self._silence = synthesize, play, silence
-        self._sentences = Sentences()
-        self._queue: queue.Queue[str | None] = queue.Queue()  # None: no more
+        self._heard = heard
+        self._clauses = Clauses(language)
+        self._text = ""
+        self._to_say: queue.Queue[Clause | None] = queue.Queue()  # None: no more
+        self._to_play: queue.Queue[_Sound | None] = queue.Queue(_N_AHEAD)
         self._stopped = threading.Event()
+        self._now: tuple[_Sound, float] | None = None  # what is played, and since when
+        self._said_to = 0
+        self._n_waiting = 0  # clauses that are not played yet
         self.error: EdgeGemmaError | None = None
         self.spoken: list[str] = []
-        self._thread = threading.Thread(target=self._run, name="edge-gemma-voice", daemon=True)
-        self._thread.start()
+        # by time.perf_counter; None until then
+        self.first_clause_s: float | None = None
+        self.first_synthesized_s: float | None = None
+        self.first_sound_s: float | None = None
+        self._threads = [
+            threading.Thread(target=self._run_synthesizer, name="edge-gemma-voice", daemon=True),
+            threading.Thread(target=self._run_player, name="edge-gemma-sound", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def push(self, text: str) -> None:
-        for sentence in self._sentences.push(text):
-            self._queue.put(sentence)
+        self._text += text
+        for clause in self._clauses.push(text, hungry=self._hungry()):
+            self._say(clause)
 
     def finish(self) -> None:
         """No more text. Returns at once; :meth:`join` waits until it is spoken."""
-        for sentence in self._sentences.finish():
-            self._queue.put(sentence)
-        self._queue.put(None)
+        for clause in self._clauses.finish():
+            self._say(clause)
+        self._to_say.put(None)
+
+    def _say(self, clause: Clause) -> None:
+        self.first_clause_s = self.first_clause_s or time.perf_counter()
+        self._n_waiting += 1
+        self._to_say.put(clause)
+
+    def _hungry(self) -> bool:
+        """Whether there will soon be nothing to play."""
+        if self._n_waiting > (self._now is not None):
+            return False
+        now = self._now
+        return now is None or self._n_heard(now) > len(now[0].samples) - _HUNGRY_S * now[0].rate_hz
+
+    def _n_heard(self, now: tuple[_Sound, float]) -> int:
+        sound, since_s = now
+        if self._heard is not None:
+            return min(len(sound.samples), self._heard())
+        return min(len(sound.samples), int((time.perf_counter() - since_s) * sound.rate_hz))
+
+    @property
+    def said(self) -> str:
+        """The answer as far as it was heard, to a whole word: in the present clause as many of its
+        characters as of its samples.
+        """
+        now, to = self._now, self._said_to
+        if now is not None and now[0].clause.end > to:
+            part = self._text[now[0].begin : now[0].clause.end]
+            n = len(part) * self._n_heard(now) // max(1, len(now[0].samples))
+            if n < len(part):
+                n = max(part.rfind(gap, 0, n + 1) for gap in " \n") + 1
+            to = now[0].begin + n
+        return self._text[:to].rstrip() if to < len(self._text) else self._text
 
     def stop(self) -> None:
-        """Silence now; what was not spoken is dropped."""
-        self._stopped.set()
+        """Silence now; what was not spoken is dropped. :attr:`said` stays as it is."""
+        if not self._stopped.is_set():
+            said = self.said
+            self._stopped.set()
+            self._now, self._text, self._said_to = None, said, len(said)
         self._silence()
-        self._queue.put(None)
+        self._to_say.put(None)
 
     @property
     def speaking(self) -> bool:
-        return self._thread.is_alive()
+        return self._threads[1].is_alive()
 
     def join(self) -> None:
         """Wait until everything is spoken, or :meth:`stop` took effect."""
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
-    def _run(self) -> None:
+    def _run_synthesizer(self) -> None:
+        begin = 0
         try:
-            while True:
-                sentence = self._queue.get()
-                if sentence is None or self._stopped.is_set():
-                    return
-                self.spoken.append(sentence)
-                samples, rate_hz = self._synthesize(sentence)
-                if self._stopped.is_set() or not self._play(samples, rate_hz):
-                    return
+            while (clause := self._to_say.get()) is not None and not self._stopped.is_set():
+                samples, rate_hz = self._checked(self._synthesize(clause.text))
+                self.first_synthesized_s = self.first_synthesized_s or time.perf_counter()
+                self._hand_on(_Sound(clause, begin, samples, rate_hz))
+                begin = clause.end
         except (DeviceLost, RuntimeFailure) as error:
             self.error = error
+        except Exception as error:  # a callable of somebody else's
+            self.error = RuntimeFailure(f"the voice failed: {type(error).__name__}: {error}")
+        finally:
+            self._hand_on(None)
+
+    @staticmethod
+    def _checked(sound: tuple[np.ndarray, int]) -> tuple[np.ndarray, int]:
+        samples, rate_hz = sound
+        samples = np.asarray(samples, np.float32)
+        if samples.ndim != 1 or not np.isfinite(samples).all() or not rate_hz > 0:
+            raise RuntimeFailure(
+                "the voice gave no sound: expected samples [n] of finite numbers and a rate above "
+                f"0, got shape {list(samples.shape)} at {rate_hz} Hz"
+            )
+        return samples, int(rate_hz)
+
+    def _hand_on(self, sound: _Sound | None) -> None:
+        while not self._stopped.is_set():
+            try:
+                self._to_play.put(sound, timeout=0.1)
+            except queue.Full:
+                continue
+            return
+
+    def _run_player(self) -> None:
+        try:
+            while not self._stopped.is_set():
+                try:
+                    sound = self._to_play.get(timeout=0.1)
+                except queue.Empty:
+                    continue
+                if sound is None or not self._played(sound):
+                    return
+        except (DeviceLost, MediaError, MissingExtra, RuntimeFailure) as error:
+            self.error = error
+        except Exception as error:  # a callable of somebody else's
+            self.error = RuntimeFailure(f"playing failed: {type(error).__name__}: {error}")
+        finally:
+            self._stopped.set()
+            self._to_say.put(None)
+
+    def _played(self, sound: _Sound) -> bool:
+        self.spoken.append(sound.clause.text)
+        now = time.perf_counter()
+        self.first_sound_s = self.first_sound_s or now
+        self._now = sound, now
+        whole = self._play(sound.samples, sound.rate_hz)
+        if whole and not self._stopped.is_set():
+            self._said_to = sound.clause.end
+            self._now = None
+            self._n_waiting -= 1
+        return whole

@@ -13,7 +13,9 @@ import functools
 import queue
 import threading
 import time
-from collections.abc import Iterator
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
@@ -28,7 +30,9 @@ from edge_gemma.hearing.sound import Resampler
 # sound server dies
 LOST_AFTER_S = 0.8
 _POLL_S = 0.1  # how often a waiting reader looks whether the device is still there
-_PLAY_STEPS_PER_S = 20  # how often a running playback looks whether it was stopped
+_EARLY_S = 0.1  # play returns so long before its end, so that the next sound follows without a gap
+_LATENCY_S = 0.05  # asked of a loudspeaker: a barge-in must cut its sound within 100 ms
+_RATES_HZ = (48000, 44100, 16000)  # tried where a loudspeaker does not take its own default rate
 
 Kind = Literal["input", "output"]
 _THING: dict[Kind, str] = {"input": "microphone", "output": "loudspeaker"}
@@ -53,6 +57,8 @@ class SoundDevice:
 
 _portaudio_lock = threading.RLock()
 _open_streams = 0  # PortAudio's device list is read anew only while none is open
+# loudspeakers that are open; one whose server died would hide the devices that are back
+_speakers: weakref.WeakSet[Speaker] = weakref.WeakSet()
 _kept_callbacks: list[object] = []  # ctypes frees a callback that nothing refers to
 
 
@@ -90,6 +96,8 @@ def _refresh() -> None:
     """Let PortAudio look for devices again, if no stream of ours is open."""
     sd = _sounddevice()
     with _portaudio_lock:
+        for speaker in list(_speakers):
+            speaker.close_if_gone()
         if _open_streams == 0:
             sd._terminate()  # sounddevice's documented way to read the device list anew
             sd._initialize()
@@ -201,7 +209,12 @@ class Microphone:
         sd = _sounddevice()
         stereo = min(device.inputs, 2)
         reason: Exception | None = None
-        for rate_hz, channels in ((RATE_HZ, 1), (device.rate_hz, 1), (device.rate_hz, stereo)):
+        for rate_hz, channels in (
+            (RATE_HZ, 1),
+            (device.rate_hz, 1),
+            (device.rate_hz, stereo),
+            (device.rate_hz, device.inputs),  # an array of microphones that gives all or nothing
+        ):
             try:
                 stream = sd.InputStream(
                     samplerate=rate_hz,
@@ -287,52 +300,172 @@ class Microphone:
                     _open_streams -= 1
 
 
+@dataclass(eq=False)
+class _Playing:
+    """A sound that waits or runs: ``samples [n]`` at the loudspeaker's rate."""
+
+    samples: np.ndarray
+    n_out: int = 0  # handed to the device
+
+
 class Speaker:
-    """A loudspeaker for samples of any rate. ``play`` blocks until they are played
-    or :meth:`stop` was called from elsewhere.
+    """A loudspeaker for samples of any rate; a context manager. It is opened at the first sound, or
+    by ``with``, and gives out silence in between until it is closed, so that what was played can
+    be counted.
+
+    ``on_block(samples [n], rate_hz)`` is called from PortAudio's thread with everything that goes
+    out, silence included (:meth:`edge_gemma.hearing.echo.EchoCanceller.played`). Where the device
+    takes only its own rate, sound is resampled to it. Raises DeviceLost, UsageError, MediaError.
     """
 
-    def __init__(self, device: str | int | None = None):
-        self.device = device
-        self._stopped = threading.Event()
+    def __init__(
+        self,
+        device: str | int | None = None,
+        on_block: Callable[[np.ndarray, int], None] | None = None,
+    ):
+        self.device, self.name, self.rate_hz = device, "", 0
+        self._on_block_out = on_block
+        self._stream: Any = None  # sounddevice.OutputStream, which has no types
+        self._change = threading.Condition()
+        self._waiting: deque[_Playing] = deque()  # the first one is being played
+        self._last: tuple[_Playing, int] | None = None  # of the last play, and its own rate
+        self._latency_s = 0.0
+        self._called_s = 0.0  # when PortAudio last called, on the monotonic clock
+        self._finished = threading.Event()
+
+    def __enter__(self) -> Speaker:
+        self._open()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def play(self, samples: np.ndarray, rate_hz: int) -> bool:
-        """Play ``samples [n]`` float32. Returns False when stopped (within 50 ms).
-        Raises DeviceLost, MediaError.
+        """Play ``samples [n]`` float32. Returns 0.1 s before their end, so that the next ones
+        follow without a gap; False when stopped. Raises DeviceLost, MediaError.
         """
-        global _open_streams
-        sd = _sounddevice()
-        self._stopped.clear()
-        column = np.ascontiguousarray(samples, np.float32).reshape(-1, 1)  # [n, 1]
-        with _portaudio_lock:
-            stream = self._open_stream(rate_hz)
-            _open_streams += 1
-        try:
-            with stream:
-                return self._write(stream, column, max(1, rate_hz // _PLAY_STEPS_PER_S))
-        except sd.PortAudioError as error:
-            raise DeviceLost(f"the loudspeaker is gone ({first_line(error)})") from None
-        finally:
-            with _portaudio_lock:
-                _open_streams -= 1
-
-    def _open_stream(self, rate_hz: int) -> Any:
-        sd = _sounddevice()
-        device = self.device
-        if _open_streams == 0:  # else the device list is not read anew: PortAudio finds it itself
-            device = find_sound_device(self.device, "output").index
-        try:
-            return sd.OutputStream(samplerate=rate_hz, channels=1, device=device, dtype="float32")
-        except (sd.PortAudioError, ValueError) as error:
-            raise DeviceLost(f"the loudspeaker cannot be opened ({first_line(error)})") from None
-
-    def _write(self, stream: Any, column: np.ndarray, step: int) -> bool:
-        for start in range(0, len(column), step):
-            if self._stopped.is_set():
-                stream.abort()
-                return False
-            stream.write(column[start : start + step])
+        self._open()
+        resampled = Resampler(rate_hz, self.rate_hz).push(samples, last=True)
+        playing = _Playing(np.clip(resampled, -1, 1))
+        until = len(playing.samples) - int(_EARLY_S * self.rate_hz)
+        with self._change:
+            self._waiting.append(playing)
+            self._last = playing, rate_hz
+            while playing.n_out < until and playing in self._waiting and not self._is_gone():
+                self._change.wait(_POLL_S)
+            if playing.n_out < until and not self._is_gone():
+                return False  # stopped
+        if self._is_gone():
+            self.close()
+            raise DeviceLost(
+                f"the loudspeaker {self.name!r} is gone (unplugged, or the sound server stopped)"
+            )
         return True
 
+    @property
+    def n_heard(self) -> int:
+        """Samples of the last :meth:`play`, at its own rate, that have left the loudspeaker."""
+        last = self._last
+        if last is None or not self.rate_hz:
+            return 0
+        playing, rate_hz = last
+        n = playing.n_out - int(self._latency_s * self.rate_hz)
+        return max(0, n * rate_hz // self.rate_hz)
+
     def stop(self) -> None:
-        self._stopped.set()
+        """Silence now: what waits is dropped, what the device holds (some 50 ms) is played."""
+        with self._change:
+            self._waiting.clear()
+            self._change.notify_all()
+
+    def wait(self) -> None:
+        """Until everything was handed to the device and has left it, or the device is gone."""
+        with self._change:
+            while self._waiting and self._stream is not None and not self._is_gone():
+                self._change.wait(_POLL_S)
+        if self._stream is not None:
+            time.sleep(self._latency_s)
+
+    def _open(self) -> None:
+        global _open_streams
+        sd = _sounddevice()
+        with _portaudio_lock:
+            if self._stream is not None and not self._is_gone():
+                return
+            self.close()
+            found = find_sound_device(self.device, "output")
+            reason: Exception | None = None
+            for rate_hz, channels in _output_formats(found):
+                try:
+                    stream = self._started(found, rate_hz, channels)
+                except (sd.PortAudioError, ValueError) as error:
+                    reason = error
+                    continue
+                self._stream, self.name = stream, found.name
+                self._latency_s = stream.latency
+                _open_streams += 1
+                _speakers.add(self)
+                return
+        assert reason is not None
+        raise DeviceLost(f"the loudspeaker {found.name!r} cannot be opened ({first_line(reason)})")
+
+    def _started(self, found: SoundDevice, rate_hz: int, channels: int) -> Any:
+        self._finished.clear()
+        self.rate_hz, self._called_s = rate_hz, time.monotonic()
+        stream = _sounddevice().OutputStream(
+            samplerate=rate_hz,
+            channels=channels,
+            device=found.index,
+            dtype="float32",
+            latency=_LATENCY_S,
+            callback=self._on_block,
+            finished_callback=self._finished.set,
+        )
+        stream.start()
+        return stream
+
+    def _on_block(self, out: np.ndarray, frames: int, when: object, status: object) -> None:
+        """PortAudio's thread calls this to have ``out [frames, channels]`` float32 filled."""
+        self._called_s = time.monotonic()
+        block = np.zeros(frames, np.float32)
+        n = 0
+        with self._change:
+            while self._waiting and n < frames:
+                playing = self._waiting[0]
+                taken = playing.samples[playing.n_out : playing.n_out + frames - n]
+                block[n : n + len(taken)] = taken
+                n += len(taken)
+                playing.n_out += len(taken)
+                if playing.n_out >= len(playing.samples):
+                    self._waiting.popleft()
+            self._change.notify_all()
+        out[:] = block[:, None]
+        if self._on_block_out is not None:
+            self._on_block_out(block, self.rate_hz)
+
+    def _is_gone(self) -> bool:
+        silent_s = time.monotonic() - self._called_s
+        return self._finished.is_set() or silent_s > LOST_AFTER_S
+
+    def close_if_gone(self) -> None:
+        if self._stream is not None and self._is_gone():
+            self.close()
+
+    def close(self) -> None:
+        global _open_streams
+        with _portaudio_lock:
+            stream, self._stream = self._stream, None
+            if stream is not None:
+                try:
+                    stream.abort(ignore_errors=True)
+                finally:
+                    stream.close(ignore_errors=True)
+                    _open_streams -= 1
+        self.stop()
+
+
+def _output_formats(device: SoundDevice) -> list[tuple[int, int]]:
+    """(rate, channels) to try, the device's own first."""
+    rates = dict.fromkeys((device.rate_hz, *_RATES_HZ))
+    channels = dict.fromkeys((1, min(2, device.outputs), device.outputs))
+    return [(rate_hz, n) for rate_hz in rates for n in channels]

@@ -227,23 +227,23 @@ def warn(notes: list[str]) -> None:
 
 
 class Resampler:
-    """Any rate → 16 kHz, as a stream (soxr, HQ). Raises MissingExtra.
+    """Any rate → another, 16 kHz unless said, as a stream (soxr, HQ). Raises MissingExtra.
 
     >>> Resampler(48000).push(np.zeros(4800, np.float32), last=True).shape
     (1600,)
     """
 
-    def __init__(self, rate_hz: int):
+    def __init__(self, rate_hz: int, to_hz: int = RATE_HZ):
         self._stream = None
-        if rate_hz != RATE_HZ:
+        if rate_hz != to_hz:
             try:
                 import soxr
             except ImportError:
-                raise MissingExtra(f"Resampling {rate_hz} Hz to {RATE_HZ} Hz", "hear") from None
-            self._stream = soxr.ResampleStream(rate_hz, RATE_HZ, 1, dtype="float32")
+                raise MissingExtra(f"Resampling {rate_hz} Hz to {to_hz} Hz", "hear") from None
+            self._stream = soxr.ResampleStream(rate_hz, to_hz, 1, dtype="float32")
 
     def push(self, samples: np.ndarray, last: bool = False) -> np.ndarray:
-        """``samples [n]`` at the given rate → those ``[m]`` at 16 kHz that are
+        """``samples [n]`` at the first rate → those ``[m]`` at the second that are
         ready; with ``last`` the rest too.
         """
         samples = np.ascontiguousarray(samples, np.float32)
