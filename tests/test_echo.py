@@ -1,13 +1,15 @@
 """The assistant does not hear itself: a virtual room joins loudspeaker and microphone."""
 
 import shutil
+import sys
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 from room import RATE_HZ, Room, as_loud_as, own_speech, placed, said
 
-from edge_gemma.hearing.echo import EchoCanceller
+from edge_gemma.errors import MediaError, MissingExtra, UsageError
+from edge_gemma.hearing.echo import EchoCanceller, noise_filter
 from edge_gemma.hearing.utterances import SpeechDetector
 
 pytestmark = pytest.mark.skipif(
@@ -136,6 +138,42 @@ def test_a_delay_that_changes_is_found_again():
         canceller.clean(echo[at : at + 512])
     assert canceller.state == "cancelling"
     assert canceller.delay_s == pytest.approx(0.232, abs=0.034)
+
+
+@pytest.mark.parametrize("n", [0, 1, 159, 160, 5000])
+def test_noise_suppression_loses_no_sample_but_the_last_10_ms(n):
+    filtered = noise_filter(2, 5)
+    out = filtered(np.zeros(n, np.float32))
+    assert n - len(out) < 160 and len(filtered(np.zeros(320, np.float32))) >= 160
+
+
+def test_noise_suppression_lowers_noise():
+    noise = Room(0.1, noise_dbfs=-30).noise(3 * RATE_HZ)
+    out = noise_filter(4)(noise)
+    assert np.sqrt(np.mean(out[RATE_HZ:] ** 2)) < 0.3 * np.sqrt(np.mean(noise**2))
+
+
+@pytest.mark.parametrize("suppression, gain", [(5, 0), (-1, 0), (0, 32), ("2", 0), (0, 1.5)])
+def test_noise_suppression_out_of_its_range_is_refused(suppression, gain):
+    with pytest.raises(UsageError, match="expected 0 .off. to"):
+        noise_filter(suppression, gain)
+
+
+def test_broken_samples_are_refused_at_both_doors():
+    for door in (EchoCanceller().clean, noise_filter(1)):
+        with pytest.raises(MediaError):
+            door(np.full(512, np.nan, np.float32))
+    canceller = EchoCanceller()
+    canceller.played(np.full(512, np.nan, np.float32), RATE_HZ)  # from a voice that is broken
+    assert np.isfinite(canceller.clean(np.zeros(512, np.float32))).all()
+
+
+def test_missing_libraries_are_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyaec", None)
+    monkeypatch.setitem(sys.modules, "webrtc_noise_gain", None)
+    for make in (EchoCanceller, lambda: noise_filter(1)):
+        with pytest.raises(MissingExtra, match=r"edge-gemma\[voice\]"):
+            make()
 
 
 @pytest.mark.slow

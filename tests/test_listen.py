@@ -512,3 +512,52 @@ def test_a_text_only_bundle_is_refused(tiny_model):
         pytest.raises(UnsupportedModel, match="no audio encoder, so it cannot hear"),
     ):
         LiveTurn(chat)
+
+
+def test_the_chat_remembers_what_was_heard_of_an_answer(hearing_model):
+    """The cache follows in the next turn: it holds the prompt of the shortened conversation."""
+    with hearing_model.chat() as chat:
+        for _ in chat.send("Hello", GREEDY):
+            pass
+        chat.heard_only(" Once upon ")
+        assert [m.content for m in chat.messages] == ["Hello", "Once upon"]
+        for _ in chat.send("And then?", GREEDY):
+            pass
+        prompt_tokens = chat.reply.end.usage.prompt_tokens
+        spans = hearing_model.prompt.spans(chat.messages[:3])
+        assert prompt_tokens == sum(map(len, spans))
+        chat.heard_only("")  # nothing was said before it was cut off: a turn still has an answer
+        assert chat.messages[-1].content == "…"
+    with hearing_model.chat() as chat:
+        chat.heard_only("nothing was asked")
+        assert chat.messages == []
+
+
+def test_a_listener_hears_through_the_echo_canceller_and_the_filters(hearing_model):
+    """What the gate, the detector and the encoder get is what the filters let through."""
+    from edge_gemma.hearing.echo import EchoCanceller
+
+    sound, got = np.concatenate([speech(1), silence(1)]), []
+
+    def halved(samples):
+        got.append(samples)
+        return samples * np.float32(0.5)
+
+    def gate(samples):
+        assert np.abs(samples).max(initial=0) <= 0.25
+        return True
+
+    with hearing_model.chat() as chat:
+        listener = Listener(
+            chat,
+            blocks(sound),
+            ListenOptions(sampling=GREEDY),
+            detector=SpeechDetector(probability=lambda x: float(np.abs(x).max() > 0.2)),
+            gate=gate,
+            echo=EchoCanceller(),
+            filters=[halved],
+        )
+        kinds = [record.kind for record in listener.records()]
+    assert kinds.count("speech") == 1 and "turn" in kinds
+    heard = np.concatenate(got)
+    assert np.array_equal(heard, sound[: len(heard)]) and len(sound) - len(heard) < 256

@@ -30,6 +30,8 @@ from edge_gemma.cli.hear import (
 from edge_gemma.cli.options import LOADING, LoadingOptions, SamplingOptions, grouped
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from edge_gemma.conversation.listener import Heard
     from edge_gemma.conversation.voice import Synthesizer, Voice
     from edge_gemma.hearing.devices import SoundDevice, Speaker
@@ -293,7 +295,7 @@ def _show_sound_server(as_json: bool) -> None:
 def _echo_test(name: str | None, speaker: str | None, as_json: bool) -> None:
     from edge_gemma.hearing.echo_test import echo_test
 
-    result = echo_test(name, speaker)
+    result = echo_test(name, speaker, _test_speech())
     if as_json:
         print_json(result)
         return
@@ -321,6 +323,23 @@ def _device_row(device: SoundDevice) -> tuple[str, str, str]:
     if marks:
         facts += f"  ← {', '.join(marks)}"
     return str(device.index), device.name, facts
+
+
+def _test_speech() -> np.ndarray | None:
+    """What --echo-test plays: espeak-ng's speech, None (noise) without it."""
+    from edge_gemma.conversation.voice import espeak
+    from edge_gemma.errors import UsageError
+    from edge_gemma.hearing.sound import Resampler
+
+    try:
+        samples, rate_hz = espeak("en")(
+            "This is a test of the loudspeaker and the microphone. Please be quiet until it ends. "
+            "What you hear is what the assistant must not take for a person who speaks."
+        )
+    except UsageError as error:
+        note(f"{error}; noise is played instead")
+        return None
+    return Resampler(rate_hz).push(samples, last=True)
 
 
 def _meter(name: str | None) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edge_gemma.errors import DeviceLost
 from edge_gemma.hearing.devices import Microphone, Speaker
 from edge_gemma.hearing.echo import EchoCanceller, State
 from edge_gemma.hearing.samples import RATE_HZ
@@ -40,12 +41,16 @@ class EchoTest:
 def echo_test(
     microphone: str | int | None = None,
     loudspeaker: str | int | None = None,
+    speech: np.ndarray | None = None,
     seconds: float = 10.0,
 ) -> EchoTest:
-    """Play ``seconds`` of noise shaped like speech while listening. Raises DeviceLost, UsageError,
-    MediaError, MissingExtra.
+    """Play ``seconds`` of ``speech [n]`` (16 kHz), over and over, while listening; without it noise
+    shaped like speech, which a canceller takes out less well than a voice. Raises DeviceLost,
+    UsageError, MediaError, MissingExtra.
     """
     canceller, detector = EchoCanceller(), SpeechDetector()
+    sound = speech_like(seconds) if speech is None else speech
+    sound = np.resize(sound, int(seconds * RATE_HZ)).astype(np.float32)
     n_begin, n_end = (int((_QUIET_S + s) * RATE_HZ) for s in (_LEARNING_S, seconds))
     heard: list[np.ndarray] = []
     n, barge_ins = 0, 0
@@ -60,16 +65,15 @@ def echo_test(
                 if n > n_begin:
                     barge_ins += sum(event.kind == "start" for event in events)
                 if player is None and n >= _QUIET_S * RATE_HZ:
-                    arguments = (speech_like(seconds), RATE_HZ)
-                    player = threading.Thread(target=_play, args=(speaker, *arguments), daemon=True)
+                    player = threading.Thread(target=_play, args=(speaker, sound), daemon=True)
                     player.start()
         finally:
             speaker.stop()
             if player is not None:
                 player.join()
         names = ears.name, speaker.name
-    sound = np.concatenate(heard)
-    quiet, loud = sound[: int(_QUIET_S * RATE_HZ)], sound[n_begin:n_end]
+    total = np.concatenate(heard)
+    quiet, loud = total[: int(_QUIET_S * RATE_HZ)], total[n_begin:n_end]
     return EchoTest(
         *names,
         noise_dbfs=level_dbfs(quiet)[0],
@@ -82,11 +86,9 @@ def echo_test(
     )
 
 
-def _play(speaker: Speaker, samples: np.ndarray, rate_hz: int) -> None:
-    from edge_gemma.errors import DeviceLost
-
+def _play(speaker: Speaker, samples: np.ndarray) -> None:
     try:
-        speaker.play(samples, rate_hz)
+        speaker.play(samples, RATE_HZ)
     except DeviceLost:  # the microphone's reader sees the same, or hears no echo
         pass
 
