@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from edge_gemma.errors import MissingExtra
 
+_END_OF_SENTENCE = re.compile(r"(?<=[.!?…。！？])[\"')\]]*\s+|\n+")
 _MAX_CHARACTERS = 400  # without an end of sentence: spoken anyway, up to the last comma or space
 _SHORT = 48  # characters: so long is a first clause at most
 _PAUSE = re.compile(r"\S.{7,}?[,;:–—](?=\s)")  # not behind a single short word
@@ -132,6 +133,40 @@ class Clauses:
             if text:
                 self._any = True
                 yield Clause(text, self._begin)
+
+
+class Sentences:
+    """Text pieces → whole sentences as they stand, as soon as they are known to be whole; by
+    punctuation alone, for texts that somebody wants read.
+
+    >>> cut = Sentences()
+    >>> [*cut.push("Hello the"), *cut.push("re. How a"), *cut.push("re you? "), *cut.finish()]
+    ['Hello there.', 'How are you?']
+    """
+
+    def __init__(self) -> None:
+        self._text = ""
+
+    def push(self, text: str) -> Iterator[str]:
+        self._text += text
+        while True:
+            match = _END_OF_SENTENCE.search(self._text)
+            if match is None:
+                break
+            sentence = self._take(match.end())
+            if sentence:
+                yield sentence
+        while len(self._text) > _MAX_CHARACTERS:
+            yield self._take(_last_gap(self._text, _MAX_CHARACTERS))
+
+    def finish(self) -> Iterator[str]:
+        sentence = self._take(len(self._text))
+        if sentence:
+            yield sentence
+
+    def _take(self, n: int) -> str:
+        taken, self._text = self._text[:n], self._text[n:]
+        return taken.strip()
 
 
 def _sentence_finder() -> Callable[[str], str | None]:

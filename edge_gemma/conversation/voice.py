@@ -344,7 +344,11 @@ class Voice:
         now = time.perf_counter()
         self.first_sound_s = self.first_sound_s or now
         self._now = sound, now
-        whole = self._play(sound.samples, sound.rate_hz)
+        try:
+            whole = self._play(sound.samples, sound.rate_hz)
+        except BaseException:
+            self._now = None  # the clock would go on counting what nobody heard
+            raise
         if whole and not self._stopped.is_set():
             self._said_to = sound.clause.end
             self._now = None

@@ -19,7 +19,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from edge_gemma.conversation.voice import Sentences, espeak
+from edge_gemma.conversation.clauses import Sentences
+from edge_gemma.conversation.voice import espeak
 from edge_gemma.errors import EdgeGemmaError, MissingExtra, RuntimeFailure
 from edge_gemma.serve.bodies import ClosingStream, Server, decoded, unless_gone, warn_ignored
 from edge_gemma.serve.openai import EVENT_STREAM, event

@@ -18,7 +18,8 @@ from wyoming.event import Eventable
 from wyoming.handle import Handled, HandledChunk, HandledStart, HandledStop
 from wyoming.tts import SynthesizeStopped, SynthesizeVoice
 
-from edge_gemma.conversation.voice import Sentences, Synthesizer, espeak
+from edge_gemma.conversation.clauses import Sentences
+from edge_gemma.conversation.voice import Synthesizer, espeak
 from edge_gemma.errors import UsageError
 from edge_gemma.messages import Message
 from edge_gemma.serve.answer import GenerationRequest
