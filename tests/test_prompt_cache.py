@@ -210,7 +210,7 @@ def test_the_plan_counts_the_cache_and_gives_it_up_first(tiny_bundle):
 
 def test_memory_stays_inside_what_was_planned(tiny_bundle):
     with loaded(tiny_bundle, None, cache=3 * MiB) as model:
-        for seed in range(12):
+        for seed in range(6):
             with model.session() as session:
                 session.replace(prompt(400, seed), n_stable=300)
                 session.logits()

@@ -398,8 +398,10 @@ class TokenLoop:
         self._context.decode_step(items, every=every)
         for lane in lanes:
             lane.generation.n_passes += 1
-        if self._drafts is not None and len(lanes) == 1:
-            self._drafts.costs.record(len(items[0][2]), time.perf_counter() - started)
+        n_tokens = len(items[0][2])
+        # forced tokens need one row of logits, a draft needs all: they cost less
+        if self._drafts is not None and len(lanes) == 1 and (every or n_tokens == 1):
+            self._drafts.costs.record(n_tokens, time.perf_counter() - started)
         return True
 
     def run(self) -> Iterator[tuple[Lane, Chunk]]:
