@@ -161,6 +161,7 @@ def test_rates_by_requests_and_tokens_with_openais_headers(tiny_model):
         refused = ask("hall-token")
         assert refused.status_code == 429 and 30 <= int(refused.headers["retry-after"]) <= 31
         assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+        assert refused.headers["x-ratelimit-remaining-requests"] == "0"
         assert client.get("/v1/models").status_code == 200  # looking costs nothing
         now[0] += 31
         assert ask("hall-token").status_code == 200
@@ -168,6 +169,12 @@ def test_rates_by_requests_and_tokens_with_openais_headers(tiny_model):
         assert ask("attic-token").headers["x-ratelimit-remaining-tokens"] == "8"
         assert ask("attic-token").status_code == 429
         assert "x-ratelimit-limit-requests" not in ask("free-token").headers
+
+
+def test_a_rate_for_nobody_is_said(caplog):
+    guarding = Guarding(rates=RateLimits(by_name={"kitchen": Rate(), "hall": Rate()}))
+    guarding.warn_unknown({"hall", "attic"})
+    assert "no token is called kitchen" in caplog.text and "hall" not in caplog.text
 
 
 def test_ollama_clients_read_the_same_status():

@@ -224,6 +224,7 @@ def serve(
     """
     tokens = address.tokens()
     guarding, watch = guarding or Guarding(), watch or Watch()
+    guarding.warn_unknown(() if tokens is None else tokens.names)
     service_of = functools.partial(
         Service,
         model,

@@ -91,9 +91,9 @@ class Guard:
             self._check(headers)
             visit.caller = self._caller(headers)
             if self._rates is not None:
-                # looking costs nothing
-                asks = scope["method"] == "POST"
-                door.headers = (self._rates.admit if asks else self._rates.headers)(visit.caller)
+                door.headers = self._rates.headers(visit.caller)
+                if scope["method"] == "POST":  # looking costs nothing
+                    door.headers = self._rates.admit(visit.caller)
         except Refusal as refusal:
             response = refusal_response(scope["path"], refusal)
             if refusal.status == 400:  # where its body ends may be in doubt

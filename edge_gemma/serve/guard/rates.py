@@ -106,6 +106,11 @@ class RateLimits(Observer):
         self._callers: dict[str, _Caller] = {}
         self._lock = threading.Lock()
 
+    @property
+    def names(self) -> set[str]:
+        """Those who have a rate of their own."""
+        return set(self._by_name)
+
     def admit(self, name: str) -> dict[str, str]:
         """Count a request → the headers of its response. Raises Refusal 429."""
         with self._lock:

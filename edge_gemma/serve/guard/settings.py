@@ -6,8 +6,9 @@ docs/serve.md shows a whole file.
 
 from __future__ import annotations
 
+import logging
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -24,6 +25,7 @@ from edge_gemma.serve.guard.rates import Rate, RateLimits
 from edge_gemma.serve.guard.usage import UsageBook
 from edge_gemma.units import parse_bytes
 
+log = logging.getLogger("edge_gemma.serve")
 T = TypeVar("T")
 
 
@@ -192,6 +194,12 @@ class Guarding:
     def observers(self) -> list[Observer]:
         found = (self.rates, self.audit, self.usage)
         return [observer for observer in found if observer is not None]
+
+    def warn_unknown(self, names: Collection[str]) -> None:
+        """Say whose rates are of no use, since no token has the name."""
+        unknown = sorted(self.rates.names - set(names)) if self.rates else []
+        if unknown:
+            log.warning("[rates.by_name]: no token is called %s", ", ".join(unknown))
 
     def close(self) -> None:
         self.usage.save()

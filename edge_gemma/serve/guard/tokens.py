@@ -89,6 +89,10 @@ class BearerTokens:
             )
         return cls(known, path)
 
+    @property
+    def names(self) -> set[str]:
+        return {known.name for known in self._known}
+
     def reload(self) -> None:
         """Read the file again. One that cannot be used leaves the tokens as they are, and is said
         in the log.
