@@ -40,6 +40,7 @@ from edge_gemma.serve.responses import Responses
 from edge_gemma.serve.service import Service
 from edge_gemma.serve.speech import Speech
 from edge_gemma.serve.spoken_text import SpokenText
+from edge_gemma.serve.systemd import Notifier
 from edge_gemma.serve.watch.settings import Watch
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ def serve(
     on_ready: Callable[[str], None] = lambda url: None,
 ) -> bool:
     """Serve until SIGTERM or SIGINT; then running answers may end for at most ``stop_s``. SIGHUP
-    reads the token file again.
+    reads the token file again. systemd is told where the process is a service of ``Type=notify``.
 
     ``n_urgent`` lanes are kept for speech. ``doors`` are other protocols on sockets of their own;
     each is open while its context is.
@@ -271,7 +272,16 @@ async def _serve(
     )
     server = _Server(config)
     stopping = asyncio.Event()
-    with _signals(stopping, (lambda: None) if tokens is None else tokens.reload):
+    notifier = Notifier()
+    url = _url(opened, "http" if address.tls_cert is None else "https")
+
+    def reload() -> None:
+        notifier.reloading()
+        if tokens is not None:
+            tokens.reload()
+        notifier.ready(f"serving {others.name} at {url}")
+
+    with _signals(stopping, reload):
         open_doors = contextlib.AsyncExitStack()
         try:
             for door in doors:
@@ -284,10 +294,13 @@ async def _serve(
         watching = asyncio.create_task(watch.run())
         while not server.started and not running.done():
             await asyncio.sleep(0.01)
-        on_ready(_url(opened, "http" if address.tls_cert is None else "https"))
+        on_ready(url)
+        notifier.ready(f"serving {others.name} at {url}")
+        living = asyncio.create_task(notifier.keep_alive(lambda: service.health().live))
         stopped = asyncio.create_task(stopping.wait())
         await asyncio.wait((running, stopped), return_when=asyncio.FIRST_COMPLETED)
         watching.cancel()
+        notifier.stopping()
         # new requests are refused, running answers end or are cut off, then connections close
         closed = await service.close(stop_s)
         await open_doors.aclose()
@@ -295,6 +308,7 @@ async def _serve(
         server.config.timeout_graceful_shutdown = 2
         await running
         stopped.cancel()
+        living.cancel()
     return closed
 
 
