@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import re
+import threading
 import tomllib
 from pathlib import Path
 
@@ -432,6 +433,19 @@ def test_usage_is_kept_over_restarts(tiny_model, tmp_path):
     file.write_text("{")
     with pytest.raises(UsageError, match="cannot be read"):
         UsageBook(file)
+
+
+def test_usage_is_written_now_and_then_beside_the_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr("edge_gemma.serve.guard.usage._SAVE_EVERY_S", -1)
+    book = UsageBook(tmp_path / "usage.json")
+    for _ in range(20):
+        book.visited(Visit("1", "GET", "/"))
+    for thread in threading.enumerate():
+        if thread.name == "edge-gemma-usage":
+            thread.join()
+    book.save()
+    assert read_usage(tmp_path / "usage.json")["anyone"].requests == 20
+    assert [path.name for path in tmp_path.iterdir()] == ["usage.json"]
 
 
 def test_usage_that_cannot_be_written_is_said_once(tmp_path, caplog):

@@ -13,13 +13,18 @@ import time
 from urllib.parse import urlsplit
 
 import pytest
-from serving import command, serving
+from serving import serving
+from typer.testing import CliRunner
 
+from edge_gemma.cli.app import app
+from edge_gemma.errors import UsageError
 from edge_gemma.machine.footprint import footprint
 from edge_gemma.units import MiB
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")
+
+from edge_gemma.serve.http import Address  # noqa: E402
 
 
 def connected(url):
@@ -160,13 +165,11 @@ def test_tls_by_files(tiny_bundle, tmp_path):
             except ConnectionResetError:
                 pass
     key.write_text("no key")
-    for wrong in (options, options[:2], ("--tls-cert", "none", "--tls-key", "none")):
-        refused = run(*command(tiny_bundle, *wrong))
-        assert refused.returncode == 2 and "Traceback" not in refused.stderr, refused.stderr
-
-
-def run(*arguments):
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    for files in ((cert, key), (cert, None), (None, key), (tmp_path / "none", key)):
+        with pytest.raises(UsageError, match="tls|cannot be used"):
+            Address(tls_cert=files[0], tls_key=files[1]).check()
+    with pytest.raises(UsageError, match="--root-path"):
+        Address(root_path="gemma").check()
 
 
 def test_ipv6(tiny_bundle):
@@ -183,10 +186,8 @@ def test_sighup_reads_the_tokens_again(tiny_bundle, tmp_path):
     file = tmp_path / "tokens"
 
     def tokens(*arguments):
-        done = run(
-            sys.executable, "-m", "edge_gemma", "tokens", *arguments, "--token-file", str(file)
-        )
-        assert done.returncode == 0, done.stderr
+        done = CliRunner().invoke(app, ["tokens", *arguments, "--token-file", str(file)])
+        assert done.exit_code == 0, done.output
         return done.stdout.strip()
 
     first = tokens("add", "first")
@@ -215,13 +216,8 @@ def test_sighup_reads_the_tokens_again(tiny_bundle, tmp_path):
         server.process.send_signal(signal.SIGHUP)
         time.sleep(0.3)
         assert status(second) == 200 and server.process.poll() is None
-    assert json.loads(run_json("tokens", "list", file)) == {"tokens": []}
-
-
-def run_json(group, name, file):
     file.write_text("")
-    options = ("--token-file", str(file), "--json")
-    return run(sys.executable, "-m", "edge_gemma", group, name, *options).stdout
+    assert json.loads(tokens("list", "--json")) == {"tokens": []}
 
 
 @pytest.mark.slow

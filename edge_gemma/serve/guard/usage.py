@@ -53,7 +53,7 @@ class UsageBook(Observer):
     def __init__(self, path: Path | None = None):
         self._path = path
         self._used = read_usage(path) if path is not None and path.exists() else {}
-        self._lock = threading.Lock()
+        self._lock, self._writing = threading.Lock(), threading.Lock()
         self._saved_s, self._changed, self._failed = time.monotonic(), False, False
 
     def visited(self, visit: Visit) -> None:
@@ -70,7 +70,9 @@ class UsageBook(Observer):
             used.last = now
             self._changed = True
         if time.monotonic() - self._saved_s > _SAVE_EVERY_S:
-            self.save()
+            self._saved_s = time.monotonic()
+            # an SD card may take a second for it, and answers must not wait
+            threading.Thread(target=self.save, name="edge-gemma-usage", daemon=True).start()
 
     def of(self, caller: str) -> Used:
         with self._lock:
@@ -78,7 +80,10 @@ class UsageBook(Observer):
 
     def save(self) -> None:
         """Write the file, if there is one and anything is new. Never raises."""
-        self._saved_s = time.monotonic()
+        with self._writing:
+            self._save()
+
+    def _save(self) -> None:
         with self._lock:
             if self._path is None or not self._changed:
                 return
