@@ -12,6 +12,7 @@ import typer
 
 from edge_gemma.cli.common import BundleArg, LoadingLine, note, open_bundle, parse_scaled
 from edge_gemma.cli.options import LOADING, LoadingOptions, grouped
+from edge_gemma.cli.serve_unit import PrintUnitOption, show_unit
 from edge_gemma.cli.serve_wyoming import (
     EndpointOption,
     SystemOption,
@@ -88,6 +89,7 @@ def serve(
     wyoming_endpoint: EndpointOption = False,
     wyoming_system: SystemOption = None,
     zeroconf: ZeroconfOption = None,
+    print_unit: PrintUnitOption = False,
     loading: LoadingOptions = LOADING,
 ) -> None:
     """Serve a bundle to OpenAI, Ollama and Wyoming clients.
@@ -121,7 +123,12 @@ def serve(
     watching = Watch() if watch is None else Watch.read(watch)
     judges = shield.plan_shields(settings.models, loading.device, loading.threads)
     request = shield.beside(request, judges, loading.device)
-    plan_bundle(found, device=loading.device, request=request).require()
+    planned = plan_bundle(found, device=loading.device, request=request).require()
+    if print_unit:
+        to_network = wyoming_to_network or not address.is_local
+        needed_bytes = planned.needed_bytes + shield.shield_bytes(judges)
+        show_unit(bundle, found.folder, needed_bytes, to_network=to_network)
+        return
     opened = address.open()  # before minutes of loading: the port may be taken
     with opened, ExitStack() as stack:
         doors = [] if voice is None else [voice.door(stack, n_urgent > 0)]
@@ -140,8 +147,8 @@ def serve(
         plan = model.plan
         for text in (*plan.concessions, *plan.notes):
             note(f"plan: {text}")
-        planned = format_bytes(plan.total_bytes + shield.shield_bytes(judges))
-        what = f"{found.manifest.name}, {parallel} at a time, {planned} planned"
+        memory = format_bytes(plan.total_bytes + shield.shield_bytes(judges))
+        what = f"{found.manifest.name}, {parallel} at a time, {memory} planned"
 
         def ready(url: str) -> None:
             note(f"ready: {url} serves {what}; Ctrl-C ends")

@@ -88,13 +88,18 @@ class Address:
                 f"the certificate {self.tls_cert} and key {self.tls_key} cannot be used: {reason}"
             ) from None
 
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach it."""
+        return is_loopback(self.host)
+
     def tokens(self) -> BearerTokens | None:
         """The tokens that let in; None: whoever reaches the socket comes in. Raises UsageError for
         an address that others can reach without one.
         """
         if self.token_file is not None:
             return BearerTokens.read(self.token_file)
-        if is_loopback(self.host):
+        if self.is_local:
             return None
         raise UsageError(
             f"--host {self.host} lets other machines in; give a --token-file too, with a token a "
