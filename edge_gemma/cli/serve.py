@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +23,9 @@ from edge_gemma.cli.serve_wyoming import (
     ZeroconfOption,
 )
 from edge_gemma.units import format_bytes
+
+if TYPE_CHECKING:
+    from edge_gemma.model import Model
 
 HostOption = Annotated[
     str,
@@ -47,6 +51,14 @@ StopOption = Annotated[
 ]
 
 
+KeepAliveOption = Annotated[
+    str,
+    typer.Option(
+        "--keep-alive",
+        help="How long the model stays in memory after a request that does not say so: 5m, 1h30m, "
+        "0: not at all, -1: always.",
+    ),
+]
 GuardOption = Annotated[
     Path | None,
     typer.Option(
@@ -79,6 +91,7 @@ def serve(
     parallel: ParallelOption = 1,
     queue: QueueOption = 32,
     stop_s: StopOption = 10.0,
+    keep_alive: KeepAliveOption = "-1",
     guard: GuardOption = None,
     watch: WatchOption = None,
     tls_cert: CertOption = None,
@@ -96,6 +109,7 @@ def serve(
 
     Until Ctrl-C. Nothing is opened before the plan says that it fits.
     """
+    from edge_gemma.bundles.folder import Bundle
     from edge_gemma.engines.llama import library as llama
     from edge_gemma.errors import MissingExtra
     from edge_gemma.model import load, plan_bundle
@@ -105,6 +119,7 @@ def serve(
         from edge_gemma.serve.guard.settings import GuardSettings
         from edge_gemma.serve.http import Address
         from edge_gemma.serve.http import serve as serve_model
+        from edge_gemma.serve.residence import parse_keep_alive
         from edge_gemma.serve.watch.settings import Watch
     except ImportError:
         raise MissingExtra("Serving", "serve") from None
@@ -112,6 +127,7 @@ def serve(
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     address = Address(host, port, token_file, tls_cert, tls_key, root_path)
     address.check()
+    keep_alive_s = parse_keep_alive(keep_alive)
     settings = GuardSettings() if guard is None else GuardSettings.read(guard)
     llama.set_verbose(loading.verbose)
     found = open_bundle(bundle)
@@ -134,14 +150,18 @@ def serve(
         doors = [] if voice is None else [voice.door(stack, n_urgent > 0)]
         guarding = settings.open()
         stack.callback(guarding.close)
-        with LoadingLine() as line:
-            model = load(
-                found,
+
+        def opened_model(on_progress: Callable[[float], bool | None] | None = None) -> Model:
+            return load(
+                Bundle.open(found.folder),  # it may have gone since
                 device=loading.device,
                 request=request,
                 lora=[parse_scaled(text, "--lora") for text in loading.lora or ()],
-                on_progress=line.fraction,
+                on_progress=on_progress,
             )
+
+        with LoadingLine() as line:
+            model = opened_model(line.fraction)
         rules = shield.opened_shields(settings.models, loading.device, loading.threads)
         guarding = guarding.with_rules(stack.enter_context(rules))
         plan = model.plan
@@ -163,6 +183,8 @@ def serve(
             watch=watching,
             stop_s=stop_s,
             doors=doors,
+            reopen=opened_model,
+            keep_alive_s=keep_alive_s,
             on_ready=ready,
         ):
             model.close()

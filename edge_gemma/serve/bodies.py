@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import dataclasses
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
@@ -30,6 +31,7 @@ from edge_gemma.options import Sampling
 from edge_gemma.serve.answer import Answer, GenerationRequest
 from edge_gemma.serve.guard import Limits
 from edge_gemma.serve.refusals import Refusal
+from edge_gemma.serve.residence import Residence, parse_keep_alive
 from edge_gemma.serve.service import Service
 from edge_gemma.sources import is_data_uri
 
@@ -46,6 +48,7 @@ class Server:
     service: Service
     limits: Limits
     name: str
+    residence: Residence | None = None  # None: the model always stays
 
     @property
     def manifest(self) -> Manifest:
@@ -60,6 +63,23 @@ class Server:
                 code="model_not_found",
                 param="model",
             )
+
+    async def have_model(self, name: str, keep_alive: float | str | None = None) -> float:
+        """Have the model of this name in memory → how many seconds its load took. Raises what
+        :meth:`check_model` and :meth:`Residence.load` raise, UsageError (a ``keep_alive`` that is
+        no time).
+        """
+        self.check_model(name)
+        keep_s = None if keep_alive is None else parse_keep_alive(keep_alive)
+        return await self.wake(keep_s)
+
+    def using(self) -> contextlib.AbstractContextManager[None]:
+        """The model does not go in here."""
+        return contextlib.nullcontext() if self.residence is None else self.residence.using()
+
+    async def wake(self, keep_alive_s: float | None = None) -> float:
+        """What :meth:`Residence.load` does."""
+        return 0.0 if self.residence is None else await self.residence.load(keep_alive_s)
 
     def check_messages(self, messages: Sequence[object]) -> None:
         if len(messages) > self.limits.messages:

@@ -89,7 +89,13 @@ class Embeddings:
         texts = [body.input] if isinstance(body.input, str) else body.input
         truncate = body.truncate is not False
         vectors = await self._embed(
-            request, body.model, texts, body.dimensions, truncate=truncate, may_be_empty=True
+            request,
+            body.model,
+            texts,
+            body.dimensions,
+            truncate=truncate,
+            may_be_empty=True,
+            keep_alive=body.keep_alive,
         )
         return json_response(
             {
@@ -106,7 +112,13 @@ class Embeddings:
         warn_ignored("/api/embeddings", list(body.options or ()))
         texts = [body.prompt] if body.prompt else []
         vectors = await self._embed(
-            request, body.model, texts, None, truncate=True, may_be_empty=True
+            request,
+            body.model,
+            texts,
+            None,
+            truncate=True,
+            may_be_empty=True,
+            keep_alive=body.keep_alive,
         )
         return json_response({"embedding": vectors[0].tolist() if len(vectors) else []})
 
@@ -119,8 +131,9 @@ class Embeddings:
         *,
         truncate: bool,
         may_be_empty: bool = False,  # an empty list asks Ollama to load the model
+        keep_alive: float | str | None = None,
     ) -> np.ndarray:
-        self._server.check_model(model)
+        await self._server.have_model(model, keep_alive)
         part = require_embedding(self._server.manifest)
         if len(texts) > MAX_TEXTS or not (texts or may_be_empty):
             raise Refusal(

@@ -23,7 +23,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edge_gemma.errors import EdgeGemmaError, RuntimeFailure, UsageError
 from edge_gemma.serve.bodies import Server, json_response
@@ -36,6 +36,7 @@ from edge_gemma.serve.http_deadlines import with_deadline
 from edge_gemma.serve.ollama import Ollama
 from edge_gemma.serve.openai import OpenAI
 from edge_gemma.serve.refusals import Refusal, refusal_of, refusal_response
+from edge_gemma.serve.residence import FOREVER, Residence
 from edge_gemma.serve.responses import Responses
 from edge_gemma.serve.service import Service
 from edge_gemma.serve.speech import Speech
@@ -138,13 +139,15 @@ def make_app(
     guarding: Guarding | None = None,
     watch: Watch | None = None,
     root_path: str = "",
+    residence: Residence | None = None,
 ) -> ASGIApp:
     """Every route behind the guard. It closes nothing: the service, the guarding and the watch,
-    whose observers and rules the service has, are the caller's.
+    whose observers and rules the service has, are the caller's. With a ``residence``, which the
+    caller runs, the model may be unloaded between requests.
     """
     guarding, watch = guarding or Guarding(), watch or Watch()
     limits = limits or guarding.limits
-    server = Server(service, limits, service.model.bundle.manifest.name)
+    server = Server(service, limits, service.model.bundle.manifest.name, residence)
 
     async def health(request: Request) -> Response:
         state = service.health()
@@ -173,7 +176,7 @@ def make_app(
         },
     )
     guard = Guard(
-        app,
+        app if residence is None else _using(app, residence),
         tokens,
         limits,
         rates=guarding.rates,
@@ -190,6 +193,18 @@ def make_app(
         allow_headers=("authorization", "content-type"),
         expose_headers=("retry-after", "x-request-id", *RATE_HEADERS),
     )
+
+
+def _using(app: ASGIApp, residence: Residence) -> ASGIApp:
+    """The model does not go while a request that may need it is answered."""
+
+    async def used(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get("method") != "POST":
+            return await app(scope, receive, send)
+        with residence.using():
+            await app(scope, receive, send)
+
+    return used
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
@@ -217,6 +232,8 @@ def serve(
     watch: Watch | None = None,
     stop_s: float = 10.0,
     doors: Sequence[Door] = (),
+    reopen: Callable[[], Model] | None = None,
+    keep_alive_s: float = FOREVER,
     on_ready: Callable[[str], None] = lambda url: None,
 ) -> bool:
     """Serve until SIGTERM or SIGINT; then running answers may end for at most ``stop_s``. SIGHUP
@@ -224,6 +241,10 @@ def serve(
 
     ``n_urgent`` lanes are kept for speech. ``doors`` are other protocols on sockets of their own;
     each is open while its context is.
+
+    With ``reopen``, which plans and loads the model anew, it is unloaded when nobody asked for it
+    for ``keep_alive_s``, or for what a request of Ollama says. A model that was opened so is closed
+    here.
 
     ``on_ready`` gets the address once requests are answered. False when the model is still at work
     after that and must not be closed. Raises UsageError.
@@ -240,7 +261,8 @@ def serve(
         observers=[*guarding.observers, *watch.observers],
         rules=guarding.rules,
     )
-    options = (tokens, guarding, watch, stop_s, doors, on_ready)
+    residence_of = reopen and functools.partial(Residence, reopen=reopen, keep_alive_s=keep_alive_s)
+    options = (tokens, guarding, watch, stop_s, doors, residence_of, on_ready)
     serving = _serve(service_of, opened, address, *options)
     return asyncio.run(serving)
 
@@ -254,12 +276,20 @@ async def _serve(
     watch: Watch,
     stop_s: float,
     doors: Sequence[Door],
+    residence_of: Callable[[Service], Residence] | None,
     on_ready: Callable[[str], None],
 ) -> bool:
     service = service_of()
-    others = Server(service, guarding.limits, service.model.bundle.manifest.name)
+    first = service.model
+    residence = residence_of and residence_of(service)
+    others = Server(service, guarding.limits, first.bundle.manifest.name, residence)
     app = make_app(
-        service, tokens=tokens, guarding=guarding, watch=watch, root_path=address.root_path
+        service,
+        tokens=tokens,
+        guarding=guarding,
+        watch=watch,
+        root_path=address.root_path,
+        residence=residence,
     )
     config = uvicorn.Config(
         app,
@@ -296,7 +326,9 @@ async def _serve(
             await service.close(0)
             raise
         running = asyncio.create_task(server.serve(sockets=[opened]))
-        watching = asyncio.create_task(watch.run())
+        watching = [asyncio.create_task(watch.run())]
+        if residence is not None:
+            watching.append(asyncio.create_task(residence.run()))
         while not server.started and not running.done():
             await asyncio.sleep(0.01)
         on_ready(url)
@@ -304,7 +336,8 @@ async def _serve(
         living = asyncio.create_task(notifier.keep_alive(lambda: service.health().live))
         stopped = asyncio.create_task(stopping.wait())
         await asyncio.wait((running, stopped), return_when=asyncio.FIRST_COMPLETED)
-        watching.cancel()
+        for task in watching:
+            task.cancel()
         notifier.stopping()
         # new requests are refused, running answers end or are cut off, then connections close
         closed = await service.close(stop_s)
@@ -314,6 +347,8 @@ async def _serve(
         await running
         stopped.cancel()
         living.cancel()
+    if closed and service.model is not first:
+        service.model.close()
     return closed
 
 

@@ -43,12 +43,13 @@ from edge_gemma.serve.bodies import (
 )
 from edge_gemma.serve.openai import call_stream
 from edge_gemma.serve.refusals import Refusal, error_object, refusal_of
+from edge_gemma.serve.residence import parse_keep_alive
 
 NDJSON = "application/x-ndjson"
 # the release whose routes and fields are spoken; clients compare it
 VERSION = "0.12.0"
 _NS = 1_000_000_000
-_ALWAYS = timedelta(days=365 * 100)  # a model that stays loaded
+_ALWAYS_S = 100 * 365 * 86400.0  # a model that stays loaded
 _DONE_REASONS = {
     "stop": "stop",
     "stop_string": "stop",
@@ -205,11 +206,15 @@ class Ollama:
         return json_response({"models": [self._entry()]})
 
     async def ps(self, request: Request) -> Response:
+        residence = self._server.residence
+        if residence is not None and not residence.loaded:
+            return json_response({"models": []})
+        left_s = _ALWAYS_S if residence is None else min(residence.left_s, _ALWAYS_S)
         entry = self._entry()
         del entry["modified_at"]
         entry["size"] = self._server.service.model.plan.total_bytes
         entry["size_vram"] = 0
-        entry["expires_at"] = (datetime.now(UTC) + _ALWAYS).isoformat()
+        entry["expires_at"] = (datetime.now(UTC) + timedelta(seconds=left_s)).isoformat()
         entry["context_length"] = self._server.service.n_ctx
         return json_response({"models": [entry]})
 
@@ -251,7 +256,8 @@ class Ollama:
         server = self._server
         self._check(body)
         if not body.messages:
-            return json_response(_Writer(server, "chat").loaded())
+            return await self._moved(body, "chat")
+        load_s = await server.have_model(body.model, body.keep_alive)
         server.check_messages(body.messages)
         tools = body.tools or []
         generation = GenerationRequest(
@@ -260,7 +266,8 @@ class Ollama:
             tools=tools,
             truncate=body.truncate is not False,
         )
-        return await self._answer(request, body, generation, _Writer(server, "chat", tools))
+        writer = _Writer(server, "chat", tools, load_s)
+        return await self._answer(request, body, generation, writer)
 
     async def generate(self, request: Request) -> Response:
         body = decoded(await request.body(), GenerateBody)
@@ -269,9 +276,10 @@ class Ollama:
         if body.suffix:
             raise Refusal(400, f"{server.name} does not support insert")
         warn_ignored("/api/generate", [n for n in ("template", "context") if getattr(body, n)])
-        writer = _Writer(server, "generate")
         if not body.prompt and not body.images:
-            return json_response(writer.loaded())
+            return await self._moved(body, "generate")
+        load_s = await server.have_model(body.model, body.keep_alive)
+        writer = _Writer(server, "generate", load_s=load_s)
         sampling = self._sampling(body, "/api/generate")
         parts = [*await self._media(body.images), body.prompt or ""]
         if body.raw:
@@ -281,6 +289,18 @@ class Ollama:
             messages = [*system, Message("user", parts)]
             generation = GenerationRequest(messages, sampling=sampling, truncate=True)
         return await self._answer(request, body, generation, writer)
+
+    async def _moved(self, body: GenerationBody, route: Literal["chat", "generate"]) -> Response:
+        """The answer to an empty request, which asks for the model to be loaded, or unloaded."""
+        residence = self._server.residence
+        if residence is None and body.keep_alive is not None:
+            warn_ignored(f"/api/{route}", ["keep_alive"])
+        if residence is not None and body.keep_alive is not None:
+            if parse_keep_alive(body.keep_alive) == 0:
+                residence.keep(0)
+                return json_response(_Writer(self._server, route).moved("unload"))
+        load_s = await self._server.have_model(body.model, body.keep_alive)
+        return json_response(_Writer(self._server, route, load_s=load_s).moved("load"))
 
     async def _answer(
         self,
@@ -371,6 +391,7 @@ class _Writer:
     server: Server
     route: Literal["chat", "generate"]
     tools: Sequence[Mapping] = ()
+    load_s: float = 0.0
     started_s: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
@@ -394,9 +415,8 @@ class _Writer:
             ]
         return {**result, "message": message, **end}
 
-    def loaded(self) -> dict:
-        """The answer to an empty request, which asks for the model to be loaded."""
-        return self.line("", {"done": True, "done_reason": "load"})
+    def moved(self, reason: Literal["load", "unload"]) -> dict:
+        return self.line("", {"done": True, "done_reason": reason})
 
     def whole(self, chunks: Sequence[Chunk]) -> dict:
         text = "".join([self._calls.push(chunk) for chunk in chunks])
@@ -424,12 +444,12 @@ class _Writer:
 
     def _end(self, end: Chunk) -> dict[str, object]:
         usage, timings = end.usage, end.timings
-        total_s = time.perf_counter() - self.started_s
+        total_s = self.load_s + time.perf_counter() - self.started_s
         return {
             "done": True,
             "done_reason": _DONE_REASONS.get(end.finish_reason or "", "stop"),
             "total_duration": int(total_s * _NS),
-            "load_duration": 0,
+            "load_duration": int(self.load_s * _NS),
             "prompt_eval_count": usage.prompt_tokens if usage else 0,
             "prompt_eval_duration": int(timings.prefill_s * _NS) if timings else 0,
             "eval_count": usage.completion_tokens if usage else 0,

@@ -105,7 +105,7 @@ class OpenAI:
         self, body: ChatBody, path: str = "/v1/chat/completions"
     ) -> GenerationRequest:
         """What a chat asks for. Raises Refusal, UsageError, MediaError."""
-        self._server.check_model(body.model)
+        await self._server.have_model(body.model)
         self._server.check_messages(body.messages)
         tools = _offered_tools(body)
         sampling = with_schema(self._chat_sampling(body, path), _schema(body, tools))
@@ -167,7 +167,7 @@ class OpenAI:
     async def completions(self, request: Request) -> Response:
         body = decoded(await request.body(), CompletionBody)
         server = self._server
-        server.check_model(body.model)
+        await server.have_model(body.model)
         for name, unwanted in (
             ("echo", body.echo),
             ("suffix", body.suffix),

@@ -109,14 +109,14 @@ class Service:
         observers: Sequence[Observer] = (),
         rules: Rules | None = None,
     ):
-        self.model, self.max_waiting, self.n_urgent = model, max_waiting, n_urgent
+        self.max_waiting, self.n_urgent = max_waiting, n_urgent
         self.n_lanes = model.plan.settings.n_seq_max
         if not 0 <= n_urgent < self.n_lanes:
             raise UsageError(
                 f"{n_urgent} of {self.n_lanes} lanes cannot be kept for urgent requests; load with "
                 f"n_seq_max ≥ {n_urgent + 1}"
             )
-        self.n_ctx = min(model.plan.settings.n_ctx, max_context or sys.maxsize)
+        self._max_context = max_context or sys.maxsize
         self._observers, self._rules = observers, rules
         self._changed = threading.Condition()
         self._waiting: deque[Answer] = deque()
@@ -125,18 +125,13 @@ class Service:
         # a bundle that embeds generates nothing: it has no lanes, and no worker is needed
         self._embeds = model.bundle.manifest.embedding is not None
         self._n_embedding = 0  # requests that are embedded or wait for it
-        n_sessions = 0 if self._embeds else self.n_lanes
-        self._idle = [Session(model.sequences) for _ in range(n_sessions)]  # longest idle first
         self._counts = Counts()
-        self._prompting = Prompting(model, self.n_ctx)
         self._encoding: dict[Answer, Future[GenerationRequest]] = {}
         self._listening: list[Heard] = []  # the one whose turn it is first
         self._beginning: Answer | None = None  # the worker makes its prompt
         self._encoders = ThreadPoolExecutor(1, thread_name_prefix="edge-gemma-encode")
         self._closing = self._cut_off = False
-        self._worker = threading.Thread(target=self._work, name="edge-gemma-serve", daemon=True)
-        if not self._embeds:
-            self._worker.start()
+        self.resume(model)
 
     # for callers
 
@@ -199,7 +194,7 @@ class Service:
         """
         require_embedding(self.model.bundle.manifest)
         with self._changed:
-            if self._closing or self._n_embedding > self.max_waiting:
+            if self._closing or self._parked or self._n_embedding > self.max_waiting:
                 self._counts.refused += 1
                 what = "is shutting down" if self._closing else "has as many requests as may wait"
                 retry_after_s = None if self._closing else 1.0
@@ -250,6 +245,9 @@ class Service:
         return list(dict.fromkeys([*running, *listening, *self._encoding, *beginning]))
 
     def _check_admission(self, urgent: bool) -> None:
+        if self._parked and not self._closing:
+            self._counts.refused += 1
+            raise ServiceBusy("the model is not in memory", retry_after_s=1.0)
         if self._closing or not self._worker.is_alive():
             self._counts.refused += 1
             raise ServiceBusy("the server is shutting down")
@@ -284,7 +282,8 @@ class Service:
 
     def health(self) -> Health:
         with self._changed:
-            counts, live = self._counts, self._embeds or self._worker.is_alive()
+            counts = self._counts
+            live = self._parked or self._embeds or self._worker.is_alive()
             return Health(
                 live=live,
                 ready=live and not self._closing and len(self._waiting) < self.max_waiting,
@@ -300,6 +299,37 @@ class Service:
                 reused_tokens=counts.reused_tokens,
                 completion_tokens=counts.completion_tokens,
             )
+
+    def resume(self, model: Model) -> None:
+        """Have this model, which is loaded as the one before it was."""
+        self.model = model
+        self.n_ctx = min(model.plan.settings.n_ctx, self._max_context)
+        n_sessions = 0 if self._embeds else self.n_lanes
+        # longest idle first
+        self._idle = [Session(model.sequences) for _ in range(n_sessions)]
+        self._prompting = Prompting(model, self.n_ctx)
+        self._parked = False
+        self._worker = threading.Thread(target=self._work, name="edge-gemma-serve", daemon=True)
+        if not self._embeds:
+            self._worker.start()
+
+    @property
+    def parked(self) -> bool:
+        """Whether it has no model in memory, or will have none in a moment."""
+        return self._parked
+
+    async def park(self) -> None:
+        """Answer what was submitted, then close the model; :meth:`resume` brings another. Until
+        then :meth:`submit` raises ServiceBusy.
+        """
+        with self._changed:
+            self._parked = True
+            self._changed.notify()
+        if not self._embeds:
+            await asyncio.to_thread(self._worker.join)
+        self._idle = []
+        # behind what the encoders still have to do
+        await asyncio.get_running_loop().run_in_executor(self._encoders, self.model.close)
 
     async def close(self, timeout_s: float = 10.0) -> bool:
         """Take nothing more, refuse what waits, and let the running answers end for at most
@@ -375,7 +405,7 @@ class Service:
         """False when the service is closed and nothing runs."""
         with self._changed:
             while not self._has_work():
-                if self._closing and not self._busy():
+                if (self._closing or self._parked) and not self._busy():
                     return False
                 self._changed.wait()
             return True

@@ -122,7 +122,7 @@ class Speech:
         upload = form.get("file")
         if not isinstance(upload, UploadFile):
             raise Refusal(400, "the form has no file", param="file")
-        self._server.check_model(_text(form, "model"))
+        await self._server.have_model(_text(form, "model"))
         if "word" in form.getlist("timestamp_granularities[]"):
             raise Refusal(
                 400,

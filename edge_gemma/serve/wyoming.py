@@ -70,7 +70,8 @@ class Wyoming:
             return
         self._connections.add(task)
         try:
-            await connection.run()
+            with self.server.using():
+                await connection.run()
         except asyncio.CancelledError:
             if not self._closing:
                 raise

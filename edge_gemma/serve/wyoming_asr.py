@@ -106,6 +106,7 @@ class Transcription:
             pad_audio=False,
             urgent=True,
         )
+        await self._server.wake()
         turn = self._server.service.listen(request)
         self._turns.add(turn)
         return turn

@@ -63,6 +63,7 @@ class Conversations:
         )
         pieces: list[str] = []
         written = Trimmed()
+        await self._server.wake()
         async with self._server.service.submit(request) as answer:
             await send(HandledStart(context=_plain(context)))
             async for chunk in answer:

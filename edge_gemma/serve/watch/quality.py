@@ -111,7 +111,7 @@ class Quality(Observer):
     async def score_one(self, service: Service) -> Scores | None:
         """Score what waits, if anything, and if nobody else wants the model."""
         state = service.health()
-        if not self._pending or state.n_running or state.n_waiting:
+        if not self._pending or state.n_running or state.n_waiting or service.parked:
             return None
         sample = self._pending.popleft()
         asks = sample.question.strip() and sample.text.strip()
@@ -142,6 +142,9 @@ class Quality(Observer):
             sampling=Sampling(max_tokens=1, temperature=0, logprobs=_N_TOP),
             scoring=True,
         )
+        if service.parked:
+            return None
+        words = [service.model.tokenize(word)[0] for word in ("Yes", "No")]
         try:
             async with service.submit(request) as answer:
                 chunks = [chunk async for chunk in answer]
@@ -152,7 +155,7 @@ class Quality(Observer):
         if not entries:
             return None
         top = dict(entries[0].top)
-        yes, no = (top.get(service.model.tokenize(word)[0]) for word in ("Yes", "No"))
+        yes, no = (top.get(word) for word in words)
         if yes is None or no is None:
             return None  # the model did not take it for a question of Yes or No
         return 1 / (1 + math.exp(min(700.0, no - yes)))
