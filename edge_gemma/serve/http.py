@@ -35,6 +35,7 @@ from edge_gemma.serve.guard.settings import Guarding
 from edge_gemma.serve.http_deadlines import with_deadline
 from edge_gemma.serve.ollama import Ollama
 from edge_gemma.serve.openai import OpenAI
+from edge_gemma.serve.page.routes import page_routes
 from edge_gemma.serve.refusals import Refusal, refusal_of, refusal_response
 from edge_gemma.serve.residence import FOREVER, Residence
 from edge_gemma.serve.responses import Responses
@@ -161,6 +162,7 @@ def make_app(
         *Speech(server).routes(),
         *Ollama(server).routes(),
         *Embeddings(server).routes(),
+        *page_routes(server),
         *Responses(server).routes(),
         *SpokenText(server).routes(),
         *usage_routes(guarding.usage),

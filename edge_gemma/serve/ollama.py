@@ -42,6 +42,7 @@ from edge_gemma.serve.bodies import (
     with_schema,
 )
 from edge_gemma.serve.openai import call_stream
+from edge_gemma.serve.page.routes import page_response, wants_page
 from edge_gemma.serve.refusals import Refusal, error_object, refusal_of
 from edge_gemma.serve.residence import parse_keep_alive
 
@@ -153,6 +154,8 @@ class Ollama:
         ]
 
     async def greeting(self, request: Request) -> Response:
+        if wants_page(request.headers.get("accept", "")):
+            return page_response()
         return PlainTextResponse("Ollama is running")
 
     async def version(self, request: Request) -> Response:

@@ -109,7 +109,7 @@ class OpenAI:
         self._server.check_messages(body.messages)
         tools = _offered_tools(body)
         sampling = with_schema(self._chat_sampling(body, path), _schema(body, tools))
-        messages = await self._messages(body.messages)
+        messages = await self.messages(body.messages)
         return GenerationRequest(messages, sampling=sampling, tools=tools)
 
     def _chat_sampling(self, body: ChatBody, path: str) -> Sampling:
@@ -146,7 +146,7 @@ class OpenAI:
             logprobs=logprobs,
         )
 
-    async def _messages(self, given: Sequence[ChatMessage]) -> list[Message]:
+    async def messages(self, given: Sequence[ChatMessage]) -> list[Message]:
         messages = InCallOrder()
         for message in given:
             calls = message.tool_calls or []

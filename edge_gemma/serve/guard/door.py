@@ -89,7 +89,7 @@ class Guard:
         try:
             headers = Headers(scope=scope)
             self._check(headers)
-            visit.caller = self._caller(headers)
+            visit.caller = NOBODY if _asks_for_page(scope, headers) else self._caller(headers)
             if self._rates is not None:
                 door.headers = self._rates.headers(visit.caller)
                 if scope["method"] == "POST":  # looking costs nothing
@@ -140,6 +140,12 @@ class Guard:
             raise Refusal(400, f"the content-length is {length[:20]!r}; expected a number")
         if len(length) > _MAX_DIGITS or int(length) > self._limits.body_bytes:
             raise too_large(self._limits)
+
+
+def _asks_for_page(scope: Scope, headers: Headers) -> bool:
+    """The page holds nothing of anybody's, and a browser has no token before it shows the page."""
+    is_root = scope["method"] == "GET" and scope["path"] == "/"
+    return is_root and "text/html" in headers.get("accept", "")
 
 
 def too_large(limits: Limits) -> Refusal:
