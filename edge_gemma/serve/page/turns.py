@@ -25,8 +25,7 @@ from starlette.routing import Route
 
 from edge_gemma.bundles.manifest import require
 from edge_gemma.conversation.stream import Chunk
-from edge_gemma.hearing.log_mel import MAX_CLIP_S
-from edge_gemma.hearing.samples import RATE_HZ
+from edge_gemma.hearing.samples import MAX_CLIP_S, RATE_HZ
 from edge_gemma.messages import Audio, Message
 from edge_gemma.serve.answer import GenerationRequest
 from edge_gemma.serve.bodies import ClosingStream, Server, decoded, json_response
@@ -108,8 +107,8 @@ class Turns:
         writer.with_usage = True
 
         async def lines() -> AsyncIterator[bytes]:
-            async with turn.answer as chunks:
-                async for line in writer.events(_each(chunks)):
+            async with turn.answer:
+                async for line in writer.events(_each(turn.answer)):
                     yield line
 
         return ClosingStream(lines(), EVENT_STREAM, turn.answer.cancel)
