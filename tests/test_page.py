@@ -132,6 +132,31 @@ def modules():
 
 
 @pytest.mark.slow
+def test_under_a_prefix(modules, tiny_bundle):
+    """With and without a slash behind it, as a proxy may have it."""
+    program = """
+        const [modules, url] = process.argv.slice(2);
+        const { chromium } = require(modules + "/node_modules/playwright-core");
+        (async () => {
+          const browser = await chromium.launch({ executablePath: "/usr/bin/chromium",
+            args: ["--no-sandbox", "--disable-gpu", "--disable-background-networking"] });
+          const page = await browser.newPage();
+          await page.goto(url);
+          await page.waitForFunction(
+            () => document.getElementById("model").textContent !== "edge-gemma");
+          console.log(await page.textContent("#model"));
+          await browser.close();
+        })();"""
+    with serving(tiny_bundle, "--root-path", "/gemma") as served:
+        for address in (f"{served.url}/gemma", f"{served.url}/gemma/"):
+            arguments = ["node", "-", str(modules), address]
+            done = subprocess.run(
+                arguments, input=program, capture_output=True, text=True, timeout=120
+            )
+            assert done.stdout.strip() == served.name, done.stderr[-2000:]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["text", "sees", "hears"])
 def test_in_chromium(which, modules, tiny_bundle, looking_bundle, hearing_bundle, tmp_path):
     bundles = {"text": tiny_bundle, "sees": looking_bundle.folder, "hears": hearing_bundle.folder}
