@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -32,6 +33,7 @@ from edge_gemma.convert.vocabulary import Vocabulary
 
 CHUNK_VALUES = 1 << 21  # 8 MiB as float32: large enough to hide Python, small enough for a board
 _MEAN = 1  # llama.h, enum llama_pooling_type
+T = TypeVar("T")
 Progress = Callable[[int], None]
 # our name of a special token → the middle of its key in a GGUF
 _SPECIAL_KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot"}
@@ -103,7 +105,7 @@ def write_decoder(
 
         put(layout.header)
         with ThreadPoolExecutor(n_threads, thread_name_prefix="quantize") as pool:
-            for data in _in_order(pool, n_threads + 1, _jobs(layout, tensors, importance or {})):
+            for data in in_order(pool, n_threads + 1, _jobs(layout, tensors, importance or {})):
                 put(data)
     assert size == layout.total_bytes, (size, layout.total_bytes)
     return File(size=size, sha256=digest.hexdigest())
@@ -138,9 +140,7 @@ def _chunk(
     return blocks.tobytes() + b"\0" * padding if padding else blocks.data
 
 
-def _in_order(
-    pool: ThreadPoolExecutor, ahead: int, jobs: Iterator[Job]
-) -> Iterator[bytes | memoryview]:
+def in_order(pool: ThreadPoolExecutor, ahead: int, jobs: Iterator[Callable[[], T]]) -> Iterator[T]:
     """Results in the jobs' order, at most ``ahead`` of them begun: that
     bounds the memory. The first failure stops the rest.
     """

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Literal, get_args
+from typing import BinaryIO, Literal, get_args
 
 import numpy as np
 import onnx
@@ -40,8 +41,24 @@ _INT8_PEAK = 127  # symmetric: −128 is not used, so that a weight and its nega
 # 16 bits, which would saturate
 _INT8_PAIR_PEAK = 128
 
-Attribute = int | float | Sequence[int] | onnx.GraphProto
+Attribute = int | float | str | Sequence[int] | onnx.GraphProto
 Shape = Sequence[int | str]  # a string is a free dimension
+
+
+@dataclass
+class Reserved:
+    """A constant whose place in the data file is kept, and whose values come in pieces."""
+
+    name: str
+    file: BinaryIO
+    at: int  # where the next piece goes
+    stop: int
+
+    def put(self, piece: np.ndarray) -> None:
+        assert self.at + piece.nbytes <= self.stop, self
+        self.file.seek(self.at)
+        self.file.write(np.ascontiguousarray(piece).data)
+        self.at += piece.nbytes
 
 
 @dataclass(frozen=True)
@@ -83,7 +100,8 @@ class OnnxWriter:
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._scalars: dict[tuple, str] = {}
-        self._count = 0
+        self._reserved: list[Reserved] = []
+        self._count = self._end = 0
 
     def __enter__(self) -> OnnxWriter:
         self._data = open(self.data_path, "wb")
@@ -110,13 +128,20 @@ class OnnxWriter:
         self._nodes.append(helper.make_node("Identity", [value], [name]))
         self._outputs.append(helper.make_tensor_value_info(name, _onnx_type(dtype), shape))
 
+    def declare(self, name: str, dtype: DTypeLike, shape: Shape) -> str:
+        """Declare a graph output that an operator writes itself, without the copy that
+        :meth:`output` is: give the name to :meth:`nodes`.
+        """
+        self._outputs.append(helper.make_tensor_value_info(name, _onnx_type(dtype), shape))
+        return name
+
     def node(
         self, op: str, inputs: Sequence[str], *, domain: str = "", **attributes: Attribute
     ) -> str:
         """Append one operator; returns its output's name. "" is an absent
         optional input.
         """
-        (output,) = self.nodes(op, inputs, 1, domain=domain, **attributes)
+        (output,) = self.nodes(op, inputs, 1, (), domain=domain, **attributes)
         return output
 
     def nodes(
@@ -124,14 +149,16 @@ class OnnxWriter:
         op: str,
         inputs: Sequence[str],
         n_outputs: int,
+        named: Sequence[str] = (),
         *,
         domain: str = "",
         **attributes: Attribute,
     ) -> tuple[str, ...]:
         """Append one operator with ``n_outputs`` outputs; returns their
-        names.
+        names. The last ones may be ``named``.
         """
-        outputs = tuple(self._name(op) for _ in range(n_outputs))
+        unnamed = range(n_outputs - len(named))
+        outputs = (*(self._name(op) for _ in unnamed), *named)
         node = helper.make_node(op, inputs, outputs, domain=domain)
         for key, value in sorted(attributes.items()):
             node.attribute.append(helper.make_attribute(key, value))
@@ -184,25 +211,32 @@ class OnnxWriter:
         if array.nbytes < INLINE_BYTES:
             tensor.raw_data = array.tobytes()
         else:
-            offset = self._append(array)
-            tensor.data_location = TensorProto.EXTERNAL
-            place = {
-                "location": self.data_path.name,
-                "offset": str(offset),
-                "length": str(array.nbytes),
-            }
-            for key, value in place.items():
-                tensor.external_data.add(key=key, value=value)
+            self._place(tensor, array.nbytes).put(array)
         self._constants.append(tensor)
         return tensor.name
 
-    def _append(self, array: np.ndarray) -> int:
-        """Write ``array`` to the data file; returns where it starts."""
-        end = self._data.tell()
-        padding = -end % ALIGNMENT
-        self._data.write(bytes(padding))
-        np.ascontiguousarray(array).tofile(self._data)
-        return end + padding
+    def reserve(self, dtype: DTypeLike, shape: Sequence[int], name: str = "constant") -> Reserved:
+        """A constant that is too large to be in memory: put its values, row by row, into what is
+        returned before the graph is left.
+        """
+        kind = _onnx_type(dtype)
+        tensor = TensorProto(name=self._name(name, "w"), data_type=kind, dims=shape)
+        nbytes = prod(shape) * np.dtype(dtype).itemsize
+        self.weights_bytes += nbytes
+        self._constants.append(tensor)
+        place = self._place(tensor, nbytes)
+        self._reserved.append(place)
+        return place
+
+    def _place(self, tensor: TensorProto, nbytes: int) -> Reserved:
+        """Keep room for ``tensor`` at the data file's end."""
+        offset = self._end + -self._end % ALIGNMENT
+        self._end = offset + nbytes
+        tensor.data_location = TensorProto.EXTERNAL
+        place = {"location": self.data_path.name, "offset": str(offset), "length": str(nbytes)}
+        for key, value in place.items():
+            tensor.external_data.add(key=key, value=value)
+        return Reserved(tensor.name, self._data, offset, offset + nbytes)
 
     def ints(self, *values: int) -> str:
         """A small int64 vector (axes, shapes, slice bounds), stored once
@@ -373,6 +407,8 @@ class OnnxWriter:
 
     # ---- the file
     def _write(self) -> None:
+        short = [place.name for place in self._reserved if place.at != place.stop]
+        assert not short, f"not filled: {short}"
         # onnxruntime runs a node early when it stands late: casts of
         # constants come first here, so that each runs just before its use
         constants = {tensor.name for tensor in self._constants}

@@ -20,6 +20,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -33,6 +34,7 @@ from edge_gemma.bundles.manifest import (
     Family,
     File,
     Manifest,
+    OnnxPart,
     Source,
     VisionPart,
 )
@@ -50,7 +52,12 @@ from edge_gemma.convert.vocabulary import Vocabulary, read_vocabulary
 from edge_gemma.errors import RuntimeFailure, UsageError
 from edge_gemma.units import MiB, format_bytes
 
+if TYPE_CHECKING:
+    from edge_gemma.convert.onnx_weights import OnnxPlan
+
 DECODER = "decoder.gguf"
+DECODERS = ("gguf", "both")
+ONNX_RECIPE = "q8_0"
 DEFAULT_RECIPE: dict[Family, str] = {
     "gemma3": "q4_k_m",
     "gemma3n": "q4_k_m",
@@ -105,6 +112,9 @@ class Conversion:
     # q8_0, because every later distance is measured between its vectors
     quant: str | Recipe | None = None
     imatrix: Path | None = None
+    # "both" writes decoder.onnx beside the GGUF, by a recipe of types that its operators have
+    decoder: str = "gguf"
+    onnx_quant: str | Recipe | None = None
     slice: str | None = None  # "e2b" or a .toml file
     merge: tuple[tuple[Path, float], ...] = ()  # LoRA adapters to fold in, with their scale
     audio: str | None = None
@@ -146,13 +156,19 @@ class Prepared:
     special_tokens: dict[str, int]  # of pictures and sound
     skipped: dict[str, str]  # stored name → why nothing is made of it
     embedding: EmbeddingPart | None = None
+    onnx: OnnxPlan | None = None
 
     @property
     def disk_bytes(self) -> int:
         """What the output takes: exact for the decoder, the towers' weights
         by their precision.
         """
-        return self.layout.total_bytes + sum(self.tower_bytes(tower) for tower in self.towers)
+        towers = sum(self.tower_bytes(tower) for tower in self.towers)
+        return self.decoder_bytes + towers
+
+    @property
+    def decoder_bytes(self) -> int:
+        return self.layout.total_bytes + (self.onnx.total_bytes if self.onnx else 0)
 
     def tower_bytes(self, tower: str) -> int:
         n_values = sum(
@@ -213,6 +229,8 @@ def prepare(folder: str | Path, options: Conversion) -> Prepared:
     importance: dict[str, np.ndarray] = {}
     types, type_notes = choose_types(recipe, mapping, has_imatrix=bool(options.imatrix))
     notes += type_notes
+    onnx = _plan_onnx(options, mapping)
+    notes += onnx.notes if onnx else ()
     if options.imatrix:
         from edge_gemma.convert.imatrix import read_importance
 
@@ -247,7 +265,23 @@ def prepare(folder: str | Path, options: Conversion) -> Prepared:
         special_tokens=roles,
         skipped=_skipped(mapping, towers),
         embedding=embedding,
+        onnx=onnx,
     )
+
+
+def _plan_onnx(options: Conversion, mapping: Mapping) -> OnnxPlan | None:
+    """What ``--decoder both`` adds. Raises UsageError, UnsupportedModel."""
+    if options.decoder not in DECODERS:
+        raise UsageError(f"--decoder {options.decoder}: expected {' or '.join(DECODERS)}")
+    if options.decoder == "gguf":
+        if options.onnx_quant:
+            raise UsageError("--onnx-quant is of an ONNX decoder; add --decoder both")
+        return None
+    from edge_gemma.convert.onnx_weights import plan_onnx
+
+    wanted = options.onnx_quant or ONNX_RECIPE
+    recipe = wanted if isinstance(wanted, Recipe) else read_recipe(wanted)
+    return plan_onnx(mapping, recipe, has_imatrix=bool(options.imatrix))
 
 
 def _recipe(options: Conversion, dims: Dims) -> Recipe:
@@ -384,7 +418,7 @@ def convert(
 
 def _write(prepared: Prepared, options: Conversion, folder: Path, report: Report) -> Manifest:
     """Every file but the manifest, into ``folder``."""
-    report.total(prepared.layout.total_bytes)
+    report.total(prepared.decoder_bytes)
     report.stage("decoder")
     decoder = write_decoder(
         folder / DECODER,
@@ -399,6 +433,7 @@ def _write(prepared: Prepared, options: Conversion, folder: Path, report: Report
         special_rows=write_special_rows(prepared.tensors, folder),
         audio=_write_audio(prepared, folder, report),
         vision=_write_vision(prepared, folder, report),
+        onnx=_write_onnx(prepared, options, folder, report),
     )
     for path in sorted(folder.iterdir()):
         if path.name != DECODER and not path.name.startswith("."):
@@ -418,6 +453,7 @@ class _Parts:
     special_rows: tuple[str, ...]
     audio: AudioPart | None
     vision: VisionPart | None
+    onnx: OnnxPart | None
 
 
 def _receipt(
@@ -474,6 +510,24 @@ def _check_disk(prepared: Prepared, folder: Path, options: Conversion) -> None:
         )
 
 
+def _write_onnx(
+    prepared: Prepared, options: Conversion, folder: Path, report: Report
+) -> OnnxPart | None:
+    if prepared.onnx is None:
+        return None
+    from edge_gemma.convert.onnx_decoder import write_onnx_decoder
+
+    report.stage("ONNX decoder")
+    return write_onnx_decoder(
+        folder,
+        prepared.onnx,
+        prepared.tensors,
+        importance=prepared.importance,
+        n_threads=options.threads(),
+        progress=report.advance,
+    )
+
+
 def _write_audio(prepared: Prepared, folder: Path, report: Report) -> AudioPart | None:
     if "audio" not in prepared.towers:
         return None
@@ -518,6 +572,7 @@ def _manifest(
         audio=parts.audio,
         vision=parts.vision,
         embedding=prepared.embedding,
+        onnx=parts.onnx,
         recipe=_recipe_record(prepared.recipe, options),
         quality=quality,
     )

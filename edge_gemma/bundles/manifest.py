@@ -71,6 +71,26 @@ class DecoderPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     tensors: tuple[Tensor, ...] = ()
 
 
+class RowTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Rows that are read one by one, in ggml's layout, beside the graph that takes them."""
+
+    file: str
+    type: Literal["F32", "F16", "Q8_0"]
+    n_rows: int
+    n_per_row: int
+
+
+class OnnxPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The same decoder once more, as a graph for onnxruntime."""
+
+    file: str
+    recipe: str
+    n_positions: int  # rows of its rotary tables: no longer context is possible
+    embeddings: RowTable  # the graph's inputs_embeds are these rows · √n_embd
+    per_layer: RowTable | None = None  # gemma3n: per_layer_inputs are these rows · √ple_width
+    weights_bytes: int
+
+
 class AudioPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     file: str
     precision: str  # f32 | f16 | int8 | int8-block | int4-block
@@ -152,6 +172,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     audio: AudioPart | None = None
     vision: VisionPart | None = None
     embedding: EmbeddingPart | None = None
+    onnx: OnnxPart | None = None
     recipe: dict[str, str] = {}  # name, and the type of each group of tensors
     quality: dict[str, float | int | str] | None = None  # the receipt of `convert --check`
     # sentences for people: what was repaired, left out or taken otherwise than the source says
@@ -289,7 +310,10 @@ def _check_files(manifest: Manifest) -> None:
         if file.size < 0 or len(file.sha256) != 64:
             raise BundleError(f"{MANIFEST} gives no usable size and sha256 for {path!r}")
     artifacts = [manifest.decoder.file]
-    artifacts += [part.file for part in (manifest.audio, manifest.vision) if part]
+    parts = (manifest.audio, manifest.vision, manifest.onnx)
+    artifacts += [part.file for part in parts if part]
+    tables = (manifest.onnx.embeddings, manifest.onnx.per_layer) if manifest.onnx else ()
+    artifacts += [table.file for table in tables if table]
     if manifest.special_rows:
         artifacts.append("special_rows.npy")
     for path in artifacts:

@@ -61,6 +61,21 @@ def convert(
             "for EmbeddingGemma q8_0.",
         ),
     ] = None,
+    decoder: Annotated[
+        str,
+        typer.Option(
+            "--decoder",
+            help="gguf, or both: decoder.onnx and its tables besides, for programs that run "
+            "onnxruntime (edge-gemma itself runs the GGUF).",
+        ),
+    ] = "gguf",
+    onnx_quant: Annotated[
+        str | None,
+        typer.Option(
+            "--onnx-quant",
+            help="The recipe of decoder.onnx, of types F32, F16, Q8_0 and Q4_0. Default: q8_0.",
+        ),
+    ] = None,
     imatrix: ImatrixOption = None,
     slice: Annotated[
         str | None,
@@ -135,6 +150,8 @@ def convert(
     options = Conversion(
         quant=quant,
         imatrix=imatrix,
+        decoder=decoder,
+        onnx_quant=onnx_quant,
         slice=slice,
         merge=tuple(parse_scaled(text, "--merge") for text in merge or ()),
         audio=audio,
@@ -309,6 +326,7 @@ def _print_plan(prepared: Prepared, options: Conversion, out: Path, as_json: boo
         record = {
             "recipe": prepared.recipe.name,
             "decoder_bytes": prepared.layout.total_bytes,
+            "onnx_decoder_bytes": prepared.onnx.total_bytes if prepared.onnx else 0,
             "towers": {tower: prepared.tower_bytes(tower) for tower in prepared.towers},
             "disk_bytes": prepared.disk_bytes,
             "disk_free_bytes": free_bytes,
@@ -335,6 +353,10 @@ def _print_plan(prepared: Prepared, options: Conversion, out: Path, as_json: boo
         (f"{tower} encoder", precision, "", format_bytes(prepared.tower_bytes(tower)))
         for tower, precision in prepared.towers.items()
     ]
+    if prepared.onnx:
+        rows.append(
+            ("ONNX decoder", prepared.onnx.recipe, "", format_bytes(prepared.onnx.total_bytes))
+        )
     for line in [*table(rows, right=(2, 3)).splitlines(), *prepared.notes]:
         print(f"  {line}")
     disk, free = format_bytes(prepared.disk_bytes), format_bytes(free_bytes)
