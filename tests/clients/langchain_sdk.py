@@ -64,4 +64,19 @@ def structured():
     return {"openai": asking.invoke("Hello").ok, "ollama": by_ollama.invoke("Hello").ok}
 
 
+def embeddings():
+    from langchain_ollama import OllamaEmbeddings
+    from langchain_openai import OpenAIEmbeddings
+
+    by_openai = OpenAIEmbeddings(
+        base_url=f"{url}/v1", api_key=token, model=model, check_embedding_ctx_length=False
+    )
+    by_ollama = OllamaEmbeddings(base_url=url, model=model, client_kwargs=headers)
+    texts = ["a river", "a bridge"]
+    return {
+        "openai": by_openai.embed_documents(texts),
+        "ollama": by_ollama.embed_documents(texts),
+    }
+
+
 print(json.dumps(globals()[task]()))

@@ -5,6 +5,7 @@ python ollama_sdk.py TASK URL MODEL TOKEN [FILE]     prints one JSON object
 
 import json
 import sys
+import time
 
 import ollama
 
@@ -74,6 +75,28 @@ def tools():
 def json_schema():
     answer = client.chat(model, HELLO, format=SCHEMA, options=LONG)
     return {"answer": json.loads(answer.message.content)}
+
+
+def embeddings():
+    texts = ["a river", "a bridge"]
+    found = client.embed(model, texts)
+    old = client.embeddings(model, texts[0])
+    return {"vectors": [list(each) for each in found.embeddings], "old": list(old.embedding)}
+
+
+def keep_alive():
+    gone = client.chat(model, [], keep_alive=0).done_reason
+    end_s = time.monotonic() + 30
+    while client.ps().models and time.monotonic() < end_s:
+        time.sleep(0.02)
+    n_loaded = len(client.ps().models)
+    answer = client.chat(model, HELLO, options=SHORT, keep_alive=-1)
+    return {
+        "gone": [gone, n_loaded],
+        "text": answer.message.content,
+        "load_s": answer.load_duration / 1e9,
+        "loaded": len(client.ps().models),
+    }
 
 
 def image():

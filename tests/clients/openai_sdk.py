@@ -66,6 +66,46 @@ def json_schema():
     return {"answer": json.loads(answer.choices[0].message.content)}
 
 
+def responses():
+    asked = {"model": model, "input": "Hello", "temperature": 0}
+    whole = client.responses.create(**asked, max_output_tokens=8)
+    with client.responses.stream(**asked, max_output_tokens=8) as events:
+        seen = list(events)
+    deltas = [event.delta for event in seen if event.type == "response.output_text.delta"]
+    form = {"type": "json_schema", "name": "a", "schema": SCHEMA, "strict": True}
+    held = client.responses.create(**asked, max_output_tokens=90, text={"format": form})
+    tool = {"type": "function", "strict": False} | LIGHT["function"]
+    asked |= {"tools": [tool], "max_output_tokens": 200}
+    [call] = client.responses.create(**asked, tool_choice="required").output
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "done"}
+    talk = [{"role": "user", "content": "Hello"}, call, result]
+    second = client.responses.create(**asked | {"input": talk, "max_output_tokens": 8})
+    return {
+        "texts": [whole.output_text, "".join(deltas), seen[-1].response.output_text],
+        "answer": json.loads(held.output_text),
+        "call": [call.name, list(json.loads(call.arguments))],
+        "second": second.status,
+    }
+
+
+def embeddings():
+    texts = ["a river", "a bridge"]
+    found = client.embeddings.create(model=model, input=texts)  # in base64, by default
+    plain = client.embeddings.create(model=model, input=texts, encoding_format="float")
+    return {
+        "vectors": [each.embedding for each in found.data],
+        "plain": [each.embedding for each in plain.data],
+    }
+
+
+def speech():
+    asked = {"model": "tts-1", "voice": "alloy", "input": "Good morning."}
+    whole = client.audio.speech.create(**asked, response_format="wav").content
+    with client.audio.speech.with_streaming_response.create(**asked) as answer:
+        mp3 = b"".join(answer.iter_bytes())
+    return {"wav": whole[:4].decode(), "wav_bytes": len(whole), "mp3_bytes": len(mp3)}
+
+
 def image():
     data = base64.b64encode(open(files[0], "rb").read()).decode()
     parts = [
