@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from room import RATE_HZ, Room, as_loud_as, own_speech, placed, said
 
+from edge_gemma.benchmarks.room import RATE_HZ, Room, as_loud_as, own_speech, placed, said
 from edge_gemma.errors import MediaError, MissingExtra, UsageError
 from edge_gemma.hearing.echo import EchoCanceller, noise_filter
 from edge_gemma.hearing.utterances import SpeechDetector

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edge_gemma.cli.bench_output import REGRESSED, Output, finish_run, print_changes, write_page
+from edge_gemma.cli.bench_output import (
+    REGRESSED,
+    AgainstOption,
+    Output,
+    RepeatsOption,
+    ReportOption,
+    SaveOption,
+    finish_run,
+    print_changes,
+    write_page,
+)
 from edge_gemma.cli.common import (
     BundleArg,
     BundlesArg,
@@ -41,31 +51,11 @@ bench = typer.Typer(
     no_args_is_help=True,
 )
 
-ReportOption = Annotated[
-    Path | None,
-    typer.Option("--report", help="Also write this HTML page, with PNG and JSON beside it."),
-]
-SaveOption = Annotated[Path | None, typer.Option("--save", help="Keep the figures in this file.")]
-AgainstOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--against",
-        help="Compare with a file kept earlier; exit code 1 when something got worse by more than "
-        "the noise.",
-    ),
-]
-RepeatsOption = Annotated[
-    int,
-    typer.Option(
-        "--repeats",
-        min=1,
-        max=100,
-        help="Interleaved runs; medians are shown with half their range.",
-    ),
-]
-
 
 def register(app: typer.Typer) -> None:
+    from edge_gemma.cli import bench_talk
+
+    bench.command()(bench_talk.talk)
     app.add_typer(bench)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,29 @@ if TYPE_CHECKING:
     from edge_gemma.benchmarks.sections import Section
 
 REGRESSED = 1  # exit code when --against found something worse
+
+ReportOption = Annotated[
+    Path | None,
+    typer.Option("--report", help="Also write this HTML page, with PNG and JSON beside it."),
+]
+SaveOption = Annotated[Path | None, typer.Option("--save", help="Keep the figures in this file.")]
+AgainstOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--against",
+        help="Compare with a file kept earlier; exit code 1 when something got worse by more than "
+        "the noise.",
+    ),
+]
+RepeatsOption = Annotated[
+    int,
+    typer.Option(
+        "--repeats",
+        min=1,
+        max=100,
+        help="Interleaved runs; medians are shown with half their range.",
+    ),
+]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,29 @@
+"""bench talk on a tiny bundle and a short room: it runs, and its parts add up."""
+
+import shutil
+
+import pytest
+
+from edge_gemma.benchmarks import talk
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("espeak-ng") is None, reason="espeak-ng is not installed (make system)"
+)
+
+
+def test_the_steps_from_speech_to_sound_add_up(hearing_model):
+    found = talk.talk([hearing_model.bundle.folder], repeats=1)
+    ways = {row["way"]: row for row in found.rows}
+    assert set(ways) == {talk.EARLY, talk.LATE}
+    for row in found.rows:
+        assert row["total_s"] == pytest.approx(sum(row[step] for step in talk.STEPS))
+        assert 0.5 < row["pause_s"] < 1.5 and all(row[step] >= 0 for step in talk.STEPS)
+    assert any("forced" in note for note in found.notes)
+
+
+def test_the_room_and_the_wake_words_in_short():
+    (row,) = talk.hearing_itself(delays_s=(0.1,), minutes=0.2, n_users=1).rows
+    assert row["false_barge_ins"] == 0 and row["heard_ms"] < 400
+    rows = talk.wake_words(minutes=0.1).rows
+    assert {row["name"] for row in rows} == set(talk.WAKE_WORDS)
+    assert all(0 <= row["missed"] <= row["spoken"] for row in rows)
