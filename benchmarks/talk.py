@@ -90,6 +90,7 @@ def talk(
     voice: str = "en",
     repeats: int = 5,
     pause_s: float = VadSettings.end_s,
+    n_threads: int | None = None,
     progress: Progress = silent,
 ) -> Section:
     """Medians of ``repeats`` turns each way, interleaved. Raises UsageError (no espeak-ng),
@@ -98,9 +99,10 @@ def talk(
     section = Section("talk")
     synthesize = espeak(voice)
     question = said(QUESTION)
+    request = PlanRequest(senses=("audio",), n_ctx=N_CTX, n_threads=n_threads)
     for folder in bundles:
         found: dict[str, list[dict[str, float]]] = {EARLY: [], LATE: []}
-        with load(folder, request=PlanRequest(senses=("audio",), n_ctx=N_CTX)) as model:
+        with load(folder, request=request) as model:
             pieces = [model.detokenize([token]) for token in model.tokenize(ANSWER)]
             for number in range(repeats):
                 for way in (EARLY, LATE) if number % 2 == 0 else (LATE, EARLY):

@@ -230,3 +230,35 @@ def test_every_spoken_word_of_human_speech_is_covered():
         words = [word for word in timings if word["t"][0] not in "<[("]
         assert taken_from / RATE_HZ <= words[0]["b"] + 0.01
         assert taken_to / RATE_HZ >= words[-1]["b"] + words[-1]["d"] - 0.06
+
+
+def _found(sound):
+    detector, samples = SpeechDetector(), []
+    events = []
+    for at in range(0, len(sound), 512):
+        events += detector.push(sound[at : at + 512].astype(np.float32))
+    events += detector.finish()
+    samples = [event.samples for event in events]
+    return events, np.concatenate([np.zeros(0, np.float32), *samples])
+
+
+def test_a_cough_and_music_are_no_utterance():
+    rng = np.random.default_rng(0)
+    burst = rng.standard_normal(4000) * np.exp(-np.arange(4000) / 800)  # a quarter of a second
+    cough = np.concatenate([np.zeros(8000), 0.5 * burst / np.abs(burst).max(), np.zeros(16000)])
+    t = np.arange(8 * 16000) / 16000
+    strokes = np.exp(-3 * (2 * t % 1))  # two a second
+    chord = sum(np.sin(2 * np.pi * hz * t) for hz in (261.6, 329.6, 392.0, 523.3))
+    for sound in (cough, 0.1 * strokes * chord):
+        events, _ = _found(sound)
+        assert events == []
+
+
+@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
+def test_speech_in_the_first_sample_is_heard_from_there():
+    from edge_gemma.benchmarks.room import said
+
+    speech = said("Stop please")
+    events, samples = _found(np.concatenate([speech, np.zeros(16000, np.float32)]))
+    assert (events[0].kind, events[0].at) == ("start", 0)
+    assert np.array_equal(samples[: len(speech)], speech)
