@@ -29,6 +29,9 @@ from edge_gemma.senses import Content, Senses
 from edge_gemma.spans import Rows, Span
 
 
+_CLIP_ROWS = 188  # soft tokens of a clip of 30 s
+
+
 @dataclass(frozen=True)
 class Reply:
     """A finished answer of :class:`Chat`: its text, the function calls in it, the last chunk."""
@@ -171,7 +174,9 @@ class Chat:
                 messages, tools=self.tools, continued=continued, pad_audio=pad_audio
             )
 
-        session, reserve, dropped = self.session, self._reserve(max_tokens), 0
+        session, dropped = self.session, 0
+        # room for what is still to be said, too: nothing can be forgotten in the middle of a turn
+        reserve = self._reserve(max_tokens) + min(_CLIP_ROWS, session.n_ctx // 4)
         rendered = render(before, continued=True) if self._continues else None
         if rendered is not None and session.length + _around(rendered) + reserve <= session.n_ctx:
             self._continues = False  # until the turn is answered
