@@ -28,7 +28,6 @@ from edge_gemma.prompts.prompt import Listening, Prompt
 from edge_gemma.senses import Content, Senses
 from edge_gemma.spans import Rows, Span
 
-
 _CLIP_ROWS = 188  # soft tokens of a clip of 30 s
 
 
