@@ -4,6 +4,7 @@ against tokens in the same process.
     python tests/measure_serving.py speech BUNDLE --rounds 7
     python tests/measure_serving.py tokens BUNDLE --rounds 7
     python tests/measure_serving.py lanes BUNDLE --rounds 5 --threads 1
+    python tests/measure_serving.py rows BUNDLE --rounds 60 --threads 1
 
 In: a bundle (one that hears, for speech). Out: a table, and a line of JSON. Both ways take turns,
 so that what else the machine does meets both. ``lanes``: as many answers one after the other, and
@@ -32,6 +33,7 @@ from edge_gemma.model import Model, load
 from edge_gemma.options import Sampling
 from edge_gemma.plan.records import PlanRequest
 from edge_gemma.serve.wyoming_asr import SILENCE_S, Trimmed
+from edge_gemma.spans import Tokens
 
 CHUNK = 1024  # samples: what Home Assistant sends at a time
 N_TOKENS = 48
@@ -48,13 +50,14 @@ def voiced(seconds: float) -> np.ndarray:
     return (samples[:whole] * 32767).astype("<i2").astype(np.float32) / 32768
 
 
-def paced(samples: np.ndarray, push: Callable[[np.ndarray], None]) -> None:
-    """Chunk by chunk, none before it was spoken."""
+def paced(samples: np.ndarray, push: Callable[[np.ndarray], None]) -> float:
+    """Chunk by chunk, none before it was spoken → when the last one was."""
     started = time.perf_counter()
     for start in range(0, len(samples), CHUNK):
         until = started + (start + CHUNK) / RATE_HZ
         time.sleep(max(0.0, until - time.perf_counter()))
         push(samples[start : start + CHUNK])
+    return started + len(samples) / RATE_HZ
 
 
 def in_process(model: Model, samples: np.ndarray) -> tuple[float, str]:
@@ -72,8 +75,8 @@ def in_process(model: Model, samples: np.ndarray) -> tuple[float, str]:
                 )
                 turn.push(event.samples)
 
-        paced(samples, push)
-        last_s, first_s, written, text = time.perf_counter(), 0.0, Trimmed(), ""
+        last_s = paced(samples, push)
+        first_s, written, text = 0.0, Trimmed(), ""
         for event in detector.finish():
             assert turn is not None
             turn.push(event.samples)
@@ -105,7 +108,7 @@ async def _over_wyoming(port: int, samples: np.ndarray) -> tuple[float, str]:
             await asyncio.sleep(max(0.0, until - time.perf_counter()))
             block = pcm[start : start + CHUNK].tobytes()
             await client.write_event(AudioChunk(RATE_HZ, 2, 1, block).event())
-        last_s, first_s = time.perf_counter(), 0.0
+        last_s, first_s = started + len(pcm) / RATE_HZ, 0.0
         await client.write_event(AudioStop().event())
         while (event := await client.read_event()) is not None:
             if event.type == "transcript-chunk":
@@ -207,20 +210,47 @@ def lanes(model: Model, prompts: list[str], together: bool) -> float:
     return asyncio.run(run())
 
 
+def rows(model: Model, n_rounds: int) -> None:
+    """Milliseconds of CPU for one pass of 1 … n_seq_max answers with their sampling; the best of
+    the rounds. With one thread.
+    """
+    context, decoder = model.sequences.context, model.decoder
+    n_most = context.settings.n_seq_max
+    samplers = [decoder.sampler(model.sampling()) for _ in range(n_most)]
+    lengths = [64] * n_most
+    for sequence in range(n_most):
+        context.decode(sequence, 0, Tokens(tuple(range(300, 364))))
+    best = dict.fromkeys(range(1, n_most + 1), float("inf"))
+    for number in range(n_rounds):
+        for n in best:
+            started = time.thread_time()
+            context.decode_step([(s, lengths[s], (1000 + number,)) for s in range(n)])
+            for sequence in range(n):
+                samplers[sequence].sample(context.logits(sequence))
+                lengths[sequence] += 1
+            best[n] = min(best[n], time.thread_time() - started)
+    print(json.dumps({f"{n} answers, ms": round(value * 1e3, 1) for n, value in best.items()}))
+    for sampler in samplers:
+        sampler.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, prog="serving")
-    parser.add_argument("what", choices=("speech", "tokens", "lanes"))
+    parser.add_argument("what", choices=("speech", "tokens", "lanes", "rows"))
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=3.0, help="of speech")
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
-    n_lanes = 4 if given.what == "lanes" else 2
+    n_lanes = 4 if given.what in ("lanes", "rows") else 2
     request = PlanRequest(n_threads=given.threads, n_seq_max=n_lanes)
     direct: list[float] = []
     served: list[float] = []
     with ExitStack() as stack:
         model = stack.enter_context(load(given.bundle, n_ctx=1024, request=request))
+        if given.what == "rows":
+            rows(model, given.rounds)
+            return
         if given.what == "tokens":  # a client has no part in the server's interpreter
             http = stack.enter_context(serving_process(given.bundle))
         samples = voiced(given.seconds)
