@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 def talk(
     bundles: BundlesArg,
-    voice: Annotated[str, typer.Option("--voice", help="An espeak-ng voice.")] = "en",
+    voice: Annotated[
+        str, typer.Option("--espeak-voice", help="The espeak-ng voice that answers.")
+    ] = "en",
     minutes: Annotated[
         float,
         typer.Option("--minutes", min=0, max=600, help="Of own speech in the room; 0: none of it."),
@@ -34,7 +36,7 @@ def talk(
     save: SaveOption = None,
     against: AgainstOption = None,
 ) -> None:
-    """From the end of speech to the first sound of the answer, and what it hears of itself."""
+    """From the end of speech to the first sound. And what it hears of itself."""
     from edge_gemma.benchmarks import talk as benchmarks
     from edge_gemma.store.installed import resolve
 
