@@ -92,6 +92,13 @@ def test_function_call(tiny_bundle, capsys):
     assert re.match(r"time_in\(\{'zone': '\w+/\w+'\}\) = \d\d:\d\d\n", capsys.readouterr().out)
 
 
+def test_serve_in_python(tiny_bundle, capsys):
+    run("serve_in_python", tiny_bundle, "One?", "Two?", "Three?")
+    out = capsys.readouterr().out
+    assert all(f"{question}\n  " in out for question in ("One?", "Two?", "Three?"))
+    assert "n_answered=3, n_failed=0" in out
+
+
 def test_measure_a_board(tiny_bundle, capsys):
     run("measure_a_board", tiny_bundle)
     figures = json.loads(capsys.readouterr().out)
