@@ -132,6 +132,31 @@ def test_what_cannot_be_done_is_said(respond, body, said):
     assert said in refused.json()["error"]["message"]
 
 
+def test_tools_beside_a_schema(client, name):
+    """The answer is a call or as the schema says, and nothing else."""
+    seen = set()
+    for seed in range(12):
+        body = {
+            "model": name,
+            "messages": [{"role": "user", "content": "Light on, or an answer?"}],
+            "tools": [LIGHT],
+            "response_format": {"type": "json_schema", "json_schema": {"schema": ANSWER}},
+            "max_tokens": 64,
+            "temperature": 2.0,
+            "seed": seed,
+        }
+        message = client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
+        if message.get("tool_calls"):
+            assert isinstance(
+                json.loads(message["tool_calls"][0]["function"]["arguments"])["on"], bool
+            )
+            seen.add("call")
+        else:
+            assert set(json.loads(message["content"])) == {"ok"}
+            seen.add("answer")
+    assert seen == {"call", "answer"}
+
+
 # --- embeddings ---
 
 

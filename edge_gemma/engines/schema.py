@@ -88,12 +88,38 @@ def enforceable(schema: Json) -> Schema:
     if len(data) > MAX_SCHEMA_BYTES:
         raise UsageError(f"the schema has {len(data)} bytes; at most {MAX_SCHEMA_BYTES}")
     plain: Schema = json.loads(data)  # tuples are lists now, keys are strings
+    try:
+        plain = with_null(plain)
+    except RecursionError:
+        raise UsageError(f"the schema is nested more than {MAX_DEPTH} deep") from None
     spacing = _spacing(plain.pop(SPACING, {}))
     written = _rewritten(plain, TOP, 0)
     problem = endless(plain)
     if problem:
         raise cannot_be_enforced("$ref", TOP, problem)
     return {**closed(without_one_of(written, written)), **spacing}
+
+
+def with_null(schema: Json) -> Json:
+    """OpenAPI 3.0's ``nullable`` beside a type, in JSON Schema's own words: what Home Assistant
+    sends of its tasks.
+
+    >>> with_null({"type": "string", "nullable": True})
+    {'anyOf': [{'type': 'string'}, {'type': 'null'}]}
+    """
+    if isinstance(schema, list):
+        return [with_null(child) for child in schema]
+    if not isinstance(schema, dict):
+        return schema
+    written = {
+        key: value if key in ("enum", "const", "default", "examples") else with_null(value)
+        for key, value in schema.items()
+    }
+    # in a map of properties these two are names, and "type" is no text
+    if written.get("nullable") is True and isinstance(written.get("type"), str | list):
+        del written["nullable"]
+        return {"anyOf": [written, {"type": "null"}]}
+    return written
 
 
 def cannot_be_enforced(keyword: str, where: str, reason: str = "") -> UsageError:

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 
 from edge_gemma.conversation.stream import Chunk
 from edge_gemma.engines.engine import Decoder
 from edge_gemma.messages import FunctionCall
-from edge_gemma.prompts.calls import parse_calls
+from edge_gemma.prompts.calls import parse_calls, tool_schema
 from edge_gemma.prompts.prompt import Prompt
 
 # where a call in text may begin: a line that opens an object or an array, or a fence
 _BEGINS = re.compile(r"^[ \t]*[{\[]|```", re.MULTILINE)
 _MAY_BEGIN = re.compile(r"(?:^[ \t]*|`{1,2})\Z", re.MULTILINE)
+
+
+def call_or(wanted: dict, tools: Sequence[Mapping]) -> dict:
+    """The schema of an answer that either calls one of ``tools`` or is as ``wanted``. Where
+    ``wanted`` refers to itself by its place, which would be another one then, it stays alone.
+
+    >>> call_or({"type": "string"}, [{"name": "now"}])["anyOf"][1]
+    {'type': 'string'}
+    """
+    shared = {key: wanted[key] for key in ("$defs", "definitions") if key in wanted}
+    rest = {key: value for key, value in wanted.items() if key not in shared}
+    places = re.findall(r'"\$ref": "([^"]*)"', json.dumps(wanted))
+    if not tools or any(not place.startswith(("#/$defs/", "#/definitions/")) for place in places):
+        return wanted
+    return {**shared, "anyOf": [tool_schema(tools), rest]}
 
 
 class CallStream:

@@ -41,6 +41,7 @@ from edge_gemma.serve.bodies import (
     whole,
     with_schema,
 )
+from edge_gemma.serve.calls import call_or
 from edge_gemma.serve.openai import call_stream
 from edge_gemma.serve.page.routes import page_response, wants_page
 from edge_gemma.serve.refusals import Refusal, error_object, refusal_of
@@ -342,7 +343,9 @@ class Ollama:
             seed=None if seed is None or seed < 0 else seed % 2**32,
             stop=tuple(text for text in stop if text),
         )
-        return with_schema(sampling, _schema(body.format))
+        schema = _schema(body.format)
+        tools = body.tools if isinstance(body, ChatBody) else None
+        return with_schema(sampling, call_or(schema, tools) if schema and tools else schema)
 
     async def _messages(self, given: Sequence[ChatMessage]) -> list[Message]:
         messages = InCallOrder()

@@ -38,7 +38,7 @@ from edge_gemma.serve.bodies import (
     whole,
     with_schema,
 )
-from edge_gemma.serve.calls import CallStream
+from edge_gemma.serve.calls import CallStream, call_or
 from edge_gemma.serve.openai_bodies import (
     AudioPart,
     ChatBody,
@@ -238,12 +238,12 @@ def _schema(body: ChatBody, tools: Sequence[Mapping]) -> dict | None:
     if wanted is None or wanted.type == "text":
         return None
     if wanted.type == "json_object":
-        return {"type": "object"}
+        return call_or({"type": "object"}, tools)
     if wanted.json_schema is None or wanted.json_schema.schema is None:
         raise Refusal(
             400, "response_format json_schema has no schema", param="response_format.json_schema"
         )
-    return wanted.json_schema.schema
+    return call_or(wanted.json_schema.schema, tools)
 
 
 # --- answers ---

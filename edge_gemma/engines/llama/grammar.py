@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from edge_gemma.engines.llama.library import library
+from edge_gemma.engines.schema import with_null
 from edge_gemma.errors import UsageError
 
 # What llama_cpp's converter turns into grammar. It drops everything else without a word (minimum,
@@ -59,6 +60,7 @@ def schema_to_grammar(schema: dict) -> str:
     if not isinstance(schema, dict):
         raise UsageError(f"a schema is a JSON object, got {type(schema).__name__}")
     try:
+        schema = with_null(schema)
         _check_schema(schema, "the top", 0)
         # its rule for a character lets control characters through, which JSON forbids inside
         # strings (RFC 8259, section 7)
