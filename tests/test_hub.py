@@ -4,6 +4,7 @@ when it fails.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -672,3 +673,33 @@ def test_pull_on_the_command_line(server, gguf, monkeypatch):
         get(server, "org/bundle", on_progress=stop_after(1))
     freed = json.loads(runner.invoke(cli.app, ["rm", "--unfinished", "--json"]).stdout)
     assert freed["freed_bytes"] > 0 and store.unfinished() == []
+
+
+def test_a_client_of_the_server_pulls(server, tiny_model, monkeypatch):
+    """Ollama's /api/pull: refused unless it was allowed; then installed beside what is served."""
+    from test_serve import opened
+
+    from edge_gemma.serve.guard import Limits
+
+    here = functools.partial(pull, endpoint=server.url)
+    monkeypatch.setattr("edge_gemma.store.pull.pull", here)
+
+    def said(client, name):
+        answer = client.post("/api/pull", json={"model": name})
+        return answer.status_code, [json.loads(line) for line in answer.text.splitlines()]
+
+    for client in opened(tiny_model):
+        status, lines = said(client, "org/one")
+        assert status == 404 and "--allow-pull" in lines[0]["error"]
+        assert not server.downloads()
+    for client in opened(tiny_model, limits=Limits(allow_pull=True)):
+        status, lines = said(client, "org/one")
+        assert status == 200 and lines[-1] == {"status": "success"}, lines
+        assert any(line.get("total") for line in lines)
+        (entry,) = store.ls()
+        n_downloads = len(server.downloads())
+        assert said(client, entry.name) == (200, [{"status": "success"}])
+        assert len(server.downloads()) == n_downloads
+        status, lines = said(client, "org/none")
+        assert status == 200 and "error" in lines[-1]
+        assert said(client, "../../etc/passwd")[0] == 400

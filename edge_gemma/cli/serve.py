@@ -79,6 +79,11 @@ RootPathOption = Annotated[
 ]
 
 
+AllowPullOption = Annotated[
+    bool, typer.Option("--allow-pull", help="Let clients install models by /api/pull.")
+]
+
+
 def register(app: typer.Typer) -> None:
     app.command("serve")(grouped(serve))
 
@@ -92,6 +97,7 @@ def serve(
     queue: QueueOption = 32,
     stop_s: StopOption = 10.0,
     keep_alive: KeepAliveOption = "-1",
+    allow_pull: AllowPullOption = False,
     guard: GuardOption = None,
     watch: WatchOption = None,
     tls_cert: CertOption = None,
@@ -149,6 +155,8 @@ def serve(
     with opened, ExitStack() as stack:
         doors = [] if voice is None else [voice.door(stack, n_urgent > 0)]
         guarding = settings.open()
+        limits = dataclasses.replace(guarding.limits, allow_pull=allow_pull)
+        guarding = dataclasses.replace(guarding, limits=limits)
         stack.callback(guarding.close)
 
         def opened_model(on_progress: Callable[[float], bool | None] | None = None) -> Model:

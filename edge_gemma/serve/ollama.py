@@ -44,10 +44,10 @@ from edge_gemma.serve.bodies import (
 from edge_gemma.serve.calls import call_or
 from edge_gemma.serve.openai import call_stream
 from edge_gemma.serve.page.routes import page_response, wants_page
+from edge_gemma.serve.pulling import NDJSON, is_there, pulled
 from edge_gemma.serve.refusals import Refusal, error_object, refusal_of
 from edge_gemma.serve.residence import parse_keep_alive
 
-NDJSON = "application/x-ndjson"
 # the release whose routes and fields are spoken; clients compare it
 VERSION = "0.12.0"
 _NS = 1_000_000_000
@@ -247,11 +247,15 @@ class Ollama:
 
     async def pull(self, request: Request) -> Response:
         body = decoded(await request.body(), NameBody)
-        try:
-            self._server.check_model(body.wanted)
-        except Refusal as refusal:
-            raise Refusal(404, f"{refusal}; it downloads nothing") from None
-        return Response(encoded({"status": "success"}) + b"\n", media_type=NDJSON)
+        if is_there(self._server, body.wanted):
+            return Response(encoded({"status": "success"}) + b"\n", media_type=NDJSON)
+        if self._server.limits.allow_pull:
+            return pulled(body.wanted)
+        raise Refusal(
+            404,
+            f"model {body.wanted[:100]!r} is not installed, and this server downloads nothing; "
+            "start it with --allow-pull, or type edge-gemma pull",
+        )
 
     # answers
 

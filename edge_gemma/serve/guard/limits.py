@@ -13,6 +13,7 @@ class Limits:
     context holds.
     """
 
+    allow_pull: bool = False  # /api/pull may download
     body_bytes: int = 32 * MiB
     messages: int = 1000
     pixels: int = 25_000_000  # of one picture
