@@ -38,7 +38,6 @@ PURPOSES = {
     "voice": "spoken answers, wake words, an assistant that does not hear itself",
     "kokoro": "Kokoro voices",
     "convert": "converting checkpoints",
-    "trim": "word lists to cut a vocabulary by",
     "serve": "serving other programs",
     "bench": "benchmarks",
     "plots": "benchmark pictures",

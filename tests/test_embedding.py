@@ -97,6 +97,7 @@ def test_vectors_are_those_of_sentence_transformers(model, kind):
     what="EmbeddingGemma 300M, its real shape, f32 and q8_0",
     happens="cosine to sentence-transformers 0.9999 at f32, 0.999 at q8_0",
 )
+@pytest.mark.slow
 def test_the_real_shape(tmp_path):
     folder = made.write_embedding(tmp_path / "checkpoint", "wide", dtype="F32")
     least = {"f32": 0.9999, None: 0.999}  # the default is q8_0

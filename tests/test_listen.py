@@ -171,13 +171,13 @@ def test_turns_forgotten_for_speech_are_reported(hearing_model):
     wave = REFERENCE["wave_6.3"]
     with hearing_model.chat(system="Keep this.") as chat:
         dropped = 0
-        for _ in range(24):
+        for _ in range(14):
             turn = LiveTurn(chat, "What is this? " * 4, max_tokens=GREEDY.max_tokens)
             turn.push(wave)
             turn.finish()
             dropped += list(turn.generate(GREEDY))[-1].usage.dropped_turns
         assert dropped > 0 and chat.messages[0].content == "Keep this."
-        assert len(chat.messages) == 1 + 2 * (24 - dropped)
+        assert len(chat.messages) == 1 + 2 * (14 - dropped)
 
 
 def test_an_abandoned_turn_forgets_nothing(hearing_model):

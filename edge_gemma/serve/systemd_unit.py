@@ -44,7 +44,7 @@ def quoted(word: str) -> str:
     """One word of a command, as systemd reads it.
 
     >>> print(quoted("/srv/gemma"), quoted('a "b" 100% $HOME'))
-    /srv/gemma "a \\\\"b\\\\" 100%% $$HOME"
+    /srv/gemma "a \\"b\\" 100%% $$HOME"
     """
     for plain, escaped in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("%", "%%"), ("$", "$$")):
         word = word.replace(plain, escaped)
