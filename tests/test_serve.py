@@ -465,6 +465,24 @@ def test_speech_is_written_down_as_the_library_does(hearing, speech_wav):
     assert "".join(p.get("delta", "") for p in pieces) == pieces[-1]["text"]
 
 
+def test_a_prompt_and_keywords_stand_before_the_instruction(hearing, speech_wav):
+    model, client = hearing
+    name = model.bundle.manifest.name
+    hints = {"prompt": "In the kitchen.", "keywords[]": ["Ljubljana", "kettle"]}
+    answer = upload(client, speech_wav, name, language="en", **hints)
+    instruction = (
+        "Words that may occur: Ljubljana, kettle\n"
+        "What was said before, or what it is about: In the kitchen.\n"
+        "Transcribe the following speech segment in English:"
+    )
+    options = edge_gemma.ListenOptions(pad_audio=True, sampling=GREEDY)
+    with model.chat() as chat:
+        expected = [s.text for s in transcribe(chat, speech_wav, instruction, options)]
+    assert answer.json()["text"] == " ".join(text for text in expected if text)
+    refused = upload(client, speech_wav, name, prompt="x" * 5000)
+    assert refused.status_code == 400 and "5000 characters" in refused.json()["error"]["message"]
+
+
 def test_clips_in_a_chat(hearing, sine_wav):
     model, client = hearing
     name = model.bundle.manifest.name

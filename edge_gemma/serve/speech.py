@@ -52,7 +52,8 @@ MAX_TOKENS = 448  # a clip of 30 s holds fewer tokens of speech
 _MAX_FIELDS = 32
 _COPIED_BYTES = 1 * MiB
 _ABSURD_S = 1e7  # of a header that a program wrote before it knew the length
-_IGNORED = ("prompt", "keywords[]", "languages[]", "include[]", "chunking_strategy")
+MAX_HINT_CHARACTERS = 2000  # of a prompt or of all keywords
+_IGNORED = ("languages[]", "include[]", "chunking_strategy")
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ class Speech:
         instruction = TRANSCRIBE.format(language=language) if language else TRANSCRIBE_ANY
         if kind == "translate":
             instruction = TRANSLATE_ONLY.format(to="English")
+        instruction = _hints(form) + instruction
         return Task(path, kind, instruction, language, _number(form, "temperature"))
 
     # generating
@@ -254,6 +256,24 @@ def _segment_object(number: int, heard: Heard, task: Task) -> dict[str, object]:
         "compression_ratio": len(data) / len(zlib.compress(data)),
         "no_speech_prob": 0.0,  # stretches without speech are left out before
     }
+
+
+def _hints(form: FormData) -> str:
+    """OpenAI's ``keywords`` and ``prompt``, for the model to read before it is asked to write.
+    Raises Refusal.
+    """
+    named = (*form.getlist("keywords[]"), *form.getlist("keywords"))
+    keywords = ", ".join(word.strip() for word in named if isinstance(word, str) and word.strip())
+    prompt = _text(form, "prompt").strip()
+    for name, text in (("keywords", keywords), ("prompt", prompt)):
+        if len(text) > MAX_HINT_CHARACTERS:
+            raise Refusal(
+                400,
+                f"{name}: {len(text)} characters; at most {MAX_HINT_CHARACTERS} are taken",
+                param=name,
+            )
+    words = f"Words that may occur: {keywords}\n" if keywords else ""
+    return words + (f"What was said before, or what it is about: {prompt}\n" if prompt else "")
 
 
 def _duration_s(path: Path) -> float:
