@@ -57,7 +57,9 @@ def lines(response):
 
 
 @pytest.mark.compat(
-    "client", "Home Assistant's ollama requests", "replayed: set-up, tools, AI task"
+    kind="client",
+    what="Home Assistant's ollama requests",
+    happens="replayed: set-up, tools, AI task",
 )
 def test_ollama(client):
     models = [model["model"] for model in client.get("/api/tags").json()["models"]]
@@ -89,7 +91,9 @@ def test_ollama(client):
 
 
 @pytest.mark.compat(
-    "client", "Home Assistant's llama_cpp requests", "replayed: set-up, tools, task"
+    kind="client",
+    what="Home Assistant's llama_cpp requests",
+    happens="replayed: set-up, tools, task",
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_llama_cpp(client, stream):
@@ -134,7 +138,9 @@ def test_llama_cpp(client, stream):
     assert wrong.status_code == 404 and wrong.json()["error"]["message"]
 
 
-@pytest.mark.compat("client", "Home Assistant's litellm requests", "replayed: a spoken command")
+@pytest.mark.compat(
+    kind="client", what="Home Assistant's litellm requests", happens="replayed: a spoken command"
+)
 def test_litellm_hears(hearing, tmp_path):
     model = hearing.get("/v1/models").json()["data"][0]["id"]
     sound = make_speech(tmp_path / "audio.wav").read_bytes()

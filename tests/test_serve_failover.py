@@ -99,7 +99,9 @@ def proxy(program, config):
 
 
 @pytest.mark.compat(
-    "client", "LiteLLM's proxy over two servers, one killed", "nothing is lost but what ran there"
+    kind="client",
+    what="LiteLLM's proxy over two servers, one killed",
+    happens="nothing is lost but what ran there",
 )
 def test_one_of_two_is_killed(litellm, tiny_bundle, tmp_path):
     with serving(tiny_bundle) as first, serving(tiny_bundle) as second:
