@@ -30,12 +30,13 @@ LIGHTS = {
 }
 SYSTEM = {"role": "system", "content": "You are a voice assistant for Home Assistant."}
 QUESTION = {"role": "user", "content": "Turn on the kitchen light"}
-# as voluptuous-openapi writes what an AI task wants: OpenAPI 3's nullable among it
+# as voluptuous-openapi writes what an AI task wants: OpenAPI 3's nullable among it. Bounded, since
+# random weights would fill the context with a text
 TASK = {
     "type": "object",
     "properties": {
-        "chickens": {"type": "integer", "description": "how many"},
-        "note": {"type": "string", "nullable": True},
+        "chickens": {"type": "integer", "minimum": 0, "maximum": 99, "description": "how many"},
+        "note": {"type": "string", "enum": ["hungry", "asleep"], "nullable": True},
     },
     "required": ["chickens"],
 }

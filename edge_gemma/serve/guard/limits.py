@@ -13,7 +13,6 @@ class Limits:
     context holds.
     """
 
-    allow_pull: bool = False  # /api/pull may download
     body_bytes: int = 32 * MiB
     messages: int = 1000
     pixels: int = 25_000_000  # of one picture
@@ -23,3 +22,4 @@ class Limits:
     header_s: float = 10.0  # for the whole header, from its first byte or the connection on
     body_s: float = 300.0  # for the whole body
     wait_s: float = 60.0  # for the next piece of a body, or for a reader that takes nothing
+    allow_pull: bool = False  # /api/pull may download
