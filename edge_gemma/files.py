@@ -24,6 +24,14 @@ def cache_folder(name: str) -> Path:
     return (Path(chosen) if chosen else Path.home() / ".cache") / "edge-gemma" / name
 
 
+def state_folder(name: str) -> Path:
+    """``$XDG_STATE_HOME/edge-gemma/NAME``, or the same under ``~/.local/state``: what must outlive
+    a restart. Nothing is created.
+    """
+    chosen = os.environ.get("XDG_STATE_HOME")
+    return (Path(chosen) if chosen else Path.home() / ".local" / "state") / "edge-gemma" / name
+
+
 def pages(n_bytes: int) -> memoryview:
     """Memory of its own, which the system has back at once when it is let go; what malloc was given
     back may stay with the process.
@@ -58,8 +66,22 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        _reach_the_disk(path.parent)
     except OSError as error:
         reason = error.strerror or str(error)
         raise RuntimeFailure(f"cannot write {path}: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _reach_the_disk(folder: Path) -> None:
+    """A new name in ``folder`` outlives a power cut from here on. Not every system can be asked."""
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # a file system that knows no such thing
+    finally:
+        os.close(descriptor)

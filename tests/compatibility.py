@@ -27,6 +27,7 @@ KINDS = {
     "schema": "Structured output",
     "calls": "Function calls",
     "sound": "Sound",
+    "talk": "Tools, timers and the assistant",
     "picture": "Pictures",
     "path": "Paths",
     "client": "Clients of the server",

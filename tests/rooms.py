@@ -35,6 +35,7 @@ ROOMS = (
     "conversation",
     "store",
     "model",
+    "assistant",  # tools, timers, the life on a shelf: what is built on a conversation
     "serve",
     "doctor",
     "convert",  # beside the runtime, as benchmarks are: only the command line imports them
@@ -64,6 +65,7 @@ WALLS = {
     "webrtc_noise_gain": "edge_gemma.hearing.echo",
     "sentence_stream": "edge_gemma.conversation.clauses",
     "kokoro_onnx": "edge_gemma.conversation.voice",
+    "filelock": "edge_gemma.assistant.timers",
     "huggingface_hub": "edge_gemma.store.hub",
     "starlette": "edge_gemma.serve",
     "uvicorn": "edge_gemma.serve.http",
