@@ -99,6 +99,26 @@ def test_forced_tokens_before_the_last_one_are_decoded_too(bundles):
             assert_close(context.logits(row), whole[24 + row])
 
 
+@pytest.mark.parametrize("rescore", [True, False])
+def test_sequences_in_any_order_get_their_own_logits(bundles, rescore):
+    """A batch is put in order for llama.cpp; what comes back is in the order that was asked for."""
+    coarse, _ = bundles
+    lengths = (20, 23, 26)
+    whole = logits(coarse, IDS, rescore=rescore)
+    request = PlanRequest(n_seq_max=3, rescore=rescore)
+    with load(coarse, n_ctx=256, request=request) as model:
+        context = model.decoder.context(n_outputs=8)
+        for sequence, length in enumerate(lengths):
+            context.decode(sequence, 0, Tokens(IDS[:length]))
+        context.decode_step([(s, lengths[s], IDS[lengths[s] : lengths[s] + 1]) for s in (2, 0, 1)])
+        for row, sequence in enumerate((2, 0, 1)):
+            assert_close(context.logits(row), whole[lengths[sequence]])
+        steps = [(2, 27, IDS[27:29]), (0, 21, IDS[21:24])]
+        context.decode_step(steps, every=True)
+        for row, position in enumerate((27, 28, 21, 22, 23)):
+            assert_close(context.logits(row), whole[position])
+
+
 def test_wanted_rows_alone_are_scored_too(bundles):
     coarse, _ = bundles
     with load(coarse, n_ctx=256) as model:
