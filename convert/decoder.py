@@ -80,6 +80,11 @@ def plan_layout(
     return Layout(header, tuple(tensors))
 
 
+def vocabulary_header(dims: Dims, vocabulary: Vocabulary) -> bytes:
+    """A GGUF of the vocabulary alone, without a tensor: enough to tokenize with."""
+    return gguf_header(_metadata(dims, vocabulary, "vocabulary", 0, None), [])
+
+
 def write_decoder(
     path: Path,
     layout: Layout,

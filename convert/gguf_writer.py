@@ -42,7 +42,7 @@ def gguf_header(
     >>> header[:4], len(header) % 32
     (b'GGUF', 0)
     """
-    values = [_string(key) + _value(value) for key, value in pairs]
+    values = [_string(key) + encoded(value) for key, value in pairs]
     table, offset = [], 0
     for name, kind, shape, nbytes in tensors:
         assert len(name.encode()) < 64, name  # GGML_MAX_NAME
@@ -92,7 +92,8 @@ def _string(text: str | bytes) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def _value(value: Value) -> bytes:
+def encoded(value: Value) -> bytes:
+    """A value as it lies behind its key: type, then the value."""
     if isinstance(value, bool):
         return struct.pack("<I?", _BOOL, value)
     if isinstance(value, int):

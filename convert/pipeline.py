@@ -37,6 +37,7 @@ from edge_gemma.bundles.manifest import (
     OnnxPart,
     Source,
     VisionPart,
+    VocabularyPart,
 )
 from edge_gemma.convert.checkpoint import Checkpoint
 from edge_gemma.convert.decoder import CHUNK_VALUES, Layout, plan_layout, write_decoder
@@ -54,6 +55,8 @@ from edge_gemma.units import MiB, format_bytes
 
 if TYPE_CHECKING:
     from edge_gemma.convert.onnx_weights import OnnxPlan
+    from edge_gemma.convert.trim.choice import Wanted
+    from edge_gemma.convert.trim.conversion import Trimmed
 
 DECODER = "decoder.gguf"
 DECODERS = ("gguf", "both")
@@ -116,6 +119,7 @@ class Conversion:
     decoder: str = "gguf"
     onnx_quant: str | Recipe | None = None
     slice: str | None = None  # "e2b" or a .toml file
+    trim: Wanted | None = None  # which tokens stay; None: all of them
     merge: tuple[tuple[Path, float], ...] = ()  # LoRA adapters to fold in, with their scale
     audio: str | None = None
     vision: str | None = None
@@ -157,6 +161,7 @@ class Prepared:
     skipped: dict[str, str]  # stored name → why nothing is made of it
     embedding: EmbeddingPart | None = None
     onnx: OnnxPlan | None = None
+    trimmed: Trimmed | None = None  # a vocabulary that is cut
 
     @property
     def disk_bytes(self) -> int:
@@ -229,8 +234,6 @@ def prepare(folder: str | Path, options: Conversion) -> Prepared:
     importance: dict[str, np.ndarray] = {}
     types, type_notes = choose_types(recipe, mapping, has_imatrix=bool(options.imatrix))
     notes += type_notes
-    onnx = _plan_onnx(options, mapping)
-    notes += onnx.notes if onnx else ()
     if options.imatrix:
         from edge_gemma.convert.imatrix import read_importance
 
@@ -241,31 +244,74 @@ def prepare(folder: str | Path, options: Conversion) -> Prepared:
     towers = _towers(checkpoint, options)
     roles, role_notes = _media_tokens(checkpoint.config, dims, towers)
     notes += [*vocabulary.notes, *answers.notes, *role_notes]
-    layout = plan_layout(
-        mapping.dims,
-        mapping.sources,
-        types,
-        vocabulary,
-        name=options.name or checkpoint.name,
-        file_type=recipe.file_type,
-        embedding=embedding,
-    )
-    return Prepared(
+    prepared = Prepared(
         checkpoint=checkpoint,
         tensors=tensors,
         recipe=recipe,
         mapping=mapping,
         types=types,
         vocabulary=vocabulary,
-        layout=layout,
+        layout=_layout(
+            mapping, types, vocabulary, options.name or checkpoint.name, recipe, embedding
+        ),
         importance=importance,
-        notes=tuple(dict.fromkeys(notes)),
+        notes=(),
         towers=towers,
         answers=answers,
         special_tokens=roles,
         skipped=_skipped(mapping, towers),
         embedding=embedding,
-        onnx=onnx,
+    )
+    if options.trim is not None:
+        prepared = _cut_vocabulary(prepared, options, options.trim, notes)
+    onnx = _plan_onnx(options, prepared.mapping)
+    notes += onnx.notes if onnx else ()
+    return replace(prepared, onnx=onnx, notes=tuple(dict.fromkeys(notes)))
+
+
+def _layout(
+    mapping: Mapping,
+    types: dict[str, str],
+    vocabulary: Vocabulary,
+    name: str,
+    recipe: Recipe,
+    embedding: EmbeddingPart | None,
+) -> Layout:
+    return plan_layout(
+        mapping.dims,
+        mapping.sources,
+        types,
+        vocabulary,
+        name=name,
+        file_type=recipe.file_type,
+        embedding=embedding,
+    )
+
+
+def _cut_vocabulary(
+    prepared: Prepared, options: Conversion, wanted: Wanted, notes: list[str]
+) -> Prepared:
+    """The same with only the tokens that stay; what is to be said goes to ``notes``."""
+    from edge_gemma.convert.trim import rows
+    from edge_gemma.convert.trim.conversion import decide
+
+    needed = (*prepared.special_tokens.values(), *prepared.answers.end_tokens)
+    trimmed = decide(prepared.mapping, prepared.vocabulary, wanted, needed, prepared.layout)
+    notes += trimmed.choice.notes
+    kept, ids = trimmed.choice.kept, rows.new_ids(trimmed.choice.kept)
+    mapping = rows.cut_mapping(prepared.mapping, kept)
+    vocabulary = rows.cut_vocabulary(prepared.vocabulary, kept)
+    name, recipe = options.name or prepared.checkpoint.name, prepared.recipe
+    return replace(
+        prepared,
+        mapping=mapping,
+        vocabulary=vocabulary,
+        layout=_layout(mapping, prepared.types, vocabulary, name, recipe, prepared.embedding),
+        answers=replace(
+            prepared.answers, end_tokens=rows.renumbered(prepared.answers.end_tokens, ids)
+        ),
+        special_tokens=rows.renamed(prepared.special_tokens, ids),
+        trimmed=trimmed,
     )
 
 
@@ -435,6 +481,8 @@ def _write(prepared: Prepared, options: Conversion, folder: Path, report: Report
         vision=_write_vision(prepared, folder, report),
         onnx=_write_onnx(prepared, options, folder, report),
     )
+    if prepared.trimmed:
+        prepared.trimmed.write_kept(folder)
     for path in sorted(folder.iterdir()):
         if path.name != DECODER and not path.name.startswith("."):
             parts.files[path.name] = file_entry(path)
@@ -442,7 +490,22 @@ def _write(prepared: Prepared, options: Conversion, folder: Path, report: Report
     quality = None
     if options.check:
         quality = _receipt(prepared, options, options.check, folder / DECODER, report)
-    return _manifest(prepared, options, folder / DECODER, parts, quality)
+    manifest = _manifest(prepared, options, folder / DECODER, parts, quality)
+    if prepared.trimmed is None:
+        return manifest
+    report.stage("vocabulary")
+    part = _vocabulary_part(prepared, prepared.trimmed, options, folder)
+    return msgspec.structs.replace(manifest, vocabulary=part)
+
+
+def _vocabulary_part(
+    prepared: Prepared, trimmed: Trimmed, options: Conversion, folder: Path
+) -> VocabularyPart:
+    """With ``--check`` the whole decoder lies beside for as long as it takes to compare."""
+    measure, n_threads = options.check is not None, options.threads()
+    if measure:
+        trimmed.write_whole(folder, prepared.tensors, prepared.importance, n_threads)
+    return trimmed.part(folder, folder / DECODER, measure=measure, n_threads=n_threads)
 
 
 @dataclass(frozen=True)
@@ -502,6 +565,7 @@ def _check_disk(prepared: Prepared, folder: Path, options: Conversion) -> None:
     needed = prepared.disk_bytes + _DISK_MARGIN_BYTES
     if options.check:
         needed += _reference_layout(prepared).total_bytes
+        needed += prepared.trimmed.whole.total_bytes if prepared.trimmed else 0
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise RuntimeFailure(
@@ -573,7 +637,7 @@ def _manifest(
         vision=parts.vision,
         embedding=prepared.embedding,
         onnx=parts.onnx,
-        recipe=_recipe_record(prepared.recipe, options),
+        recipe=_recipe_record(prepared, options),
         quality=quality,
     )
 
@@ -613,8 +677,9 @@ def _media_tokens(
     return found, notes
 
 
-def _recipe_record(recipe: Recipe, options: Conversion) -> dict[str, str]:
+def _recipe_record(prepared: Prepared, options: Conversion) -> dict[str, str]:
     """What the manifest says of how the weights were made."""
+    recipe = prepared.recipe
     record = {
         "name": recipe.name,
         "matrix": recipe.matrix,
@@ -629,6 +694,8 @@ def _recipe_record(recipe: Recipe, options: Conversion) -> dict[str, str]:
         record["imatrix"] = options.imatrix.name
     if options.slice:
         record["slice"] = Path(options.slice).name
+    if prepared.trimmed:
+        record["vocabulary"] = f"{len(prepared.trimmed.choice.kept)} tokens"
     if options.merge:
         merged = [f"{folder.name} × {scale:g}" for folder, scale in options.merge]
         record["merged"] = ", ".join(merged)

@@ -91,6 +91,18 @@ class OnnxPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     weights_bytes: int
 
 
+class VocabularyPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A vocabulary that was cut: which rows of the whole one are left, and what that costs."""
+
+    n_whole: int  # tokens of the whole vocabulary
+    languages: tuple[str, ...] = ()  # whose words chose; none: only unused tokens are gone
+    texts: tuple[str, ...] = ()  # names of files that chose
+    file: str = "kept_tokens.npy"  # [n_vocab] int32: id here → id in the whole vocabulary
+    # language of a text that chose nothing → tokens per character before and after, share
+    # tokenized identically; bits per character and divergence where they were measured
+    receipt: dict[str, dict[str, float]] = {}
+
+
 class AudioPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     file: str
     precision: str  # f32 | f16 | int8 | int8-block | int4-block
@@ -173,6 +185,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     vision: VisionPart | None = None
     embedding: EmbeddingPart | None = None
     onnx: OnnxPart | None = None
+    vocabulary: VocabularyPart | None = None  # of a vocabulary that was cut
     recipe: dict[str, str] = {}  # name, and the type of each group of tensors
     quality: dict[str, float | int | str] | None = None  # the receipt of `convert --check`
     # sentences for people: what was repaired, left out or taken otherwise than the source says
@@ -299,6 +312,12 @@ def check_manifest(manifest: Manifest) -> None:
     _check_decoder(manifest.decoder, manifest.files[manifest.decoder.file].size)
     _check_answers(manifest)
     _check_embedding(manifest)
+    whole = manifest.vocabulary.n_whole if manifest.vocabulary else MAX_COUNT
+    if not manifest.decoder.n_vocab <= whole <= MAX_COUNT:
+        raise BundleError(
+            f"{MANIFEST}: a vocabulary of {manifest.decoder.n_vocab} tokens cannot be cut from "
+            f"one of {whole}"
+        )
 
 
 def _check_files(manifest: Manifest) -> None:
@@ -316,6 +335,8 @@ def _check_files(manifest: Manifest) -> None:
     artifacts += [table.file for table in tables if table]
     if manifest.special_rows:
         artifacts.append("special_rows.npy")
+    if manifest.vocabulary:
+        artifacts.append(manifest.vocabulary.file)
     for path in artifacts:
         if path not in manifest.files:
             raise BundleError(

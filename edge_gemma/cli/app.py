@@ -13,7 +13,7 @@ from edge_gemma.cli.flags import Flags
 from edge_gemma.cli.options import complete
 
 GROUPS = tuple(
-    """demo text embed bundles system recommend store convert see hear listen serve guard watch
+    """demo text embed bundles system recommend store convert trim see hear listen serve guard watch
     batch bench""".split()
 )
 EXIT_CODES = (

@@ -21,6 +21,7 @@ from edge_gemma.cli.common import (
     print_json,
     table,
 )
+from edge_gemma.cli.trim import vocabulary_facts
 from edge_gemma.units import format_bytes
 
 if TYPE_CHECKING:
@@ -141,6 +142,7 @@ def _facts(bundle: Bundle) -> list[tuple[str, str]]:
             + (" have a KV cache" if manifest.embedding is None else ""),
         ),
         ("head", "tied to the token embedding" if decoder.tied_head else "separate"),
+        *vocabulary_facts(bundle),
         *_embedding(manifest),
         ("audio", _encoder(manifest, "audio")),
         ("vision", _encoder(manifest, "vision")),

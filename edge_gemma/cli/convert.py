@@ -22,6 +22,16 @@ from edge_gemma.cli.common import (
     print_json,
     table,
 )
+from edge_gemma.cli.trim import (
+    KeepTokensOption,
+    LanguagesOption,
+    MinCountOption,
+    VocabularyOption,
+    cost_lines,
+    print_sizes,
+    receipt_table,
+    wanted_tokens,
+)
 from edge_gemma.units import format_bytes
 
 if TYPE_CHECKING:
@@ -99,6 +109,10 @@ def convert(
         ),
     ] = None,
     vision: VisionEncoderOption = None,
+    languages: LanguagesOption = None,
+    vocabulary: VocabularyOption = None,
+    keep_tokens: KeepTokensOption = 0,
+    min_count: MinCountOption = 1,
     name: NameOption = None,
     check: Annotated[
         Path | None,
@@ -153,6 +167,7 @@ def convert(
         decoder=decoder,
         onnx_quant=onnx_quant,
         slice=slice,
+        trim=wanted_tokens(languages, vocabulary, keep_tokens, min_count, offer_sizes=dry_run),
         merge=tuple(parse_scaled(text, "--merge") for text in merge or ()),
         audio=audio,
         vision=vision,
@@ -183,6 +198,10 @@ def convert(
         note(f"skipped {reasons.count(reason)} tensors: {reason}")
     if result.sample is not None:
         note(f"verified; it says: The{result.sample!r}")
+    if manifest.vocabulary:
+        print(receipt_table(manifest.vocabulary))
+        for line in cost_lines(manifest.vocabulary):
+            note(line)
     if manifest.quality:
         print(table([(key, str(value)) for key, value in manifest.quality.items()], right=(0,)))
     print(
@@ -204,6 +223,7 @@ def _record(result: Result) -> dict[str, object]:
         "skipped": result.skipped,
         "sample": result.sample,
         "quality": manifest.quality,
+        "vocabulary": manifest.vocabulary,
     }
 
 
@@ -332,6 +352,17 @@ def _print_plan(prepared: Prepared, options: Conversion, out: Path, as_json: boo
             "disk_free_bytes": free_bytes,
             "memory_bytes": memory_bytes,
             "weights": n_weights,
+            "vocabulary": [
+                {
+                    "tokens": n_tokens,
+                    "coverage": coverage,
+                    "decoder_bytes": prepared.trimmed.bytes_of(n_tokens)[0],
+                    "read_per_token_bytes": prepared.trimmed.bytes_of(n_tokens)[1],
+                }
+                for n_tokens, coverage in prepared.trimmed.offers()
+            ]
+            if prepared.trimmed
+            else None,
             "groups": [
                 {"tensors": group, "type": kind, "count": count, "bytes": n_bytes}
                 for (group, kind), (count, n_bytes) in groups.items()
@@ -359,6 +390,8 @@ def _print_plan(prepared: Prepared, options: Conversion, out: Path, as_json: boo
         )
     for line in [*table(rows, right=(2, 3)).splitlines(), *prepared.notes]:
         print(f"  {line}")
+    if prepared.trimmed:
+        print_sizes(prepared.trimmed)
     disk, free = format_bytes(prepared.disk_bytes), format_bytes(free_bytes)
     print(f"disk   {disk} needed, {free} free in {parent}")
     memory = format_bytes(memory_bytes)

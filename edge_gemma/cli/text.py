@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -196,6 +196,8 @@ def run(
         model, load_s = load_model(
             bundle, loading, tuple(senses), structured=options.schema is not None
         )
+        if said := model.cut_vocabulary_note(text):
+            note(said)
         peak.rebase()  # a plan's peak counts from the end of load
         with model:
             started = time.perf_counter()
@@ -256,16 +258,24 @@ def chat(
         if sys.stdin.isatty():
             note(f"{manifest.name}, {talk.session.n_ctx} tokens of context. /help for commands.")
             import readline  # noqa: F401  (line editing and history for input())
-        _converse(talk, options, stats)
+        _converse(talk, options, stats, model.cut_vocabulary_note)
 
 
-def _converse(talk: Chat, options: Sampling, stats: bool) -> None:
-    """Read a line, answer it, until /exit or the end of the input."""
+def _converse(
+    talk: Chat, options: Sampling, stats: bool, note_on: Callable[[str], str | None]
+) -> None:
+    """Read a line, answer it, until /exit or the end of the input. What ``note_on`` says of a line
+    is told once.
+    """
     from edge_gemma.errors import EdgeGemmaError
 
     last: Chunk | None = None
+    is_told = False
     while (line := _read_line()) is not None:
         try:
+            if not is_told and (said := note_on(line)):
+                note(said)
+                is_told = True
             content = _command(line, talk, last)
             if content is None:
                 continue

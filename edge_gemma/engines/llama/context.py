@@ -137,6 +137,7 @@ class Context:
         self._pos = np.zeros(n, np.int32)
         self._n_seq = np.ones(n, np.int32)
         self._out = np.zeros(n, np.int8)
+        self._out_index = np.empty(0, np.int64)  # rows of the last batch whose logits are kept
         self._seq_values = (ctypes.c_int32 * n_seq)(*range(n_seq))
         step, base = ctypes.sizeof(ctypes.c_int32), ctypes.addressof(self._seq_values)
         self._seq_address = [base + i * step for i in range(n_seq)]
