@@ -15,12 +15,12 @@ import pytest
 
 import edge_gemma
 from edge_gemma.bundles.token_roles import FUNCTION_TOKENS
+from edge_gemma.conversation.call_stream import CallStream
 from edge_gemma.conversation.stream import Chunk
 from edge_gemma.conversation.transcription import transcribe
 from edge_gemma.errors import RuntimeFailure, UsageError
 from edge_gemma.options import Sampling
 from edge_gemma.prompts.prompt import Prompt
-from edge_gemma.serve.calls import CallStream
 from edge_gemma.serve.guard import BearerTokens, Limits
 from edge_gemma.serve.http import Address, make_app
 from edge_gemma.serve.service import Service

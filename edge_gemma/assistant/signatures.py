@@ -178,8 +178,10 @@ def _schema(record: type[msgspec.Struct], defaults: dict[str, Any], where: str) 
             "bool, lists and dicts of them, Literal, enums or dataclasses"
         ) from None
     for name, value in defaults.items():
-        schema["properties"][name]["default"] = value
-    return {key: schema[key] for key in ("type", "properties", "required") if key in schema}
+        if value not in (None, ""):  # every prompt holds this: what says nothing is left out
+            schema["properties"][name]["default"] = value
+    required = {"required": schema["required"]} if schema.get("required") else {}
+    return {"type": "object", "properties": schema["properties"], **required}
 
 
 def _inlined(schema: Any, components: Mapping[str, Any], inside: tuple[str, ...]) -> Any:

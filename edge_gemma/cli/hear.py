@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -63,13 +63,17 @@ def register(app: typer.Typer) -> None:
 
 
 def open_chat(
-    bundle: str, loading: LoadingOptions, options: ListenOptions, system: str | None = None
+    bundle: str,
+    loading: LoadingOptions,
+    options: ListenOptions,
+    system: str | None = None,
+    tools: Sequence[Mapping] = (),
 ) -> tuple[Model, Chat]:
     """A bundle that hears, loaded, and a chat. Raises UnsupportedModel for one that does not
     hear, before anything is loaded.
     """
-    model, _ = load_model(bundle, loading, ("audio",))
-    return model, model.chat(system=system, pad_audio=options.pad_audio)
+    model, _ = load_model(bundle, loading, ("audio",), structured=bool(tools))
+    return model, model.chat(system=system, tools=tools, pad_audio=options.pad_audio)
 
 
 def _check_source(file: str | None, mic: bool) -> None:

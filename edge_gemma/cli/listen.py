@@ -28,11 +28,12 @@ from edge_gemma.cli.hear import (
     open_chat,
 )
 from edge_gemma.cli.options import LOADING, LoadingOptions, SamplingOptions, grouped
+from edge_gemma.cli.tools import BUILTIN, StateOption, TalkTools, TalkToolsOption, talk_tools
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from edge_gemma.conversation.listener import Heard
+    from edge_gemma.conversation.listener import Heard, Listener
     from edge_gemma.conversation.voice import Synthesizer, Voice
     from edge_gemma.hearing.devices import SoundDevice, Speaker
     from edge_gemma.hearing.echo import EchoCanceller
@@ -92,6 +93,8 @@ def listen(
     gain: Annotated[
         int, typer.Option("--gain", help="Automatic gain: 0 (off), or up to 31 dB.")
     ] = 0,
+    tools: TalkToolsOption = None,
+    state: StateOption = None,
     pad_audio: PadAudioOption = False,
     pause: PauseOption = 0.6,
     sampling: SamplingOptions = ANSWERING,
@@ -108,11 +111,12 @@ def listen(
     from edge_gemma.hearing.echo import noise_filter
     from edge_gemma.hearing.samples import RATE_HZ
 
-    echo = EchoChoice.of(echo_cancel, speaks=voice != "none")
+    rings = BUILTIN in (tools or ())
+    echo = EchoChoice.of(echo_cancel, speaks=voice != "none" or rings)
     loudspeaker = Speaker(speaker, echo.canceller.played if echo.canceller else None)
     make_voice = _voice_maker(voice, loudspeaker)
     find_sound_device(name, "input")  # before the model is loaded
-    if voice != "none":
+    if voice != "none" or rings:
         find_sound_device(speaker, "output")
     gate = None
     if wake_word:
@@ -125,8 +129,13 @@ def listen(
         instruction=instruction,
         barge_in=barge_in and not echo.half_duplex,
     )
-    model, chat = open_chat(bundle, loading, options, system)
-    with model, chat, contextlib.closing(loudspeaker):
+    with contextlib.ExitStack() as opened:
+        found = opened.enter_context(talk_tools(tools, state))
+        specs = found.toolbox.specs if found else ()
+        model, chat = open_chat(bundle, loading, options, system, specs)
+        opened.enter_context(model)
+        opened.enter_context(chat)
+        opened.enter_context(contextlib.closing(loudspeaker))
         listener = Listener(
             chat,
             Microphone(name),
@@ -136,6 +145,8 @@ def listen(
             echo=echo.canceller,
             filters=filters,
         )
+        if found:
+            add_tools(listener, found, loudspeaker, _language(voice))
         if echo.canceller:
             loudspeaker.play(np.zeros(0, np.float32), RATE_HZ)  # open: its samples are counted
         try:
@@ -147,6 +158,27 @@ def listen(
         except KeyboardInterrupt:
             listener.stop()
             note("")
+
+
+def add_tools(listener: Listener, tools: TalkTools, speaker: Speaker, language: str | None) -> None:
+    """The listener answers with tools, and rings where there are timers."""
+    from edge_gemma.assistant.ringing import Ringing
+    from edge_gemma.assistant.tool_loop import ToolLoop
+    from edge_gemma.conversation.notice import Notice
+
+    languages = (language,) if language else ()
+    loop = ToolLoop(listener.chat, tools.toolbox, languages=languages)
+    ringing = None
+    if tools.timers is not None:
+        ringing = Ringing(tools.timers, speaker.play, speaker.stop, language=language or "en")
+
+    def notices() -> Notice | None:
+        text = loop.overdue()
+        if text is not None:
+            return Notice(text)
+        return ringing() if ringing is not None else None
+
+    listener.responder, listener.notices = loop, notices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +241,10 @@ def _show_state(record: Heard) -> None:
         note(f"the microphone is back: {record.text}")
     elif record.kind == "dropped":
         note(f"{record.n} blocks of 32 ms were lost so far")
+    elif record.kind == "called":
+        note(f"({record.text})")
+    elif record.kind == "notice":
+        print(record.text, flush=True)
     elif record.kind in ("lost", "failed"):
         note(record.text)
 
@@ -222,28 +258,38 @@ def _voice_maker(voice: str, speaker: Speaker) -> Callable[[], Voice | None]:
     from edge_gemma.conversation.clauses import Clauses
     from edge_gemma.conversation.voice import Voice
 
-    synthesize, language = _synthesizer(voice)
+    synthesize, language = _synthesizer(voice), _language(voice) or "en"
     Clauses()  # raises now where its library is missing
     return lambda: Voice(
         synthesize, speaker.play, speaker.stop, lambda: speaker.n_heard, language=language
     )
 
 
-def _synthesizer(voice: str) -> tuple[Synthesizer, str]:
-    """``--voice`` → what speaks, and its language for units."""
+def _synthesizer(voice: str) -> Synthesizer:
+    """``--voice`` → what speaks."""
     from edge_gemma.conversation.voice import espeak, kokoro, piper
 
     file, colon, name = voice.partition(".onnx")
     if not colon:
-        return espeak(voice), voice
+        return espeak(voice)
     if name.startswith(":"):
         folder = Path(file).parent
         voices = sorted(folder.glob("voices*.bin"))
-        return kokoro(f"{file}.onnx", voices[-1] if voices else folder / "voices.bin", name[1:]), (
-            "en"
-        )
+        return kokoro(f"{file}.onnx", voices[-1] if voices else folder / "voices.bin", name[1:])
+    return piper(voice)
+
+
+def _language(voice: str) -> str | None:
+    """What ``--voice`` speaks: its units, its yes and no. None without a voice."""
+    if voice == "none":
+        return None
+    _, colon, name = voice.partition(".onnx")
+    if not colon:
+        return voice
+    if name.startswith(":"):
+        return "en"
     # piper's files are named LANGUAGE_COUNTRY-NAME-QUALITY.onnx
-    return piper(voice), Path(voice).name.partition("_")[0]
+    return Path(voice).name.partition("_")[0]
 
 
 def devices(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,10 +30,12 @@ from edge_gemma.cli.options import (
     SamplingOptions,
     grouped,
 )
+from edge_gemma.cli.tools import ToolsOption, tools_of
 from edge_gemma.sources import first_path, typed, typed_line
 from edge_gemma.units import format_bytes
 
 if TYPE_CHECKING:
+    from edge_gemma.assistant.tools import Toolbox
     from edge_gemma.bundles.manifest import Sense
     from edge_gemma.conversation.chat import Chat
     from edge_gemma.conversation.stream import Chunk
@@ -144,6 +147,7 @@ def run(
     audio: Annotated[
         list[str] | None, typer.Option("--audio", help="A sound to play first. Repeatable.")
     ] = None,
+    tools: ToolsOption = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")
     ] = False,
@@ -177,6 +181,9 @@ def run(
         raise UsageError("--logprobs needs --json: plain text has no place for them")
     if raw and system:
         raise UsageError("give --system or --raw, not both: raw text has no system turn")
+    if tools and (raw or schema or grammar):
+        raise UsageError("give --tools or one of --raw, --schema and --grammar")
+    toolbox = tools_of(tools)
     text = _prompt(prompt)
     media: list[Part] = [*map(Image, image or ()), *map(Audio, audio or ())]
     content = [*media, text] if media else text
@@ -194,16 +201,22 @@ def run(
         senses.append("vision")
     with PeakSampler() as peak:
         model, load_s = load_model(
-            bundle, loading, tuple(senses), structured=options.schema is not None
+            bundle,
+            loading,
+            tuple(senses),
+            structured=options.schema is not None or toolbox is not None,
         )
         if said := model.cut_vocabulary_note(text):
             note(said)
         peak.rebase()  # a plan's peak counts from the end of load
         with model:
             started = time.perf_counter()
-            if not raw and (model.bundle.manifest.instruct or system):
-                talk = model.chat(system=system)
-                answer = stream(talk.send(content, options), talk.cancel, quiet=as_json)
+            if not raw and (model.bundle.manifest.instruct or system or toolbox):
+                with Speaking(model, system, toolbox) as talk:
+                    chunks = talk.send(content, options)
+                    answer = stream(chunks, talk.cancel, quiet=as_json)
+                    if talk.asks:
+                        note("nobody can say yes here, so it is not done; use: edge-gemma chat")
             else:
                 answer = _continue(model, [*media, text], options, quiet=as_json)
             wall_s = time.perf_counter() - started
@@ -240,14 +253,17 @@ Ctrl-C stops an answer, not the chat. A line that ends in \\ goes on."""
 def chat(
     bundle: BundleArg,
     system: SystemOption = None,
+    tools: ToolsOption = None,
     sampling: SamplingOptions = CHATTING,
     loading: LoadingOptions = LOADING,
     stats: StatsOption = False,
 ) -> None:
     """Talk with a bundle. /help lists what can be typed besides words."""
     options = sampling.sampling(bundle)
-    model, _ = load_model(bundle, loading)
-    with model, model.chat(system=system) as talk:
+    toolbox = tools_of(tools)
+    model, _ = load_model(bundle, loading, structured=toolbox is not None)
+    with model, Speaking(model, system, toolbox) as speaking:
+        talk = speaking.chat
         manifest = model.bundle.manifest
         if not manifest.instruct:
             note(
@@ -258,17 +274,54 @@ def chat(
         if sys.stdin.isatty():
             note(f"{manifest.name}, {talk.session.n_ctx} tokens of context. /help for commands.")
             import readline  # noqa: F401  (line editing and history for input())
-        _converse(talk, options, stats, model.cut_vocabulary_note)
+        _converse(speaking, options, stats, model.cut_vocabulary_note)
+
+
+class Speaking:
+    """A written conversation, with tools or without: what was asked for a dangerous one is asked
+    here, and the next line is the answer.
+    """
+
+    def __init__(self, model: Model, system: str | None, toolbox: Toolbox | None):
+        from edge_gemma.assistant.tool_loop import ToolLoop
+
+        self.chat = model.chat(system=system, tools=toolbox.specs if toolbox else ())
+        self._loop = ToolLoop(self.chat, toolbox) if toolbox else None
+        self._stopped = threading.Event()
+
+    def send(self, content: str | list[Part], options: Sampling) -> Iterator[Chunk]:
+        if self._loop is None:
+            return self.chat.send(content, options)
+        self._stopped.clear()
+        return self._loop.send(
+            content, options, stopped=self._stopped, tell=lambda line: note(f"({line})")
+        )
+
+    @property
+    def asks(self) -> bool:
+        """Whether a question waits for yes or no."""
+        return self._loop is not None and self._loop.asks
+
+    def cancel(self) -> None:
+        self._stopped.set()
+        self.chat.cancel()
+
+    def __enter__(self) -> Speaking:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.chat.close()
 
 
 def _converse(
-    talk: Chat, options: Sampling, stats: bool, note_on: Callable[[str], str | None]
+    speaking: Speaking, options: Sampling, stats: bool, note_on: Callable[[str], str | None]
 ) -> None:
     """Read a line, answer it, until /exit or the end of the input. What ``note_on`` says of a line
     is told once.
     """
     from edge_gemma.errors import EdgeGemmaError
 
+    talk = speaking.chat
     last: Chunk | None = None
     is_told = False
     while (line := _read_line()) is not None:
@@ -279,7 +332,7 @@ def _converse(
             content = _command(line, talk, last)
             if content is None:
                 continue
-            last = _answer(talk, content, options) or last
+            last = _answer(speaking, content, options) or last
             if stats and last:
                 note(stats_line(last))
         except _Leave:
@@ -367,9 +420,11 @@ def _require_file(word: str, path: str) -> None:
         raise UsageError(f"{word} needs a file")
 
 
-def _answer(talk: Chat, content: str | list[Part], options: Sampling) -> Chunk | None:
-    end = stream(talk.send(content, options), talk.cancel).end
+def _answer(speaking: Speaking, content: str | list[Part], options: Sampling) -> Chunk | None:
+    end = stream(speaking.send(content, options), speaking.cancel).end
     print()
+    if end is not None and end.usage is None and end.finish_reason == "stop":
+        return None  # a sentence that no model made
     if end is None or end.usage is None:
         note("stopped before the answer began; the turn was taken back")
         return None

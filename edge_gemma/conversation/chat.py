@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from edge_gemma.conversation.call_stream import CallStream
 from edge_gemma.conversation.fitting import fit
 from edge_gemma.conversation.sequences import Sequences
 from edge_gemma.conversation.session import Session
@@ -86,7 +87,7 @@ class Chat:
         pan_and_scan: bool = False,
     ):
         self.session, self.senses = Session(sequences), senses
-        self._sampling = sequences.sampling  # where none is given
+        self.sampling = sequences.sampling  # where none is given
         self.messages: list[Message] = [Message("system", system)] if system else []
         self.tools, self.pad_audio, self.pan_and_scan = tuple(tools), pad_audio, pan_and_scan
         self.reply: Reply | None = None
@@ -107,15 +108,31 @@ class Chat:
         turns included. Raises ContextFull when the turn cannot fit even alone, UsageError,
         MediaError, UnsupportedModel.
         """
-        sampling = sampling or self._sampling
+        sampling = sampling or self.sampling
         self.session.check(sampling)
-        before, reserve = list(self.messages), self._reserve(sampling.max_tokens)
         if not isinstance(content, str):
+            reserve = self._reserve(sampling.max_tokens)
             content = self.senses.encoded(
                 content, pan_and_scan=self.pan_and_scan, used_tokens=reserve
             )
+        yield from self._send([Message(role, content)], sampling)
+
+    def send_results(
+        self, texts: Sequence[str], sampling: Sampling | None = None
+    ) -> Generator[Chunk, None, None]:
+        """The results of the last answer's calls, in their order, and the answer to them. As
+        :meth:`send`.
+        """
+        sampling = sampling or self.sampling
+        self.session.check(sampling)
+        yield from self._send([Message("tool", text) for text in texts], sampling)
+
+    def _send(
+        self, messages: Sequence[Message], sampling: Sampling
+    ) -> Generator[Chunk, None, None]:
+        before, reserve = list(self.messages), self._reserve(sampling.max_tokens)
         try:
-            dropped = self._place([*before, Message(role, content)], reserve)
+            dropped = self._place([*before, *messages], reserve)
         except Cancelled:
             yield Chunk("", finish_reason="cancelled")
             return
@@ -279,6 +296,16 @@ class Chat:
         """Calls written as JSON. A mere name counts only where it is a tool's."""
         known = {tool["name"] for tool in check_tools(self.tools)}
         return [call for call in parse_calls(text) if call.parameters or call.name in known]
+
+    def call_stream(self) -> CallStream:
+        """What holds back the calls of one answer."""
+        return CallStream(self.tools, self._prompt, self.session.piece)
+
+    def remember(self, messages: Sequence[Message]) -> None:
+        """The conversation is these messages from now on, whatever was said. The next turn puts the
+        cache right.
+        """
+        self.messages, self._continues, self._turn = list(messages), False, None
 
     def heard_only(self, text: str) -> None:
         """The last answer was cut off while it was spoken: remember ``text``, what was heard of it.

@@ -21,7 +21,8 @@ import numpy as np
 
 from edge_gemma.conversation.chat import Chat
 from edge_gemma.conversation.live_turn import LiveTurn
-from edge_gemma.conversation.spoken_answer import Heard, SpokenAnswer
+from edge_gemma.conversation.notice import Notice, SpokenNotice
+from edge_gemma.conversation.spoken_answer import Heard, Responder, SpokenAnswer
 from edge_gemma.conversation.transcription import ListenOptions, Source, blocks_of, live_turn
 from edge_gemma.conversation.voice import Voice
 from edge_gemma.errors import Cancelled, DeviceLost, EdgeGemmaError, UsageError
@@ -46,6 +47,9 @@ class Listener:
 
     ``echo`` takes what the loudspeaker plays out of the sound first, ``filters`` (noise
     suppression) come behind it; gate, detector and encoder hear what is left.
+
+    ``responder`` answers in the chat's stead (tools); ``notices()`` is asked, block by block while
+    nobody speaks, for what is to be said unasked (timers).
     """
 
     chat: Chat
@@ -56,6 +60,8 @@ class Listener:
     detector: SpeechDetector | None = None
     echo: EchoCanceller | None = None
     filters: Sequence[SoundFilter] = ()
+    responder: Responder | None = None
+    notices: Callable[[], Notice | None] = lambda: None
     _stopping: threading.Event = field(default_factory=threading.Event, repr=False)
     _listening: _Listening | None = field(default=None, repr=False)
 
@@ -101,11 +107,12 @@ class _Listening:
         self._make_voice, self._gate = listener.make_voice, listener.gate
         self._detector, self._stopping = detector, stopping
         self._echo, self._filters = listener.echo, listener.filters
+        self._responder, self._notices = listener.responder, listener.notices
         self._n_samples = self._n_dropped = 0
         self._gate_open = self._gate is None
         self._turn: LiveTurn | None = None
         self._given_up = False  # the present utterance failed; its end alone would make no sense
-        self._answer: SpokenAnswer | None = None
+        self._answer: SpokenAnswer | SpokenNotice | None = None
 
     @property
     def answering(self) -> bool:
@@ -148,6 +155,7 @@ class _Listening:
                 microphone.reopen()
             except (DeviceLost, UsageError):
                 yield from self.drain()
+                self._notice()
             else:
                 if self._echo is not None:
                     self._echo.restart()
@@ -164,14 +172,24 @@ class _Listening:
         arrived_s = time.perf_counter()
         if self._answer and self._answer.done:
             yield from self.drain(wait=True)
+        self._notice()
         block = self._cleaned(block)
-        if not self._gate_open and self._gate is not None:
+        is_asked = self._responder is not None and self._responder.asks
+        if not self._gate_open and self._gate is not None and not is_asked:
             self._gate_open = self._gate(block)
             return
         if not self._answer or self._options.barge_in:
             for event in self._detector.push(block):
                 yield from self._event(event, arrived_s)
         yield from self.drain()
+
+    def _notice(self) -> None:
+        """Say what is to be said unasked, while nobody speaks."""
+        if self._answer or self._turn:
+            return
+        notice = self._notices()
+        if notice is not None:
+            self._answer = SpokenNotice(notice, self._make_voice())
 
     def _cleaned(self, block: np.ndarray) -> np.ndarray:
         if self._echo is not None:
@@ -199,12 +217,18 @@ class _Listening:
     def _interrupted(self) -> Iterator[Heard]:
         if self._answer:
             text = self._answer.stop()
+            while (record := self._answer.next_record(timeout_s=0.0)) is not None:
+                if record.kind == "called":  # that was done, whatever was said of it
+                    yield replace(record, at_s=self._at_s)
             self._answer = None
             yield Heard("interrupted", self._at_s, text)
 
     def _heard(self, event: UtteranceEvent, arrived_s: float) -> Iterator[Heard]:
         if self._turn is None:
-            self._turn = live_turn(self._chat, self._options.instruction, self._options)
+            instruction = self._options.instruction
+            if self._responder is not None:
+                instruction = self._responder.instruction(instruction)
+            self._turn = live_turn(self._chat, instruction, self._options)
         turn = self._turn
         if len(event.samples) and turn.push(event.samples):
             yield Heard("partial", self._at_s, n=turn.n_rows)
@@ -220,6 +244,7 @@ class _Listening:
                 self._make_voice(),
                 heard_s=arrived_s,
                 ending=self._stopping,
+                responder=self._responder,
             )
             self._gate_open = self._gate is None
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from edge_gemma.conversation.chat import Chat
 from edge_gemma.conversation.live_turn import LiveTurn
@@ -28,7 +29,9 @@ class Heard:
       piece of the answer), ``turn`` (its whole text, its last chunk);
     - ``interrupted`` (speech stopped the answer; ``text`` is what was said of it, or what had come
       where nothing speaks; the chat remembers that), ``dropped`` (``n`` blocks were lost so far),
-      ``lost``, ``back`` (the microphone; ``text`` says why; what was said until then is answered),
+      ``called`` (a tool; ``text`` says with what, and what came of it), ``notice`` (something was
+      said or rung unasked: a timer), ``lost``, ``back`` (the microphone; ``text`` says why; what
+      was said until then is answered),
       ``failed`` (a turn that could not be answered, or spoken; ``text`` says why).
 
     ``at_s`` counts seconds of sound; ``wait_s`` (with turn) is the time from the last sample's
@@ -44,6 +47,8 @@ class Heard:
         "turn",
         "interrupted",
         "dropped",
+        "called",
+        "notice",
         "lost",
         "back",
         "failed",
@@ -54,6 +59,33 @@ class Heard:
     wait_s: float | None = None
     sound_wait_s: float | None = None
     end: Chunk | None = None
+
+
+class Responder(Protocol):
+    """What answers in the chat's stead: it may call tools between what the model says, or ask
+    before it does.
+    """
+
+    @property
+    def asks(self) -> bool:
+        """Whether it asked something: the next utterance needs no wake word."""
+
+    def instruction(self, usual: str) -> str:
+        """What stands before the turn that begins now."""
+
+    def answer(
+        self,
+        generate: Callable[[Sampling | None], Generator[Chunk, None, None]],
+        sampling: Sampling | None,
+        stopped: threading.Event,
+        tell: Callable[[str], None],
+    ) -> Generator[Chunk, None, None]:
+        """What is said to the turn, which ``generate`` has the model answer. ``tell`` takes what is
+        shown but not spoken. Ends soon after ``stopped``.
+        """
+
+    def spoken(self) -> None:
+        """The last answer was heard to its end."""
 
 
 class SpokenAnswer:
@@ -70,12 +102,15 @@ class SpokenAnswer:
         *,
         heard_s: float,
         ending: threading.Event,
+        responder: Responder | None = None,
     ):
+        self._responder = responder
         self._chat, self._turn, self._sampling, self._voice = chat, turn, sampling, voice
         self._heard_s, self._ending = heard_s, ending
         self._records: queue.Queue[Heard | None] = queue.Queue()  # None: no more
         self._stopped = threading.Event()
         self._parts: list[str] = []
+        self._n_before = 0  # characters before the model's last message
         self.ended = False  # the last record was taken
         self._thread = threading.Thread(target=self._run, name="edge-gemma-answer", daemon=True)
         self._thread.start()
@@ -114,9 +149,13 @@ class SpokenAnswer:
 
     def _decode(self) -> Chunk | None:
         end = None
-        with closing(self._turn.generate(self._sampling)) as chunks:
+        n_chars = 0
+        with closing(self._chunks()) as chunks:
             for chunk in chunks:
+                if end is not None and end.finish_reason:  # that was a call; the answer follows
+                    self._n_before = n_chars
                 end = chunk
+                n_chars += len(chunk.text)
                 if chunk.text:
                     self._parts.append(chunk.text)
                     self._records.put(Heard("text", 0.0, chunk.text))
@@ -126,12 +165,24 @@ class SpokenAnswer:
                     break
         return end
 
+    def _chunks(self) -> Generator[Chunk, None, None]:
+        if self._responder is None:
+            return self._turn.generate(self._sampling)
+        return self._responder.answer(
+            self._turn.generate, self._sampling, self._stopped, self._tell
+        )
+
+    def _tell(self, text: str) -> None:
+        self._records.put(Heard("called", 0.0, text))
+
     def _speak_rest(self) -> None:
         if self._voice:
             self._voice.finish()
             self._voice.join()
             if self._voice.error:
                 self._records.put(Heard("failed", 0.0, str(self._voice.error)))
+        if self._responder:
+            self._responder.spoken()
 
     def _whole(self, end: Chunk | None) -> Heard:
         first_s = self._turn.first_token_s
@@ -164,7 +215,7 @@ class SpokenAnswer:
         said = self._voice.said
         # before the first token the turn was taken back; a voice that failed says nothing about it
         if self._turn.first_token_s is not None and not self._voice.error:
-            self._chat.heard_only(said)
+            self._chat.heard_only(said[self._n_before :])
         return said
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from edge_gemma.conversation.call_stream import CallStream
 from edge_gemma.conversation.stream import Chunk
 from edge_gemma.errors import EdgeGemmaError
 from edge_gemma.messages import FunctionCall, Message, Part
@@ -38,7 +39,7 @@ from edge_gemma.serve.bodies import (
     whole,
     with_schema,
 )
-from edge_gemma.serve.calls import CallStream, call_or
+from edge_gemma.serve.calls import call_or
 from edge_gemma.serve.openai_bodies import (
     AudioPart,
     ChatBody,
@@ -282,7 +283,7 @@ def calls_object(calls: Sequence[FunctionCall]) -> list[dict[str, object]]:
 
 def call_stream(server: Server, tools: Sequence[Mapping]) -> CallStream:
     model = server.service.model
-    return CallStream(tools, model.prompt, model.decoder)
+    return CallStream(tools, model.prompt, model.decoder.piece)
 
 
 @dataclass

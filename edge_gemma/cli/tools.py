@@ -1,0 +1,95 @@
+"""--tools: what the model may call."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edge_gemma.cli.common import note
+from edge_gemma.sources import typed
+
+if TYPE_CHECKING:
+    from edge_gemma.assistant.timers import Timers
+    from edge_gemma.assistant.tools import Toolbox
+
+BUILTIN = "builtin"
+ToolsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tools",
+        metavar="FILE",
+        help="Tools the model may call. FILE.py: a local program of yours that is run here; its "
+        "public functions with type hints and docstrings are the tools. FILE.json: HTTP calls "
+        "to programs of yours. Repeatable.",
+    ),
+]
+TalkToolsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tools",
+        metavar="builtin|FILE",
+        help="Tools the model may call. builtin: time, timers and alarms, volume, a shopping list. "
+        "FILE.py: a local program of yours that is run here; its public functions with type hints "
+        "and docstrings are the tools. FILE.json: HTTP calls to programs of yours. Repeatable.",
+    ),
+]
+StateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--state",
+        metavar="FOLDER",
+        help="Where timers and lists of --tools builtin are kept over a restart.",
+    ),
+]
+
+
+def tools_of(files: Sequence[str] | None) -> Toolbox | None:
+    """Of chat and run. Raises UsageError."""
+    from edge_gemma.assistant.tools import Toolbox
+    from edge_gemma.errors import UsageError
+
+    if not files:
+        return None
+    if BUILTIN in files:
+        raise UsageError(
+            "--tools builtin sets timers that ring, which needs: edge-gemma listen. Here, give a "
+            "FILE.py or FILE.json"
+        )
+    toolboxes = [Toolbox.from_file(typed(file)) for file in files]
+    return Toolbox([tool for toolbox in toolboxes for tool in toolbox.tools])
+
+
+@dataclass(frozen=True)
+class TalkTools:
+    """Of listen: ``timers`` where the built-in tools are among them."""
+
+    toolbox: Toolbox
+    timers: Timers | None = None
+
+
+@contextlib.contextmanager
+def talk_tools(files: Sequence[str] | None, state: str | None) -> Iterator[TalkTools | None]:
+    """Open the state folder, read the files; None without ``--tools``. Raises UsageError."""
+    from edge_gemma.errors import UsageError
+
+    if not files or BUILTIN not in files:
+        if state is not None:
+            raise UsageError("--state is for --tools builtin: nothing else is kept")
+        toolbox = tools_of(files)
+        yield None if toolbox is None else TalkTools(toolbox)
+        return
+    from edge_gemma.assistant.builtin_tools import builtin_tools
+    from edge_gemma.assistant.timers import Timers
+    from edge_gemma.files import state_folder
+
+    others = tools_of([file for file in files if file != BUILTIN])
+    folder = Path(typed(state)) if state is not None else state_folder("assistant")
+    with Timers(folder) as timers:
+        toolbox = builtin_tools(timers, folder, others.tools if others else ())
+        note(f"tools: {', '.join(tool.name for tool in toolbox.tools)}; kept in {folder}")
+        yield TalkTools(toolbox, timers)

@@ -1,0 +1,87 @@
+"""What an assistant says or rings unasked: a timer that is over.
+
+In: a :class:`Notice`, perhaps a voice. Out: one record. Speech stops it, as it stops an answer.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from edge_gemma.conversation.spoken_answer import Heard
+from edge_gemma.conversation.voice import Voice
+from edge_gemma.errors import EdgeGemmaError
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Notice:
+    """``ring()`` plays a sound and returns when it is over, or soon after ``silence()``; then
+    ``text`` is spoken. ``done(whole)`` is called at the end: whether nobody interrupted.
+    """
+
+    text: str
+    ring: Callable[[], object] = _nothing
+    silence: Callable[[], object] = _nothing
+    done: Callable[[bool], object] = lambda whole: None
+
+
+class SpokenNotice:
+    """Starts at once, in a thread. The same to the listener as an answer."""
+
+    def __init__(self, notice: Notice, voice: Voice | None):
+        self._notice, self._voice = notice, voice
+        self._records: queue.Queue[Heard | None] = queue.Queue()  # None: no more
+        self._records.put(Heard("notice", 0.0, notice.text))
+        self._stopped = threading.Event()
+        self.ended = False  # the last record was taken
+        self._thread = threading.Thread(target=self._run, name="edge-gemma-notice", daemon=True)
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def next_record(self, timeout_s: float) -> Heard | None:
+        """The next record, or None when there is none yet, or none any more (``ended``)."""
+        try:
+            record = self._records.get(block=timeout_s > 0, timeout=timeout_s or None)
+        except queue.Empty:
+            return None
+        self.ended = record is None
+        return record
+
+    def _run(self) -> None:
+        try:
+            self._notice.ring()
+        except EdgeGemmaError as error:  # without a loudspeaker it is still shown
+            self._records.put(Heard("failed", 0.0, str(error)))
+        try:
+            if self._voice:
+                if not self._stopped.is_set():
+                    self._voice.push(self._notice.text)
+                self._voice.finish()
+                self._voice.join()
+                if self._voice.error:
+                    self._records.put(Heard("failed", 0.0, str(self._voice.error)))
+            self._notice.done(not self._stopped.is_set())
+        finally:
+            self._records.put(None)
+
+    def stop(self) -> str:
+        """Silence now. Returns the text: it was shown."""
+        self._stopped.set()
+        self._notice.silence()
+        if self._voice:
+            self._voice.stop()
+        self._thread.join()
+        return self._notice.text
+
+    def close(self) -> None:
+        """Wait for the thread."""
+        self._thread.join()
