@@ -649,7 +649,7 @@ def call_stream(special_tokens=None):
     manifest = SimpleNamespace(special_tokens=special_tokens or {}, chat_template=None)
     prompt = Prompt(manifest, lambda text, special: list(text.encode()))
     decoder = SimpleNamespace(piece=lambda token: bytes([token]) if token < 256 else b"")
-    return CallStream([LIGHT], prompt, decoder)
+    return CallStream([LIGHT], prompt, decoder.piece)
 
 
 @pytest.mark.parametrize(

@@ -124,10 +124,9 @@ def test_a_timer_set_by_voice_rings_after_a_restart(model, tmp_path, monkeypatch
     assert found.stdout.strip() == "['tea']"
     time.sleep(2)
     with Timers(tmp_path) as timers, model.chat() as chat:
-        rings = Ringing(timers, room.play, gap_s=0.01)
         quiet = [*blocks(silence(0.5)), wait(0.05)] * 3
         again = Room(monkeypatch, quiet)
-        rings = Ringing(timers, again.play, gap_s=0.01)
+        rings = Ringing(timers, again.play, gap_s=0)
         records = again.hear(chat, notices=rings)
         assert [r.text for r in records if r.kind == "notice"] == ["The timer tea is over."] * 2
         assert again.rung == [19200] * 2 and again.said == ["The timer tea is over."] * 2
@@ -247,14 +246,13 @@ def test_no_answer_by_voice(model, monkeypatch):
     toolbox = unlock_toolbox(done)
     with model.chat(tools=toolbox.specs) as chat:
         ScriptedDecoder(chat, [FunctionCall("unlock")])
-        loop = ToolLoop(chat, toolbox, confirm_within_s=0.2)
+        loop = ToolLoop(chat, toolbox, confirm_within_s=-1)
 
         def notices():
             text = loop.overdue()
             return Notice(text) if text else None
 
-        quiet = [wait(0.3), *blocks(silence(0.2))]
-        room = Room(monkeypatch, [*blocks(UTTERANCE), *quiet * 4])
+        room = Room(monkeypatch, [*blocks(UTTERANCE), until_said, *blocks(silence(0.2))])
         records = room.hear(chat, responder=loop, notices=notices)
         assert [r.text for r in records if r.kind == "notice"] == [Phrases.of("en").say("undone")]
         assert not done and not loop.asks
