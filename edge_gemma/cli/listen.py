@@ -28,7 +28,7 @@ from edge_gemma.cli.hear import (
     open_chat,
 )
 from edge_gemma.cli.options import LOADING, LoadingOptions, SamplingOptions, grouped
-from edge_gemma.cli.tools import BUILTIN, StateOption, TalkTools, TalkToolsOption, talk_tools
+from edge_gemma.cli.tools import BUILTIN, StateOption, TalkTools, ToolsOption, talk_tools
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,7 +93,7 @@ def listen(
     gain: Annotated[
         int, typer.Option("--gain", help="Automatic gain: 0 (off), or up to 31 dB.")
     ] = 0,
-    tools: TalkToolsOption = None,
+    tools: ToolsOption = None,
     state: StateOption = None,
     pad_audio: PadAudioOption = False,
     pause: PauseOption = 0.6,

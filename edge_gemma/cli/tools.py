@@ -25,17 +25,8 @@ ToolsOption = Annotated[
         metavar="FILE",
         help="Tools the model may call. FILE.py: a local program of yours that is run here; its "
         "public functions with type hints and docstrings are the tools. FILE.json: HTTP calls "
-        "to programs of yours. Repeatable.",
-    ),
-]
-TalkToolsOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--tools",
-        metavar="builtin|FILE",
-        help="Tools the model may call. builtin: time, timers and alarms, volume, a shopping list. "
-        "FILE.py: a local program of yours that is run here; its public functions with type hints "
-        "and docstrings are the tools. FILE.json: HTTP calls to programs of yours. Repeatable.",
+        "to programs of yours. builtin (listen): time, timers and alarms, volume, a shopping list. "
+        "Repeatable.",
     ),
 ]
 StateOption = Annotated[
