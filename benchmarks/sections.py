@@ -334,6 +334,44 @@ KINDS: dict[str, Kind] = {
             Column("within 300 ms", "within_300_ms", share),
         ),
     ),
+    "talk pauses": Kind(
+        title="Pauses in a sentence: how soon its end is found, and how often it is cut off there",
+        key=("rule",),
+        better={"wait_s": -1, "words_cut": -1},
+        columns=(
+            Column("pause that ends it", "rule"),
+            Column("spoken", "spoken"),
+            Column("wait s", "wait_s", number(2)),
+            Column("at most", "wait_most_s", number(2)),
+            Column("words cut off", "words_cut", share),
+            *(
+                Column(f"cut at {pause_s} s", f"cut_{pause_s}", share)
+                for pause_s in ("0.3", "0.4", "0.5", "0.6", "0.8", "1")
+            ),
+        ),
+    ),
+    "talk loop": Kind(
+        title="A conversation that goes on and on",
+        key=("model",),
+        better={"bytes_per_hour": -1, "lost_s": -1},
+        columns=(
+            Column("model", "model"),
+            Column("minutes of sound", "minutes", number(0)),
+            Column("in minutes", "wall_minutes", number(1)),
+            Column("utterances", "utterances"),
+            Column("answers", "turns"),
+            Column("spoken over", "interrupted"),
+            Column("cuts", "cuts"),
+            Column("of both devices", "server_cuts"),
+            Column("words s", "spoken_s", number(0)),
+            Column("lost s", "lost_s", number(2)),
+            Column("anonymous MiB, warm", "anon_warm_bytes", mib),
+            Column("at the end", "anon_last_bytes", mib),
+            Column("MiB an hour", "bytes_per_hour", mib),
+            Column("threads left", "threads_left"),
+            Column("files more", "files_more"),
+        ),
+    ),
     "talk wake words": Kind(
         title="Wake words",
         key=("name",),

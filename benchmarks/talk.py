@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -29,7 +29,7 @@ from edge_gemma.conversation.voice import Synthesizer, Voice, espeak
 from edge_gemma.errors import RuntimeFailure
 from edge_gemma.hearing.echo import EchoCanceller
 from edge_gemma.hearing.samples import RATE_HZ
-from edge_gemma.hearing.utterances import SpeechDetector, UtteranceEvent, VadSettings
+from edge_gemma.hearing.utterances import SpeechDetector, VadSettings
 from edge_gemma.hearing.wake_word import wake_word
 from edge_gemma.model import Model, load
 from edge_gemma.options import Sampling
@@ -42,7 +42,8 @@ ANSWER = (
 )
 N_CTX = 1024
 STEPS = ("pause_s", "encoder_s", "prefill_s", "clause_s", "synthesis_s")
-EARLY, LATE = "clause by clause", "after the whole answer"
+EXPECTED, EARLY, LATE = "clause by clause, end expected", "clause by clause", "whole answer first"
+WAYS = (EXPECTED, EARLY, LATE)
 USERS = ("en+f3", "en+m3", "en+f1", "en-us+m7", "de", "fr")
 SENTENCES = (
     "Stop please, what time is it?",
@@ -93,7 +94,8 @@ def talk(
     n_threads: int | None = None,
     progress: Progress = silent,
 ) -> Section:
-    """Medians of ``repeats`` turns each way, interleaved. Raises UsageError (no espeak-ng),
+    """Medians of ``repeats`` turns each way, interleaved. The question comes in real time, and the
+    silence behind it, so that what is done in it counts. Raises UsageError (no espeak-ng),
     UnsupportedModel, RuntimeFailure (the question was not heard).
     """
     section = Section("talk")
@@ -101,11 +103,11 @@ def talk(
     question = said(QUESTION)
     request = PlanRequest(senses=("audio",), n_ctx=N_CTX, n_threads=n_threads)
     for folder in bundles:
-        found: dict[str, list[dict[str, float]]] = {EARLY: [], LATE: []}
+        found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
         with load(folder, request=request) as model:
             pieces = [model.detokenize([token]) for token in model.tokenize(ANSWER)]
             for number in range(repeats):
-                for way in (EARLY, LATE) if number % 2 == 0 else (LATE, EARLY):
+                for way in WAYS if number % 2 == 0 else WAYS[::-1]:
                     progress(f"turn {number + 1} of {repeats}, {way}")
                     found[way].append(_turn(model, question, pieces, synthesize, way, pause_s))
         for way, rounds in found.items():
@@ -134,21 +136,13 @@ def _turn(
     pause_s: float,
 ) -> dict[str, float]:
     detector = SpeechDetector(VadSettings(end_s=pause_s))
-    sound = np.concatenate([question, np.zeros(3 * RATE_HZ, np.float32)])
     sampling = Sampling(temperature=0, max_tokens=len(pieces))
-    kind = Voice if way == EARLY else _Late
+    kind = _Late if way == LATE else Voice
     with model.chat(pad_audio=False) as chat:
         turn = _Forced(chat, pad_audio=False, max_tokens=len(pieces))
         turn.pieces = pieces
-        n_heard = 0
-        for n, event in _events(detector, sound):
-            began = time.perf_counter()
-            turn.push(event.samples)
-            if event.kind == "end":
-                n_heard = n
-                break
-        if not n_heard:
-            raise RuntimeFailure("the question was not heard as an utterance")
+        last = _listened(detector, turn, question, expect_end=way == EXPECTED)
+        began = time.perf_counter()
         voice = kind(synthesize, lambda samples, rate_hz: True)
         answer = SpokenAnswer(chat, turn, sampling, voice, heard_s=began, ending=threading.Event())
         answer.close()
@@ -159,16 +153,28 @@ def _turn(
         assert turn.first_token_s
         stamps = (turn.finished_s, turn.first_token_s, voice.first_clause_s, voice.first_sound_s)
         parts = np.diff([began, *stamps])
-        waited_s = (n_heard - len(question)) / RATE_HZ
-        steps = dict(zip(STEPS, [waited_s, *map(float, parts)], strict=True))
+        steps = dict(zip(STEPS, [began - last, *map(float, parts)], strict=True))
         return {**steps, "total_s": sum(steps.values())}
 
 
-def _events(detector: SpeechDetector, sound: np.ndarray) -> Iterator[tuple[int, UtteranceEvent]]:
-    """(samples heard until then, event)."""
-    for at in range(0, len(sound), BLOCK):
-        for event in detector.push(sound[at : at + BLOCK]):
-            yield at + BLOCK, event
+def _listened(
+    detector: SpeechDetector, turn: LiveTurn, question: np.ndarray, *, expect_end: bool
+) -> float:
+    """The question and its end go into the turn. Returns when its last sample came, by
+    time.perf_counter. Raises RuntimeFailure.
+    """
+    sound = np.concatenate([question, np.zeros(3 * RATE_HZ, np.float32)])
+    began = time.perf_counter()
+    for n in range(BLOCK, len(sound) + 1, BLOCK):
+        behind_s = time.perf_counter() - (began + n / RATE_HZ)
+        time.sleep(max(0.0, -behind_s))
+        for event in detector.push(sound[n - BLOCK : n]):
+            turn.push(event.samples)
+            if event.kind == "end" and n > len(question):
+                return began + len(question) / RATE_HZ
+        if expect_end and behind_s < BLOCK / RATE_HZ and detector.pausing:
+            turn.expect_end()
+    raise RuntimeFailure("the question was not heard as an utterance")
 
 
 @dataclass

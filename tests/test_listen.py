@@ -319,7 +319,7 @@ def live(script, monkeypatch):
     from edge_gemma.conversation import listener as listen
 
     class Scripted:
-        name, dropped_blocks = "scripted", 0
+        name, dropped_blocks, n_waiting = "scripted", 0, 0
 
         def __init__(self):
             self.script = iter(script)

@@ -56,6 +56,7 @@ def register(app: typer.Typer) -> None:
     from edge_gemma.cli import bench_talk
 
     bench.command()(bench_talk.talk)
+    bench.command()(bench_talk.loop)
     app.add_typer(bench)
 
 

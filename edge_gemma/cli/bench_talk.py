@@ -1,7 +1,8 @@
-"""``edge-gemma bench talk``: a spoken conversation, timed."""
+"""``edge-gemma bench talk`` and ``bench loop``: a spoken conversation, timed, and for hours."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,6 +31,12 @@ def talk(
         float,
         typer.Option("--minutes", min=0, max=600, help="Of own speech in the room; 0: none of it."),
     ] = 10.0,
+    turn_model: Annotated[
+        str | None,
+        typer.Option(
+            "--turn-model", help="A text model that says at a pause whether all was said."
+        ),
+    ] = None,
     repeats: RepeatsOption = 5,
     as_json: JsonOption = False,
     report: ReportOption = None,
@@ -48,6 +55,55 @@ def talk(
         if minutes:
             found.append(benchmarks.hearing_itself(minutes=minutes, progress=say))
             found.append(benchmarks.wake_words(minutes=min(5.0, minutes), progress=say))
+            found.append(_pauses(turn_model, say))
         return found
+
+    finish_run(job, Output(as_json, report, save, against))
+
+
+def _pauses(turn_model: str | None, say: Callable[[str], None]) -> Section:
+    from edge_gemma.benchmarks.turn_taking import turn_taking
+    from edge_gemma.conversation.turn_end import TurnEnd
+    from edge_gemma.model import load
+
+    if turn_model is None:
+        return turn_taking(progress=say)
+    with (
+        load(turn_model, n_ctx=512) as model,
+        TurnEnd(model.session(), model.prompt) as turn_end,
+    ):
+        return turn_taking(turn_over=turn_end.probability, progress=say)
+
+
+def loop(
+    bundles: BundlesArg,
+    minutes: Annotated[float, typer.Option("--minutes", min=1, max=6000, help="Of sound.")] = 120.0,
+    clips: Annotated[
+        Path | None,
+        typer.Option("--clips", help="A folder with recordings of speech. Default: espeak-ng."),
+    ] = None,
+    real_time: Annotated[
+        bool, typer.Option("--real-time", help="At the pace of a room, not as fast as it goes.")
+    ] = False,
+    as_json: JsonOption = False,
+    report: ReportOption = None,
+    save: SaveOption = None,
+    against: AgainstOption = None,
+) -> None:
+    """A conversation for hours. Whether memory grows, threads stay, words are lost when microphone
+    and sound server are cut off.
+    """
+    from edge_gemma.benchmarks import talk_loop
+    from edge_gemma.store.installed import resolve
+
+    folders = [Path(resolve(name)) for name in bundles]
+    speech = talk_loop.recordings(clips)
+
+    def job(progress: Progress) -> list[Section]:
+        return [
+            talk_loop.section(
+                folders, speech, minutes=minutes, real_time=real_time, progress=progress.stage
+            )
+        ]
 
     finish_run(job, Output(as_json, report, save, against))

@@ -97,6 +97,21 @@ def listen(
     state: StateOption = None,
     pad_audio: PadAudioOption = False,
     pause: PauseOption = 0.6,
+    adaptive_pause: Annotated[
+        bool,
+        typer.Option(
+            "--adaptive-pause/--fixed-pause",
+            help="Half to twice of --pause: longer where somebody paused before and went on, or "
+            "the silence is not clear.",
+        ),
+    ] = True,
+    ask_for_end: Annotated[
+        bool,
+        typer.Option(
+            "--ask-for-end",
+            help="At a pause, ask the model whether the turn is over. Untested with real weights.",
+        ),
+    ] = False,
     sampling: SamplingOptions = ANSWERING,
     loading: LoadingOptions = LOADING,
     as_json: JsonOption = False,
@@ -107,8 +122,10 @@ def listen(
     import numpy as np
 
     from edge_gemma.conversation.listener import Listener
+    from edge_gemma.errors import UsageError
     from edge_gemma.hearing.devices import Microphone, Speaker, find_sound_device
     from edge_gemma.hearing.echo import noise_filter
+    from edge_gemma.hearing.pauses import PauseRule
     from edge_gemma.hearing.samples import RATE_HZ
 
     rings = BUILTIN in (tools or ())
@@ -124,10 +141,16 @@ def listen(
 
         gate = make_gate(wake_word)
     filters = [noise_filter(noise_suppression, gain)] if noise_suppression or gain else []
+    options = listen_options(bundle, pad_audio, pause, sampling)
+    if ask_for_end and not adaptive_pause:
+        raise UsageError(
+            "--ask-for-end decides how long a pause is; --fixed-pause leaves no choice"
+        )
+    if adaptive_pause:
+        vad = dataclasses.replace(options.vad, rule=PauseRule.around(pause))
+        options = dataclasses.replace(options, vad=vad, ask_for_end=ask_for_end)
     options = dataclasses.replace(
-        listen_options(bundle, pad_audio, pause, sampling),
-        instruction=instruction,
-        barge_in=barge_in and not echo.half_duplex,
+        options, instruction=instruction, barge_in=barge_in and not echo.half_duplex
     )
     with contextlib.ExitStack() as opened:
         found = opened.enter_context(talk_tools(tools, state))

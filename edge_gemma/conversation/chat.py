@@ -19,7 +19,7 @@ import numpy as np
 from edge_gemma.conversation.call_stream import CallStream
 from edge_gemma.conversation.fitting import fit
 from edge_gemma.conversation.sequences import Sequences
-from edge_gemma.conversation.session import Session
+from edge_gemma.conversation.session import Mark, Session
 from edge_gemma.conversation.stream import Chunk
 from edge_gemma.errors import BundleError, Cancelled, EdgeGemmaError, RuntimeFailure
 from edge_gemma.messages import Audio, FunctionCall, Image, Message, Part, TextItem
@@ -54,6 +54,8 @@ class _OpenTurn:
     pad_audio: bool
     clips: list[np.ndarray] = field(default_factory=list)  # soft tokens of finished clips
     rows: list[np.ndarray] = field(default_factory=list)  # of the present one
+    # what stood before the turn's end was expected, and the rows of the expected tail
+    expected: tuple[Mark, np.ndarray] | None = None
 
 
 class Chat:
@@ -213,18 +215,63 @@ class Chat:
         """
         turn = self._open_turn()
         if len(rows):
+            self.go_on()
             self.session.append([Rows(rows)], prefill=prefill)
             turn.rows.append(rows)
 
     def next_clip(self) -> None:
         """The present clip (30 s at most) ends, and another one of the same turn begins."""
         turn = self._open_turn()
+        self.go_on()
         n_rows = self._close_clip(turn)
         self.session.append(self._prompt.between_clips(n_rows, pad_audio=turn.pad_audio))
+
+    def expect_end(self, rows: np.ndarray, *, ask: bool = False) -> float | None:
+        """Somebody is silent: perhaps the turn ends with these ``rows [n, n_embd]``. They and what
+        closes the turn are prefilled now, up to the logits of the answer's first token. Then
+        :meth:`end_turn`, with no rows in between, is free; more rows take it back.
+
+        With ``ask``, a pass more, returns the probability that the model gives to the end of the
+        turn where its template has it; None without, or where the template has no such token.
+        Raises ContextFull, Cancelled; the turn is as it was then.
+        """
+        turn = self._open_turn()
+        self.go_on()
+        session, mark = self.session, self.session.mark()
+        n_rows = sum(map(len, turn.rows)) + len(rows)
+        spans = [*([Rows(rows)] if len(rows) else []), *turn.after(n_rows)]
+        turn.expected, over = (mark, rows), None
+        try:
+            if ask and (split := self._prompt.before_end(spans)) is not None:
+                before, spans, token = split
+                session.append(before, prefill=False)
+                over = _probability(session.logits(), token)
+            session.append(spans, prefill=False)
+            session.prefill_whole()
+        except EdgeGemmaError:
+            self.go_on()
+            raise
+        return over
+
+    def go_on(self) -> None:
+        """The turn is not over: take back what :meth:`expect_end` did."""
+        turn = self._turn
+        if turn is not None and turn.expected is not None:
+            self.session.return_to(turn.expected[0])
+            turn.expected = None
+
+    @property
+    def expects_end(self) -> bool:
+        """Whether the end of the turn is prefilled."""
+        return self._turn is not None and self._turn.expected is not None
 
     def end_turn(self) -> None:
         """Everything was said. The decoder takes what is left when the answer starts."""
         turn = self._open_turn()
+        if turn.expected is not None:
+            turn.rows.append(turn.expected[1])
+            self._close_clip(turn)
+            return
         n_rows = self._close_clip(turn)
         self.session.append(turn.after(n_rows), prefill=False)
 
@@ -360,6 +407,12 @@ class Chat:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _probability(logits: np.ndarray, token: int) -> float:
+    """Of one id, in a row of logits ``[n_vocab]``."""
+    weights = np.exp(logits - logits.max(), dtype=np.float64)
+    return float(weights[token] / weights.sum())
 
 
 def _length(spans: Sequence[Span]) -> int:

@@ -18,7 +18,8 @@ from edge_gemma.errors import MissingExtra
 _END_OF_SENTENCE = re.compile(r"(?<=[.!?…。！？])[\"')\]]*\s+|\n+")
 _MAX_CHARACTERS = 400  # without an end of sentence: spoken anyway, up to the last comma or space
 _SHORT = 48  # characters: so long is a first clause at most
-_PAUSE = re.compile(r"\S.{7,}?[,;:–—](?=\s)")  # not behind a single short word
+# not behind a single short word; a comma is one before its space has come, if it is in no number
+_PAUSE = re.compile(r"\S.{7,}?(?:[,;:–—](?=\s)|(?<!\d)[,;]$)")
 _FENCE = "```"
 
 _LINE_MARKS = re.compile(r"^\s*(?:#{1,6}\s+|>\s?|[-*+•]\s+|\|)+|^\s*[-=*_|:\s]{3,}$")

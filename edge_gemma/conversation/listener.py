@@ -25,7 +25,13 @@ from edge_gemma.conversation.notice import Notice, SpokenNotice
 from edge_gemma.conversation.spoken_answer import Heard, Responder, SpokenAnswer
 from edge_gemma.conversation.transcription import ListenOptions, Source, blocks_of, live_turn
 from edge_gemma.conversation.voice import Voice
-from edge_gemma.errors import Cancelled, DeviceLost, EdgeGemmaError, UsageError
+from edge_gemma.errors import (
+    Cancelled,
+    ContextFull,
+    DeviceLost,
+    EdgeGemmaError,
+    UsageError,
+)
 from edge_gemma.hearing.devices import Microphone
 from edge_gemma.hearing.echo import EchoCanceller, SoundFilter
 from edge_gemma.hearing.samples import BLOCK_SAMPLES, RATE_HZ
@@ -34,6 +40,7 @@ from edge_gemma.hearing.utterances import SpeechDetector, UtteranceEvent
 __all__ = ["Heard", "ListenOptions", "Listener"]
 
 RETRY_S = 0.5  # between attempts to get a lost microphone back
+_FLUSH = 3 * BLOCK_SAMPLES  # of silence: canceller and filters give out what they hold back
 
 
 @dataclass
@@ -44,6 +51,10 @@ class Listener:
     sample blocks; the last two wait for each answer. ``make_voice`` makes a :class:`Voice` for each
     answer, None for a silent one. ``gate(samples) -> bool`` is asked, block by block, before an
     utterance may begin (a wake word); once it says yes, the next utterance is heard.
+
+    ``turn_over`` is asked at each pause how likely the turn is over by what was said
+    (:class:`~edge_gemma.conversation.turn_end.TurnEnd` knows from a transcript); it counts where
+    ``options.vad`` has a rule.
 
     ``echo`` takes what the loudspeaker plays out of the sound first, ``filters`` (noise
     suppression) come behind it; gate, detector and encoder hear what is left.
@@ -58,10 +69,12 @@ class Listener:
     make_voice: Callable[[], Voice | None] = lambda: None
     gate: Callable[[np.ndarray], bool] | None = None
     detector: SpeechDetector | None = None
+    turn_over: Callable[[], float | None] | None = None
     echo: EchoCanceller | None = None
     filters: Sequence[SoundFilter] = ()
     responder: Responder | None = None
     notices: Callable[[], Notice | None] = lambda: None
+    retry_s: float | None = None  # between attempts to get a lost microphone back; None: 0.5
     _stopping: threading.Event = field(default_factory=threading.Event, repr=False)
     _listening: _Listening | None = field(default=None, repr=False)
 
@@ -106,11 +119,14 @@ class _Listening:
         self._chat, self._options = listener.chat, listener.options
         self._make_voice, self._gate = listener.make_voice, listener.gate
         self._detector, self._stopping = detector, stopping
+        self._turn_over = listener.turn_over
         self._echo, self._filters = listener.echo, listener.filters
         self._responder, self._notices = listener.responder, listener.notices
+        self._retry_s = RETRY_S if listener.retry_s is None else listener.retry_s
         self._n_samples = self._n_dropped = 0
         self._gate_open = self._gate is None
         self._turn: LiveTurn | None = None
+        self._expected = False  # what follows the turn was tried at the present pause
         self._given_up = False  # the present utterance failed; its end alone would make no sense
         self._answer: SpokenAnswer | SpokenNotice | None = None
 
@@ -128,6 +144,7 @@ class _Listening:
             if self._stopping.is_set():
                 return
             yield from self._hear(block)
+            yield from self._expect_end()
             yield from self.drain(wait=True)
 
     def hear_live(self, microphone: Microphone) -> Iterator[Heard]:
@@ -137,11 +154,14 @@ class _Listening:
                 block = microphone.read(timeout_s=0.1)
             except DeviceLost as error:
                 yield Heard("lost", self._at_s, str(error))
+                yield from self._hear(np.zeros(_FLUSH, np.float32))
                 yield from self.finish()
                 self._detector = self._detector.restarted()
                 yield from self._reopened(microphone)
                 continue
             yield from self._hear(block)
+            if not microphone.n_waiting:
+                yield from self._expect_end()
             n_lost = microphone.dropped_blocks - self._n_dropped
             if n_lost > 0:
                 self._n_dropped += n_lost
@@ -150,7 +170,7 @@ class _Listening:
                 yield Heard("dropped", self._at_s, n=self._n_dropped)
 
     def _reopened(self, microphone: Microphone) -> Iterator[Heard]:
-        while not self._stopping.wait(RETRY_S):
+        while not self._stopping.wait(self._retry_s):
             try:
                 microphone.reopen()
             except (DeviceLost, UsageError):
@@ -230,6 +250,7 @@ class _Listening:
                 instruction = self._responder.instruction(instruction)
             self._turn = live_turn(self._chat, instruction, self._options)
         turn = self._turn
+        self._expected &= not len(event.samples)
         if len(event.samples) and turn.push(event.samples):
             yield Heard("partial", self._at_s, n=turn.n_rows)
         if event.kind == "cut":
@@ -247,6 +268,25 @@ class _Listening:
                 responder=self._responder,
             )
             self._gate_open = self._gate is None
+
+    def _expect_end(self) -> Iterator[Heard]:
+        """At a pause: have the answer begun with, in case this was the end of the turn."""
+        turn, options = self._turn, self._options
+        if turn is None or self._expected or not self._detector.pausing:
+            return
+        self._expected = True
+        try:
+            over = turn.expect_end(ask=options.ask_for_end) if options.expect_end else None
+        except Cancelled:
+            self._abandon()
+        except ContextFull:  # the turn itself may still fit
+            pass
+        except EdgeGemmaError as error:
+            self._abandon()
+            self._given_up = True
+            yield Heard("failed", self._at_s, str(error))
+        else:
+            self._detector.over = self._turn_over() if self._turn_over else over
 
     def _abandon(self) -> None:
         if self._turn:

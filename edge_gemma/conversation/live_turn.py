@@ -40,7 +40,19 @@ class LiveTurn:
         """``samples [n]`` at 16 kHz → how many soft tokens they completed; those are encoded and
         prefilled. Raises MediaError, ContextFull, Cancelled.
         """
+        if len(samples):
+            self._chat.go_on()
         return self._add(self._stream.push(samples), prefill=True)
+
+    def expect_end(self, *, ask: bool = False) -> float | None:
+        """The user is silent: compute what :meth:`finish` and the first token need, so that nothing
+        is left to do if this was the end. Samples that follow take it back exactly.
+
+        With ``ask``, what :meth:`Chat.expect_end` says of the end. Raises ContextFull, Cancelled.
+        """
+        if self._chat.expects_end:
+            return None
+        return self._chat.expect_end(self._stream.fork().finish(), ask=ask)
 
     def _add(self, rows: np.ndarray, *, prefill: bool) -> int:
         self._chat.add_rows(rows, prefill=prefill)
@@ -57,7 +69,10 @@ class LiveTurn:
         """The turn was spoken to its end: encode the tail. The decoder takes it with the end of the
         prompt when the answer starts.
         """
-        self._add(self._stream.finish(), prefill=False)
+        if self._chat.expects_end:
+            self._stream.close()
+        else:
+            self._add(self._stream.finish(), prefill=False)
         self._chat.end_turn()
 
     def generate(self, sampling: Sampling | None = None) -> Generator[Chunk, None, None]:

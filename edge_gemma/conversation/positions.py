@@ -40,6 +40,12 @@ class Positions:
                 self.blocks[span.digest] = span
                 self.keys += [(span.digest, i) for i in range(len(span))]
 
+    def shorten(self, n: int) -> None:
+        """Forget all but the first ``n`` positions."""
+        del self.keys[n:]
+        used = {key[0] for key in self.keys if not isinstance(key, int)}
+        self.blocks = {digest: rows for digest, rows in self.blocks.items() if digest in used}
+
     def codes(self) -> np.ndarray:
         """A number for each position, ``[n]`` int64: the token id, or a negative one that stands
         for an embedding row by its digest.

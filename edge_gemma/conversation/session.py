@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,14 @@ from edge_gemma.options import Sampling
 from edge_gemma.spans import Span, Tokens
 
 log = logging.getLogger("edge_gemma.prompt_cache")
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Positions that were appended, and those of them in the cache."""
+
+    length: int
+    cached: int
 
 
 class Session:
@@ -56,6 +65,8 @@ class Session:
         self._busy = False
         self._cancelled = threading.Event()
         self._n_prefilled, self._prefill_s = 0, 0.0  # since the last generation
+        # (positions, decodes of the context) whose last logits the context still has
+        self._logits_of: tuple[int, int] | None = None
 
     @property
     def length(self) -> int:
@@ -121,6 +132,24 @@ class Session:
         self._keep(keep)
         self._cancelled.clear()
         return self._cached
+
+    def prefill_whole(self) -> None:
+        """Prefill everything that was appended and keep the last logits, so that a generation that
+        follows at once finds nothing left to do. Raises Cancelled, RuntimeFailure.
+        """
+        self._cancelled.clear()
+        self._prefill(self.length, outputs="last")
+
+    def mark(self) -> Mark:
+        """How far things are, for :meth:`return_to`."""
+        return Mark(self.length, self._cached)
+
+    def return_to(self, mark: Mark) -> None:
+        """Forget what was appended since. Where the cache cannot be rewound exactly, it is
+        prefilled again when it is needed.
+        """
+        self._positions.shorten(mark.length)
+        self._keep(min(self._cached, mark.cached))
 
     def shared(self, spans: Sequence[Span]) -> int:
         """How many positions at the beginning of ``spans`` are in the cache already."""
@@ -267,6 +296,8 @@ class Session:
             self._context.check_open()
             sequence = self._held_sequence()
             if outputs == "last" and self._cached >= end:
+                if self._logits_of == (end, self._context.n_decodes):
+                    return True
                 self._keep(self._positions.last_start())  # its logits were not kept: one step back
             started, first = time.perf_counter(), self._cached
             self._context.clear_cancel()
@@ -304,6 +335,8 @@ class Session:
             self._sequences.weights.prefetch(span.ids)
         self._context.decode(sequence, position, span, outputs)
         self._cached = position + len(span)
+        if outputs == "last":
+            self._logits_of = self._cached, self._context.n_decodes
 
     def _next_stop(self, end: int) -> int:
         """Where the next state or window is kept, or ``end``. Never inside a block whose rows
@@ -440,7 +473,7 @@ class Session:
         with self._context.lock:
             sequence = self._held_sequence()
             self._context.clear(sequence)
-            self._positions, self._cached = positions, 0
+            self._positions, self._cached, self._logits_of = positions, 0, None
             if self._restore_state(sequence, saved):
                 self._cached = saved.cached
         return saved.extra

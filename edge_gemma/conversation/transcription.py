@@ -39,11 +39,17 @@ class ListenOptions:
     ``pad_audio`` is the reference mode: every clip takes 188 rows as in transformers; without
     (short mode) an answer starts sooner and may differ from the reference. ``barge_in``: speech
     stops a running answer; turn it off where the microphone hears the loudspeaker.
+
+    ``expect_end``: at each pause, what follows the turn is computed in case it was its end, which
+    hides encoder tail and prefill in the pause; speech that goes on takes it back exactly.
+    ``ask_for_end``: the model is asked then whether the turn is over, for ``vad.rule``.
     """
 
     instruction: str = ""
     pad_audio: bool = False
     barge_in: bool = True
+    expect_end: bool = True
+    ask_for_end: bool = False
     vad: VadSettings = VadSettings()
     sampling: Sampling | None = None  # None: as the model's authors sample it
 

@@ -53,6 +53,10 @@ class Context(Protocol):
         Raises Cancelled (then none of the items was decoded), RuntimeFailure.
         """
 
+    @property
+    def n_decodes(self) -> int:
+        """Decodes so far, of all sequences: logits are valid while it stays the same."""
+
     def logits(self, row: int = -1) -> np.ndarray:
         """One kept row of logits ``[n_vocab]`` float32 of the last decode, as a view that is valid
         until the next. Raises RuntimeFailure when none was kept.

@@ -248,6 +248,11 @@ class Microphone:
         except queue.Full:
             self.dropped_blocks += 1
 
+    @property
+    def n_waiting(self) -> int:
+        """Blocks that were heard and not read yet."""
+        return self._queue.qsize()
+
     def read(self, timeout_s: float = 1.0) -> np.ndarray:
         """The next samples ``[n]``, or none (n = 0) after ``timeout_s``. Raises
         DeviceLost within a second of the device's end.

@@ -43,7 +43,8 @@ _GIVE_UP = 4 * RATE_HZ  # samples played without an echo found: there is none (h
 _REACH = (16, 640)  # samples between the filter's begin and the echo; outside it is aligned anew
 _KEPT = 40 * RATE_HZ  # samples of played sound: the microphone's queue may be 30 s behind
 _ACTIVE = 10.0**-6  # power of played sound that counts as such: −60 dBFS
-_RINGS = _SEARCH[1] + int(0.3 * RATE_HZ)  # samples: so long after it was played a sound is heard
+_DECAY = int(0.3 * RATE_HZ)  # samples that a room goes on ringing
+_RINGS = _SEARCH[1] + _DECAY  # samples: so long after it was played a sound may be heard
 # The double-talk rule: the power that is left with the residue suppressed, over six frames, against
 # that of the echo taken out, over twelve. Own speech alone leaves less than −16 dB once the filter
 # knows the room (docs/talk.md); a user as loud as the echo leaves about −5 dB.
@@ -141,7 +142,7 @@ class EchoCanceller:
         """The frames that are ready: while something is played, up to ``_AHEAD`` wait."""
         at = self._heard.end + self._offset
         self._heard.push(heard)
-        if not self._played.has_sound(at - _RINGS, _RINGS - _SEARCH[0]):
+        if not self._may_echo(at):
             ready, self._ahead = [*self._ahead, heard], []
             return ready
         beside = self._played.read(at - (self._shift or 0), FRAME)
@@ -153,6 +154,16 @@ class EchoCanceller:
         self._ahead.append(left)
         ready, self._ahead = self._ahead[:-_AHEAD], self._ahead[-_AHEAD:]
         return ready if speaking else [np.zeros_like(frame) for frame in ready]
+
+    def _may_echo(self, at: int) -> bool:
+        """Whether something that was played may be heard at ``at``; wherever it is looked for,
+        until the delay is known.
+        """
+        first, last = at - _RINGS, at - _SEARCH[0]
+        if self._filter is not None and self._shift is not None:
+            begins = at - self._shift
+            first, last = begins - _REACH[1] - _DECAY, begins - _REACH[0] + FRAME
+        return self._played.has_sound(first, last - first)
 
     def _judged(self, heard: np.ndarray, beside: np.ndarray) -> tuple[bool, np.ndarray]:
         """Whether somebody speaks, and the sound without the echo."""

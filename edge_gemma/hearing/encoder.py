@@ -7,6 +7,7 @@ for the decoder, one per 160 ms. It does not know devices, prompts or the decode
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Protocol
 
 import numpy as np
@@ -53,6 +54,10 @@ class Encoder(Protocol):
         """The clip has ended → its last soft tokens ``[k, n_embd]``, k ≥ 0. Closes
         it. Raises RuntimeFailure.
         """
+        ...
+
+    def fork(self) -> Encoder:
+        """The clip so far once more: one may be finished while the other goes on."""
         ...
 
     def close(self) -> None:
@@ -170,6 +175,14 @@ class AudioStream:
             soft.append(self._step(n, n_valid=max(0, n_conv_0 - self._n_conv_0)))
         self.close()
         return self._joined(soft)
+
+    def fork(self) -> AudioStream:
+        """The clip so far once more. Every array of the state is replaced, never written to, so
+        that both may share what they have.
+        """
+        other = copy(self)
+        other._mel = copy(self._mel)
+        return other
 
     def close(self) -> None:
         """Drop the clip's state; a later push fails."""

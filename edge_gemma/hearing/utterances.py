@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from edge_gemma.errors import MissingExtra, UsageError
+from edge_gemma.hearing.pauses import Clues, PauseRule
 from edge_gemma.hearing.samples import BLOCK_SAMPLES, MAX_CLIP_S, RATE_HZ, check_samples
 
 _SEARCH_S = 3.0  # so long before a piece is full, a pause to cut it at is looked for
@@ -52,9 +53,12 @@ class VadSettings:
     pre_roll_s: float = 0.3  # kept from before the start
     post_roll_s: float = 0.2  # kept of the silence at the end
     max_s: float = float(MAX_CLIP_S)  # of one piece
+    rule: PauseRule | None = None  # in place of end_s: a pause that adapts
 
     def __post_init__(self) -> None:
         for field in fields(self):
+            if field.name not in _BOUNDS:
+                continue
             value = getattr(self, field.name)
             low, high = _BOUNDS[field.name]
             if not isinstance(value, int | float) or not low <= value <= high:
@@ -155,6 +159,10 @@ class SpeechDetector:
         self._n_silent = 0  # blocks of silence in a row
         self._n_sent = 0  # blocks of the present piece that were given out
         self._has_speech = False  # the present piece
+        self._doubt = 0.0  # sum of the probabilities of speech in the present silence
+        self._inner_blocks = 0  # the longest pause of the utterance that was followed by speech
+        # how likely the turn is over by what was said, as somebody knows at this pause
+        self.over: float | None = None
         # blocks of it that are not given out yet: silence that may be the end, or a
         # place to cut
         self._held: list[_Block] = []
@@ -208,14 +216,15 @@ class SpeechDetector:
         self._before.clear()
         self._n_voiced = 0
         self.speaking, self._has_speech = True, True
-        self._n_silent, self._n_sent = 0, len(samples)
+        self._n_silent, self._n_sent, self._inner_blocks = 0, len(samples), 0
+        self._doubt, self.over = 0.0, None
         return [UtteranceEvent("start", at, np.concatenate(samples))]
 
     def _inside(self, block: _Block) -> list[UtteranceEvent]:
-        self._n_silent = self._n_silent + 1 if self._is_silence(block.probability) else 0
+        self._count_silence(block.probability)
         self._has_speech |= block.probability >= self.settings.threshold
         self._held.append(block)
-        if self._n_silent > self._end_blocks:
+        if self._n_silent > self._most_silent():
             return [self._end_of_utterance()]
         piece_blocks = self._n_sent + len(self._held)
         if piece_blocks < self._search_blocks:
@@ -228,6 +237,31 @@ class SpeechDetector:
         if piece_blocks >= self._max_blocks:
             return [self._cut(self._quietest())]
         return []
+
+    def _count_silence(self, probability: float) -> None:
+        if self._is_silence(probability):
+            self._n_silent += 1
+            self._doubt += probability
+            return
+        self._inner_blocks = max(self._inner_blocks, self._n_silent)
+        self._n_silent, self._doubt, self.over = 0, 0.0, None
+
+    def _most_silent(self) -> int:
+        """Blocks of silence that do not end the utterance yet."""
+        rule = self.settings.rule
+        if rule is None:
+            return self._end_blocks
+        clues = Clues(
+            unsure=self._doubt / max(1, self._n_silent),
+            inner_s=self._inner_blocks * BLOCK_SAMPLES / RATE_HZ,
+            over=self.over,
+        )
+        return max(self._post_roll_blocks, _n_blocks(rule.pause_s(clues)))
+
+    @property
+    def pausing(self) -> bool:
+        """Within an utterance, but silent: everything that would be kept was given out."""
+        return self.speaking and not self._n_kept() and self._n_silent >= self._post_roll_blocks > 0
 
     def _is_silence(self, probability: float) -> bool:
         below = self.settings.end_threshold

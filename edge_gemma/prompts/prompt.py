@@ -185,6 +185,19 @@ class Prompt:
         writer.control([self._token("start_of_audio", "hear")])
         return _merge([*self._audio_end(n_rows, pad_audio), Tokens(_ids(writer.done()))])
 
+    def before_end(self, spans: Sequence[Span]) -> tuple[list[Span], list[Span], int] | None:
+        """Spans that close a turn → those before its ``<end_of_turn>``, those from it on, and its
+        id; None where there is none.
+        """
+        end = self.manifest.special_tokens.get("end_of_turn")
+        for at, span in enumerate(spans):
+            if isinstance(span, Tokens) and end in span.ids:
+                n = span.ids.index(end)
+                head = [Tokens(span.ids[:n])] if n else []
+                rest = [Tokens(span.ids[n:]), *spans[at + 1 :]]
+                return [*spans[:at], *head], rest, end
+        return None
+
     def raw(self, parts: str | Sequence[Part], *, pad_audio: bool = True) -> list[Span]:
         """Text and media without turns, for base weights: begin of sequence, then the parts as they
         come.

@@ -72,6 +72,7 @@ class Context:
         self._flag = ctypes.create_string_buffer(2)
         self._on_tensor = self._tensor_callback(on_tensor)
         self._ctx: _Pointer = None
+        self.n_decodes = 0
         self.lock = threading.RLock()
         try:
             with llama.interrupts_held():
@@ -262,6 +263,7 @@ class Context:
 
     def _run(self, n: int, starts: dict[int, int]) -> None:
         self._batch.n_tokens = n
+        self.n_decodes += 1
         self._out_index = np.flatnonzero(self._out[:n])
         if len(self._out_index) > self.n_outputs:
             raise UsageError(
