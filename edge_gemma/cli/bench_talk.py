@@ -77,10 +77,10 @@ def _pauses(turn_model: str | None, say: Callable[[str], None]) -> Section:
 
 def loop(
     bundles: BundlesArg,
-    minutes: Annotated[float, typer.Option("--minutes", min=1, max=6000, help="Of sound.")] = 120.0,
+    hours: Annotated[float, typer.Option("--hours", min=0.01, max=100, help="Of sound.")] = 2.0,
     clips: Annotated[
         Path | None,
-        typer.Option("--clips", help="A folder with recordings of speech. Default: espeak-ng."),
+        typer.Option("--clips", help="A folder with recordings of speech."),
     ] = None,
     real_time: Annotated[
         bool, typer.Option("--real-time", help="At the pace of a room, not as fast as it goes.")
@@ -90,8 +90,8 @@ def loop(
     save: SaveOption = None,
     against: AgainstOption = None,
 ) -> None:
-    """A conversation for hours. Whether memory grows, threads stay, words are lost when microphone
-    and sound server are cut off.
+    """A conversation for hours. Does anything grow, or get lost? Microphone and sound server are
+    cut off at random. espeak-ng's voices speak unless there are --clips.
     """
     from edge_gemma.benchmarks import talk_loop
     from edge_gemma.store.installed import resolve
@@ -102,7 +102,7 @@ def loop(
     def job(progress: Progress) -> list[Section]:
         return [
             talk_loop.section(
-                folders, speech, minutes=minutes, real_time=real_time, progress=progress.stage
+                folders, speech, minutes=60 * hours, real_time=real_time, progress=progress.stage
             )
         ]
 
