@@ -122,6 +122,8 @@ def test_a_shopping_list_that_is_full_or_broken(tmp_path, monkeypatch):
     (tmp_path / "shopping.json").write_text('["mi')
     broken = ShoppingList(tmp_path)
     assert "shopping.json was broken" in broken.problem
+    told = broken.shopping_list("read")
+    assert told["list"] == [] and "shopping.json was broken" in told["note"]
     assert broken.shopping_list("read") == {"list": []}
 
 

@@ -163,6 +163,27 @@ def test_speech_ends_the_ringing(model, tmp_path, monkeypatch):
         assert timers.all() == [] and room.said == ["All right."]
 
 
+def until_rung(mic):
+    """The ring is over, as far as its thread goes."""
+    for _ in range(600):
+        if not [t for t in threading.enumerate() if t.name == "edge-gemma-notice"]:
+            return
+        time.sleep(0.05)
+
+
+def test_speech_between_two_rings_ends_them_too(model, tmp_path, monkeypatch):
+    """As where nothing takes the echo out: nothing is heard while it rings."""
+    with Timers(tmp_path) as timers, model.chat() as chat:
+        ScriptedDecoder(chat, ["All right."])
+        timers.set(1, "tea")
+        script = [wait(1.1), *blocks(silence(0.1)), until_rung, *blocks(UTTERANCE)]
+        room = Room(monkeypatch, script)
+        records = room.hear(chat, notices=Ringing(timers, room.play, gap_s=60))
+        kinds = [record.kind for record in records]
+        assert kinds.count("notice") == 1 and "interrupted" not in kinds
+        assert kinds[-1] == "turn" and timers.all() == []
+
+
 def test_what_was_missed_is_told_once(tmp_path):
     now = [1_000_000.0]
     with Timers(tmp_path, clock=lambda: now[0], steady=lambda: now[0]) as timers:

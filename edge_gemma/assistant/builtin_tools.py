@@ -142,7 +142,7 @@ def _chosen(timers: list[Timer], label: str) -> list[Timer]:
 
 class ShoppingList:
     """The list in ``folder/shopping.json``. Raises UsageError; ``problem`` is what was wrong with
-    the file, "" where nothing was.
+    the file, "" where nothing was; the next call tells it.
     """
 
     def __init__(self, folder: str | PathLike[str]):
@@ -164,7 +164,9 @@ class ShoppingList:
                     self._items = before
                     raise
             told: dict[str, Any] = {"list": list(self._items)}
-        return {**told, "not_on_it": missing} if missing else told
+            problem, self.problem = self.problem, ""  # told once
+        notes = {"not_on_it": missing, "note": problem}
+        return told | {key: value for key, value in notes.items() if value}
 
     def _change(self, action: str, wanted: list[str]) -> list[str]:
         """Returns what was to be removed and is not on the list."""

@@ -16,7 +16,7 @@ from edge_gemma.assistant.timers import Ring, Timers
 from edge_gemma.conversation.notice import Notice
 
 N_RINGS = 12
-GAP_S = 2.0  # between them, in which somebody can be heard
+GAP_S = 2.0  # between them, in which somebody is heard even where nothing takes the echo out
 RATE_HZ = 16000
 _TONE_HZ = 880.0
 
@@ -70,7 +70,8 @@ class Ringing:
             self._over(ring),
             ring=lambda: self._play(tone(), RATE_HZ),
             silence=self._silence,
-            done=lambda whole: self._rang(ring, whole),
+            done=lambda _: self._rang(ring),
+            spoken_to=lambda: self._timers.done(ring.timer),
         )
 
     def _over(self, ring: Ring) -> str:
@@ -87,10 +88,10 @@ class Ringing:
         for ring in missed:
             self._timers.done(ring.timer)
 
-    def _rang(self, ring: Ring, whole: bool) -> None:
+    def _rang(self, ring: Ring) -> None:
         n = self._n_rings.pop(ring.timer.id, 0) + 1
         self._next_s = time.monotonic() + self._gap_s
-        if n >= N_RINGS or not whole:
+        if n >= N_RINGS:
             self._timers.done(ring.timer)
         else:
             self._n_rings[ring.timer.id] = n

@@ -129,6 +129,7 @@ class _Listening:
         self._expected = False  # what follows the turn was tried at the present pause
         self._given_up = False  # the present utterance failed; its end alone would make no sense
         self._answer: SpokenAnswer | SpokenNotice | None = None
+        self._last_notice: Notice | None = None  # that nobody has spoken to
 
     @property
     def answering(self) -> bool:
@@ -209,6 +210,7 @@ class _Listening:
             return
         notice = self._notices()
         if notice is not None:
+            self._last_notice = notice
             self._answer = SpokenNotice(notice, self._make_voice())
 
     def _cleaned(self, block: np.ndarray) -> np.ndarray:
@@ -221,6 +223,9 @@ class _Listening:
     def _event(self, event: UtteranceEvent, arrived_s: float) -> Iterator[Heard]:
         if event.kind == "start":
             yield from self._interrupted()
+            if self._last_notice is not None:
+                self._last_notice.spoken_to()
+                self._last_notice = None
             yield Heard("speech", event.at / RATE_HZ)
             self._turn, self._given_up = None, False
         if self._given_up:

@@ -23,12 +23,14 @@ def _nothing() -> None:
 class Notice:
     """``ring()`` plays a sound and returns when it is over, or soon after ``silence()``; then
     ``text`` is spoken. ``done(whole)`` is called at the end: whether nobody interrupted.
+    ``spoken_to()`` is called when somebody begins to speak, then or before the next notice.
     """
 
     text: str
     ring: Callable[[], object] = _nothing
     silence: Callable[[], object] = _nothing
     done: Callable[[bool], object] = lambda whole: None
+    spoken_to: Callable[[], object] = _nothing
 
 
 class SpokenNotice:
