@@ -117,7 +117,7 @@ def test_listen_with_the_builtin_tools(run, hearing_bundle, scripted, tmp_path, 
     played = []
 
     class Microphone:
-        name, dropped_blocks = "scripted", 0
+        name, dropped_blocks, n_waiting = "scripted", 0, 0
 
         def __init__(self, name):
             sound = np.concatenate([silence(0.3), speech(1), silence(1.2)])
