@@ -43,6 +43,7 @@ BENCHMARKS = {
     "compare": "speed:compare_each",
     "encoder": "hearing:encoder",
     "listening": "hearing:listening",
+    "hear first": "hearing:hear_first",
     "soak": "hearing:soak",
     "pictures": "seeing:pictures",
     "conversation": "seeing:conversation",

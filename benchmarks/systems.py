@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from edge_gemma.model import Model
-    from edge_gemma.plan.records import PlanRequest
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,6 @@ class Task:
     pad_audio: bool = False
     clips: tuple[str, ...] = ()  # recordings to listen to
     minutes: float = 0.0  # so much sound out of the clips
-    one_encoder: bool = False  # plan as where two encoders do not fit together
     settings: tuple[tuple[str, object], ...] = ()  # more arguments of the system's loader, by name
 
     def to_json(self) -> str:
@@ -140,9 +138,6 @@ class EdgeGemma(System):
         task = self.task
         settings: dict[str, Any] = dict(task.settings)
         request = edge_gemma.PlanRequest(n_threads=task.n_threads or None, **settings)
-        if task.one_encoder:
-            self.model = _with_one_encoder_at_a_time(task, request)
-            return
         self.model = edge_gemma.load(
             task.path,
             budget=task.budget_bytes or None,
@@ -188,27 +183,6 @@ class EdgeGemma(System):
 
     def close(self) -> None:
         self.model.close()
-
-
-def _with_one_encoder_at_a_time(task: Task, request: PlanRequest) -> Model:
-    """Planned as on a board where both encoders do not fit together: the audio encoder is let go
-    while answering.
-    """
-    from edge_gemma.bundles.folder import Bundle
-    from edge_gemma.engines.llama.weights import repacked_here
-    from edge_gemma.machine.probe import machine_for
-    from edge_gemma.model import Model
-    from edge_gemma.plan.ladder import make_plan
-
-    bundle = Bundle.open(task.path)
-    request = replace(request, n_ctx=task.n_ctx)
-    plan = make_plan(bundle.manifest, machine_for(task.device), request, repacked_here).require()
-    items = tuple(
-        replace(item, phases=("listen",)) if item.name.startswith("audio encoder") else item
-        for item in plan.items
-    )
-    settings = replace(plan.settings, encoders="one at a time")
-    return Model(bundle, replace(plan, settings=settings, items=items))
 
 
 class AudioEncoderAlone(System):

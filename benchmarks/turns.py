@@ -12,6 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
@@ -32,6 +33,15 @@ LISTENER_PHASES = {
     "text": "decode",
     "turn": "between turns",
 }
+
+
+def disk_read_bytes() -> int:
+    """What this process made the disk read so far; 0 where the kernel does not say (proc(5))."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), 0)
 
 
 def ours_of(system: System) -> EdgeGemma:
@@ -87,6 +97,8 @@ def spoken_rounds(system: System) -> list[Round]:
         samples = sound(task.audio_s + STEP_S * number / task.rounds)
         last = 0 if task.mode.endswith("after its end") else (len(samples) - 1) // PACKET * PACKET
         with ours.model.chat(pad_audio=task.pad_audio) as chat:
+            read = disk_read_bytes()
+            opening = time.perf_counter()
             turn = LiveTurn(chat, INSTRUCTION, pad_audio=task.pad_audio, max_tokens=task.n_predict)
             say(phase="listen")
             begin = time.perf_counter()
@@ -98,8 +110,12 @@ def spoken_rounds(system: System) -> list[Round]:
             encoded = time.perf_counter()
             say(phase="decode")
             first = _first_token_at(turn.generate(sampling))
+            done = time.perf_counter()
         rounds.append(
             {
+                "begin_s": begin - opening,
+                "turn_s": done - opening,
+                "read_bytes": disk_read_bytes() - read,
                 "ttft_s": first - end_of_speech,
                 "encoder_s": encoded - end_of_speech,
                 "rtf": (end_of_speech - begin) / task.audio_s if last else None,

@@ -174,7 +174,7 @@ class Model:
         except BaseException:
             self.weights.close()
             raise
-        self.senses = Senses(bundle, plan.settings)
+        self.senses = Senses(bundle, plan.settings, self.weights)
         self._scratch_session: Session | None = None
 
     def _prompt_cache(
@@ -369,6 +369,7 @@ class Model:
         settings = dataclasses.replace(
             self.plan.settings, n_ctx=max(n, 64), n_seq_max=1, n_ubatch=n_ubatch
         )
+        self.weights.wake()
         context = self.decoder.context(settings, n_outputs=n_outputs)
         try:
             yield from context.evaluate(spans, wanted, step=n_ubatch)

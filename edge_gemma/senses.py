@@ -1,21 +1,26 @@
 """Sound and pictures → soft tokens, once for everything that generates.
 
 In: a bundle, settings that a plan approved, the parts of a message. Out: the same parts as soft
-tokens. The encoders are opened when they are needed, and one at a time where the plan says so. This
-module does not know prompts, templates or the KV cache.
+tokens. The encoders are opened when they are needed, and one at a time where the plan says so.
+Where it hears first, an open encoder and the decoder's mapped weights are never in memory together:
+the weights rest as long as one is open, and whoever decodes next closes it. This module does not
+know prompts, templates or the KV cache.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from edge_gemma.bundles.folder import Bundle
+from edge_gemma.engines.engine import Weights
 from edge_gemma.errors import MediaError, UsageError
 from edge_gemma.hearing.encoder import AudioEncoder
 from edge_gemma.hearing.sound import read_audio
+from edge_gemma.machine.footprint import drop_cached
 from edge_gemma.messages import Audio, Image, Part
 from edge_gemma.plan.records import Settings
 from edge_gemma.prompts.turns import checked_part
@@ -31,21 +36,30 @@ Content = str | Image | Audio | Video | Rows | Sequence[Part | Video | Mapping[s
 
 
 class Senses:
-    """The encoders of one bundle. Close it.
+    """The encoders of one bundle, beside the decoder's ``weights``. Close it.
 
     >>> model.senses.encoded("only text")
     ['only text']
     """
 
-    def __init__(self, bundle: Bundle, settings: Settings):
-        self._bundle, self._settings = bundle, settings
+    def __init__(self, bundle: Bundle, settings: Settings, weights: Weights | None = None):
+        self._bundle, self._settings, self._weights = bundle, settings, weights
+        # a server encodes in one thread and decodes, which may close an encoder, in another
+        self._lock = threading.RLock()
         self._audio: AudioEncoder | None = None
         self._pictures: PictureEncoder | None = None
 
     @property
     def one_at_a_time(self) -> bool:
         """Whether the plan holds at most one encoder, and only while it is in use."""
-        return self._settings.encoders == "one at a time"
+        return self._settings.encoders != "resident"
+
+    @property
+    def hears_first(self) -> bool:
+        """Whether what is heard and seen waits until no encoder is open: a decode closes it, so a
+        turn that is still being spoken is not prefilled.
+        """
+        return self._settings.encoders == "hear first"
 
     @property
     def n_embd(self) -> int:
@@ -105,28 +119,42 @@ class Senses:
 
     def audio(self) -> AudioEncoder:
         """The audio encoder, opened now if need be. Raises UnsupportedModel, BundleError."""
-        if self._audio is None:
-            self._make_room()
-            self._audio = AudioEncoder(self._bundle, n_threads=self._settings.n_threads)
-        return self._audio
+        with self._lock:
+            if self._audio is None:
+                self._make_room()
+                self._audio = AudioEncoder(self._bundle, n_threads=self._settings.n_threads)
+            return self._audio
 
     def pictures(self) -> PictureEncoder:
         """The vision encoder, which loads its weights with the first picture. Raises
         UnsupportedModel.
         """
-        if self._pictures is None:
-            self._make_room()
-            self._pictures = PictureEncoder(
-                self._bundle,
-                n_threads=self._settings.n_threads,
-                keep=not self.one_at_a_time,
-                cache=SoftTokenCache(),
-            )
-        return self._pictures
+        with self._lock:
+            if self._pictures is None:
+                self._make_room()
+                self._pictures = PictureEncoder(
+                    self._bundle,
+                    n_threads=self._settings.n_threads,
+                    keep=not self.one_at_a_time,
+                    cache=SoftTokenCache(),
+                )
+            return self._pictures
 
     def _make_room(self) -> None:
         if self.one_at_a_time:
             self.release()
+        if self.hears_first and self._weights is not None:
+            self._weights.rest(self.release)
+
+    def _forget_files(self) -> None:
+        """Where the plan hears first, the page cache is for the decoder: the encoder's file, read
+        once a turn, would push out weights that every token reads.
+        """
+        if self.hears_first:
+            manifest = self._bundle.manifest
+            parts = [part for part in (manifest.audio, manifest.vision) if part is not None]
+            files = [name for part in parts for name in (part.file, f"{part.file}.data")]
+            drop_cached(self._bundle.folder / name for name in files)
 
     @property
     def open_encoders(self) -> tuple[str, ...]:
@@ -136,12 +164,15 @@ class Senses:
 
     def release(self) -> None:
         """Close what is open; it opens again when it is needed."""
-        if self._audio is not None:
-            self._audio.close()
-            self._audio = None
-        if self._pictures is not None:
-            self._pictures.close()
-            self._pictures = None
+        with self._lock:
+            if self._audio is not None:
+                self._audio.close()
+                self._audio = None
+                self._forget_files()
+            if self._pictures is not None:
+                self._pictures.close()
+                self._pictures = None
+                self._forget_files()
 
     close = release
 

@@ -31,6 +31,7 @@ KINDS = {
     "picture": "Pictures",
     "path": "Paths",
     "client": "Clients of the server",
+    "board": "Small boards",
 }
 HEAD = """# Real files: what happens to each
 

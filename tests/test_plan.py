@@ -24,6 +24,8 @@ from edge_gemma.machine import probe as probing
 from edge_gemma.machine.device import load_profile
 from edge_gemma.machine.footprint import Footprint
 from edge_gemma.machine.probe import probe
+from edge_gemma.machine.repack import repacks_for
+from edge_gemma.plan.catalogue import catalogue, manifest_of
 from edge_gemma.plan.ladder import arithmetic, make_plan
 from edge_gemma.plan.records import AFTER_LOAD, Plan, PlanRequest
 from edge_gemma.store.importer import import_gguf
@@ -255,6 +257,96 @@ def test_encoders_count_and_go_one_at_a_time_when_that_is_what_fits(manifest):
     assert all(item.name != "onnxruntime" for item in text.items)
     refused = plan(both, PlanRequest(budget_bytes=text.needed_bytes + MiB))
     assert not refused.fits and "without its audio and vision encoder" in refused.refusal
+
+
+def hearing_only(manifest: Manifest) -> Manifest:
+    import msgspec
+
+    return msgspec.structs.replace(with_encoders(manifest), vision=None)
+
+
+def in_use(made: Plan, phase: str) -> int:
+    return sum(i.bytes for i in made.items if phase in i.phases and i.kind != "reclaimable")
+
+
+def test_hearing_first_comes_before_a_refusal_and_with_its_price(manifest):
+    hears = hearing_only(manifest)
+    least = plan(hears, PlanRequest(budget_bytes=1, encoders="resident")).needed_bytes
+    usual = plan(hears, PlanRequest(budget_bytes=least))
+    assert usual.fits and usual.settings.encoders == "resident"
+    made = plan(hears, PlanRequest(budget_bytes=least - 1))
+    assert made.fits and made.settings.encoders == "hear first" and not made.settings.repack
+    phases = {item.name: item.phases for item in made.items}
+    assert phases["weights, mapped"] == ("load", "prefill", "decode")
+    assert phases["audio encoder weights"] == ("listen",)
+    mapped = sum(t.nbytes for t in hears.decoder.tensors if t.use == "matmul")
+    assert next(i.bytes for i in made.items if i.name == "weights, mapped") == mapped
+    assert made.total_bytes == max(in_use(made, phase) for phase in AFTER_LOAD) < least
+    assert in_use(made, "listen") + mapped > least  # both at once would not fit
+    price = made.concessions[0]
+    assert price.startswith("hear first") and "300 MiB" in price and format_bytes(mapped) in price
+    assert "from a memory card that reads 43 MB/s" in price and "400 MB/s" in price
+    board = dataclasses.replace(PI, read_mb_s=10.0)
+    price = plan(hears, PlanRequest(budget_bytes=least - 1), board).concessions[0]
+    assert "31 s and" in price and "from this board's card that reads 10 MB/s" in price
+    assert "while an encoder is open" in arithmetic(made)
+
+
+def test_hearing_first_begins_at_the_top_of_the_ladder_again():
+    """A budget below what both at once need need not cost the context, too."""
+    board = load_profile("pi-4-4gb")
+    e2b = manifest_of(catalogue().models["e2b"], "edge_fast", ("audio",))
+
+    def planned(mib: int) -> Plan:
+        return make_plan(e2b, board, PlanRequest(budget_bytes=mib * MiB), repacks_for(board))
+
+    made = [planned(mib) for mib in (1500, 1580, 1640, 1700, 2200, 2300)]
+    assert [p.fits for p in made] == [False, *[True] * 5]
+    modes = ["hear first"] * 5 + ["resident"]
+    assert [p.settings.encoders for p in made] == modes
+    assert [p.settings.n_ctx for p in made] == [512, 512, 2048, 4096, 4096, 2048]
+    assert len(made[4].concessions) == 1
+    assert "hear first" in made[0].refusal and "79.6 MiB too little" in made[0].refusal
+    assert "without its audio encoder" in planned(1560).refusal
+
+
+def test_hearing_first_is_not_conceded_where_it_cannot_help(manifest):
+    hears = hearing_only(manifest)
+    least = plan(hears, PlanRequest(budget_bytes=1, encoders="resident")).needed_bytes
+    tight = PlanRequest(budget_bytes=least - 1)
+    for request in (
+        dataclasses.replace(tight, encoders="resident"),
+        dataclasses.replace(tight, encoders="one at a time"),
+        dataclasses.replace(tight, n_seq_max=2),
+        dataclasses.replace(tight, n_gpu_layers=-1),
+    ):
+        made = plan(hears, request)
+        assert made.settings.encoders != "hear first" and not made.fits, request
+    mac = dataclasses.replace(PI, can_release=False)
+    assert plan(hears, tight, mac).settings.encoders == "resident"
+    with pytest.raises(UsageError, match="there are 1 sequences and 0 GPU layers"):
+        plan(hears, PlanRequest(encoders="hear first"), mac)
+    with pytest.raises(UsageError, match="expected one of resident, one at a time, hear first"):
+        plan(hears, PlanRequest(encoders="first"))
+    # nothing is heard, so nothing waits
+    deaf = plan(hears, PlanRequest(encoders="hear first", senses=()))
+    assert deaf.fits and not deaf.concessions
+
+
+@pytest.mark.compat(
+    kind="board",
+    what="Gemma 3n E2B with its int8 audio encoder on a Raspberry Pi 4 of 2 GB",
+    happens="planned: by the recipe edge_fast it hears first, in a context of 512 tokens",
+)
+def test_e2b_hears_on_a_board_of_2_gb():
+    board = load_profile("pi-4-2gb")
+    e2b = manifest_of(catalogue().models["e2b"], "edge_fast", ("audio",))
+    made = make_plan(e2b, board, PlanRequest(), repacks_for(board))
+    assert made.fits and made.needed_bytes <= board.usable_bytes == 1582.5 * MiB
+    assert made.settings.encoders == "hear first" and not made.settings.rescore
+    assert "from this board's card that reads 43 MB/s" in made.concessions[0]
+    without = make_plan(e2b, board, PlanRequest(encoders="resident"), repacks_for(board))
+    assert without.needed_bytes - made.needed_bytes > 600 * MiB  # what the refusal comes down by
 
 
 def test_where_pages_cannot_be_released_the_whole_file_counts(manifest):

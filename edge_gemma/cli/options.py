@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args, get_type_hints
 
 import typer
 
@@ -34,7 +34,7 @@ from edge_gemma.sources import typed
 if TYPE_CHECKING:
     from edge_gemma.bundles.manifest import Sense
     from edge_gemma.options import Sampling
-    from edge_gemma.plan.records import Level, PlanRequest
+    from edge_gemma.plan.records import Encoders, Level, PlanRequest
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,15 @@ class PlanningOptions:
             "--rescore/--no-rescore",
             help="Score the best candidates of a coarse output head again with the finer token "
             "embedding. Default: where the bundle has both.",
+        ),
+    ] = None
+    encoders: Annotated[
+        str | None,
+        typer.Option(
+            "--encoders",
+            help="When the audio and vision encoders are in memory: resident, one-at-a-time, or "
+            "hear-first, each before the decoder's weights are read again. Default: what fits, in "
+            "that order.",
         ),
     ] = None
     gpu_layers: Annotated[
@@ -113,11 +122,23 @@ class PlanningOptions:
             n_gpu_layers=self.gpu_layers,
             rescore=self.rescore,
             senses=senses,
+            encoders=_encoders(self.encoders),
             prompt_cache_bytes=None if self.prompt_cache else 0,
             n_draft=None if self.drafts else 0,
             structured=structured,
             level=cast("Level", self.level),  # the plan checks it
         )
+
+
+def _encoders(name: str | None) -> Encoders | None:
+    """As the plan calls it. Raises UsageError."""
+    from edge_gemma.errors import UsageError
+    from edge_gemma.plan.records import Encoders
+
+    names = {value.replace(" ", "-"): value for value in get_args(Encoders)}
+    if name is not None and name not in names:
+        raise UsageError(f"--encoders {name} is unknown; expected one of {', '.join(names)}")
+    return None if name is None else names[name]
 
 
 @dataclass(frozen=True)

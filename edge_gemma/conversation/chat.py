@@ -175,10 +175,15 @@ class Chat:
     # a turn that is being spoken
 
     def begin_turn(
-        self, head: Sequence[Part] = (), *, pad_audio: bool = False, max_tokens: int = 512
+        self,
+        head: Sequence[Part] = (),
+        *,
+        pad_audio: bool = False,
+        max_tokens: int = 512,
+        prefill: bool = True,
     ) -> None:
         """A turn begins whose sound is still to come: ``head`` (an instruction) and what stands
-        before the first clip are prefilled now.
+        before the first clip are prefilled now, or wait (not ``prefill``).
 
         ``pad_audio`` fills each clip to 188 rows as transformers does. The messages change only
         when the turn is answered. Raises ContextFull, UsageError (a bundle that cannot hear),
@@ -198,13 +203,13 @@ class Chat:
         rendered = render(before, continued=True) if self._continues else None
         if rendered is not None and session.length + _around(rendered) + reserve <= session.n_ctx:
             self._continues = False  # until the turn is answered
-            session.append(rendered.before)
+            session.append(rendered.before, prefill=prefill)
         else:
             fitted = fit(before, render, _around, n_ctx=session.n_ctx, n_reserve=reserve)
             before, rendered, dropped = fitted.messages, fitted.rendered, fitted.dropped
             self._continues = False
             session.replace(rendered.before, n_stable=self._stable_length())
-            session.append([])
+            session.append([], prefill=prefill)
         self._turn = _OpenTurn(list(before[:-1]), dropped, head, rendered.after, pad_audio)
 
     def add_rows(self, rows: np.ndarray, *, prefill: bool = True) -> None:
@@ -219,12 +224,13 @@ class Chat:
             self.session.append([Rows(rows)], prefill=prefill)
             turn.rows.append(rows)
 
-    def next_clip(self) -> None:
+    def next_clip(self, *, prefill: bool = True) -> None:
         """The present clip (30 s at most) ends, and another one of the same turn begins."""
         turn = self._open_turn()
         self.go_on()
         n_rows = self._close_clip(turn)
-        self.session.append(self._prompt.between_clips(n_rows, pad_audio=turn.pad_audio))
+        between = self._prompt.between_clips(n_rows, pad_audio=turn.pad_audio)
+        self.session.append(between, prefill=prefill)
 
     def expect_end(self, rows: np.ndarray, *, ask: bool = False) -> float | None:
         """Somebody is silent: perhaps the turn ends with these ``rows [n, n_embd]``. They and what

@@ -390,6 +390,7 @@ class TokenLoop:
     def _decode_step(self, lanes: list[Lane], items: list[Step], *, every: bool) -> bool:
         self._context.check_open()
         # even a single token: its rows lie on several pages, and each would be a wait of its own
+        self._weights.wake()
         self._weights.prefetch([token for _, _, ids in items for token in ids])
         self._context.clear_cancel()
         if any(lane.place.cancelled for lane in lanes):

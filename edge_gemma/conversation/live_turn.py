@@ -20,7 +20,8 @@ class LiveTurn:
     """One user turn that is still being spoken: push samples, then finish and generate. The
     :class:`Chat` holds the turn when it is answered.
 
-    What stands before the audio is prefilled at once, each step's soft tokens as they come.
+    What stands before the audio is prefilled at once, each step's soft tokens as they come. Where
+    the plan hears first, all of it waits for the answer: nothing else may be decoded until then.
     ``pad_audio`` fills each clip to 188 rows as transformers does. Raises UnsupportedModel (a
     bundle that cannot hear), ContextFull (the turn cannot fit).
     """
@@ -30,8 +31,9 @@ class LiveTurn:
     ):
         self._chat = chat
         self._encoder = chat.senses.audio()
+        self._prefills = not chat.senses.hears_first
         head = [instruction] if instruction.strip() else []
-        chat.begin_turn(head, pad_audio=pad_audio, max_tokens=max_tokens)
+        chat.begin_turn(head, pad_audio=pad_audio, max_tokens=max_tokens, prefill=self._prefills)
         self._stream = self._encoder.stream()
         self.n_rows = 0  # soft tokens of this turn so far
         self.first_token_s: float | None = None  # by time.perf_counter
@@ -40,9 +42,13 @@ class LiveTurn:
         """``samples [n]`` at 16 kHz → how many soft tokens they completed; those are encoded and
         prefilled. Raises MediaError, ContextFull, Cancelled.
         """
+<<<<<<< HEAD
         if len(samples):
             self._chat.go_on()
         return self._add(self._stream.push(samples), prefill=True)
+=======
+        return self._add(self._stream.push(samples), prefill=self._prefills)
+>>>>>>> 8d61c03 (Hear first, then decode: a rung of the plan in which an open encoder and the decoder's weights are never in memory together)
 
     def expect_end(self, *, ask: bool = False) -> float | None:
         """The user is silent: compute what :meth:`finish` and the first token need, so that nothing
@@ -62,7 +68,7 @@ class LiveTurn:
     def cut(self) -> None:
         """The present piece (30 s at most) ends, the turn goes on with another clip."""
         self._add(self._stream.finish(), prefill=False)
-        self._chat.next_clip()
+        self._chat.next_clip(prefill=self._prefills)
         self._stream = self._encoder.stream()
 
     def finish(self) -> None:

@@ -331,6 +331,7 @@ class Session:
             self._checkpoint(sequence)
 
     def _decode(self, sequence: int, position: int, span: Span, outputs: Outputs) -> None:
+        self._sequences.weights.wake()
         if isinstance(span, Tokens):
             self._sequences.weights.prefetch(span.ids)
         self._context.decode(sequence, position, span, outputs)

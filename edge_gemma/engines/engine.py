@@ -11,7 +11,7 @@ Positions count from 0. A sequence is one conversation's place in a context, 0 â
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, Protocol
 
 import numpy as np
@@ -227,5 +227,15 @@ class Weights(Protocol):
 
     def trim(self) -> None:
         """Give back the pages of rows that were looked up since the last call."""
+
+    def rest(self, on_wake: Callable[[], None]) -> None:
+        """Let go of every mapped page, for somebody who needs the memory meanwhile: the next
+        :meth:`wake` calls ``on_wake`` first, who gives it back.
+        """
+
+    def wake(self) -> None:
+        """Bring back what :meth:`rest` let go; ask before anything is decoded. Does nothing when
+        nothing rests.
+        """
 
     def close(self) -> None: ...

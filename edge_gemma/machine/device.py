@@ -47,6 +47,7 @@ class Device:
     swap_bytes: int = 0  # on disk
     memory_cgroup: bool = True  # a memory limit can be set here
     decode_gb_s: float | None = None  # at which a decoder was seen to read its weights (10⁹ bytes)
+    read_mb_s: float | None = None  # at which its disk (a memory card) reads a file (10⁶ bytes)
 
     @property
     def reserve_bytes(self) -> int:
@@ -84,6 +85,7 @@ class _Profile(msgspec.Struct, forbid_unknown_fields=True):
     gpu: str | None = None
     zram: str = "0"
     decode_gb_s: float | None = None
+    read_mb_s: float | None = None
     notes: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
 
@@ -147,6 +149,7 @@ def load_profile(name: str) -> Device:
         zram_bytes=parse_bytes(profile.zram),
         memory_cgroup=profile.memory_cgroup,
         decode_gb_s=profile.decode_gb_s,
+        read_mb_s=profile.read_mb_s,
     )
 
 

@@ -19,6 +19,7 @@ from edge_gemma.machine.device import Device
 from edge_gemma.machine.footprint import RUNTIME_ANON_BYTES, RUNTIME_FILE_BYTES
 from edge_gemma.plan.records import (
     AFTER_LOAD,
+    DECODER_ALONE,
     EMBED_TEXTS,
     PHASES,
     Item,
@@ -76,6 +77,11 @@ class Costs:
         # a tied embedding that is copied: the mapped original is only looked up from then on
         tied = [t for t in matmul if t.name == "token_embd.weight" and repacks(t)]
         self.lookups_beside_copies = self.lookups + tied
+
+    def may_hear_first(self, request: PlanRequest) -> bool:
+        """Whether letting go of the mapped weights while an encoder is open can help at all."""
+        alone = request.n_seq_max == 1 and not request.n_gpu_layers
+        return bool(self.senses) and self.device.can_release and alone
 
     def without_senses(self) -> Costs:
         """The same without encoders."""
@@ -138,6 +144,12 @@ class Costs:
         share = 1.0 if n_gpu_layers < 0 or n_gpu_layers > n_layer else n_gpu_layers / n_layer
         return int(self.matmul_bytes * share)
 
+    def read_again_bytes(self, s: Settings) -> tuple[int, int]:
+        """What hearing first reads from the disk for a turn, at most: encoders, decoder weights."""
+        sizes = {"audio": self.manifest.audio, "vision": self.manifest.vision}
+        parts = [part for sense in self.senses if (part := sizes[sense]) is not None]
+        return sum(part.weights_bytes for part in parts), self._mapped_bytes(s)
+
     def _mapped_bytes(self, s: Settings) -> int:
         """Weights that are read where the file is mapped, for every token."""
         copied = self._copied_bytes(s)
@@ -148,7 +160,8 @@ class Costs:
     def _weights(self, s: Settings) -> Iterator[Item]:
         name = "weights, on the GPU" if s.n_gpu_layers else "weights, repacked"
         yield Item(name, self._copied_bytes(s), "anon", PHASES)
-        yield Item("weights, mapped", self._mapped_bytes(s), "file_hot", PHASES)
+        mapped_in = DECODER_ALONE if s.encoders == "hear first" else PHASES
+        yield Item("weights, mapped", self._mapped_bytes(s), "file_hot", mapped_in)
         if self.device.can_release:
             yield self._cold_rows(s)
             return
@@ -170,7 +183,8 @@ class Costs:
         bytes_per_token = sum((1 + row / page) * page for row in row_bytes)
         touched = bytes_per_token * min(s.n_ctx // 4, 2048) * s.n_seq_max
         whole = sum(t.nbytes for t in tables)
-        phases = ("prefill", "decode", "listen", "look")
+        # the rows of a turn that waits for its end are looked up behind it
+        phases = DECODER_ALONE[1:] if s.encoders == "hear first" else AFTER_LOAD
         return Item("cold rows in use", min(int(touched), whole), "file_cold", phases)
 
     def _mapped_while_loading(self, s: Settings) -> Iterator[Item]:

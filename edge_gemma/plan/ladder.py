@@ -27,6 +27,11 @@ conceded:
 6. No repacked weights: slower (about a third), but then every weight is a clean file page that the
    kernel may take back. With repacked weights, which are anonymous, the plan keeps HEADROOM free,
    so that pressure never falls on the hot pages.
+7. The best candidates are not scored again with the finer rows: those rows then stay on the disk.
+8. Hear first, then decode (the same for pictures). Once more from the top, without repacked
+   weights: the encoder is open alone, its soft tokens wait, and the decoder's mapped weights are
+   read again when it was closed. Only where one conversation at a time is served, and where pages
+   can be given back. It comes last because every turn waits for that.
 
 A model that embeds concedes context and repacking alone: a text is computed in one ubatch of
 ``n_ctx`` tokens, and nothing of it is kept.
@@ -36,6 +41,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import get_args
 
 from edge_gemma.bundles.manifest import SENSES, Manifest, Tensor, finer_head_rows, require
 from edge_gemma.errors import UsageError
@@ -44,6 +50,7 @@ from edge_gemma.plan.costs import HEADROOM, KV_TYPES, Costs
 from edge_gemma.plan.records import (
     AFTER_LOAD,
     MAX_DRAFT,
+    Encoders,
     Item,
     Level,
     Plan,
@@ -58,6 +65,10 @@ N_CTX_LADDER = (4096, 2048, 1024, 512)
 N_UBATCH_LADDER = (256, 128, 64)
 Done = tuple[str, ...]  # what was conceded, for people
 Rung = tuple[Settings, Done]
+# where a board's profile does not say how fast its disk is: of a memory card in a Raspberry Pi 4
+# (pidramble.com/wiki/benchmarks/microsd-cards), and of a SATA SSD on USB 3
+CARD_MB_S, SSD_MB_S = 43.0, 400.0
+NOT_REPACKED = "weights not repacked: slower, every weight reclaimable"
 KV_PRICE = "KV cache in q8_0: a small loss of precision, prefill up to 1.7 times slower on a CPU"
 # level → (context, ubatch) that the ladder begins with
 LEVELS: dict[Level, tuple[int, int]] = {
@@ -87,6 +98,12 @@ def make_plan(
         else min(request.budget_bytes, device.usable_bytes)
     )
     costs = Costs(manifest, device, request, repacks)
+    if request.encoders == "hear first" and costs.senses and not costs.may_hear_first(request):
+        raise UsageError(
+            "hearing first needs weights that can be let go (Linux, none on the GPU) and one "
+            f"conversation at a time; there are {request.n_seq_max} sequences and "
+            f"{request.n_gpu_layers or 0} GPU layers on {device.name}"
+        )
     for settings, concessions in _ladder(manifest, device, request, costs):
         candidate = _plan(costs.items(settings), settings, concessions, budget)
         if candidate.fits:
@@ -129,6 +146,15 @@ def _check(manifest: Manifest, request: PlanRequest) -> None:
             f"{manifest.name} keeps no finer rows of its output head, so candidates cannot be "
             "scored again; recipes with untied = true do (edge, edge_fast)"
         )
+    _check_senses(manifest, request)
+
+
+def _check_senses(manifest: Manifest, request: PlanRequest) -> None:
+    if request.encoders not in (None, *get_args(Encoders)):
+        raise UsageError(
+            f"encoders {request.encoders!r} is unknown; expected one of "
+            f"{', '.join(get_args(Encoders))}"
+        )
     for sense in request.senses or ():
         if sense not in SENSES:
             raise UsageError(f"sense {sense!r} is unknown; expected {' or '.join(SENSES)}")
@@ -157,14 +183,54 @@ def _ladder(
         prompt_cache_bytes=request.prompt_cache_bytes or 0,
         n_draft=MAX_DRAFT if request.n_draft is None else request.n_draft,
         rescore=request.rescore is not False and finer_head_rows(manifest.decoder) is not None,
+        encoders=request.encoders or "resident",
     )
     if manifest.embedding is not None:
         settings = replace(settings, n_ubatch=n_ctx, prompt_cache_bytes=0, n_draft=0)
         yield from _embedding_ladder(settings, request)
         return
-    last: Rung = next(_prompt_caches(settings, (), request, costs), (settings, ()))
-    yield last
     smallest = 256 if image_in_one_ubatch else 0
+    hears_first = costs.may_hear_first(request)
+    if not (hears_first and request.encoders == "hear first"):
+        yield from _descent((settings, ()), request, costs, smallest)
+    if hears_first and request.encoders in (None, "hear first"):
+        yield from _descent(_hearing_first(settings, request, costs), request, costs, smallest)
+
+
+def _hearing_first(settings: Settings, request: PlanRequest, costs: Costs) -> Rung:
+    """Where the ladder begins once more. Copies of weights cannot be let go while one listens, so
+    there are none.
+    """
+    settings = replace(settings, encoders="hear first")
+    done: Done = (hear_first_price(settings, costs),)
+    if request.repack is None and costs.repacked_bytes and not settings.n_gpu_layers:
+        settings = replace(settings, repack=False)
+        done = (hear_first_price(settings, costs), NOT_REPACKED)
+    return settings, done
+
+
+def hear_first_price(settings: Settings, costs: Costs) -> str:
+    """What hearing first costs, in bytes of the disk and seconds."""
+    encoder_bytes, weights_bytes = costs.read_again_bytes(settings)
+    known = costs.device.read_mb_s
+    disks = {"a memory card": CARD_MB_S, "an SSD": SSD_MB_S}
+    times = "; ".join(
+        f"{encoder_bytes / 1e6 / mb_s:.0f} s and {weights_bytes / 1e6 / mb_s:.0f} s from {disk} "
+        f"that reads {mb_s:.0f} MB/s"
+        for disk, mb_s in ({"this board's card": known} if known else disks).items()
+    )
+    return (
+        f"hear first, then decode: for each turn the {' and '.join(costs.senses)} encoder is "
+        f"opened ({format_bytes(encoder_bytes)}) and closed, and the answer waits until the "
+        f"decoder's weights are read again (at most {format_bytes(weights_bytes)}): {times}"
+    )
+
+
+def _descent(first: Rung, request: PlanRequest, costs: Costs, smallest: int) -> Iterator[Rung]:
+    """From one rung on, everything that can be conceded, in the ladder's order."""
+    settings, done = first
+    last: Rung = next(_prompt_caches(settings, done, request, costs), first)
+    yield last
     steps: list[Callable[[Rung], Iterator[Rung]]] = [
         lambda rung: _contexts(*rung, request, LARGE_N_CTX_LADDER),
         lambda rung: _prompt_caches(*rung, request, costs),
@@ -173,7 +239,7 @@ def _ladder(
         lambda rung: _contexts(*rung, request, N_CTX_LADDER[:2]),
         lambda rung: _smaller_kv(*rung, request),
         lambda rung: _contexts(*rung, request, N_CTX_LADDER),
-        lambda rung: _late(*rung, request, len(senses)),
+        lambda rung: _late(*rung, request, len(costs.senses)),
     ]
     for step in steps:
         for rung in step(last):
@@ -206,7 +272,7 @@ def _smaller_kv(settings: Settings, done: Done, request: PlanRequest) -> Iterato
 
 def _late(settings: Settings, done: Done, request: PlanRequest, n_senses: int) -> Iterator[Rung]:
     """What is conceded when nothing else can be: encoders, llguidance's tables, repacking."""
-    if n_senses > 1:
+    if n_senses > 1 and request.encoders is None and settings.encoders == "resident":
         settings = replace(settings, encoders="one at a time")
         done = (*done, "encoders one at a time: each loads when it is needed")
         yield settings, done
@@ -214,9 +280,15 @@ def _late(settings: Settings, done: Done, request: PlanRequest, n_senses: int) -
         settings = replace(settings, guidance=False)
         done = (*done, "structured output by llama.cpp's grammar: fewer schema keywords")
         yield settings, done
-    if request.repack is None and settings.n_gpu_layers == 0:
+    if request.repack is None and settings.n_gpu_layers == 0 and settings.repack:
         settings = replace(settings, repack=False)
-        yield settings, (*done, "weights not repacked: slower, every weight reclaimable")
+        done = (*done, NOT_REPACKED)
+        yield settings, done
+    if request.rescore is None and settings.rescore:
+        yield (
+            replace(settings, rescore=False),
+            (*done, "candidates not scored again: the output head's own precision"),
+        )
 
 
 def _ubatches(
@@ -252,7 +324,7 @@ def _embedding_ladder(settings: Settings, request: PlanRequest) -> Iterator[Rung
                 yield settings, done
     if request.repack is None and settings.n_gpu_layers == 0:
         settings = replace(settings, repack=False)
-        yield settings, (*done, "weights not repacked: slower, every weight reclaimable")
+        yield settings, (*done, NOT_REPACKED)
 
 
 def _plan(
@@ -309,6 +381,12 @@ def arithmetic(plan: Plan) -> str:
             f"  {format_bytes(plan.needed_bytes - plan.total_bytes):>10}  headroom beside "
             "repacked weights"
         )
+    if plan.settings.encoders == "hear first":
+        listening = max(_in_use(plan.items, name) for name in ("listen", "look"))
+        lines.append(
+            f"  {format_bytes(listening):>10}  in use while an encoder is open; the decoder's "
+            "weights are not"
+        )
     return "\n".join(lines)
 
 
@@ -317,9 +395,10 @@ def _refusal(
 ) -> str:
     conceded = "; ".join(plan.concessions) or "nothing could be conceded"
     nearest = _nearest(plan, manifest, device, request, costs)
+    missing = format_bytes(plan.needed_bytes - plan.budget_bytes)
     return (
         f"{manifest.name} does not fit: {format_bytes(plan.needed_bytes)} needed, "
-        f"{format_bytes(plan.budget_bytes)} to spend on {device.name}.\n"
+        f"{format_bytes(plan.budget_bytes)} to spend on {device.name}: {missing} too little.\n"
         f"{arithmetic(plan)}\n  already conceded: {conceded}\n  nearest that fits: {nearest}"
     )
 

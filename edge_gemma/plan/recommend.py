@@ -11,8 +11,9 @@ Ranked by level:
   others; what is slower comes after, by its speed;
 - ``performance``: the most capable first, whatever its speed.
 
-Capable: a context of at least USEFUL_N_CTX, then billions of parameters at work for a token, then
-the recipe's measured distance from the whole weights.
+Capable: a context of at least USEFUL_N_CTX, then no wait for weights that are read again in every
+turn (a plan that hears first), then billions of parameters at work for a token, then the recipe's
+measured distance from the whole weights.
 """
 
 from __future__ import annotations
@@ -151,7 +152,8 @@ def _rank(choice: Choice, level: Level) -> tuple[float, ...]:
     candidate = choice.candidate
     kld = 1.0 if candidate.kld is None else candidate.kld
     is_cramped = float(choice.plan.settings.n_ctx < USEFUL_N_CTX)
-    capable = (is_cramped, -candidate.parameters, kld)
+    waits = float(choice.plan.settings.encoders == "hear first")
+    capable = (is_cramped, waits, -candidate.parameters, kld)
     if level == "efficiency":
         return (choice.plan.needed_bytes, *capable)
     speed = choice.tok_s

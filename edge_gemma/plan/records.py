@@ -10,11 +10,15 @@ from edge_gemma.errors import PlanRefused
 
 PHASES = ("load", "listen", "look", "prefill", "decode")
 AFTER_LOAD = PHASES[1:]
+DECODER_ALONE = ("load", "prefill", "decode")  # the phases in which no encoder is open
 MAX_DRAFT = 15  # tokens that the commands have proposed at a time; each takes a row of logits
 EMBED_TEXTS = 32  # that an embedding model computes in one pass, at most
 Kind = Literal["anon", "file_hot", "file_cold", "reclaimable"]
 # where the ladder begins: a small context in small steps, the usual one, or a large one
 Level = Literal["efficiency", "balanced", "performance"]
+# All stay open; or each is opened when it is needed and closed before the other; or the decoder's
+# mapped weights make room, too, and come back when the encoder was closed.
+Encoders = Literal["resident", "one at a time", "hear first"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,7 @@ class Settings:
     guidance: bool = True  # schemas by llguidance's tables, else by llama.cpp's grammar
     n_draft: int = 0  # tokens that are proposed out of the text itself and verified in one pass
     prompt_cache_bytes: int = 0  # for kept states of the KV cache; 0: none are kept
-    # both stay open, or each is opened when it is needed and closed before the other
-    encoders: Literal["resident", "one at a time"] = "resident"
+    encoders: Encoders = "resident"
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class PlanRequest:
     repack: bool | None = None
     n_gpu_layers: int | None = None
     senses: tuple[Sense, ...] | None = None  # whose encoders to count; None: all the bundle has
+    encoders: Encoders | None = None
     lora_bytes: int = 0
     # for kept states of the KV cache; None: as much as serves, and less where that does not fit
     prompt_cache_bytes: int | None = 0

@@ -162,7 +162,8 @@ class Service:
             request: GenerationRequest, place: int, on_closed: Callable[[Answer], None]
         ) -> SpokenAnswer:
             encoders = (self._encoders, self._open_stream, self._notify)
-            return SpokenAnswer(request, place, on_closed, *encoders)
+            waits = self.model.senses.hears_first
+            return SpokenAnswer(request, place, on_closed, *encoders, waits=waits)
 
         return self._queued(request, spoken)
 
@@ -536,6 +537,7 @@ class Service:
         with self._changed:
             heard = Heard(answer, session, fitted.rendered.after, fitted.dropped)
             self._listening.append(heard)
+        answer.has_lane()
 
     def _hear(self, loop: TokenLoop) -> None:
         """At most one ubatch of one turn that is being spoken, in turns."""
@@ -560,7 +562,8 @@ class Service:
             session.append(heard.after(heard.n_rows), prefill=False)
             self._run(loop, heard.answer, session, heard.dropped_turns)
             return
-        heard.filled = self._filled(session)
+        # where the plan hears first, all of it waits for the last sample
+        heard.filled = self.model.senses.hears_first or self._filled(session)
         heard.goes_on = True
 
     def _filled(self, session: Session) -> bool:

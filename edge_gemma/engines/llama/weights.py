@@ -13,6 +13,9 @@ again. Three moments (figures in docs/measure.md):
 - while weights are copied, the originals go behind the copying, so that the copies never stand
   beside all of them;
 - after each turn the rows that were looked up go (the page cache keeps them, so a return is cheap).
+
+Where the plan hears first, every mapped weight goes while an encoder is open
+(:meth:`Weights.rest`), and comes back in one sweep before the decoder is used again.
 """
 
 from __future__ import annotations
@@ -143,28 +146,31 @@ class Weights:
             )
         if plan.settings.rescore:
             self.decoder.rescorer = rescorer_of(self.path, manifest.family, manifest.decoder)
+        self._hot = _merge(
+            (t.offset, t.nbytes) for t in tensors if t.use == "matmul" and t.name not in repacked
+        )
+        self._on_wake: Callable[[], None] | None = None  # None: nothing rests
         if self._releasable:
-            self._settle(
-                _merge(
-                    (t.offset, t.nbytes)
-                    for t in tensors
-                    if t.use == "matmul" and t.name not in repacked
-                )
-            )
+            self._settle()
+            if plan.settings.encoders == "hear first":
+                self.rest(lambda: None)  # a turn most likely begins with an encoder
+            else:
+                self._populate()
 
-    def _settle(self, hot: list[tuple[int, int]]) -> None:
-        """After the load: the last release, the advice that lookups are scattered, and every hot
-        page in place.
-        """
+    def _settle(self) -> None:
+        """After the load: the last release, and the advice that lookups are scattered."""
         self._release(self._cold, cache_too=True)
         self._release(self._copied, cache_too=True)
         lookups = [(t.offset, t.nbytes) for t in self._lookups]
         for start, length in self._mapped(lookups):
             _madvise(start, length, _MADV_RANDOM)
-        for start, length in self._mapped(hot):
-            _madvise(start, length, _MADV_POPULATE_READ)
         self._addresses = list(self._mapped(_merge(lookups)))
         _malloc_trim()
+
+    def _populate(self) -> None:
+        """Every hot page in place."""
+        for start, length in self._mapped(self._hot):
+            _madvise(start, length, _MADV_POPULATE_READ)
 
     def trim(self) -> None:
         """Give back the rows that were looked up since the last call; the page cache keeps them."""
@@ -172,6 +178,24 @@ class Weights:
             _madvise(start, length, _MADV_DONTNEED)
         if self.decoder.rescorer:
             self.decoder.rescorer.trim()
+
+    def rest(self, on_wake: Callable[[], None]) -> None:
+        """Let go of every mapped weight until :meth:`wake`, which calls ``on_wake`` first. The page
+        cache keeps what there is room for, so only the rest is read again.
+        """
+        self._on_wake = on_wake
+        if self._releasable:
+            self.trim()
+            self._release(self._hot)
+
+    def wake(self) -> None:
+        """Bring back what rests, before anything is decoded."""
+        if self._on_wake is None:
+            return
+        on_wake, self._on_wake = self._on_wake, None
+        on_wake()
+        if self._releasable:
+            self._populate()
 
     @property
     def version(self) -> str:
