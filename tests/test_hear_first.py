@@ -91,6 +91,8 @@ def live(model, samples, *, cut_at=0):
             turn.push(samples[start : start + 1600])
             if start == cut_at > 0:
                 turn.cut()
+            if start == 9600:  # a pause, but not the end
+                assert turn.expect_end(ask=True) is None
         turn.finish()
         return [id for chunk in turn.generate(GREEDY) for id in chunk.token_ids]
 

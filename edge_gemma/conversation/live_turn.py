@@ -42,21 +42,18 @@ class LiveTurn:
         """``samples [n]`` at 16 kHz → how many soft tokens they completed; those are encoded and
         prefilled. Raises MediaError, ContextFull, Cancelled.
         """
-<<<<<<< HEAD
         if len(samples):
             self._chat.go_on()
-        return self._add(self._stream.push(samples), prefill=True)
-=======
         return self._add(self._stream.push(samples), prefill=self._prefills)
->>>>>>> 8d61c03 (Hear first, then decode: a rung of the plan in which an open encoder and the decoder's weights are never in memory together)
 
     def expect_end(self, *, ask: bool = False) -> float | None:
         """The user is silent: compute what :meth:`finish` and the first token need, so that nothing
         is left to do if this was the end. Samples that follow take it back exactly.
 
-        With ``ask``, what :meth:`Chat.expect_end` says of the end. Raises ContextFull, Cancelled.
+        With ``ask``, what :meth:`Chat.expect_end` says of the end. Where the plan hears first it
+        does nothing: the encoder would be closed. Raises ContextFull, Cancelled.
         """
-        if self._chat.expects_end:
+        if self._chat.expects_end or not self._prefills:
             return None
         return self._chat.expect_end(self._stream.fork().finish(), ask=ask)
 
