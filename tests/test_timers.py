@@ -163,6 +163,18 @@ def test_a_board_without_a_battery(tmp_path, clocks):
             timers.cancel(timers.set(5))  # writes the file with the wrong clock
 
 
+def test_a_timer_set_before_the_clock_was_right(tmp_path, clocks):
+    """A board that begins in 1970, finds the time in the network, and loses its power then."""
+    clocks.wall_s = 5000.0
+    with clocks.timers(tmp_path) as timers:
+        timers.set(600, "tea")
+        clocks.set_by(NOON_S)
+        assert timers.due() == []
+        clocks.pass_by(60)
+    with clocks.timers(tmp_path) as timers:
+        assert timers.all()[0].at_s == pytest.approx(clocks.wall_s + 540)
+
+
 def test_a_daily_alarm_comes_back(tmp_path, clocks):
     with clocks.timers(tmp_path) as timers:
         timers.set_alarm(NOON_S + 60, "pills", daily=True)

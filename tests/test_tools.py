@@ -448,6 +448,7 @@ def test_http_tools(tmp_path, house, monkeypatch):
     assert call(toolbox, "t0").note == "t0 was not called: missing is on"
     got = json.loads(call(toolbox, "t1", entity="a/../b?c", since=3).text)
     assert (got["method"], got["path"]) == ("GET", "/states/a%2F..%2Fb%3Fc?since=3")
+    assert call(toolbox, "t1", entity="..").note == "the parameter 'entity' is '..'"
     assert call(toolbox, "t1").note == "the parameter 'entity' is missing"
     assert toolbox.question(FunctionCall("t2")) is True
 
@@ -481,6 +482,8 @@ def test_http_tools_that_fail(tmp_path, house):
         ("[" * 100_000, "holds no tools"),
         (b"\xff\xfe", "holds no tools"),
         ([{"url": "ftp://x"}], "expected http:// or https://"),
+        ([{"url": "http://{host}/x"}], "lets the model choose the host"),
+        ([{"url": "http://["}], "is no address"),
         ([{"url": "file:///etc/passwd"}], "expected http:// or https://"),
         ([{"url": "http://x", "colour": 1}], "unknown field `colour`"),
         ([{"url": "http://x", "method": "BREW"}], "Invalid enum value 'BREW'"),

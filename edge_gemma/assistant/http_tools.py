@@ -75,6 +75,12 @@ def _tool(entry: HttpTool, path: Path) -> Tool:
     url = _filled(entry.url, where)
     if not url.startswith(("http://", "https://")):
         raise UsageError(f"{where}: its url is {entry.url!r}; expected http:// or https://")
+    try:
+        host = urllib.parse.urlsplit(url).netloc
+    except ValueError as error:
+        raise UsageError(f"{where}: its url {entry.url!r} is no address ({error})") from None
+    if "{" in host:
+        raise UsageError(f"{where}: its url lets the model choose the host; name it")
     if not 0 < entry.timeout_s <= 600:
         raise UsageError(f"{where}: its timeout_s is {entry.timeout_s}; expected up to 600")
     headers = {name: _filled(value, where) for name, value in entry.headers.items()}
@@ -120,6 +126,8 @@ def _request(
         value = rest.pop(match[1], None)
         if not isinstance(value, str | int | float):
             raise ToolError(f"the parameter {match[1]!r} is missing")
+        if value in (".", ".."):
+            raise ToolError(f"the parameter {match[1]!r} is {value!r}")
         return urllib.parse.quote(str(value), safe="")
 
     url = _PLACE.sub(place, url)

@@ -208,10 +208,7 @@ class Timers:
             self._late_s.pop(found.id, None)
             if found.daily:
                 self._timers[found.id] = _on_its_next_day(found, self._clock())
-            try:
-                self._save()
-            except RuntimeFailure as error:
-                self.problem = str(error)
+            self._save_or_tell()
 
     def close(self) -> None:
         """Another process may have the folder. The timers stay in it."""
@@ -241,6 +238,14 @@ class Timers:
                 # the clock has found the right time, which at_s was made by
                 shift_s = min(0.0, shift_s)
             self._shift_s[timer.id] = shift_s
+        if any(timer.id not in self._loaded for timer in self._timers.values()):
+            self._save_or_tell()  # what was set by the clock of before
+
+    def _save_or_tell(self) -> None:
+        try:
+            self._save()
+        except RuntimeFailure as error:
+            self.problem = str(error)
 
     def _save(self) -> None:
         timers = [
