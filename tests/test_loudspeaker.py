@@ -11,6 +11,9 @@ import sys
 import pulse
 import pytest
 
+from edge_gemma import FunctionCall
+from edge_gemma.assistant.builtin_tools import builtin_tools
+from edge_gemma.assistant.timers import Timers
 from edge_gemma.errors import UsageError
 from edge_gemma.hearing import sound_server
 
@@ -149,3 +152,60 @@ def test_a_sound_server_without_its_canceller_or_none_at_all(tmp_path, monkeypat
     assert sound_server.sound_server() is None
     with pytest.raises(UsageError, match="no PulseAudio or PipeWire server answers"):
         sound_server.require()
+
+
+# A timer that another process set rings; the microphone hears the loudspeaker. One JSON line.
+RING = """
+import json, sys, threading, time
+import numpy as np
+from edge_gemma.assistant.ringing import RATE_HZ, Ringing
+from edge_gemma.assistant.timers import Timers
+from edge_gemma.hearing.devices import Microphone, Speaker
+
+speaker, told = Speaker(), []
+with Timers(sys.argv[1]) as timers, Microphone() as microphone:
+    rings = Ringing(timers, speaker.play, speaker.stop)
+    while (notice := rings()) is None:
+        time.sleep(0.02)
+    thread = threading.Thread(target=notice.ring)
+    thread.start()
+    heard, ended = [], None
+    while ended is None or time.monotonic() < ended + 1:
+        heard.append(microphone.read(0.1))
+        if ended is None and not thread.is_alive():
+            ended = time.monotonic()
+    notice.done(True)
+    notice.spoken_to()
+    left = len(timers.all())
+speaker.close()
+sound = np.concatenate(heard)
+power = np.abs(np.fft.rfft(sound)) ** 2
+hz = np.argmax(power) * RATE_HZ / len(sound)
+loud = np.abs(sound) > 0.05
+print(json.dumps(dict(text=notice.text, hz=hz, loud_s=loud.sum() / RATE_HZ, left=left)))
+"""
+
+
+@needs_server
+def test_a_timer_rings_on_a_real_loudspeaker(server, tmp_path):
+    state = tmp_path / "state"
+    with Timers(state) as timers:
+        timers.set(1, "tea")
+    found = run(server, "-c", RING, state)
+    assert found["text"] == "The timer tea is over." and found["left"] == 0
+    assert abs(found["hz"] - 880) < 10 and found["loud_s"] > 0.2
+
+
+@needs_server
+def test_the_volume_of_a_real_sound_server(server, tmp_path, monkeypatch):
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    with Timers(tmp_path / "state") as timers:
+        toolbox = builtin_tools(timers, tmp_path / "state")
+        for per_cent in (30, 0, 100):
+            result = toolbox.call(FunctionCall("set_volume", {"per_cent": per_cent}))
+            assert result.text == f"{per_cent} per cent now"
+            assert toolbox.call(FunctionCall("set_volume")).text == f"{per_cent} per cent"
+        server.kill()
+        refused = toolbox.call(FunctionCall("set_volume", {"per_cent": 20}))
+        assert not refused.ok and "Connection refused" in refused.note

@@ -301,6 +301,13 @@ def test_tools_that_fail(name, note):
     assert (result.ok, result.note, result.text) == (False, note, f"Error: {note}")
 
 
+def test_calls_leave_no_thread():
+    for _ in range(5):
+        for spec in HARMLESS.specs:
+            call(HARMLESS, spec["name"])
+    assert not [t for t in threading.enumerate() if t.name == "edge-gemma-tool"]
+
+
 def test_results_that_are_text():
     assert call(HARMLESS, "surrogate").text == "a?b"
     assert call(HARMLESS, "structure").text == '{"red":1,"green":0}'
