@@ -372,6 +372,19 @@ KINDS: dict[str, Kind] = {
             ),
         ),
     ),
+    "talk speakers": Kind(
+        title="Speakers who always pause as long: the pause that ends an utterance is learned",
+        key=("pause_s",),
+        better={"learned_wait_s": -1, "learned_words_cut": -1},
+        columns=(
+            Column("their pauses s", "pause_s", number(1)),
+            Column("spoken", "spoken"),
+            Column("fixed: wait s", "fixed_wait_s", number(2)),
+            Column("words cut off", "fixed_words_cut", share),
+            Column("learned: wait s", "learned_wait_s", number(2)),
+            Column("words cut off", "learned_words_cut", share),
+        ),
+    ),
     "talk loop": Kind(
         title="A conversation that goes on and on",
         key=("model",),

@@ -33,7 +33,7 @@ from edge_gemma.conversation.voice import Synthesizer, Voice, espeak
 from edge_gemma.errors import DeviceLost, UsageError
 from edge_gemma.hearing.echo import EchoCanceller, noise_filter
 from edge_gemma.hearing.sound import read_audio
-from edge_gemma.hearing.utterances import SpeechDetector, UtteranceEvent
+from edge_gemma.hearing.utterances import SpeechDetector, SpeechProbability, UtteranceEvent
 from edge_gemma.machine.footprint import Footprint, footprint
 from edge_gemma.model import Model, load
 from edge_gemma.options import Sampling
@@ -145,7 +145,7 @@ class _Recorder(SpeechDetector):
                 self._taken.append((self._start, self._first + event.at + after))
         return events
 
-    def restarted(self) -> _Recorder:
+    def restarted(self, probability: SpeechProbability | None = None) -> _Recorder:
         return _Recorder(self._taken, self._first + self._n)
 
 

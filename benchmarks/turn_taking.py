@@ -98,6 +98,24 @@ def _heard(
     )
 
 
+def _fresh(one: Spoken, settings: VadSettings) -> SpeechDetector:
+    left = iter(one.probabilities)
+    return SpeechDetector(settings, lambda block: next(left))
+
+
+def in_a_row(sounds: Sequence[Spoken], settings: VadSettings) -> list[Ended]:
+    """One speaker's sentences, one after the other: what the rule learns of the first ones counts
+    for the others.
+    """
+    speaker = SpeechDetector(settings, lambda block: 0.0)
+    found = []
+    for one in sounds:
+        left = iter(one.probabilities)
+        speaker = speaker.restarted(lambda block, left=left: next(left))
+        found.append(ended(one, speaker))
+    return found
+
+
 @dataclass(frozen=True)
 class Ended:
     """``cut``: the utterance ended in the pause; ``wait_s`` from the last word to its end."""
@@ -106,10 +124,8 @@ class Ended:
     wait_s: float
 
 
-def ended(one: Spoken, settings: VadSettings, turn_over: TurnOver | None) -> Ended:
-    """What ``settings`` make of it."""
-    left = iter(one.probabilities)
-    detector = SpeechDetector(settings, lambda block: next(left))
+def ended(one: Spoken, detector: SpeechDetector, turn_over: TurnOver | None = None) -> Ended:
+    """What a ``detector`` that reads the sound's probabilities makes of it."""
     block, ends = np.zeros(BLOCK, np.float32), []
     for number in range(len(one.probabilities)):
         ends += [number for event in detector.push(block) if event.kind == "end"]
@@ -128,9 +144,10 @@ def turn_taking(
     voices: Sequence[str] = VOICES,
     pauses_s: Sequence[float] = PAUSES_S,
     progress: Progress = silent,
-) -> Section:
+) -> list[Section]:
     """Fixed pauses, the rule without text, and with ``turn_over(text) -> probability`` the rule
-    with it. Raises UsageError (no espeak-ng), MissingExtra.
+    with it, on sentences by themselves; and speakers who always pause as long, from whom the rule
+    learns. Raises UsageError (no espeak-ng), MissingExtra.
     """
     section = Section("talk pauses")
     sounds = spoken(sentences, voices, pauses_s, progress)
@@ -143,7 +160,7 @@ def turn_taking(
         known = {text: turn_over(text) for one in sounds for text in (one.first, one.whole)}
         rules.append(("adaptive, by what was said", adaptive, known.__getitem__))
     for name, settings, over in rules:
-        found = [ended(one, settings, over) for one in sounds]
+        found = [ended(one, _fresh(one, settings), over) for one in sounds]
         waits = sorted(each.wait_s for each in found)
         row = {
             "rule": name,
@@ -161,4 +178,23 @@ def turn_taking(
         f"{len(sentences)} sentences, {len(voices)} espeak-ng voices, one pause of known length in "
         f"each, noise at {NOISE_DBFS:.0f} dBFS; what was said is taken from the text"
     )
+    return [section, _speakers(sounds, pauses_s)]
+
+
+def _speakers(sounds: Sequence[Spoken], pauses_s: Sequence[float]) -> Section:
+    section = Section("talk speakers")
+    for pause_s in pauses_s:
+        row: dict[str, object] = {"pause_s": pause_s}
+        for name, settings in (
+            ("fixed", VadSettings()),
+            ("learned", VadSettings(rule=PauseRule())),
+        ):
+            said_so = [one for one in sounds if one.pause_s == pause_s]
+            found = in_a_row(said_so, settings)
+            lost = [one.n_words_behind for one, e in zip(said_so, found, strict=True) if e.cut]
+            row["spoken"] = len(found)
+            row[f"{name}_wait_s"] = median(each.wait_s for each in found)
+            row[f"{name}_words_cut"] = sum(lost) / sum(one.n_words_behind for one in said_so)
+        section.rows.append(row)
+    section.note("fixed: 0.6 s. The first sentences, which the rule learns from, are counted, too")
     return section

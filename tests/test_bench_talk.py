@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from edge_gemma.benchmarks import talk
+from edge_gemma.benchmarks.turn_taking import turn_taking
 
 pytestmark = pytest.mark.skipif(
     shutil.which("espeak-ng") is None, reason="espeak-ng is not installed (make system)"
@@ -28,3 +29,18 @@ def test_the_room_and_the_wake_words_in_short():
     rows = talk.wake_words(minutes=0.1).rows
     assert {row["name"] for row in rows} == set(talk.WAKE_WORDS)
     assert all(0 <= row["missed"] <= row["spoken"] for row in rows)
+
+
+def test_pauses_in_short():
+    pauses, speakers = turn_taking(
+        turn_over=lambda text: float("ten" in text),
+        sentences=["Set a timer for|ten minutes"],
+        voices=["en"],
+        pauses_s=(0.4, 0.8),
+    )
+    rows = {row["rule"]: row for row in pauses.rows}
+    assert rows["fixed 0.32 s"]["words_cut"] == 1 and rows["fixed 1.2 s"]["words_cut"] == 0
+    told = rows["adaptive, by what was said"]
+    assert told["words_cut"] == 0 and told["wait_s"] < rows["fixed 0.6 s"]["wait_s"]
+    assert [row["pause_s"] for row in speakers.rows] == [0.4, 0.8]
+    assert pauses.markdown() and speakers.markdown()

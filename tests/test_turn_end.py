@@ -10,7 +10,7 @@ from edge_gemma.conversation.live_turn import LiveTurn
 from edge_gemma.conversation.transcription import ListenOptions
 from edge_gemma.conversation.turn_end import TurnEnd
 from edge_gemma.errors import Cancelled, ContextFull, UsageError
-from edge_gemma.hearing.pauses import Clues, PauseRule
+from edge_gemma.hearing.pauses import Clues, Habit, PauseRule
 from edge_gemma.hearing.utterances import SpeechDetector, VadSettings
 
 WAVE = hearing.reference()["wave_6.3"]
@@ -198,6 +198,44 @@ def test_a_pause_within_an_utterance_makes_the_next_one_longer():
     assert len(ends) == 1
     fixed = SpeechDetector(VadSettings(), loudness)
     assert len([event for event in fixed.push(sound) if event.kind == "end"]) == 2
+
+
+@pytest.mark.parametrize("pause_s, sooner", [(0.2, True), (0.8, False)])
+def test_the_pause_of_a_speaker_is_learned(pause_s, sooner):
+    """Ten utterances with a pause each, 3 s apart: whoever pauses briefly waits less, whoever
+    pauses long is cut off at first and then no more.
+    """
+    one = np.concatenate([speech(1), silence(pause_s), speech(1), silence(3)])
+    detector = SpeechDetector(VadSettings(rule=PauseRule()), loudness)
+    counts, waits = [], []
+    for _ in range(10):
+        events = []
+        for number, block in enumerate(blocks(one)):
+            found = [event for event in detector.push(block) if event.kind == "end"]
+            events += [number * 512 / 16000 - (2 + pause_s) for _ in found]
+        counts.append(len(events))
+        waits.append(events[-1])
+    assert counts[-5:] == [1] * 5 and (counts[0] == 1) == sooner
+    assert (waits[-1] < 0.5) if sooner else (1 < waits[-1] < 1.3)
+    other = detector.restarted()  # another stream of the same speaker, after a lost microphone
+    ends = [event for event in other.push(np.concatenate([one, one])) if event.kind == "end"]
+    assert len(ends) == 2
+
+
+def test_habits_need_a_few_utterances():
+    habit = Habit()
+    habit.went_on(1.0)  # of what?
+    for longest_s in (0.2, 0.2, 0.2):
+        habit.add(longest_s)
+    assert habit.pause_s is None
+    habit.add(0.2)
+    assert habit.pause_s == 0.2
+    habit.went_on(0.9)
+    assert habit.pause_s == 0.9
+    rule = PauseRule()
+    assert rule.pause_s(Clues(habit_s=0.9)) == pytest.approx(1.17)
+    assert rule.pause_s(Clues(habit_s=0.0)) == rule.shortest_s
+    assert rule.pause_s(Clues(habit_s=0.9, over=0.9)) == rule.shortest_s
 
 
 def test_a_text_model_is_asked_for_the_end(hearing_model):

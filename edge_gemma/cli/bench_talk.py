@@ -55,13 +55,13 @@ def talk(
         if minutes:
             found.append(benchmarks.hearing_itself(minutes=minutes, progress=say))
             found.append(benchmarks.wake_words(minutes=min(5.0, minutes), progress=say))
-            found.append(_pauses(turn_model, say))
+            found += _pauses(turn_model, say)
         return found
 
     finish_run(job, Output(as_json, report, save, against))
 
 
-def _pauses(turn_model: str | None, say: Callable[[str], None]) -> Section:
+def _pauses(turn_model: str | None, say: Callable[[str], None]) -> list[Section]:
     from edge_gemma.benchmarks.turn_taking import turn_taking
     from edge_gemma.conversation.turn_end import TurnEnd
     from edge_gemma.model import load

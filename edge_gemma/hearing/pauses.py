@@ -1,12 +1,13 @@
 """How long silence must last until an utterance counts as over.
 
-In: what is known at a pause. Out: seconds. Pure. Without any text the pause follows the speaker
+In: what is known at a pause. Out: seconds. Without any text the pause follows the speaker
 (who paused within the utterance may do so again) and the detector (silence that might be soft
 speech); where somebody says how likely the turn is over by what was said (``over``), mostly that.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -16,19 +17,55 @@ from edge_gemma.errors import UsageError
 # probabilities that the turn is over at which the pause is the longest, the usual, the shortest
 _OVER = (0.05, 0.2, 0.6)
 _AGAIN = 1.3  # a pause that was followed by speech, times this, is still no end
+_REMEMBERED, _FEW = 20, 4  # utterances
+WENT_ON_S = 1.5  # speech so soon after an utterance's last word continues it
 _SURE, _UNSURE = 0.04, 0.2  # mean probability of speech in a silence: clearly none; perhaps some
 
 
 @dataclass(frozen=True)
 class Clues:
     """What is known at a pause. ``unsure``: the mean probability of speech in the silence so far;
-    ``inner_s``: the longest pause of this utterance that was followed by speech; ``over``: how
-    likely the turn is over by what was said, None where nobody knows.
+    ``inner_s``: the longest pause of this utterance that was followed by speech; ``habit_s``: how
+    long this speaker's pauses are (:class:`Habit`); ``over``: how likely the turn is over by what
+    was said. None where nobody knows.
     """
 
     unsure: float = 0.0
     inner_s: float = 0.0
+    habit_s: float | None = None
     over: float | None = None
+
+
+class Habit:
+    """How long the speaker's pauses are: the longest ones of the last utterances. An utterance that
+    follows at once upon an end was its continuation, and that end a mistake: a pause, too.
+
+    >>> habit = Habit()
+    >>> for pause_s in (0.2, 0.25, 0.2, 0.3):
+    ...     habit.add(pause_s)
+    >>> habit.pause_s
+    0.3
+    """
+
+    def __init__(self) -> None:
+        self._longest: deque[float] = deque(maxlen=_REMEMBERED)
+
+    def add(self, longest_s: float) -> None:
+        """The longest pause of an utterance that has ended, 0 where there was none."""
+        self._longest.append(longest_s)
+
+    def went_on(self, pause_s: float) -> None:
+        """The last utterance was cut off: what followed after ``pause_s`` belonged to it."""
+        if self._longest:
+            self._longest[-1] = max(self._longest[-1], pause_s)
+
+    @property
+    def pause_s(self) -> float | None:
+        """All but one in ten are not longer; None before a few utterances were heard."""
+        if len(self._longest) < _FEW:
+            return None
+        ordered = sorted(self._longest)
+        return ordered[min(len(ordered) - 1, int(0.9 * len(ordered)))]
 
 
 @dataclass(frozen=True)
@@ -68,7 +105,9 @@ class PauseRule:
         if clues.over is not None:
             pauses_s = (self.longest_s, self.usual_s, self.shortest_s)
             pause_s = float(np.interp(clues.over, _OVER, pauses_s))
-        elif clues.inner_s:
+        else:
+            if clues.habit_s is not None:
+                pause_s = max(self.shortest_s, _AGAIN * clues.habit_s)
             pause_s = max(pause_s, _AGAIN * clues.inner_s)
         doubt = float(np.interp(clues.unsure, (_SURE, _UNSURE), (0.0, 1.0)))
         return min(self.longest_s, pause_s + doubt * (self.longest_s - self.usual_s) / 2)

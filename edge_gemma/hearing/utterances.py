@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from edge_gemma.errors import MissingExtra, UsageError
-from edge_gemma.hearing.pauses import Clues, PauseRule
+from edge_gemma.hearing.pauses import WENT_ON_S, Clues, Habit, PauseRule
 from edge_gemma.hearing.samples import BLOCK_SAMPLES, MAX_CLIP_S, RATE_HZ, check_samples
 
 _SEARCH_S = 3.0  # so long before a piece is full, a pause to cut it at is looked for
@@ -160,6 +160,8 @@ class SpeechDetector:
         self._n_sent = 0  # blocks of the present piece that were given out
         self._has_speech = False  # the present piece
         self._doubt = 0.0  # sum of the probabilities of speech in the present silence
+        self._habit = Habit()
+        self._ended_at: int | None = None  # the sample where the last utterance's speech stopped
         self._inner_blocks = 0  # the longest pause of the utterance that was followed by speech
         # how likely the turn is over by what was said, as somebody knows at this pause
         self.over: float | None = None
@@ -199,9 +201,13 @@ class SpeechDetector:
         self._partial = np.zeros(0, np.float32)
         return [event]
 
-    def restarted(self) -> SpeechDetector:
-        """A detector for another stream with the same settings and probability."""
-        return SpeechDetector(self.settings, self._probability)
+    def restarted(self, probability: SpeechProbability | None = None) -> SpeechDetector:
+        """A detector for another stream of the same speaker, with the same probability unless
+        another one is given.
+        """
+        other = SpeechDetector(self.settings, probability or self._probability)
+        other._habit = self._habit
+        return other
 
     def _outside(self, block: _Block) -> list[UtteranceEvent]:
         self._before.append(block.samples)
@@ -215,6 +221,7 @@ class SpeechDetector:
         at = (self._n_seen - self._n_voiced) * BLOCK_SAMPLES
         self._before.clear()
         self._n_voiced = 0
+        self._note_start(at)
         self.speaking, self._has_speech = True, True
         self._n_silent, self._n_sent, self._inner_blocks = 0, len(samples), 0
         self._doubt, self.over = 0.0, None
@@ -246,6 +253,10 @@ class SpeechDetector:
         self._inner_blocks = max(self._inner_blocks, self._n_silent)
         self._n_silent, self._doubt, self.over = 0, 0.0, None
 
+    def _note_start(self, at: int) -> None:
+        if self._ended_at is not None and at - self._ended_at < WENT_ON_S * RATE_HZ:
+            self._habit.went_on((at - self._ended_at) / RATE_HZ)
+
     def _most_silent(self) -> int:
         """Blocks of silence that do not end the utterance yet."""
         rule = self.settings.rule
@@ -254,6 +265,7 @@ class SpeechDetector:
         clues = Clues(
             unsure=self._doubt / max(1, self._n_silent),
             inner_s=self._inner_blocks * BLOCK_SAMPLES / RATE_HZ,
+            habit_s=self._habit.pause_s,
             over=self.over,
         )
         return max(self._post_roll_blocks, _n_blocks(rule.pause_s(clues)))
@@ -320,6 +332,8 @@ class SpeechDetector:
         at = (self._n_seen - self._n_silent) * BLOCK_SAMPLES
         if not self._n_silent:
             at += len(self._partial)
+        self._habit.add(self._inner_blocks * BLOCK_SAMPLES / RATE_HZ)
+        self._ended_at = at
         self.speaking, self._held = False, []
         self._n_silent, self._n_sent = 0, 0
         return UtteranceEvent("end", at, _joined(samples))
