@@ -17,7 +17,7 @@ import numpy as np
 from edge_gemma.benchmarks.room import BLOCK, RATE_HZ, said
 from edge_gemma.benchmarks.sections import Progress, Section, silent
 from edge_gemma.hearing.pauses import PauseRule
-from edge_gemma.hearing.utterances import SpeechDetector, VadSettings, silero
+from edge_gemma.hearing.utterances import SpeechDetector, SpeechProbability, VadSettings, silero
 
 # where the bar stands somebody might think; half of the beginnings could be a whole request
 SENTENCES = (
@@ -98,9 +98,13 @@ def _heard(
     )
 
 
-def _fresh(one: Spoken, settings: VadSettings) -> SpeechDetector:
+def _read(one: Spoken) -> SpeechProbability:
     left = iter(one.probabilities)
-    return SpeechDetector(settings, lambda block: next(left))
+    return lambda block: next(left)
+
+
+def _fresh(one: Spoken, settings: VadSettings) -> SpeechDetector:
+    return SpeechDetector(settings, _read(one))
 
 
 def in_a_row(sounds: Sequence[Spoken], settings: VadSettings) -> list[Ended]:
@@ -110,8 +114,7 @@ def in_a_row(sounds: Sequence[Spoken], settings: VadSettings) -> list[Ended]:
     speaker = SpeechDetector(settings, lambda block: 0.0)
     found = []
     for one in sounds:
-        left = iter(one.probabilities)
-        speaker = speaker.restarted(lambda block, left=left: next(left))
+        speaker = speaker.restarted(_read(one))
         found.append(ended(one, speaker))
     return found
 
