@@ -30,6 +30,7 @@ from edge_gemma.embedding import TextEmbedder
 from edge_gemma.engines.engine import EVALUATE_ROWS, Weights
 from edge_gemma.engines.llama.weights import Weights as LlamaWeights
 from edge_gemma.engines.llama.weights import repacked_here
+from edge_gemma.engines.onnx.weights import Weights as OnnxWeights
 from edge_gemma.errors import UsageError
 from edge_gemma.machine.device import Device
 from edge_gemma.machine.probe import find_device, machine_for
@@ -37,7 +38,7 @@ from edge_gemma.machine.repack import repacks_for
 from edge_gemma.messages import Image, Message, Part, PictureSource
 from edge_gemma.options import Sampling, SamplingChanges
 from edge_gemma.plan.ladder import make_plan
-from edge_gemma.plan.records import Level, Plan, PlanRequest
+from edge_gemma.plan.records import EngineChoice, Level, Plan, PlanRequest
 from edge_gemma.prompts.prompt import Prompt, read_special_rows
 from edge_gemma.seeing.video import Video
 from edge_gemma.senses import Content, Senses
@@ -55,6 +56,7 @@ def load(
     device: str | Device = "auto",
     n_ctx: int | None = None,
     level: Level | None = None,
+    engine: EngineChoice | None = None,
     request: PlanRequest = PlanRequest(),
     lora: Sequence[tuple[str | Path, float]] = (),
     prompt_folder: str | os.PathLike[str] | None = "auto",
@@ -63,7 +65,8 @@ def load(
     """Plan, then load.
 
     ``budget`` in bytes or as text ("2GiB"); ``device`` a profile's name or "auto"; ``level``:
-    "efficiency", "balanced" or "performance", with how much context the plan begins; ``request``
+    "efficiency", "balanced" or "performance", with how much context the plan begins; ``engine``:
+    "llama" (the GGUF), "onnx" (``decoder.onnx``, where the bundle holds one) or "auto"; ``request``
     the rest. Where it asks for a prompt cache, ``prompt_folder`` is its place on disk ("auto":
     ~/.cache/edge-gemma/prompts); None: it is in memory alone.
 
@@ -74,7 +77,7 @@ def load(
     True
     """
     bundle = _opened(bundle)
-    request = _request(request, budget, n_ctx, level)
+    request = _request(request, budget, n_ctx, level, engine)
     if lora:
         sizes = (Path(file).stat().st_size for file, _ in lora if Path(file).is_file())
         request = dataclasses.replace(request, lora_bytes=sum(sizes))
@@ -89,6 +92,7 @@ def plan_bundle(
     device: str | Device = "auto",
     n_ctx: int | None = None,
     level: Level | None = None,
+    engine: EngineChoice | None = None,
     request: PlanRequest = PlanRequest(),
 ) -> Plan:
     """What a bundle will take, without loading it: on this machine ("auto"), or on a board by its
@@ -103,7 +107,8 @@ def plan_bundle(
     bundle = _opened(bundle)
     found = find_device(device) if isinstance(device, str) else device
     repacks = repacked_here if device == "auto" else repacks_for(found)
-    return make_plan(bundle.manifest, found, _request(request, budget, n_ctx, level), repacks)
+    request = _request(request, budget, n_ctx, level, engine)
+    return make_plan(bundle.manifest, found, request, repacks)
 
 
 def _opened(bundle: str | os.PathLike[str] | Bundle) -> Bundle:
@@ -111,7 +116,11 @@ def _opened(bundle: str | os.PathLike[str] | Bundle) -> Bundle:
 
 
 def _request(
-    request: PlanRequest, budget: int | str | None, n_ctx: int | None, level: Level | None
+    request: PlanRequest,
+    budget: int | str | None,
+    n_ctx: int | None,
+    level: Level | None,
+    engine: EngineChoice | None,
 ) -> PlanRequest:
     if budget is not None:
         request = dataclasses.replace(request, budget_bytes=parse_bytes(budget))
@@ -119,6 +128,8 @@ def _request(
         request = dataclasses.replace(request, n_ctx=n_ctx)
     if level is not None:
         request = dataclasses.replace(request, level=level)
+    if engine is not None:
+        request = dataclasses.replace(request, engine=engine)
     return request
 
 
@@ -151,10 +162,10 @@ class Model:
     ):
         self.bundle, self.plan = bundle, plan
         manifest = bundle.manifest
-        self.weights: Weights = LlamaWeights(bundle, plan, lora=lora, on_progress=on_progress)
+        self.weights = _opened_weights(bundle, plan, lora, on_progress)
         try:
             self.decoder = self.weights.decoder
-            identity = manifest.files[manifest.decoder.file].sha256
+            identity = self.weights.identity
             self._sequences: Sequences | None = None
             self._prompts: PromptCache | None = None
             self._embedder: TextEmbedder | None = None
@@ -462,6 +473,17 @@ class Model:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _opened_weights(
+    bundle: Bundle,
+    plan: Plan,
+    lora: Sequence[tuple[str | Path, float]],
+    on_progress: Callable[[float], bool | None] | None,
+) -> Weights:
+    if plan.settings.engine == "llama":
+        return LlamaWeights(bundle, plan, lora=lora, on_progress=on_progress)
+    return OnnxWeights(bundle, plan, on_progress=on_progress)
 
 
 def _is_letter(piece: bytes) -> bool:

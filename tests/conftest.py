@@ -139,6 +139,26 @@ def tiny_model(tiny_bundle):
         yield model
 
 
+@pytest.fixture(scope="session")
+def both_bundle(tiny_checkpoint, tmp_path_factory):
+    """The folder of a bundle with both decoders of :func:`tiny_checkpoint`, at F32."""
+    from edge_gemma.convert.pipeline import Conversion, convert
+
+    options = Conversion(quant="f32", decoder="both", onnx_quant="f32", verify=False)
+    out = tmp_path_factory.mktemp("both") / "bundle"
+    return convert(tiny_checkpoint, out, options).bundle.folder
+
+
+@pytest.fixture(scope="session")
+def onnx_model(both_bundle):
+    """:func:`both_bundle` in the ONNX engine, as :func:`tiny_model` is loaded."""
+    import edge_gemma
+
+    request = edge_gemma.PlanRequest(n_threads=1)
+    with edge_gemma.load(both_bundle, engine="onnx", n_ctx=512, request=request) as model:
+        yield model
+
+
 @pytest.fixture
 def sine_wav(tmp_path):
     """Half a second of a tone at 48 kHz, two channels."""

@@ -35,11 +35,12 @@ SCHEMA = {
 }
 
 
-@pytest.fixture(scope="module")
-def models(tiny_bundle):
-    """The same model without drafts and with them."""
-    request = PlanRequest(n_threads=1)
-    drafting = PlanRequest(n_threads=1, n_draft=7)
+@pytest.fixture(scope="module", params=["llama", "onnx"])
+def models(request, both_bundle):
+    """The same model without drafts and with them, in each engine."""
+    tiny_bundle, engine = both_bundle, request.param
+    request = PlanRequest(n_threads=1, engine=engine)
+    drafting = PlanRequest(n_threads=1, n_draft=7, engine=engine)
     with (
         edge_gemma.load(tiny_bundle, n_ctx=512, request=request) as plain,
         edge_gemma.load(tiny_bundle, n_ctx=512, request=drafting) as drafts,

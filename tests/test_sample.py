@@ -20,6 +20,12 @@ def answer(model, **options) -> tuple[str, str]:
     return "".join(c.text for c in chunks), chunks[-1].finish_reason
 
 
+@pytest.fixture(scope="module", params=["llama", "onnx"])
+def tiny_model(request, tiny_model):
+    """Every test here with both engines."""
+    return tiny_model if request.param == "llama" else request.getfixturevalue("onnx_model")
+
+
 def test_greedy_takes_the_largest_logit(tiny_model):
     chunks = list(tiny_model.generate("Q: ", Sampling(temperature=0, max_tokens=1, logprobs=3)))
     (last,) = tiny_model.evaluate("Q: ", rows="last")

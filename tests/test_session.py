@@ -24,6 +24,19 @@ from edge_gemma.machine.footprint import footprint
 from edge_gemma.messages import Message
 from edge_gemma.units import MiB
 
+
+@pytest.fixture(scope="module", params=["llama", "onnx"])
+def tiny_model(request, tiny_model):
+    """Every test here with both engines."""
+    return tiny_model if request.param == "llama" else request.getfixturevalue("onnx_model")
+
+
+def loaded_again(model, **wanted):
+    """The bundle of ``model`` once more, in the same engine."""
+    request = PlanRequest(n_threads=1, engine=model.plan.settings.engine, **wanted)
+    return edge_gemma.load(model.bundle, n_ctx=256, request=request)
+
+
 SHORT = Sampling(seed=11, max_tokens=8)  # greedy would repeat one token: the weights are random
 WORDS = [f"word{i} and some more of it" for i in range(200)]
 
@@ -285,7 +298,7 @@ def test_rows_survive_saving(tiny_model, tmp_path):
         assert ids(session.generate(SHORT)) == expected
 
 
-def test_what_was_saved_is_checked_before_anything_is_restored(tiny_model, tiny_bundle, tmp_path):
+def test_what_was_saved_is_checked_before_anything_is_restored(tiny_model, tmp_path):
     with tiny_model.session() as session:
         session.append(tiny_model.spans("abc def"))
         session.save(tmp_path / "s")
@@ -303,7 +316,7 @@ def test_what_was_saved_is_checked_before_anything_is_restored(tiny_model, tiny_
         with pytest.raises(BundleError, match="cannot read"):
             session.restore(tmp_path / "absent")
     with (
-        edge_gemma.load(tiny_bundle, n_ctx=256, request=PlanRequest(n_threads=1)) as other,
+        loaded_again(tiny_model) as other,
         other.session() as session,
     ):  # another context: prefilled again, same answer
         session.restore(tmp_path / "s")
@@ -314,11 +327,9 @@ def test_what_was_saved_is_checked_before_anything_is_restored(tiny_model, tiny_
             session.restore(tmp_path / "s")
 
 
-def test_a_batch_answers_each_prompt(tiny_bundle):
+def test_a_batch_answers_each_prompt(tiny_model):
     prompts = ["one two", "three", "four five six", "seven", "eight nine"]
-    with edge_gemma.load(
-        tiny_bundle, n_ctx=256, request=PlanRequest(n_seq_max=3, n_threads=1)
-    ) as model:
+    with loaded_again(tiny_model, n_seq_max=3) as model:
         found: dict[int, list[int]] = {}
         greedy = Sampling(
             temperature=0, max_tokens=8
@@ -330,10 +341,9 @@ def test_a_batch_answers_each_prompt(tiny_bundle):
     assert [found[i] for i in range(5)] == alone
 
 
-def test_each_prompt_of_a_batch_ends_with_usage_and_timings(tiny_bundle):
+def test_each_prompt_of_a_batch_ends_with_usage_and_timings(tiny_model):
     prompts = ["one two", "three", "four five six"]
-    request = PlanRequest(n_seq_max=2, n_threads=1)
-    with edge_gemma.load(tiny_bundle, n_ctx=256, request=request) as model:
+    with loaded_again(tiny_model, n_seq_max=2) as model:
         ends = {i: c for i, c in model.generate_batch(prompts, SHORT) if c.finish_reason}
         n_prompt = [sum(map(len, model.spans(prompt))) for prompt in prompts]
     assert sorted(ends) == [0, 1, 2]
@@ -342,11 +352,10 @@ def test_each_prompt_of_a_batch_ends_with_usage_and_timings(tiny_bundle):
         assert end.timings.ttft_s > 0 and end.timings.prefill_tok_s > 0
 
 
-def test_a_batch_can_be_cancelled(tiny_bundle):
+def test_a_batch_can_be_cancelled(tiny_model):
     """From outside: those that run end as cancelled, those that wait do not begin."""
     prompts = ["one two", "three", "four five six", "seven"]
-    request = PlanRequest(n_seq_max=2, n_threads=1)
-    with edge_gemma.load(tiny_bundle, n_ctx=256, request=request) as model:
+    with loaded_again(tiny_model, n_seq_max=2) as model:
         with model.generate_batch(prompts, Sampling(max_tokens=200, seed=1)) as batch:
             found = []
             for index, chunk in batch:

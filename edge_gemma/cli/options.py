@@ -34,7 +34,7 @@ from edge_gemma.sources import typed
 if TYPE_CHECKING:
     from edge_gemma.bundles.manifest import Sense
     from edge_gemma.options import Sampling
-    from edge_gemma.plan.records import Encoders, Level, PlanRequest
+    from edge_gemma.plan.records import Encoders, EngineChoice, Level, PlanRequest
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,14 @@ class PlanningOptions:
             "--gpu-layers", help="Layers on the GPU, −1 for all; needs a llama.cpp built for it."
         ),
     ] = None
+    engine: Annotated[
+        str,
+        typer.Option(
+            "--engine",
+            help="llama (llama.cpp runs the GGUF), or onnx (onnxruntime runs decoder.onnx, where "
+            "the bundle holds one). auto: llama.",
+        ),
+    ] = "auto"
     prompt_cache: Annotated[
         bool,
         typer.Option(
@@ -127,6 +135,7 @@ class PlanningOptions:
             n_draft=None if self.drafts else 0,
             structured=structured,
             level=cast("Level", self.level),  # the plan checks it
+            engine=cast("EngineChoice", self.engine),
         )
 
 

@@ -1,4 +1,4 @@
-"""What an engine offers to conversation/: llama.cpp fulfils it today, onnxruntime can tomorrow.
+"""What an engine offers to conversation/: llama.cpp fulfils it, and onnxruntime.
 
 An engine has four parts. :class:`Weights` are a bundle's decoder opened as planned. Its
 :class:`Decoder` holds the vocabulary and makes the other two: a :class:`Context` (the KV cache of
@@ -221,6 +221,12 @@ class Weights(Protocol):
     @property
     def version(self) -> str:
         """The engine's name and version: states of another one are not taken."""
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of the weights' file, or over those of several: saved conversations are compared
+        with it.
+        """
 
     def prefetch(self, ids: Iterable[int]) -> None:
         """Ask the disk for the table rows of these tokens before they are needed."""

@@ -17,6 +17,8 @@ from edge_gemma.bundles.manifest import (
 )
 from edge_gemma.machine.device import Device
 from edge_gemma.machine.footprint import RUNTIME_ANON_BYTES, RUNTIME_FILE_BYTES
+from edge_gemma.plan.engines import onnx_part
+from edge_gemma.plan.onnx_costs import onnx_decoder_items
 from edge_gemma.plan.records import (
     AFTER_LOAD,
     DECODER_ALONE,
@@ -81,6 +83,7 @@ class Costs:
     def may_hear_first(self, request: PlanRequest) -> bool:
         """Whether letting go of the mapped weights while an encoder is open can help at all."""
         alone = request.n_seq_max == 1 and not request.n_gpu_layers
+        alone = alone and request.engine != "onnx"  # its packed weights cannot be read again
         return bool(self.senses) and self.device.can_release and alone
 
     def without_senses(self) -> Costs:
@@ -105,18 +108,26 @@ class Costs:
             Item("python and libraries", RUNTIME_ANON_BYTES, "anon", PHASES),
             Item("library code", RUNTIME_FILE_BYTES, "file_hot", PHASES),
             Item("vocabulary", vocabulary, "anon", PHASES),
-            *self._weights(s),
-            *self._kv(s),
-            Item("compute buffers", self.compute_bytes(s), "anon", AFTER_LOAD),
+            *self._decoder(s),
             Item("logits and sampling", logits, "anon", sampled_in),
             *self._structured(s),
             Item("prompt cache", s.prompt_cache_bytes, "anon", AFTER_LOAD),
             *self._rescored(s),
             Item("LoRA adapters", self.lora_bytes, "anon", PHASES),
             *self._encoders(s),
-            *self._mapped_while_loading(s),
         ]
         return tuple(row for row in rows if row.bytes > 0)
+
+    def _decoder(self, s: Settings) -> Iterator[Item]:
+        """Weights, KV cache and activations."""
+        if s.engine == "onnx":
+            part = onnx_part(self.manifest)
+            yield from onnx_decoder_items(self.manifest, part, s, self.device)
+            return
+        yield from self._weights(s)
+        yield from self._kv(s)
+        yield Item("compute buffers", self.compute_bytes(s), "anon", AFTER_LOAD)
+        yield from self._mapped_while_loading(s)
 
     def _structured(self, s: Settings) -> Iterator[Item]:
         if self.structured and s.guidance:
@@ -210,6 +221,8 @@ class Costs:
         decoder = self.manifest.decoder
         n_global = sum(kind == "global" for kind in decoder.kv_layers)
         window = min(s.n_ctx, decoder.sliding_window)  # llama.cpp saves no more of a sliding layer
+        if s.engine == "onnx":  # all of it
+            window = s.n_ctx
         n_sliding = len(decoder.kv_layers) - n_global
         return self._cell_bytes(s) * (n_global * s.n_ctx + n_sliding * window)
 
@@ -254,7 +267,7 @@ class Costs:
         return s.n_ctx * (4 * floats + masks) + GRAPH_BYTES_PER_LAYER * d.n_layer
 
     def _encoders(self, s: Settings) -> Iterator[Item]:
-        if self.senses:
+        if self.senses and s.engine == "llama":
             yield Item("onnxruntime", ONNXRUNTIME_BYTES, "anon", AFTER_LOAD)
         if "audio" in self.senses:
             yield from _audio(require(self.manifest, "audio"), s)

@@ -47,6 +47,7 @@ from edge_gemma.bundles.manifest import SENSES, Manifest, Tensor, finer_head_row
 from edge_gemma.errors import UsageError
 from edge_gemma.machine.device import Device
 from edge_gemma.plan.costs import HEADROOM, KV_TYPES, Costs
+from edge_gemma.plan.engines import ONNX_KV_TYPE, engine_for, onnx_part
 from edge_gemma.plan.records import (
     AFTER_LOAD,
     MAX_DRAFT,
@@ -116,6 +117,7 @@ def make_plan(
 
 
 def _check(manifest: Manifest, request: PlanRequest) -> None:
+    engine_for(manifest, request)
     train = manifest.decoder.n_ctx_train
     if request.n_ctx is not None and not MIN_N_CTX <= request.n_ctx <= train:
         raise UsageError(
@@ -184,7 +186,18 @@ def _ladder(
         n_draft=MAX_DRAFT if request.n_draft is None else request.n_draft,
         rescore=request.rescore is not False and finer_head_rows(manifest.decoder) is not None,
         encoders=request.encoders or "resident",
+        engine=engine_for(manifest, request),
     )
+    if settings.engine == "onnx":
+        n_most = onnx_part(manifest).n_positions
+        settings = replace(
+            settings,
+            n_ctx=min(settings.n_ctx, n_most),
+            kv_type=ONNX_KV_TYPE,
+            repack=False,
+            rescore=False,
+        )
+        request = replace(request, kv_type=ONNX_KV_TYPE, repack=False)  # nothing to concede
     if manifest.embedding is not None:
         settings = replace(settings, n_ubatch=n_ctx, prompt_cache_bytes=0, n_draft=0)
         yield from _embedding_ladder(settings, request)

@@ -14,6 +14,8 @@ DECODER_ALONE = ("load", "prefill", "decode")  # the phases in which no encoder 
 MAX_DRAFT = 15  # tokens that the commands have proposed at a time; each takes a row of logits
 EMBED_TEXTS = 32  # that an embedding model computes in one pass, at most
 Kind = Literal["anon", "file_hot", "file_cold", "reclaimable"]
+Engine = Literal["llama", "onnx"]
+EngineChoice = Literal["auto", "llama", "onnx"]
 # where the ladder begins: a small context in small steps, the usual one, or a large one
 Level = Literal["efficiency", "balanced", "performance"]
 # All stay open; or each is opened when it is needed and closed before the other; or the decoder's
@@ -38,6 +40,7 @@ class Settings:
     n_draft: int = 0  # tokens that are proposed out of the text itself and verified in one pass
     prompt_cache_bytes: int = 0  # for kept states of the KV cache; 0: none are kept
     encoders: Encoders = "resident"
+    engine: Engine = "llama"
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class PlanRequest:
     structured: bool = False  # answers will be held to JSON schemas: count what that takes
     level: Level = "balanced"
     rescore: bool | None = None  # None: where the bundle's head is coarser than its embedding
+    engine: EngineChoice = "auto"  # llama.cpp, or onnxruntime; auto: see plan.engine_for
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class Decoder:
     Holds no conversation; :meth:`context` makes what does. ``suppressed`` are ids that no sampler
     chooses, ``ends`` those that end an answer (default: the file's eos and end of turn),
     ``controls`` those that stand for no text. ``overrides`` are metadata that count instead of the
-    file's: key → value.
+    file's: key → value. ``vocab_only`` loads no weights: then :meth:`context` makes nothing.
 
     ``on_progress(fraction) -> bool`` is called while weights load; returning False stops the load
     (KeyboardInterrupt is raised for it). Raises BundleError when llama.cpp refuses the file.
@@ -97,6 +97,7 @@ class Decoder:
         ends: Sequence[int] = (),
         controls: Sequence[int] = (),
         overrides: Mapping[str, bool | int] | None = None,
+        vocab_only: bool = False,
         on_progress: Callable[[float], bool] | None = None,
     ):
         self._low = low = llama.library()
@@ -104,6 +105,7 @@ class Decoder:
         # of every context's logits; whoever opened the weights may set one
         self.rescorer: Rescorer | None = None
         self._model: Any = None  # llama.cpp's pointer
+        self._vocab_only = vocab_only
         self._adapters: list[tuple[Any, float]] = []
         self._contexts: set[Context] = set()
         # llama.cpp reads the array while it loads
@@ -152,6 +154,7 @@ class Decoder:
         params.n_gpu_layers = self.settings.n_gpu_layers
         params.use_extra_bufts = self.settings.repack
         params.load_mode = self._low.LLAMA_LOAD_MODE_MMAP
+        params.vocab_only = self._vocab_only
         stopped = threading.Event()
 
         def progress(fraction: float, _: Any) -> bool:

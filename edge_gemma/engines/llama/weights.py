@@ -104,6 +104,7 @@ class Weights:
         bundle.check_header()
         self.path = bundle.decoder_path
         manifest = bundle.manifest
+        self.identity = manifest.files[manifest.decoder.file].sha256
         tensors = manifest.decoder.tensors
         copies = plan.settings.repack and plan.settings.n_gpu_layers == 0
         # Weights that are never read are copied as well; the loader does not know that they are not

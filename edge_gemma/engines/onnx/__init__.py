@@ -1,1 +1,5 @@
-"""onnxruntime: opening a graph and running it. The only package that imports onnxruntime."""
+"""onnxruntime: encoders' graphs, and the second engine. The only package that imports onnxruntime.
+
+The engine (:mod:`.weights`, :mod:`.decoder`, :mod:`.context`) runs a bundle's ``decoder.onnx``. It
+takes the vocabulary and the sampler from the llama.cpp engine, without loading weights there.
+"""

@@ -8,9 +8,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from edge_gemma.errors import BundleError, MissingExtra, RuntimeFailure, first_line
+from edge_gemma.errors import (
+    BundleError,
+    MissingExtra,
+    RuntimeFailure,
+    UsageError,
+    first_line,
+)
 
 _LOG_ERRORS_ONLY = 3
+OLDEST_FOR_DECODERS = (1, 31, 1)  # older ones die on layers that share K/V
 
 
 class GraphValue(Protocol):
@@ -99,4 +106,70 @@ def run_onnx(graph: Graph, outputs: list[str], feeds: dict[str, np.ndarray]) -> 
     except Exception as error:  # see open_onnx
         raise RuntimeFailure(
             f"onnxruntime failed while running an encoder: {first_line(error)}"
+        ) from error
+
+
+class BoundGraph(Protocol):
+    """What a context asks of an ``onnxruntime.InferenceSession``."""
+
+    def io_binding(self) -> Any: ...
+
+
+def version() -> str:
+    """``onnxruntime 1.32.0``."""
+    return f"onnxruntime {_decoders_runtime().__version__}"
+
+
+def _decoders_runtime() -> Any:
+    """onnxruntime, new enough for a decoder. Raises MissingExtra, UsageError."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingExtra("The ONNX engine", "onnx") from None
+    found = tuple(int(part) for part in onnxruntime.__version__.split(".")[:3] if part.isdigit())
+    if found < OLDEST_FOR_DECODERS:
+        oldest = ".".join(map(str, OLDEST_FOR_DECODERS))
+        raise UsageError(
+            f"onnxruntime {onnxruntime.__version__} is installed; the ONNX engine needs {oldest} "
+            f"or newer: pip install -U 'onnxruntime>={oldest}', or load with engine='llama'"
+        )
+    return onnxruntime
+
+
+def open_decoder(path: Path, *, n_threads: int) -> BoundGraph:
+    """Load a decoder's graph, which was checked (graph_file.py), on the CPU. Activations are freed
+    at once: an arena keeps what the largest prefill took. Raises BundleError, MissingExtra,
+    UsageError.
+    """
+    onnxruntime = _decoders_runtime()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = n_threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # a cancelled run is logged as an error
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        session: BoundGraph = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # see open_onnx
+        raise BundleError(f"onnxruntime cannot open {path}: {first_line(error)}") from error
+    return session
+
+
+def run_options() -> Any:
+    """Options of a run; ``terminate = True`` stops one, from any thread."""
+    options = _decoders_runtime().RunOptions()
+    options.log_severity_level = 4
+    return options
+
+
+def run_bound(graph: Any, binding: Any, options: Any) -> None:
+    """One run over bound memory. Raises RuntimeFailure, also where it was stopped."""
+    try:
+        graph.run_with_iobinding(binding, options)
+    except Exception as error:  # see open_onnx
+        raise RuntimeFailure(
+            f"onnxruntime failed while running the decoder: {first_line(error)}"
         ) from error

@@ -1,0 +1,62 @@
+"""What the ONNX engine takes, as formulas with visible arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from edge_gemma.bundles.manifest import Manifest, OnnxPart
+from edge_gemma.machine.device import Device
+from edge_gemma.plan.records import AFTER_LOAD, PHASES, Item, Settings
+from edge_gemma.units import MiB
+
+# The library with an opened decoder's graph, its weights apart.
+RUNTIME_ANON_BYTES = 32 * MiB
+RUNTIME_FILE_BYTES = 20 * MiB
+# Packed weights by what the files hold. Blocks of 32 carry a float32 scale, and packed a sum, too:
+# 10 bits a weight of 9 (Q8_0), 6 of 5 (Q4_0); float16 is widened.
+PACKED_PER_STORED = {"f32": 1.0, "f16": 2.0}
+PACKED_BLOCKS_PER_STORED = 1.2
+_FLOAT_BYTES = 4
+
+
+def onnx_decoder_items(
+    manifest: Manifest, part: OnnxPart, s: Settings, device: Device
+) -> Iterator[Item]:
+    """Library, weights, tables, KV cache and activations."""
+    decoder = manifest.decoder
+    packed = PACKED_PER_STORED.get(part.recipe, PACKED_BLOCKS_PER_STORED)
+    yield Item("onnxruntime", RUNTIME_ANON_BYTES, "anon", PHASES)
+    yield Item("onnxruntime, code", RUNTIME_FILE_BYTES, "file_hot", PHASES)
+    yield Item("weights, packed", int(part.weights_bytes * packed), "anon", PHASES)
+    cell = 2 * _FLOAT_BYTES * decoder.n_head_kv * decoder.head_dim
+    n_layer = len(decoder.kv_layers)
+    yield Item("KV cache, all layers", n_layer * cell * s.n_ctx * s.n_seq_max, "anon", AFTER_LOAD)
+    yield Item("activations", _activation_bytes(manifest, s), "anon", AFTER_LOAD)
+    yield _cold_rows(manifest, part, s, device)
+
+
+def _activation_bytes(manifest: Manifest, s: Settings) -> int:
+    """Of one ubatch. They are freed as soon as they were read; the widest stand together in the
+    feed-forward layer, and in attention: a row of scores for each head of each thread's row.
+    """
+    d = manifest.decoder
+    floats = 3 * d.n_ff + 4 * d.n_embd
+    if d.ple_width:  # AltUp's four streams, twice; the per-layer inputs of all layers, three times
+        floats = 3 * d.n_ff + 10 * d.n_embd + 3 * d.ple_width * d.n_layer
+    scores = d.n_head * s.n_ctx
+    return s.n_ubatch * _FLOAT_BYTES * (floats + scores)
+
+
+def _cold_rows(manifest: Manifest, part: OnnxPart, s: Settings, device: Device) -> Item:
+    """Rows that are looked up in the tables on disk; see costs.py."""
+    tables = [table for table in (part.embeddings, part.per_layer) if table]
+    whole = [manifest.files[table.file].size for table in tables]
+    page = device.page_bytes
+    per_token = sum(
+        page + nbytes // table.n_rows for table, nbytes in zip(tables, whole, strict=True)
+    )
+    touched = per_token * min(s.n_ctx // 4, 2048) * s.n_seq_max
+    if not device.can_release:
+        touched = sum(whole)
+    phases = ("prefill", "decode", "listen", "look")
+    return Item("cold rows in use", min(touched, sum(whole)), "file_cold", phases)
