@@ -349,6 +349,19 @@ def test_e2b_hears_on_a_board_of_2_gb():
     assert without.needed_bytes - made.needed_bytes > 600 * MiB  # what the refusal comes down by
 
 
+@pytest.mark.parametrize("recipe", ["edge_fast", "edge"])
+def test_with_a_smaller_vocabulary_e2b_hears_on_2_gb_in_a_whole_context(recipe):
+    """95,386 tokens: 50,000 English words with what is made of them."""
+    import msgspec
+
+    board, whole = load_profile("pi-4-2gb"), catalogue().models["e2b"]
+    cut = msgspec.structs.replace(whole, dims=whole.dims | {"n_vocab": 95_386})
+    made = make_plan(manifest_of(cut, recipe, ("audio",)), board, PlanRequest(), repacks_for(board))
+    assert made.fits and made.settings.encoders == "hear first" and made.settings.rescore
+    assert (made.settings.n_ctx, made.settings.kv_type) == (4096, "f16")
+    assert len(made.concessions) == 1
+
+
 def test_where_pages_cannot_be_released_the_whole_file_counts(manifest):
     mac = dataclasses.replace(PI, can_release=False)
     assert plan(manifest, device=mac).total_bytes > plan(manifest).total_bytes
