@@ -16,6 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
@@ -27,7 +28,7 @@ from edge_gemma.benchmarks.live_room import Ears, LiveRoom
 from edge_gemma.benchmarks.room import BLOCK, PASSAGE, RATE_HZ, Room, said
 from edge_gemma.benchmarks.sections import Progress, Section, silent
 from edge_gemma.benchmarks.talk import SENTENCES, USERS
-from edge_gemma.conversation.listener import Listener
+from edge_gemma.conversation.listener import Heard, Listener
 from edge_gemma.conversation.transcription import ListenOptions
 from edge_gemma.conversation.voice import Synthesizer, Voice, espeak
 from edge_gemma.errors import DeviceLost, UsageError
@@ -72,12 +73,13 @@ def _open_files() -> int:
 
 @dataclass(frozen=True)
 class Lost:
-    """``seconds`` of words that were in no utterance; said ``over`` an answer, or ``cut`` off."""
+    """``seconds`` of words that were in no utterance. ``why`` that may be: they were said over an
+    answer; cut off; within a second of an answer while the canceller did not know the room yet.
+    """
 
     at_s: float
     seconds: float
-    over: bool
-    cut: bool
+    why: str
 
 
 @dataclass
@@ -95,6 +97,7 @@ class Loop:
     lost: list[Lost] = field(default_factory=list)  # of it: in no utterance
     threads_left: list[str] = field(default_factory=list)
     wall_s: float = 0.0
+    stopped: bool = False  # by Ctrl-C
 
     def settled(self) -> list[Look]:
         """The looks behind the warm-up."""
@@ -184,14 +187,17 @@ class _User:
         cut = len(clip)
         if is_cut := self._rng.random() < _CUT:
             cut = int(self._rng.integers(len(clip)))
-        begin, over = self._n, self.answering()
+        begin, over, learning = self._n, self.answering(), not self.may_speak_over()
         for at in range(0, cut, BLOCK):
             block = np.zeros(BLOCK, np.float32)
             part = clip[at : at + BLOCK]
             block[: len(part)] = part
             yield self._given(block)
         if first < cut:
-            self.spoken.append(_Words(begin + first, begin + min(last, cut), over, is_cut))
+            why = "over an answer" if over else "cut off" if is_cut else "alone"
+            if learning and why == "alone":
+                why = "to a canceller that learns"
+            self.spoken.append(_Words(begin + first, begin + min(last, cut), why))
         if is_cut:
             self._loop.cuts += 1
             if self._rng.random() < _SERVER_CUT:
@@ -261,14 +267,8 @@ def talk_loop(
             retry_s=0.5 / speed if speed else 0.01,
         )
         user.answering = lambda: listener.answering
-        for record in listener.records():
-            loop.kinds[record.kind] += 1
-            if record.kind == "failed":
-                loop.failures.append(record.text)
-            if record.kind == "speech":
-                progress(
-                    f"minute {record.at_s / 60:.1f} of {minutes:g}, {loop.kinds['turn']} turns"
-                )
+        with closing(listener.records()) as records:
+            _note(records, loop, progress)
     loop.wall_s = time.monotonic() - began_s
     loop.threads_left = [
         thread.name for thread in threading.enumerate() if thread.name.startswith("edge-gemma")
@@ -296,9 +296,9 @@ def section(
                 model, clips, minutes=minutes, speed=1.0 if real_time else None, progress=progress
             )
             found.rows.append({"model": model.bundle.manifest.name, **row(loop)})
+        found.stopped |= loop.stopped
         for lost in loop.lost:
-            how = "over an answer" if lost.over else "cut off" if lost.cut else "alone"
-            found.note(f"lost: {lost.seconds:.2f} s of words at {lost.at_s:.0f} s, said {how}")
+            found.note(f"lost: {lost.seconds:.2f} s of words at {lost.at_s:.0f} s, said {lost.why}")
         for text in sorted(set(loop.failures)):
             found.note(f"failed: {text}")
     pace = "in real time" if real_time else "as fast as it goes: the clock is the sound"
@@ -309,7 +309,7 @@ def section(
 def row(loop: Loop) -> dict[str, object]:
     settled = loop.settled()
     return {
-        "minutes": loop.minutes,
+        "minutes": loop.looks[-1].minute if loop.stopped and loop.looks else loop.minutes,
         "wall_minutes": loop.wall_s / 60,
         "utterances": loop.kinds["speech"],
         "turns": loop.kinds["turn"],
@@ -346,14 +346,27 @@ def reading(synthesize: Synthesizer) -> Synthesizer:
     return lambda text: synthesize(next(parts))
 
 
+def _note(records: Iterator[Heard], loop: Loop, progress: Progress) -> None:
+    """All of them; after a Ctrl-C, what came until then counts."""
+    try:
+        for record in records:
+            loop.kinds[record.kind] += 1
+            if record.kind == "failed":
+                loop.failures.append(record.text)
+            if record.kind == "speech":
+                minute, turns = record.at_s / 60, loop.kinds["turn"]
+                progress(f"minute {minute:.1f} of {loop.minutes:g}, {turns} turns")
+    except KeyboardInterrupt:
+        loop.stopped = True
+
+
 @dataclass(frozen=True)
 class _Words:
     """Where words lay, in captured samples."""
 
     begin: int
     end: int
-    over: bool
-    cut: bool
+    why: str
 
 
 def _words_in(clip: np.ndarray) -> tuple[int, int]:
@@ -375,4 +388,4 @@ def _lost(words: _Words, taken: Sequence[tuple[int, int]]) -> Lost | None:
         first = max(0, begin - _SLACK - words.begin)
         missing[first : max(0, end + _SLACK - words.begin)] = False
     n = int(missing.sum())
-    return Lost(words.begin / RATE_HZ, n / RATE_HZ, words.over, words.cut) if n else None
+    return Lost(words.begin / RATE_HZ, n / RATE_HZ, words.why) if n else None

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -88,7 +88,7 @@ class Listener:
         self._stopping.set()
         self.chat.cancel()
 
-    def records(self) -> Iterator[Heard]:
+    def records(self) -> Generator[Heard, None, None]:
         """Listen until stopped, or until the source ends. Errors of a single turn become ``failed``
         records. Raises UnsupportedModel (a bundle that cannot hear), DeviceLost (no microphone),
         UsageError (a schema or grammar that no answer could be held to).
