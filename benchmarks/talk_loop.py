@@ -127,12 +127,12 @@ class Loop:
 class _Recorder(SpeechDetector):
     """Notes where utterances lay, in samples of the whole loop."""
 
-    def __init__(self, taken: list[tuple[int, int]], first: int = 0):
+    def __init__(self, taken: list[tuple[int, int]], captured: Callable[[], int]):
         super().__init__()
-        self._taken, self._first, self._n, self._start = taken, first, 0, 0
+        self._taken, self._captured = taken, captured
+        self._first, self._start = captured(), 0
 
     def push(self, samples: np.ndarray) -> list[UtteranceEvent]:
-        self._n += len(samples)
         return self._noted(super().push(samples))
 
     def finish(self) -> list[UtteranceEvent]:
@@ -149,7 +149,8 @@ class _Recorder(SpeechDetector):
         return events
 
     def restarted(self, probability: SpeechProbability | None = None) -> _Recorder:
-        return _Recorder(self._taken, self._first + self._n)
+        # not by what was pushed: silence behind a cut is of nobody's
+        return _Recorder(self._taken, self._captured)
 
 
 class _User:
@@ -166,7 +167,7 @@ class _User:
         self.may_speak_over: Callable[[], bool] = lambda: False
         self.look_every = 1.0  # minutes
         self.spoken: list[_Words] = []
-        self._n = 0  # samples captured
+        self.n = 0  # samples captured
 
     def blocks(self) -> Iterator[np.ndarray | DeviceLost]:
         next_look = 0.0
@@ -187,7 +188,7 @@ class _User:
         cut = len(clip)
         if is_cut := self._rng.random() < _CUT:
             cut = int(self._rng.integers(len(clip)))
-        begin, over, learning = self._n, self.answering(), not self.may_speak_over()
+        begin, over, learning = self.n, self.answering(), not self.may_speak_over()
         for at in range(0, cut, BLOCK):
             block = np.zeros(BLOCK, np.float32)
             part = clip[at : at + BLOCK]
@@ -227,7 +228,7 @@ class _User:
             yield self._given(_SILENCE)
 
     def _given(self, block: np.ndarray) -> np.ndarray:
-        self._n += BLOCK
+        self.n += BLOCK
         return block
 
 
@@ -261,7 +262,7 @@ def talk_loop(
             Ears(room, user.blocks(), at_end=lambda: listener.stop(), speed=speed),
             ListenOptions(sampling=Sampling(temperature=0, max_tokens=16)),
             make_voice=lambda: Voice(speak, room.play, room.stop, lambda: room.n_heard),
-            detector=_Recorder(taken),
+            detector=_Recorder(taken, lambda: user.n),
             echo=canceller,
             filters=[noise_filter(1, 3)],
             retry_s=0.5 / speed if speed else 0.01,
