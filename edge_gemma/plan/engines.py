@@ -15,8 +15,8 @@ ONNX_KV_TYPE = "f32"  # of its cache, by ggml's name in lower case
 
 
 def engine_for(manifest: Manifest, request: PlanRequest) -> Engine:
-    """The engine of a request. ``auto`` is llama.cpp: it takes less memory at equal divergence on
-    every size measured, and does all that is offered. Raises UsageError, UnsupportedModel.
+    """The engine of a request. ``auto`` is llama.cpp, which does all that is offered; nothing is
+    measured for the choice yet. Raises UsageError, UnsupportedModel.
     """
     if request.engine not in ENGINES:
         raise UsageError(
