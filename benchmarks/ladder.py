@@ -1,6 +1,7 @@
 """One checkpoint, several recipes: the table and the plot that say what each costs and gives.
 
-In: a checkpoint, recipe names (``name`` or ``name+imatrix``), a text. Out: a :class:`Rung` each,
+In: a checkpoint, recipe names (``name``, ``name+imatrix``, ``name@en-sl`` with a vocabulary cut to
+these languages), a text. Out: a :class:`Rung` each,
 ``table.md``, ``table.json`` and, with matplotlib, ``ladder.png``. Quality is measured against the
 checkpoint's own precision (bf16); speed and memory in measured processes, the recipes taking turns
 so that what drifts drifts for all. Quality takes long and any machine will do; speed is short and
@@ -40,6 +41,9 @@ from edge_gemma.bundles.manifest import MANIFEST
 from edge_gemma.convert.pipeline import Conversion, convert
 from edge_gemma.convert.quality import Receipt, compare
 from edge_gemma.convert.recipe import read_recipe
+from edge_gemma.convert.trim.choice import Wanted
+from edge_gemma.convert.trim.cut import read_kept
+from edge_gemma.convert.trim.languages import check_languages
 from edge_gemma.engines.llama.rescoring import rescorer_of
 from edge_gemma.errors import RuntimeFailure, UsageError
 from edge_gemma.units import MiB
@@ -47,6 +51,7 @@ from edge_gemma.units import MiB
 REFERENCE = "bf16"
 TABLE = "table.json"
 IMATRIX = "+imatrix"
+CUT = "@"  # before the languages that a vocabulary is cut to: edge+imatrix@en-sl
 N_CTX, N_PROMPT, N_PREDICT = 1024, 512, 128  # of the speed runs
 SMALLEST_KLD = 1e-6  # the plot's scale is logarithmic
 
@@ -140,8 +145,11 @@ def _checked_recipes(recipes: Sequence[str], imatrix: Path | None) -> dict[str, 
     """label → recipe; an unknown one is refused."""
     wanted = {_label(name): name for recipe in recipes if (name := recipe.strip())}
     for name in wanted.values():
-        read_recipe(name.removesuffix(IMATRIX))
-        if name.endswith(IMATRIX) and imatrix is None:
+        recipe, _, languages = name.partition(CUT)
+        read_recipe(recipe.removesuffix(IMATRIX))
+        if languages:
+            check_languages(tuple(languages.split("-")))
+        if recipe.endswith(IMATRIX) and imatrix is None:
             raise UsageError(
                 f"{name}: give the importance matrix with --imatrix FILE (`edge-gemma "
                 "calibrate` makes one)"
@@ -172,11 +180,13 @@ class _Work:
             if label == REFERENCE and self.earlier and (folder / MANIFEST).is_file():
                 self.bundles[label] = Bundle.open(folder)
                 continue
-            weighed = name.endswith(IMATRIX)
+            recipe, _, languages = name.partition(CUT)
+            weighed = recipe.endswith(IMATRIX)
             options = replace(
                 self.options,
-                quant=name.removesuffix(IMATRIX),
+                quant=recipe.removesuffix(IMATRIX),
                 imatrix=self.options.imatrix if weighed else None,
+                trim=Wanted(tuple(languages.split("-"))) if languages else None,
             )
             result = convert(self.checkpoint, folder, options)
             self.bundles[label] = result.bundle
@@ -205,6 +215,11 @@ class _Work:
                 max_tokens=max_tokens,
                 n_threads=self.options.n_threads,
                 rescorers=rescorers,
+                kept={
+                    label: kept
+                    for label in labels
+                    if (kept := read_kept(self.bundles[label])) is not None
+                },
                 progress=self.steps,
             )
         new = [_rung(label, self.bundles[label], receipts[label]) for label in labels]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge_gemma.convert.text_chunks import CHUNK_TOKENS, read_chunks
+from edge_gemma.convert.text_chunks import CHUNK_TOKENS, Tokenizer, read_chunks
 from edge_gemma.errors import UsageError
 
 if TYPE_CHECKING:
@@ -60,12 +60,16 @@ def compare(
     max_tokens: int = 0,
     n_threads: int = 0,
     rescorers: Mapping[str, Rescorer] | None = None,
+    kept: Mapping[str, np.ndarray] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Receipt]:
     """Receipts of ``candidates`` (name → GGUF) against ``reference`` on
     ``text``; ``max_tokens`` bounds the work (0: the whole text).
     ``rescorers``: what scores a candidate's best tokens again, as its bundle
-    will when it runs; the caller closes them.
+    will when it runs; the caller closes them. ``kept``: ids in the whole
+    vocabulary of a candidate whose vocabulary was cut; it is held against
+    the reference's probabilities of those alone, and tokens that a candidate
+    lacks are left out of the text for all of them.
 
     Raises UsageError (too little text, another vocabulary), BundleError.
     """
@@ -87,24 +91,49 @@ def compare(
         for name, decoder in zip(candidates, decoders[1:], strict=True):
             decoder.rescorer = (rescorers or {}).get(name)
         base = decoders[0]
-        if any(decoder.n_vocab != base.n_vocab for decoder in decoders):
-            raise UsageError(
-                f"{reference} and the files to compare have vocabularies of different sizes"
-            )
-        chunks = read_chunks(text, base, max_tokens=max_tokens, purpose="a receipt")
+        maps = [None, *((kept or {}).get(name) for name in candidates)]
+        for decoder, ids in zip(decoders, maps, strict=True):
+            if decoder.n_vocab != (base.n_vocab if ids is None else len(ids)):
+                raise UsageError(
+                    f"{reference} and the files to compare have vocabularies of different sizes"
+                )
+        own_ids = [None if ids is None else _new_ids(ids, base.n_vocab) for ids in maps]
+        chunks = read_chunks(text, _Common(base, maps), max_tokens=max_tokens, purpose="a receipt")
         contexts = [decoder.context(n_outputs=BLOCK_ROWS) for decoder in decoders]
         pool = stack.enter_context(ThreadPoolExecutor(n_threads))
         for done, chunk in enumerate(chunks, 1):
             targets = np.array(chunk[1:])  # of every position but the last
-            logits = [context.evaluate([Tokens(chunk)]) for context in contexts]
+            logits = [
+                context.evaluate([Tokens(chunk if ids is None else tuple(ids[list(chunk)]))])
+                for context, ids in zip(contexts, own_ids, strict=True)
+            ]
             for blocks in zip(*logits, strict=True):
                 n = min(len(blocks[0]), len(targets))
                 rows = [block[:n] for block in blocks]
-                _score(pool, n_threads, rows, targets[:n], list(sums.values()))
+                _score(pool, n_threads, rows, targets[:n], list(sums.values()), maps)
                 targets = targets[n:]
             progress(done, len(chunks))
     seconds = time.perf_counter() - started
     return {name: each.receipt(seconds, text.name) for name, each in sums.items()}
+
+
+def _new_ids(kept: np.ndarray, n_whole: int) -> np.ndarray:
+    """Id in the whole vocabulary → id among those that stay; −1 for what went."""
+    ids = np.full(n_whole, -1, np.int64)
+    ids[kept] = np.arange(len(kept))
+    return ids
+
+
+class _Common:
+    """A tokenizer without the tokens that some vocabulary lacks."""
+
+    def __init__(self, base: Tokenizer, maps: Sequence[np.ndarray | None]):
+        self.add_bos, self.bos, self._base = base.add_bos, base.bos, base
+        self._kept = [frozenset(ids.tolist()) for ids in maps if ids is not None]
+
+    def tokenize(self, text: str) -> list[int]:
+        ids = self._base.tokenize(text)
+        return [i for i in ids if all(i in kept for kept in self._kept)]
 
 
 class _Sums:
@@ -136,13 +165,14 @@ def _score(
     blocks: list[np.ndarray],
     targets: np.ndarray,
     sums: list[_Sums],
+    maps: Sequence[np.ndarray | None],
 ) -> None:
     """Add one block of rows to the sums: the rows are dealt to the threads,
     the sums stay in this one.
     """
     edges = np.linspace(0, len(targets), n_parts + 1).astype(int)
     jobs = [
-        pool.submit(_score_rows, [block[a:b] for block in blocks], targets[a:b])
+        pool.submit(_score_rows, [block[a:b] for block in blocks], targets[a:b], maps)
         for a, b in pairwise(edges)
         if a < b
     ]
@@ -156,7 +186,7 @@ def _score(
 
 
 def _score_rows(
-    blocks: list[np.ndarray], targets: np.ndarray
+    blocks: list[np.ndarray], targets: np.ndarray, maps: Sequence[np.ndarray | None]
 ) -> tuple[float, list[tuple[float, np.ndarray, int]]]:
     """KL(p‖q) = Σ p·(x − y) − log Z_x + log Z_y for logits x of the
     reference and y of a candidate.
@@ -171,19 +201,28 @@ def _score_rows(
     klds = np.empty((n_candidates, n))
     scratch = np.empty(blocks[0].shape[1], np.float32)
     for i, target in enumerate(targets):
-        x = blocks[0][i]  # [n_vocab] float32
-        first = x.argmax()
-        p = np.exp(x - x[first])
-        z = float(p.sum())
-        log_z = float(x[first]) + np.log(z)
-        nll_reference += log_z - float(x[target])
-        for k, block in enumerate(blocks[1:]):
+        whole = _Row(blocks[0][i])  # [n_vocab] float32
+        nll_reference += whole.log_z - float(whole.x[target])
+        for k, (block, kept) in enumerate(zip(blocks[1:], maps[1:], strict=True)):
+            row, at = whole, int(target)
+            if kept is not None:
+                row, at = _Row(whole.x[kept]), int(np.searchsorted(kept, target))
             y = block[i]
-            best = y.argmax()
-            np.exp(np.subtract(y, y[best], out=scratch), out=scratch)
-            log_zy = float(y[best]) + np.log(float(scratch.sum()))
-            shift = float(np.dot(p, np.subtract(x, y, out=scratch))) / z
-            nll[k] += log_zy - float(y[target])
-            klds[k, i] = max(shift - log_z + log_zy, 0.0)  # below zero only by rounding
-            same[k] += int(best == first)
+            best, room = y.argmax(), scratch[: len(y)]
+            np.exp(np.subtract(y, y[best], out=room), out=room)
+            log_zy = float(y[best]) + np.log(float(room.sum()))
+            shift = float(np.dot(row.p, np.subtract(row.x, y, out=room))) / row.z
+            nll[k] += log_zy - float(y[at])
+            klds[k, i] = max(shift - row.log_z + log_zy, 0.0)  # below zero only by rounding
+            same[k] += int(best == row.best)
     return nll_reference, list(zip(nll, klds, same, strict=True))
+
+
+class _Row:
+    """Logits ``x`` of the reference and what they are as probabilities: ``p`` / ``z``."""
+
+    def __init__(self, x: np.ndarray):
+        self.x, self.best = x, x.argmax()
+        self.p = np.exp(x - x[self.best])
+        self.z = float(self.p.sum())
+        self.log_z = float(x[self.best]) + np.log(self.z)

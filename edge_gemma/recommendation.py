@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from edge_gemma.bundles.folder import Bundle
 from edge_gemma.engines.llama.weights import repacked_here
 from edge_gemma.machine.bandwidth import decode_bytes_per_second
@@ -18,13 +20,16 @@ def recommend(
     device: str | Device = "auto",
     purpose: Purpose = "text",
     *,
+    languages: Sequence[str] = (),
     level: Level = "balanced",
     request: PlanRequest = PlanRequest(),
 ) -> tuple[list[Choice], list[Choice]]:
     """(what fits, best first; what does not, the smallest first), out of real plans.
 
     ``device``: this machine ("auto", whose memory bandwidth is measured in a tenth of a second) or
-    a profile. Nothing is loaded or downloaded. Raises UsageError.
+    a profile. ``languages``: codes of those that the model must write and read (``en``, ``sl``,
+    ``code``); published models are then planned with their vocabulary cut to them (docs/trim.md).
+    Nothing is loaded or downloaded. Raises UsageError.
 
     >>> fitting, _ = recommend("pi-4-2gb", "text", level="efficiency")
     >>> fitting[0].candidate.title
@@ -34,7 +39,7 @@ def recommend(
     is_here = device == "auto"
     speed = None if found.decode_gb_s is None else found.decode_gb_s * 1e9
     return ranking.recommend(
-        [*_installed(purpose), *ranking.candidates(purpose)],
+        [*_installed(purpose, languages), *ranking.candidates(purpose, languages)],
         found,
         repacked_here if is_here else repacks_for(found),
         purpose=purpose,
@@ -44,10 +49,12 @@ def recommend(
     )
 
 
-def _installed(purpose: Purpose) -> list[Candidate]:
+def _installed(purpose: Purpose, languages: Sequence[str]) -> list[Candidate]:
+    """What lies here and can do it; a bundle cut to other languages cannot."""
     rows = []
     for entry in ls():
         if not entry.problem:
             manifest = Bundle.open(entry.folder).manifest
             rows.append(ranking.installed(entry.name, manifest, purpose))
-    return [row for row in rows if row is not None]
+    speaks = set(languages).issubset
+    return [row for row in rows if row and (not row.languages or speaks(row.languages))]

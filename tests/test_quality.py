@@ -188,6 +188,28 @@ def test_the_receipt_is_in_the_manifest_and_the_reference_is_gone(world, tmp_pat
     ]
 
 
+def test_a_cut_vocabulary_is_held_against_the_tokens_that_stay(world, tmp_path):
+    """The same weights with fewer tokens diverge in nothing but what went; tokens that went are
+    left out of the text for all.
+    """
+    from edge_gemma.convert.trim.choice import Wanted
+    from edge_gemma.convert.trim.cut import read_kept, trim
+
+    _, bundle, text = world
+    words = tmp_path / "words.txt"
+    words.write_text("the and of to")
+    cut = trim(bundle, tmp_path / "cut", Wanted(files=(words,)), measure=False).bundle
+    kept = read_kept(cut)
+    decoders = {"cut": cut.decoder_path, "whole": bundle.decoder_path}
+    found = compare(
+        bundle.decoder_path, decoders, text, max_tokens=600, n_threads=1, kept={"cut": kept}
+    )
+    assert found["cut"].kld_mean == pytest.approx(0.0, abs=1e-9)
+    assert found["cut"].ppl <= found["whole"].ppl
+    with pytest.raises(UsageError, match="vocabularies of different sizes"):
+        compare(bundle.decoder_path, {"cut": cut.decoder_path}, text, max_tokens=600, n_threads=1)
+
+
 def test_the_ladder_makes_a_table_and_a_plot(world, tmp_path, capsys):
     checkpoint, bundle, text = world
     matrix = tmp_path / "m.gguf"
@@ -196,14 +218,14 @@ def test_the_ladder_makes_a_table_and_a_plot(world, tmp_path, capsys):
         checkpoint,
         tmp_path / "ladder",
         text,
-        ["q8_0", "edge+imatrix"],
+        ["q8_0", "edge+imatrix", "q8_0@en-sl"],
         imatrix=matrix,
         max_tokens=600,
         rounds=1,
         n_threads=1,
         speed_threads=1,
     )
-    assert [rung.recipe for rung in rungs] == ["q8_0", "edge+imatrix"]
+    assert [rung.recipe for rung in rungs] == ["q8_0", "edge+imatrix", "q8_0@en-sl"]
     assert (
         rungs[0].bits_per_weight < 9
         and rungs[0].decode_tok_s > 0
@@ -220,6 +242,8 @@ def test_the_ladder_makes_a_table_and_a_plot(world, tmp_path, capsys):
     assert "| edge+imatrix |" in (tmp_path / "ladder" / "table.md").read_text()
     with pytest.raises(UsageError, match=r"give the importance matrix with --imatrix"):
         ladder(checkpoint, tmp_path / "other", text, ["q4_0+imatrix"])
+    with pytest.raises(UsageError, match="'klingon' is not known"):
+        ladder(checkpoint, tmp_path / "other", text, ["q4_0@klingon"])
     with pytest.raises(UsageError, match="no recipe 'q9'"):
         ladder(checkpoint, tmp_path / "other", text, ["q9"])
     with pytest.raises(UsageError, match="there is no text .*nowhere.txt"):

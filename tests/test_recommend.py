@@ -91,6 +91,44 @@ def test_speed_follows_the_bytes_that_a_token_reads():
     assert on(SMALL)[0][0].speed_class == "unknown"
 
 
+def test_languages_make_the_same_model_smaller_and_faster():
+    """Published models are planned with a vocabulary cut to what must be spoken."""
+    whole = {c.title + c.recipe: c for c in candidates("text")}
+    for cut in candidates("text", ("en", "sl")):
+        other = whole[cut.title + cut.recipe].manifest
+        assert cut.manifest.decoder.n_vocab < 0.5 * other.decoder.n_vocab
+        assert cut.manifest.files["decoder.gguf"].size < other.files["decoder.gguf"].size
+    device = load_profile("pi-4-2gb")
+    (best, *_), _ = recommend(
+        candidates("text", ("en",)), device, repacks_for(device), bytes_per_second=4e9
+    )
+    assert best.candidate.languages == ("en",)
+    (same, *_), _ = recommend(
+        [
+            c
+            for c in whole.values()
+            if c.title + c.recipe == best.candidate.title + best.candidate.recipe
+        ],
+        device,
+        repacks_for(device),
+        bytes_per_second=4e9,
+    )
+    assert best.plan.needed_bytes < same.plan.needed_bytes
+    assert best.tok_s > same.tok_s
+    with pytest.raises(UsageError, match="'slo' is not known; did you mean"):
+        list(candidates("text", ("slo",)))
+
+
+def test_the_command_cuts_the_vocabulary(capsys):
+    code, out, _ = cli("--device", "pi-4-2gb", "--languages", "en,sl", capsys=capsys)
+    assert code == 0
+    assert "en,sl" in out
+    assert "--languages en,sl" in out
+    code, _, err = cli("--device", "pi-4-2gb", "--languages", "klingon", capsys=capsys)
+    assert code == 2
+    assert "klingon" in err
+
+
 def test_nonsense_is_refused():
     with pytest.raises(UsageError, match="purpose 'smell'"):
         list(candidates("smell"))

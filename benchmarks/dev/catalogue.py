@@ -16,13 +16,21 @@ from pathlib import Path
 
 from edge_gemma.benchmarks.dev.synthetic import SHAPES, Shape
 from edge_gemma.bundles.description import GEMMA3N_KV_LAYERS
+from edge_gemma.bundles.folder import Bundle
 from edge_gemma.convert.gemma import Cut, Dims, Mapping, mapping_table
 from edge_gemma.convert.recipe import choose_types, read_recipe
+from edge_gemma.convert.trim.choice import Chooser, Wanted
+from edge_gemma.convert.trim.cut import read_gguf_vocabulary
+from edge_gemma.convert.trim.languages import languages
+from edge_gemma.engines.llama.tokenizer import Tokenizer
 
 RECIPES = ("edge", "edge_fast", "q4_k_m", "q8_0")
 # how far a recipe's answers lie from the whole weights': mean KL divergence, real 270M, with an
 # importance matrix for the edge recipes (docs/convert.md)
 KLD = {"edge": 0.0448, "edge_fast": 0.0858, "q4_k_m": 0.0057, "q8_0": 0.0032}
+# tokens of Gemma's vocabulary cut to one language (count_languages; wordfreq 3.1)
+BASE_TOKENS = 0
+LANGUAGES: dict[str, int] = {}
 # (title, its repository, billions of parameters at work for a token, an encoder for pictures)
 MODELS = {
     "270m": ("Gemma 3 270M", "google/gemma-3-270m-it", 0.27, None),
@@ -39,7 +47,26 @@ def main() -> None:
 
 
 def catalogue() -> dict[str, object]:
-    return {"kld": KLD, "models": {key: _model(key) for key in MODELS}}
+    return {
+        "kld": KLD,
+        "base_tokens": BASE_TOKENS,
+        "languages": LANGUAGES,
+        "models": {key: _model(key) for key in MODELS},
+    }
+
+
+def count_languages(bundle: Bundle) -> tuple[int, dict[str, int]]:
+    """(tokens that every set has, language → tokens of a vocabulary cut to it), of a bundle with
+    Gemma's whole vocabulary: what the two constants above are.
+    """
+    vocabulary = read_gguf_vocabulary(bundle)
+    found, smallest = {}, len(vocabulary.tokens)
+    with Tokenizer(bundle.decoder_path) as tokenizer:
+        for code in languages():
+            chooser = Chooser(vocabulary, tokenizer, Wanted((code,)))
+            found[code] = len(chooser.choice().kept)
+            smallest = min(smallest, chooser.smallest)
+    return smallest, found
 
 
 def _model(key: str) -> dict[str, object]:

@@ -360,7 +360,12 @@ def ladder(
     ],
     text: Annotated[Path, typer.Argument(metavar="TEXT", help="The text to measure quality on.")],
     recipes: Annotated[
-        str, typer.Option("--recipes", help="Comma-separated; a name may be followed by +imatrix.")
+        str,
+        typer.Option(
+            "--recipes",
+            help="Comma-separated; a name may be followed by +imatrix, and by @en-sl for a "
+            "vocabulary cut to these languages.",
+        ),
     ] = ALL_RECIPES,
     imatrix: ImatrixOption = None,
     tokens: TokensOption = 0,

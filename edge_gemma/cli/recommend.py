@@ -36,6 +36,14 @@ def recommend(
     purpose: Annotated[
         str, typer.Option("--for", help="text, voice (it hears) or pictures (it sees).")
     ] = "text",
+    languages: Annotated[
+        str | None,
+        typer.Option(
+            "--languages",
+            help="Those it must speak: en,sl,code. Published models are planned with their "
+            "vocabulary cut to them (edge-gemma trim).",
+        ),
+    ] = None,
     level: LevelOption = "balanced",
     budget: BudgetOption = None,
     ctx: ContextOption = None,
@@ -52,14 +60,20 @@ def recommend(
 
     found = find_device(device)
     request = PlanRequest(n_ctx=ctx, budget_bytes=None if budget is None else parse_bytes(budget))
+    codes = tuple(code.strip().lower() for code in (languages or "").split(",") if code.strip())
     fitting, others = ranked(
-        device, cast("Purpose", purpose), level=cast("Level", level), request=request
+        device,
+        cast("Purpose", purpose),
+        languages=codes,
+        level=cast("Level", level),
+        request=request,
     )
     if as_json:
         print_json(
             {
                 "device": found.name,
                 "for": purpose,
+                "languages": codes,
                 "level": level,
                 "fits": [_record(choice) for choice in fitting],
                 "does_not_fit": [_record(choice) for choice in others],
@@ -124,7 +138,7 @@ def _row(number: int, choice: Choice) -> tuple[str, ...]:
     return (
         str(number),
         candidate.title + (" (installed)" if candidate.installed else ""),
-        candidate.recipe,
+        " ".join([candidate.recipe, ",".join(candidate.languages)]).strip(),
         str(plan.settings.n_ctx),
         format_bytes(plan.needed_bytes),
         format_bytes(choice.disk_bytes),
@@ -138,6 +152,8 @@ def _record(choice: Choice) -> dict[str, object]:
     return {
         "model": candidate.title,
         "recipe": candidate.recipe,
+        "languages": candidate.languages,
+        "tokens": candidate.manifest.decoder.n_vocab,
         "installed": candidate.installed,
         "repository": candidate.repository or None,
         "n_ctx": plan.settings.n_ctx,
@@ -166,8 +182,12 @@ def commands(candidate: Candidate, purpose: str, level: str = "balanced") -> lis
     towers = {"text": ("audio", "vision"), "voice": ("vision",), "pictures": ("audio",)}[purpose]
     has = {"audio": "3n" in folder, "vision": "3n" in folder or "4b" in folder}
     without = "".join(f" --{tower}-encoder none" for tower in towers if has[tower])
+    cut = ""
+    if candidate.languages:
+        cut = f" --languages {','.join(candidate.languages)}"
+        name += "-" + "-".join(candidate.languages)
     return [
         f"hf download {candidate.repository} --local-dir {folder}",
-        f"edge-gemma convert {folder} {name} --quant {candidate.recipe}{without}",
+        f"edge-gemma convert {folder} {name} --quant {candidate.recipe}{without}{cut}",
         use.format(name),
     ]

@@ -7,6 +7,8 @@ the bytes that a conversion would write; it names no file that exists.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from math import prod
@@ -27,7 +29,9 @@ from edge_gemma.bundles.manifest import (
     Source,
     Tensor,
     VisionPart,
+    VocabularyPart,
 )
+from edge_gemma.errors import UsageError
 from edge_gemma.units import MiB
 
 DECODER = "decoder.gguf"
@@ -92,6 +96,8 @@ class Published(msgspec.Struct, frozen=True):
 
 class Catalogue(msgspec.Struct, frozen=True):
     kld: dict[str, float]  # recipe → mean KL divergence from the whole weights, real 270M
+    base_tokens: int  # that every cut vocabulary has
+    languages: dict[str, int]  # language → tokens of a vocabulary cut to it alone, base included
     models: dict[str, Published]
 
 
@@ -106,12 +112,40 @@ def catalogue() -> Catalogue:
     return msgspec.json.decode(data, type=Catalogue)
 
 
-def manifest_of(model: Published, recipe: str, senses: tuple[Sense, ...]) -> Manifest:
-    """What converting ``model`` by ``recipe`` with the encoders of ``senses`` would write."""
-    header = model.dims["n_vocab"] * HEADER_BYTES_PER_TOKEN
+def cut_tokens(languages: Sequence[str]) -> int:
+    """Tokens of a vocabulary cut to ``languages``, at most: what two of them share is counted
+    twice. Raises UsageError (a language that there is no word list for).
+
+    >>> 64_000 < cut_tokens(["en"]) < cut_tokens(["en", "sl"]) < 128_000
+    True
+    """
+    known = catalogue()
+    total = known.base_tokens
+    for code in dict.fromkeys(languages):
+        if code not in known.languages:
+            near = difflib.get_close_matches(code, known.languages, 3, 0.3)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            raise UsageError(
+                f"language {code!r} is not known; {hint}There are word lists for "
+                f"{', '.join(known.languages)}"
+            )
+        total += known.languages[code] - known.base_tokens
+    return total
+
+
+def manifest_of(
+    model: Published, recipe: str, senses: tuple[Sense, ...], languages: Sequence[str] = ()
+) -> Manifest:
+    """What converting ``model`` by ``recipe`` with the encoders of ``senses`` would write, its
+    vocabulary cut to ``languages`` where there are any. Raises UsageError (an unknown one).
+    """
+    dims = dict(model.dims)
+    if languages:
+        dims["n_vocab"] = min(cut_tokens(languages), dims["n_vocab"])
+    header = dims["n_vocab"] * HEADER_BYTES_PER_TOKEN
     tensors: list[Tensor] = []
     offset = header
-    expected = expected_tensors(model.family, model.dims)
+    expected = expected_tensors(model.family, dims)
     types = model.types[recipe]
     if "output" in types:
         shape, _ = expected["token_embd.weight"]
@@ -135,7 +169,7 @@ def manifest_of(model: Published, recipe: str, senses: tuple[Sense, ...]) -> Man
         header_bytes=header,
         header_sha256="0" * 64,
         tensors=tuple(tensors),
-        **model.dims,
+        **dims,
     )
     return Manifest(
         name=f"{model.title} {recipe}",
@@ -147,6 +181,9 @@ def manifest_of(model: Published, recipe: str, senses: tuple[Sense, ...]) -> Man
         audio=_AUDIO if "audio" in senses and model.hears else None,
         vision=_VISION[model.vision] if "vision" in senses and model.vision else None,
         recipe={"name": recipe},
+        vocabulary=VocabularyPart(n_whole=model.dims["n_vocab"], languages=tuple(languages))
+        if languages
+        else None,
     )
 
 

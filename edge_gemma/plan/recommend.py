@@ -18,7 +18,7 @@ measured distance from the whole weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -54,6 +54,7 @@ class Candidate:
     kld: float | None
     repository: str = ""
     installed: str | None = None
+    languages: tuple[str, ...] = ()  # that its vocabulary is cut to
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,10 @@ class Choice:
         return next((word for limit, word in CLASSES if speed < limit), "faster than reading")
 
 
-def candidates(purpose: Purpose) -> Iterator[Candidate]:
-    """The published models that can do it, in each recipe."""
+def candidates(purpose: Purpose, languages: Sequence[str] = ()) -> Iterator[Candidate]:
+    """The published models that can do it, in each recipe, their vocabularies cut to ``languages``
+    where there are any. Raises UsageError.
+    """
     senses = _senses(purpose)
     shipped = catalogue()
     for model in shipped.models.values():
@@ -92,10 +95,11 @@ def candidates(purpose: Purpose) -> Iterator[Candidate]:
                 yield Candidate(
                     title=model.title,
                     recipe=recipe,
-                    manifest=manifest_of(model, recipe, senses),
+                    manifest=manifest_of(model, recipe, senses, languages),
                     parameters=model.parameters,
                     kld=shipped.kld.get(recipe),
                     repository=model.repository,
+                    languages=tuple(languages),
                 )
 
 
@@ -112,6 +116,7 @@ def installed(name: str, manifest: Manifest, purpose: Purpose) -> Candidate | No
         parameters=_parameters(manifest),
         kld=catalogue().kld.get(recipe),
         installed=name,
+        languages=manifest.vocabulary.languages if manifest.vocabulary else (),
     )
 
 
