@@ -22,7 +22,9 @@ from edge_gemma.units import MiB, format_bytes
 CODE = "code"
 N_WORDS = 50_000  # of a language, the most frequent ones
 # how often a word is written so, beside its usual form behind a space (names are always large)
-_FORMS = ((" {w}", 1.0), (" {c}", 1.0), ("{w}", 0.3), ("{c}", 0.3), (" {u}", 0.03), ("{u}", 0.03))
+_FORMS = ((" {w}", 1.0), (" {c}", 1.0), ("{w}", 0.3), ("{c}", 1.0), (" {u}", 0.1), ("{u}", 0.1))
+_ABBREVIATION = ((" {u}", 1.0), ("{u}", 0.3))  # a short word may be one: GNU, IEEE
+_SHORT = 4  # letters
 # wordfreq folds cases, which writes ß as ss: the word may have been either
 _FOLDED = {"de": ("ss", "ß")}
 _MAX_FILE_BYTES = 64 * MiB
@@ -84,7 +86,7 @@ def spellings(language: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for word, use in by_use.items():
         forms: dict[str, float] = {}
-        for form, share in _FORMS:
+        for form, share in _FORMS + (_ABBREVIATION if len(word) <= _SHORT else ()):
             text = form.format(w=word, c=word[:1].upper() + word[1:], u=word.upper())
             forms[text] = forms.get(text, 0.0) + share
         for text, share in forms.items():
