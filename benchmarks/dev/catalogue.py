@@ -29,8 +29,18 @@ RECIPES = ("edge", "edge_fast", "q4_k_m", "q8_0")
 # importance matrix for the edge recipes (docs/convert.md)
 KLD = {"edge": 0.0448, "edge_fast": 0.0858, "q4_k_m": 0.0057, "q8_0": 0.0032}
 # tokens of Gemma's vocabulary cut to one language (count_languages; wordfreq 3.1)
-BASE_TOKENS = 0
-LANGUAGES: dict[str, int] = {}
+BASE_TOKENS = 8256
+# fmt: off
+LANGUAGES = {
+    "ar": 17024, "bg": 22016, "bn": 27584, "ca": 55168, "cs": 37184, "da": 42176, "de":
+    54528, "el": 24512, "en": 98176, "es": 56704, "fa": 18560, "fi": 33856, "fil": 52736,
+    "fr": 62336, "he": 12544, "hi": 31552, "hu": 37824, "id": 50048, "is": 35392, "it":
+    53760, "ja": 36608, "ko": 24896, "lt": 32192, "lv": 30400, "mk": 22976, "ms": 49664,
+    "nb": 53120, "nl": 60352, "pl": 38144, "pt": 61312, "ro": 46208, "ru": 25024, "sh":
+    36608, "sk": 38528, "sl": 36416, "sv": 51264, "ta": 23616, "tr": 35328, "uk": 24960,
+    "ur": 16320, "vi": 32832, "zh": 34176, "code": 24832,
+}
+# fmt: on
 # (title, its repository, billions of parameters at work for a token, an encoder for pictures)
 MODELS = {
     "270m": ("Gemma 3 270M", "google/gemma-3-270m-it", 0.27, None),
