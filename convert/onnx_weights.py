@@ -20,7 +20,7 @@ from onnx import TensorProto
 from edge_gemma.bundles.manifest import RowTable
 from edge_gemma.convert.decoder import CHUNK_VALUES, Progress
 from edge_gemma.convert.gemma import Mapping, Source
-from edge_gemma.convert.onnx_writer import ALIGNMENT, MICROSOFT, Matrix, OnnxWriter
+from edge_gemma.convert.onnx_writer import ALIGNMENT, INLINE_BYTES, MICROSOFT, Matrix, OnnxWriter
 from edge_gemma.convert.quantize import quantize_rows, row_bytes
 from edge_gemma.convert.recipe import Recipe, choose_types
 from edge_gemma.convert.tensors import TensorReader
@@ -32,7 +32,7 @@ TYPES = ("F32", "F16", "Q8_0", "Q4_0")
 MAX_POSITIONS = 32768  # rotary tables of 16 MiB each at 256 values a head
 _BLOCK = 32
 _BITS = {"Q8_0": 8, "Q4_0": 4}
-_BYTES_PER_VALUE = {"F32": 4.0, "F16": 2.0, "Q8_0": 1 + 4 / _BLOCK, "Q4_0": 0.5 + 4 / _BLOCK}
+_GRAPH_BYTES = 512 << 10  # nodes and names
 TableType = Literal["F32", "F16", "Q8_0"]
 
 
@@ -52,15 +52,29 @@ class OnnxPlan:
 
     @property
     def total_bytes(self) -> int:
-        """What the files take, at most."""
-        total = 4 * 4 * self.n_positions * (self.mapping.dims.head_dim // 2)
+        """What the files take, at most: the weights with the gaps between them."""
+        table = _aligned(4 * self.n_positions * (self.mapping.dims.head_dim // 2))
+        total = 4 * table + _GRAPH_BYTES  # cosines and sines of two kinds of layers
         for source in self.mapping.sources:
-            n_values = source.n_rows * source.n_per_row
             if source.use != "unused" and _is_in_graph(self.mapping, source):
-                total += int(n_values * _BYTES_PER_VALUE[self.types[source.name]]) + 2 * ALIGNMENT
+                total += _constant_bytes(source, self.types[source.name])
             if source.name in self.tables:
                 total += source.n_rows * row_bytes(self.tables[source.name], source.n_per_row)
         return total
+
+
+def _aligned(n_bytes: int) -> int:
+    return n_bytes + -n_bytes % ALIGNMENT
+
+
+def _constant_bytes(source: Source, kind: str) -> int:
+    """What a tensor takes in the graph or in its data file, with the gap that follows."""
+    n_values = source.n_rows * source.n_per_row
+    if kind in _BITS:  # codes and scales are two constants
+        return _aligned(n_values * _BITS[kind] // 8) + _aligned(4 * n_values // _BLOCK)
+    n_bytes = n_values * (2 if kind == "F16" else 4)
+    is_inline = len(source.shape) == 1 and n_bytes < INLINE_BYTES
+    return n_bytes if is_inline else _aligned(n_bytes)
 
 
 def plan_onnx(mapping: Mapping, recipe: Recipe, *, has_imatrix: bool = False) -> OnnxPlan:

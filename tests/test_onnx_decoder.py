@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from checkpoints import REFERENCE, write_checkpoint
+from checkpoints import REFERENCE, recipe, write_checkpoint
 
 from edge_gemma.bundles.folder import Bundle
 from edge_gemma.bundles.gguf import TYPE_SIZES
@@ -167,6 +167,35 @@ def test_quantized_it_is_as_far_from_transformers_as_the_gguf(name, recipe, tmp_
     far, as_far = (float((found - expected).std()) for found in (ours, theirs))
     assert 0 < far < 1.25 * as_far
     assert far < 0.5 * expected.std()
+
+
+def test_the_global_layers_turn_more_slowly_under_linear_scaling(tmp_path):
+    """Gemma 3 4B's rotary factor of 8, against llama.cpp on the same weights."""
+    from test_convert import logits_of
+
+    spec = recipe("g3text")
+    spec["config"]["rope_parameters"]["full_attention"] |= {"rope_type": "linear", "factor": 8.0}
+    write_checkpoint(spec, tmp_path / "checkpoint")
+    options = Conversion(quant="f32", decoder="both", onnx_quant="f32", verify=False)
+    bundle = convert(tmp_path / "checkpoint", tmp_path / "bundle", options).bundle
+    reference = np.load(REFERENCE / "g3text-text.npz")
+    ids = reference["input_ids"]
+    ours = Runner(bundle.folder, bundle.manifest.onnx)(ids, keep=8)
+    theirs = logits_of(bundle, ids)[-8:]
+    unscaled = np.abs(ours - reference["logits_last8"]).max()
+    assert np.abs(ours - theirs).max() < 0.04  # llama.cpp's GELU is a table of halves
+    assert unscaled > 0.2
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("g3text", "f32"), ("g3text", "edge_onnx"), ("g3n", "q8_0")]
+)
+def test_what_the_files_will_take_is_known_before(name, kind, tmp_path):
+    _, plan = written(tmp_path, name, kind)
+    files = [path for path in tmp_path.iterdir() if path.is_file()]
+    taken = sum(path.stat().st_size for path in files)
+    # a recipe's matrices are so small that the gaps of 64 KiB count
+    assert taken <= plan.total_bytes < 1.25 * taken + (1 << 20)
 
 
 def test_half_precision_comes_near(tmp_path):
