@@ -137,7 +137,7 @@ def _write(prepared: Prepared, options: Conversion, folder: Path, report: Report
         special_rows=write_special_rows(prepared.tensors, folder),
         audio=_write_audio(prepared, folder, report),
         vision=_write_vision(prepared, folder, report),
-        onnx=_write_onnx(prepared, options, folder, report),
+        onnx=_write_onnx(prepared, options, folder, report, decoder),
     )
     if prepared.trimmed:
         prepared.trimmed.write_kept(folder)
@@ -233,14 +233,14 @@ def _check_disk(prepared: Prepared, folder: Path, options: Conversion) -> None:
 
 
 def _write_onnx(
-    prepared: Prepared, options: Conversion, folder: Path, report: Report
+    prepared: Prepared, options: Conversion, folder: Path, report: Report, decoder: File
 ) -> OnnxPart | None:
     if prepared.onnx is None:
         return None
     from edge_gemma.convert.onnx_decoder import write_onnx_decoder
 
     report.stage("ONNX decoder")
-    return write_onnx_decoder(
+    part = write_onnx_decoder(
         folder,
         prepared.onnx,
         prepared.tensors,
@@ -248,6 +248,7 @@ def _write_onnx(
         n_threads=options.threads(),
         progress=report.advance,
     )
+    return msgspec.structs.replace(part, decoder_sha256=decoder.sha256)
 
 
 def _write_audio(prepared: Prepared, folder: Path, report: Report) -> AudioPart | None:

@@ -360,6 +360,18 @@ def test_a_graph_that_is_not_the_manifests_is_refused(damaged):
         load(folder)
 
 
+def test_two_decoders_of_different_weights_are_refused(damaged):
+    """A fine-tune's GGUF in place of the one that the graph was converted with."""
+    folder, sign = damaged
+    path = folder / "decoder.gguf"
+    contents = bytearray(path.read_bytes())
+    contents[-1] ^= 1
+    path.write_bytes(contents)
+    with pytest.raises(BundleError, match="not the file that the ONNX decoder was converted with"):
+        sign()
+    assert sign(decoder_sha256="").manifest.onnx is not None  # from before the field
+
+
 def test_tables_of_another_model_are_refused(damaged):
     folder, sign = damaged
     part = json.loads((folder / MANIFEST).read_bytes())["onnx"]

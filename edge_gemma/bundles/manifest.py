@@ -89,6 +89,8 @@ class OnnxPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     embeddings: RowTable  # the graph's inputs_embeds are these rows · √n_embd
     per_layer: RowTable | None = None  # gemma3n: per_layer_inputs are these rows · √ple_width
     weights_bytes: int
+    # of the GGUF that was written from the same weights; "" in a bundle from before this field
+    decoder_sha256: str = ""
 
 
 class VocabularyPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -312,6 +314,7 @@ def check_manifest(manifest: Manifest) -> None:
     _check_decoder(manifest.decoder, manifest.files[manifest.decoder.file].size)
     _check_answers(manifest)
     _check_embedding(manifest)
+    _check_onnx(manifest)
     whole = manifest.vocabulary.n_whole if manifest.vocabulary else MAX_COUNT
     if not manifest.decoder.n_vocab <= whole <= MAX_COUNT:
         raise BundleError(
@@ -414,6 +417,16 @@ def _check_answers(manifest: Manifest) -> None:
         if value is not None and not usable_sampling(name, value):
             low, high = _SAMPLING_RANGES[name]
             raise BundleError(f"{MANIFEST}: sampling.{name} is {value}, expected {low} … {high}")
+
+
+def _check_onnx(manifest: Manifest) -> None:
+    """That both decoders were made of the same weights."""
+    made_with = manifest.onnx.decoder_sha256 if manifest.onnx else ""
+    if made_with and made_with != manifest.files[manifest.decoder.file].sha256:
+        raise BundleError(
+            f"{MANIFEST}: {manifest.decoder.file} is not the file that the ONNX decoder was "
+            "converted with; the two would answer differently. Convert both again (--decoder both)"
+        )
 
 
 def _check_embedding(manifest: Manifest) -> None:

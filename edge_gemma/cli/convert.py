@@ -75,8 +75,8 @@ def convert(
         str,
         typer.Option(
             "--decoder",
-            help="gguf, or both: decoder.onnx and its tables besides, for programs that run "
-            "onnxruntime (edge-gemma itself runs the GGUF).",
+            help="gguf, or both: decoder.onnx and its tables besides, for `--engine onnx` and "
+            "programs that run onnxruntime.",
         ),
     ] = "gguf",
     onnx_quant: Annotated[
