@@ -84,7 +84,12 @@ class Senses:
             pan_and_scan=pan_and_scan,
             name=manifest.name,
         )
-        return [self._encoded(part) for part in prepared]
+        was_open = self.open_encoders
+        try:
+            return [self._encoded(part) for part in prepared]
+        finally:
+            if self.one_at_a_time and not was_open:  # the plan counts it while it is in use only
+                self.release()
 
     def _encoded(self, part: Part) -> Part:
         if isinstance(part, Image) and part.rows is None:

@@ -135,6 +135,15 @@ def test_clips_of_messages_and_a_second_turn(first, hearing_model, monkeypatch):
     assert seen == {"encoder": {(True, False)}, "decoder": {(False, True)}}
 
 
+def test_a_clip_of_a_message_leaves_no_encoder_open_where_the_plan_holds_none(hearing_bundle):
+    """ "One at a time": the plan counts an encoder while it is in use, not while answering."""
+    request = PlanRequest(n_threads=1, encoders="one at a time")
+    with edge_gemma.load(hearing_bundle, n_ctx=1024, request=request) as model:
+        chat = model.chat()
+        for _ in chat.send([Audio(speech(0.5)), "what?"], GREEDY):
+            assert model.senses.open_encoders == ()
+
+
 def test_soft_tokens_wait_and_an_encoder_that_is_asked_for_again_is_opened_again(first):
     rows = first.encode_audio(clip(1.0))
     assert first.senses.open_encoders == ("audio",)
