@@ -38,6 +38,8 @@ PURPOSES = {
     "voice": "spoken answers, wake words, an assistant that does not hear itself",
     "kokoro": "Kokoro voices",
     "convert": "converting checkpoints",
+    "trim": "word lists, to cut a vocabulary to languages",
+    "onnx": "the second engine (--engine onnx)",
     "serve": "serving other programs",
     "bench": "benchmarks",
     "plots": "benchmark pictures",

@@ -15,6 +15,7 @@ from edge_gemma.cli.common import (
     print_json,
     table,
 )
+from edge_gemma.cli.trim import LanguagesOption
 from edge_gemma.units import format_bytes
 
 if TYPE_CHECKING:
@@ -36,14 +37,7 @@ def recommend(
     purpose: Annotated[
         str, typer.Option("--for", help="text, voice (it hears) or pictures (it sees).")
     ] = "text",
-    languages: Annotated[
-        str | None,
-        typer.Option(
-            "--languages",
-            help="Those it must speak: en,sl,code. Published models are planned with their "
-            "vocabulary cut to them (edge-gemma trim).",
-        ),
-    ] = None,
+    languages: LanguagesOption = None,
     level: LevelOption = "balanced",
     budget: BudgetOption = None,
     ctx: ContextOption = None,
@@ -61,6 +55,7 @@ def recommend(
     found = find_device(device)
     request = PlanRequest(n_ctx=ctx, budget_bytes=None if budget is None else parse_bytes(budget))
     codes = tuple(code.strip().lower() for code in (languages or "").split(",") if code.strip())
+    codes = () if codes == ("all",) else codes
     fitting, others = ranked(
         device,
         cast("Purpose", purpose),

@@ -34,8 +34,8 @@ LanguagesOption = Annotated[
     str | None,
     typer.Option(
         "--languages",
-        help="Keep the tokens of these languages: en,sl,code (code: program text). all: only the "
-        "unused tokens go, which changes no answer.",
+        help="The vocabulary is cut to these languages: en,sl,code (code: program text); all: only "
+        "the unused tokens go, which changes no answer.",
         rich_help_panel=_PANEL,
     ),
 ]
