@@ -263,7 +263,10 @@ def _cut_vocabulary(
     from edge_gemma.convert.trim.conversion import decide
 
     needed = (*prepared.special_tokens.values(), *prepared.answers.end_tokens)
-    trimmed = decide(prepared.mapping, prepared.vocabulary, wanted, needed, prepared.layout)
+    prompts = prepared.embedding.prompts.values() if prepared.embedding else ()
+    trimmed = decide(
+        prepared.mapping, prepared.vocabulary, wanted, needed, prompts, prepared.layout
+    )
     notes += trimmed.choice.notes
     kept, ids = trimmed.choice.kept, rows.new_ids(trimmed.choice.kept)
     mapping = rows.cut_mapping(prepared.mapping, kept)

@@ -227,24 +227,6 @@ class Model:
         """
         return self.decoder.tokenize(text, special)
 
-    def cut_vocabulary_note(self, text: str) -> str | None:
-        """A sentence for people where ``text`` falls apart because the bundle's vocabulary was cut
-        to other languages; None where it does not.
-        """
-        part = self.bundle.manifest.vocabulary
-        if part is None:
-            return None
-        letters = sum(map(str.isalpha, text))
-        pieces = [self.decoder.piece(id) for id in self.tokenize(text)]
-        n_single = sum(_is_letter(piece) for piece in pieces)
-        if n_single < 8 or 2 * n_single < letters:
-            return None
-        kept = ", ".join([*part.languages, *part.texts]) or "some of its tokens"
-        return (
-            f"this bundle was cut to {kept}: the text falls apart into {len(pieces)} tokens for "
-            f"{len(text)} characters, which the model reads slowly and badly; use a whole bundle"
-        )
-
     def detokenize(self, ids: Sequence[int], special: bool = False) -> str:
         return b"".join(self.decoder.piece(token, special) for token in ids).decode(
             "utf-8", "replace"
@@ -484,14 +466,6 @@ def _opened_weights(
     if plan.settings.engine == "llama":
         return LlamaWeights(bundle, plan, lora=lora, on_progress=on_progress)
     return OnnxWeights(bundle, plan, on_progress=on_progress)
-
-
-def _is_letter(piece: bytes) -> bool:
-    """Whether a token is one letter, or a byte of one."""
-    if len(piece) == 1:
-        return piece[0] >= 0x80 or piece.isalpha()
-    text = piece.decode("utf-8", "replace")
-    return len(text) == 1 and text.isalpha()
 
 
 async def in_thread(

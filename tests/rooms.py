@@ -21,7 +21,7 @@ FOLDERS = {
     "edge_gemma": ROOT / "edge_gemma",
 }
 ROOMS = (
-    "ground",  # errors, units, files, sources: everybody may import these
+    "ground",  # errors, units, files, languages, sources: everybody may import these
     "records",  # spans, messages, options: what crosses rooms
     "bundles",
     "machine",
@@ -45,6 +45,7 @@ ROOMS = (
 # single modules that are one room together
 TOGETHER = {
     "errors": "ground",
+    "languages": "ground",
     "units": "ground",
     "files": "ground",
     "sources": "ground",

@@ -1,11 +1,10 @@
 """Which tokens of a vocabulary stay.
 
 In: a vocabulary, its tokenizer, what was asked for. Out: :class:`Choice`, ids in order (of
-:class:`Chooser`, for any size). What a
-language uses decides, not a token's rank: cut by rank, a set of equal size costs several percent
-of bits on English text, by use none. With every token stays what its merges make on the way
-(:mod:`~.merges`), and in every set stay bytes, digits, punctuation, the tokens that steer the model
-and the pieces of its chat template.
+:class:`Chooser`, for any size). What a language uses decides, not a token's rank: cut by rank, a
+set of equal size costs several percent of bits on English text, by use none. With every token stays
+what its merges make on the way (:mod:`~.merges`), and in every set stay bytes, digits, punctuation,
+the tokens that steer the model and the pieces of its chat template.
 """
 
 from __future__ import annotations
@@ -69,8 +68,9 @@ class Choice:
 class Chooser:
     """What a vocabulary's tokens are used for, counted once; then sets of any size.
 
-    ``needed``: ids that must stay whatever is asked for: media tokens, ends of answers. Raises
-    UsageError (an unknown language, a file that is no text), RuntimeFailure (wordfreq is missing).
+    ``needed``: ids that must stay whatever is asked for: media tokens, ends of answers;
+    ``prompts``: texts that must be made of the same tokens as before. Raises UsageError (an unknown
+    language, a file that is no text), RuntimeFailure (wordfreq is missing).
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class Chooser:
         tokenizer: LineTokenizer,
         wanted: Wanted,
         needed: Iterable[int] = (),
+        prompts: Iterable[str] = (),
     ):
         if wanted.keep_tokens < 0 or wanted.min_count < 1:
             raise UsageError(
@@ -90,11 +91,15 @@ class Chooser:
         is_all = any(language.strip().lower() == ALL for language in wanted.languages)
         if is_all and len(wanted.languages) > 1:
             raise UsageError(f"--languages {ALL} stands alone: every language is in it")
+        if is_all and wanted.files:
+            raise UsageError(
+                f"--languages {ALL} keeps every token of text; --vocabulary has nothing to add"
+            )
         self._vocabulary, self._tokenizer, self._wanted = vocabulary, tokenizer, wanted
         self.languages = () if is_all else sources.check_languages(wanted.languages)
-        self._texts = {path.name: sources.file_text(path) for path in wanted.files}
+        self._texts = [(path.name, sources.file_text(path)) for path in wanted.files]
         self._merges = Merges(vocabulary.tokens, vocabulary.scores)
-        self._base = self._closed(self._always(needed))
+        self._base = self._closed(self._always(needed, prompts))
         self._used = self._usage() if self.languages or self._texts else self._by_rank()
 
     @property
@@ -114,15 +119,21 @@ class Chooser:
         notes = [f"{twins} tokens are spelled twice; both stay where one does"] if twins else []
         if size and not self.languages and not self._texts:
             notes.append("no language was named: the tokens of the earliest merges stay")
+        silent = [code for code in self.languages if sources.measuring_text(code) is None]
+        if silent:
+            notes.append(
+                f"no text of {', '.join(silent)} comes with this package: what the cut costs there "
+                "was not measured"
+            )
         return Choice(
             np.array(sorted(kept), np.int32),
             covered / total if total else 1.0,
             self.languages,
-            tuple(self._texts),
+            tuple(name for name, _ in self._texts),
             tuple(notes),
         )
 
-    def _always(self, needed: Iterable[int]) -> set[int]:
+    def _always(self, needed: Iterable[int], prompts: Iterable[str]) -> set[int]:
         vocabulary = self._vocabulary
         letters = set().union(*(sources.alphabet(code) for code in self.languages))
         # llama.cpp reads row 0 for embedding rows
@@ -133,7 +144,7 @@ class Chooser:
                     kept.add(i)
             elif kind == BYTE or not is_unused(token, kind):
                 kept.add(i)
-        for text in _prompt_texts(vocabulary.chat_template):
+        for text in (*_prompt_texts(vocabulary.chat_template), *prompts):
             kept.update(self._tokenizer.tokenize(text))
         return kept
 
@@ -151,7 +162,7 @@ class Chooser:
                 for token in self._tokenizer.tokenize(text):
                     weights[token] += 1.0
             _add(used, weights, 1.0)
-        for text in self._texts.values():
+        for _, text in self._texts:
             _add(used, self._counted(text), _OWN_TEXT)
         return sorted(used.items(), key=lambda item: (-item[1], item[0]))
 
@@ -194,7 +205,7 @@ class Chooser:
             if token in kept:
                 continue
             is_merged = self._vocabulary.types[token] == NORMAL
-            new = {i for i in (self._merges.group(token) if is_merged else [token])} - kept
+            new = set(self._merges.group(token) if is_merged else [token]) - kept
             if len(kept) + len(new) <= limit:
                 kept |= new
         return _rounded(kept, n_whole)

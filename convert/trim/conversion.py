@@ -90,6 +90,7 @@ def decide(
     vocabulary: Vocabulary,
     wanted: Wanted,
     needed: Iterable[int],
+    prompts: Iterable[str],
     whole: Layout,
 ) -> Trimmed:
     """Raises UsageError, RuntimeFailure as :class:`Chooser` does."""
@@ -99,9 +100,8 @@ def decide(
         path = Path(folder) / "vocabulary.gguf"
         path.write_bytes(header)
         with Tokenizer(path) as tokenizer:
-            chooser = Chooser(
-                vocabulary, tokenizer, wanted, {i for i in needed if 0 <= i < n_whole}
-            )
+            rows = {i for i in needed if 0 <= i < n_whole}
+            chooser = Chooser(vocabulary, tokenizer, wanted, rows, prompts)
             choice = chooser.choice()
             smaller = (n for n in _SIZES if chooser.smallest <= n < len(choice.kept))
             sizes = tuple(map(chooser.choice, smaller)) if wanted.offer_sizes else ()

@@ -12,6 +12,7 @@ import shutil
 import struct
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +88,8 @@ def trim(
         report.stage("choose")
         vocabulary = read_gguf_vocabulary(bundle)
         with Tokenizer(bundle.decoder_path) as tokenizer:
-            choice = Chooser(vocabulary, tokenizer, wanted, _needed(bundle)).choice()
+            prompts = manifest.embedding.prompts.values() if manifest.embedding else ()
+            choice = Chooser(vocabulary, tokenizer, wanted, _needed(bundle), prompts).choice()
         notes = (*choice.notes, *_left_out(manifest))
         for said in notes:
             report.note(said)
@@ -115,34 +117,18 @@ def trim(
     return Result(result, time.perf_counter() - started, bundle.total_bytes(), notes)
 
 
-def trim_path(
-    gguf: Path,
-    out: str | Path,
-    wanted: Wanted = UNUSED_ONLY,
-    *,
-    overwrite: bool = False,
-    measure: bool = True,
-    n_threads: int = 0,
-    report: Report = Report(),
-) -> Result:
-    """:func:`trim` of a GGUF, which is imported first (linked or repaired) and forgotten after.
-
-    Raises BundleError, UnsupportedModel (the file), and as :func:`trim` does.
+@contextmanager
+def imported(
+    gguf: Path, out: str | Path, *, overwrite: bool = False, report: Report = Report()
+) -> Iterator[Bundle]:
+    """A GGUF as a bundle to :func:`trim` into ``out``: linked or repaired beside it, and gone
+    after. Raises BundleError, UnsupportedModel (the file), UsageError (``out`` is there).
     """
-    out = Path(out).absolute()
-    with BundleWriter(out, overwrite=overwrite) as writer:
-        imported = import_gguf(gguf, writer.folder / "imported")
-        for said in imported.manifest.notes:
+    with BundleWriter(Path(out).absolute(), overwrite=overwrite) as beside:
+        bundle = import_gguf(gguf, beside.folder / "imported")
+        for said in bundle.manifest.notes:
             report.note(said)
-        return trim(
-            imported,
-            out,
-            wanted,
-            overwrite=overwrite,
-            measure=measure,
-            n_threads=n_threads,
-            report=report,
-        )
+        yield bundle
 
 
 def _needed(bundle: Bundle) -> set[int]:

@@ -49,9 +49,9 @@ def receipt_of(
     texts = measuring_texts() if texts is None else texts
     order = sorted(texts, key=lambda name: (name not in choice.languages, name))
     found = tokenized(whole, cut, choice.kept, {name: texts[name] for name in order})
-    chosen = [name for name in order if name in choice.languages] or ["en"]
     if measure:
-        run = {name: texts[name] for name in chosen if name in texts}
+        chosen = choice.languages or ("en",)
+        run = {name: texts[name] for name in order if name in chosen}
         for name, figures in _measured(whole, cut, choice.kept, run, n_threads).items():
             found[name] |= figures
     return {name: {key: round(value, 6) for key, value in found[name].items()} for name in order}

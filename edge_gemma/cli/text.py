@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -206,7 +207,7 @@ def run(
             tuple(senses),
             structured=options.schema is not None or toolbox is not None,
         )
-        if said := model.cut_vocabulary_note(text):
+        if said := _cut_note(model, text):
             note(said)
         peak.rebase()  # a plan's peak counts from the end of load
         with model:
@@ -274,7 +275,17 @@ def chat(
         if sys.stdin.isatty():
             note(f"{manifest.name}, {talk.session.n_ctx} tokens of context. /help for commands.")
             import readline  # noqa: F401  (line editing and history for input())
-        _converse(speaking, options, stats, model.cut_vocabulary_note)
+        _converse(speaking, options, stats, partial(_cut_note, model))
+
+
+def _cut_note(model: Model, text: str) -> str | None:
+    """What to say of a text that the bundle's vocabulary was not cut for."""
+    from edge_gemma.prompts.cut_vocabulary import cut_vocabulary_note
+
+    part = model.bundle.manifest.vocabulary
+    if part is None:
+        return None
+    return cut_vocabulary_note(part, text, [model.decoder.piece(i) for i in model.tokenize(text)])
 
 
 class Speaking:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +19,7 @@ from edge_gemma.cli.common import (
     print_json,
     table,
 )
+from edge_gemma.errors import UsageError
 from edge_gemma.units import format_bytes
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ def wanted_tokens(
     if languages is None and not vocabulary and not keep_tokens and min_count == 1:
         return None
     codes = tuple(part for part in (languages or "").split(",") if part.strip())
+    if languages is not None and not codes:
+        raise UsageError(f"--languages {languages!r} names none; expected codes like en,sl, or all")
     return Wanted(codes, tuple(vocabulary or ()), keep_tokens, min_count, offer_sizes)
 
 
@@ -113,14 +116,20 @@ def trim(
     options only the unused tokens go.
     """
     from edge_gemma.convert.trim.choice import UNUSED_ONLY
-    from edge_gemma.convert.trim.cut import Report, trim_path
+    from edge_gemma.convert.trim.cut import Report, imported
     from edge_gemma.convert.trim.cut import trim as run
 
     wanted = wanted_tokens(languages, vocabulary, keep_tokens, min_count) or UNUSED_ONLY
-    with Progress() as progress:
+    with Progress() as progress, ExitStack() as opened:
         report = Report(progress.total, progress.add_bytes, progress.stage, progress.note)
-        cut = partial(trim_path, Path(bundle)) if bundle.endswith(".gguf") else None
-        result = (cut or partial(run, open_bundle(bundle)))(
+        if bundle.endswith(".gguf"):
+            whole = opened.enter_context(
+                imported(Path(bundle), out, overwrite=force, report=report)
+            )
+        else:
+            whole = open_bundle(bundle)
+        result = run(
+            whole,
             out,
             wanted,
             overwrite=force,

@@ -5,12 +5,10 @@ In: a :class:`Notice`, perhaps a voice. Out: one record. Speech stops it, as it 
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edge_gemma.conversation.spoken_answer import Heard
+from edge_gemma.conversation.spoken_answer import Heard, Spoken
 from edge_gemma.conversation.voice import Voice
 from edge_gemma.errors import EdgeGemmaError
 
@@ -33,30 +31,14 @@ class Notice:
     spoken_to: Callable[[], object] = _nothing
 
 
-class SpokenNotice:
+class SpokenNotice(Spoken):
     """Starts at once, in a thread. The same to the listener as an answer."""
 
     def __init__(self, notice: Notice, voice: Voice | None):
-        self._notice, self._voice = notice, voice
-        self._records: queue.Queue[Heard | None] = queue.Queue()  # None: no more
+        super().__init__(voice)
+        self._notice = notice
         self._records.put(Heard("notice", 0.0, notice.text))
-        self._stopped = threading.Event()
-        self.ended = False  # the last record was taken
-        self._thread = threading.Thread(target=self._run, name="edge-gemma-notice", daemon=True)
-        self._thread.start()
-
-    @property
-    def done(self) -> bool:
-        return not self._thread.is_alive()
-
-    def next_record(self, timeout_s: float) -> Heard | None:
-        """The next record, or None when there is none yet, or none any more (``ended``)."""
-        try:
-            record = self._records.get(block=timeout_s > 0, timeout=timeout_s or None)
-        except queue.Empty:
-            return None
-        self.ended = record is None
-        return record
+        self._start("edge-gemma-notice")
 
     def _run(self) -> None:
         try:
@@ -67,10 +49,7 @@ class SpokenNotice:
             if self._voice:
                 if not self._stopped.is_set():
                     self._voice.push(self._notice.text)
-                self._voice.finish()
-                self._voice.join()
-                if self._voice.error:
-                    self._records.put(Heard("failed", 0.0, str(self._voice.error)))
+                self._finish_voice(self._voice)
             self._notice.done(not self._stopped.is_set())
         finally:
             self._records.put(None)
@@ -81,9 +60,5 @@ class SpokenNotice:
         self._notice.silence()
         if self._voice:
             self._voice.stop()
-        self._thread.join()
+        self.close()
         return self._notice.text
-
-    def close(self) -> None:
-        """Wait for the thread."""
-        self._thread.join()

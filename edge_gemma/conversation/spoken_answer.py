@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
@@ -89,7 +90,53 @@ class Responder(Protocol):
         """The last answer was heard to its end."""
 
 
-class SpokenAnswer:
+class Spoken(ABC):
+    """Something that is said: made in a thread of its own, told in records."""
+
+    def __init__(self, voice: Voice | None):
+        self._voice = voice
+        self._records: queue.Queue[Heard | None] = queue.Queue()  # None: no more
+        self._stopped = threading.Event()
+        self.ended = False  # the last record was taken
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more is decoded or spoken."""
+        return not self._thread.is_alive()
+
+    def next_record(self, timeout_s: float) -> Heard | None:
+        """The next record, or None when there is none yet, or none any more (``ended``)."""
+        try:
+            record = self._records.get(block=timeout_s > 0, timeout=timeout_s or None)
+        except queue.Empty:
+            return None
+        self.ended = record is None
+        return record
+
+    @abstractmethod
+    def stop(self) -> str:
+        """Stop at once and wait for the thread. Returns what was said."""
+
+    def close(self) -> None:
+        """Wait for the thread."""
+        self._thread.join()
+
+    @abstractmethod
+    def _run(self) -> None:
+        """Ends with None among the records."""
+
+    def _start(self, name: str) -> None:
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def _finish_voice(self, voice: Voice) -> None:
+        voice.finish()
+        voice.join()
+        if voice.error:
+            self._records.put(Heard("failed", 0.0, str(voice.error)))
+
+
+class SpokenAnswer(Spoken):
     """Starts at once. ``heard_s`` is when the last sample arrived, by time.perf_counter;
     ``ending`` is set when no utterance will follow.
     """
@@ -105,30 +152,13 @@ class SpokenAnswer:
         ending: threading.Event,
         responder: Responder | None = None,
     ):
+        super().__init__(voice)
         self._responder = responder
-        self._chat, self._turn, self._sampling, self._voice = chat, turn, sampling, voice
+        self._chat, self._turn, self._sampling = chat, turn, sampling
         self._heard_s, self._ending = heard_s, ending
-        self._records: queue.Queue[Heard | None] = queue.Queue()  # None: no more
-        self._stopped = threading.Event()
         self._parts: list[str] = []
         self._n_before = 0  # characters before the model's last message
-        self.ended = False  # the last record was taken
-        self._thread = threading.Thread(target=self._run, name="edge-gemma-answer", daemon=True)
-        self._thread.start()
-
-    @property
-    def done(self) -> bool:
-        """Whether nothing more is decoded or spoken."""
-        return not self._thread.is_alive()
-
-    def next_record(self, timeout_s: float) -> Heard | None:
-        """The next record, or None when there is none yet, or none any more (``ended``)."""
-        try:
-            record = self._records.get(block=timeout_s > 0, timeout=timeout_s or None)
-        except queue.Empty:
-            return None
-        self.ended = record is None
-        return record
+        self._start("edge-gemma-answer")
 
     def _run(self) -> None:
         try:
@@ -180,10 +210,7 @@ class SpokenAnswer:
 
     def _speak_rest(self) -> None:
         if self._voice:
-            self._voice.finish()
-            self._voice.join()
-            if self._voice.error:
-                self._records.put(Heard("failed", 0.0, str(self._voice.error)))
+            self._finish_voice(self._voice)
         if self._responder:
             self._responder.spoken()
 
@@ -211,7 +238,7 @@ class SpokenAnswer:
         if self._voice:
             self._voice.stop()  # first: silence is what the one who speaks waits for
         self._chat.cancel()
-        self._thread.join()
+        self.close()
         if not self._voice:
             return "".join(self._parts)
         self._voice.join()
@@ -220,7 +247,3 @@ class SpokenAnswer:
         if self._turn.first_token_s is not None and not self._voice.error:
             self._chat.heard_only(said[self._n_before :])
         return said
-
-    def close(self) -> None:
-        """Wait for the thread."""
-        self._thread.join()

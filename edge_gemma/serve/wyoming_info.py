@@ -26,8 +26,8 @@ from wyoming.info import (
     WakeProgram,
 )
 
+from edge_gemma.languages import NAMES
 from edge_gemma.serve.bodies import Server
-from edge_gemma.serve.languages import LANGUAGES
 
 PROGRAM = "edge-gemma"
 _OURS = Attribution("edge-gemma", "")
@@ -88,7 +88,7 @@ def installed_wake_words() -> dict[str, str]:
 def info(server: Server, senses: Senses) -> Info:
     """The answer to ``describe``."""
     version = importlib.metadata.version("edge-gemma")
-    model, languages = server.name, list(LANGUAGES)
+    model, languages = server.name, list(NAMES)
     found = Info(handle=[_handle(model, version, languages)])
     if senses.hears:
         found.asr = [_asr(model, version, languages, senses.endpoint)]
