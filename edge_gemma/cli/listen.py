@@ -15,7 +15,6 @@ from edge_gemma.cli.common import (
     BundleArg,
     JsonOption,
     PadAudioOption,
-    SystemOption,
     note,
     print_json,
     table,
@@ -28,6 +27,7 @@ from edge_gemma.cli.hear import (
     open_chat,
 )
 from edge_gemma.cli.options import LOADING, LoadingOptions, SamplingOptions, grouped
+from edge_gemma.cli.personas import TELLING, TellingOptions
 from edge_gemma.cli.tools import BUILTIN, StateOption, TalkTools, ToolsOption, talk_tools
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def register(app: typer.Typer) -> None:
 def listen(
     bundle: BundleArg,
     name: InputOption = None,
-    system: SystemOption = None,
+    telling: TellingOptions = TELLING,
     instruction: Annotated[
         str, typer.Option("--instruction", help="Said to the model before each utterance.")
     ] = "",
@@ -61,7 +61,8 @@ def listen(
         typer.Option(
             "--voice",
             help="Speak the answers: none, an espeak-ng voice like en or de, a piper voice file, "
-            "or KOKORO.onnx:VOICE with its voices*.bin beside it.",
+            "or KOKORO.onnx:VOICE with its voices*.bin beside it. Several, like en,de: each clause "
+            "by the voice of its language.",
         ),
     ] = "none",
     barge_in: Annotated[
@@ -149,13 +150,16 @@ def listen(
     if adaptive_pause:
         vad = dataclasses.replace(options.vad, rule=PauseRule.around(pause))
         options = dataclasses.replace(options, vad=vad, ask_for_end=ask_for_end)
+    told = telling.instructions()
     options = dataclasses.replace(
-        options, instruction=instruction, barge_in=barge_in and not echo.half_duplex
+        options,
+        instruction=instruction or told.instruction,
+        barge_in=barge_in and not echo.half_duplex,
     )
     with contextlib.ExitStack() as opened:
         found = opened.enter_context(talk_tools(tools, state))
         specs = found.toolbox.specs if found else ()
-        model, chat = open_chat(bundle, loading, options, system, specs)
+        model, chat = open_chat(bundle, loading, options, told.system or None, specs)
         opened.enter_context(model)
         opened.enter_context(chat)
         opened.enter_context(contextlib.closing(loudspeaker))
@@ -169,7 +173,7 @@ def listen(
             filters=filters,
         )
         if found:
-            add_tools(listener, found, loudspeaker, _language(voice))
+            add_tools(listener, found, loudspeaker, _languages(voice))
         if echo.canceller:
             loudspeaker.play(np.zeros(0, np.float32), RATE_HZ)  # open: its samples are counted
         try:
@@ -183,17 +187,21 @@ def listen(
             note("")
 
 
-def add_tools(listener: Listener, tools: TalkTools, speaker: Speaker, language: str | None) -> None:
-    """The listener answers with tools, and rings where there are timers."""
+def add_tools(
+    listener: Listener, tools: TalkTools, speaker: Speaker, languages: tuple[str, ...]
+) -> None:
+    """The listener answers with tools, and rings where there are timers, in the first of
+    ``languages`` (none: English); yes is understood in all.
+    """
     from edge_gemma.assistant.ringing import Ringing
     from edge_gemma.assistant.tool_loop import ToolLoop
     from edge_gemma.conversation.notice import Notice
 
-    languages = (language,) if language else ()
     loop = ToolLoop(listener.chat, tools.toolbox, languages=languages)
     ringing = None
     if tools.timers is not None:
-        ringing = Ringing(tools.timers, speaker.play, speaker.stop, language=language or "en")
+        language = languages[0] if languages else "en"
+        ringing = Ringing(tools.timers, speaker.play, speaker.stop, language=language)
 
     def notices() -> Notice | None:
         text = loop.overdue()
@@ -281,11 +289,10 @@ def _voice_maker(voice: str, speaker: Speaker) -> Callable[[], Voice | None]:
     from edge_gemma.conversation.clauses import Clauses
     from edge_gemma.conversation.voice import Voice
 
-    synthesize, language = _synthesizer(voice), _language(voice) or "en"
-    Clauses()  # raises now where its library is missing
-    return lambda: Voice(
-        synthesize, speaker.play, speaker.stop, lambda: speaker.n_heard, language=language
-    )
+    languages = _languages(voice)
+    synthesizers = dict(zip(languages, map(_synthesizer, voice.split(",")), strict=True))
+    Clauses(languages)  # raises now where a library is missing
+    return lambda: Voice(synthesizers, speaker.play, speaker.stop, lambda: speaker.n_heard)
 
 
 def _synthesizer(voice: str) -> Synthesizer:
@@ -302,10 +309,25 @@ def _synthesizer(voice: str) -> Synthesizer:
     return piper(voice)
 
 
-def _language(voice: str) -> str | None:
-    """What ``--voice`` speaks: its units, its yes and no. None without a voice."""
+def _languages(voice: str) -> tuple[str, ...]:
+    """What ``--voice`` speaks: its units, its yes and no; () without a voice. Raises UsageError for
+    two voices of one language.
+    """
+    from edge_gemma.errors import UsageError
+
     if voice == "none":
-        return None
+        return ()
+    found = tuple(map(_language, voice.split(",")))
+    if len({language.partition("-")[0] for language in found}) < len(found):
+        raise UsageError(f"--voice {voice} has two voices of one language; give one for each")
+    return found
+
+
+def _language(voice: str) -> str:
+    from edge_gemma.errors import UsageError
+
+    if voice in ("", "none"):
+        raise UsageError(f"--voice is {voice!r} among others; give one voice for each language")
     _, colon, name = voice.partition(".onnx")
     if not colon:
         return voice

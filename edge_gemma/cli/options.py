@@ -29,6 +29,7 @@ from edge_gemma.cli.common import (
     note,
     open_bundle,
 )
+from edge_gemma.cli.personas import TellingOptions
 from edge_gemma.sources import typed
 
 if TYPE_CHECKING:
@@ -212,7 +213,7 @@ class SamplingOptions:
 PLANNING = PlanningOptions()
 LOADING = LoadingOptions()
 SAMPLING = SamplingOptions()
-GROUPS = (PlanningOptions, LoadingOptions, SamplingOptions)
+GROUPS = (PlanningOptions, LoadingOptions, SamplingOptions, TellingOptions)
 
 
 def shown_as(call: Callable[..., None], parameters: list[inspect.Parameter]) -> Callable[..., None]:
@@ -226,7 +227,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """``command`` for typer: each parameter whose type is a group stands for the group's fields."""
     hints = get_type_hints(command, include_extras=True)
     shown: list[inspect.Parameter] = []
-    groups: dict[str, PlanningOptions | SamplingOptions] = {}
+    groups: dict[str, PlanningOptions | SamplingOptions | TellingOptions] = {}
     for name, parameter in inspect.signature(command).parameters.items():
         if hints[name] in GROUPS:
             groups[name] = parameter.default
@@ -244,7 +245,9 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     return shown_as(call, shown)
 
 
-def _field_parameters(group: PlanningOptions | SamplingOptions) -> list[inspect.Parameter]:
+def _field_parameters(
+    group: PlanningOptions | SamplingOptions | TellingOptions,
+) -> list[inspect.Parameter]:
     hints = get_type_hints(type(group), include_extras=True)
     return [
         inspect.Parameter(

@@ -17,7 +17,6 @@ from edge_gemma.cli.common import (
     BundleArg,
     JsonOption,
     StatsOption,
-    SystemOption,
     note,
     open_bundle,
     print_json,
@@ -31,6 +30,7 @@ from edge_gemma.cli.options import (
     SamplingOptions,
     grouped,
 )
+from edge_gemma.cli.personas import TELLING, TellingOptions
 from edge_gemma.cli.tools import ToolsOption, tools_of
 from edge_gemma.sources import first_path, typed, typed_line
 from edge_gemma.units import format_bytes
@@ -141,7 +141,7 @@ def run(
         str | None, typer.Argument(help="The prompt; - or nothing reads it from stdin.")
     ] = None,
     sampling: SamplingOptions = SAMPLING,
-    system: SystemOption = None,
+    telling: TellingOptions = TELLING,
     image: Annotated[
         list[str] | None, typer.Option("--image", help="A picture to show first. Repeatable.")
     ] = None,
@@ -180,8 +180,9 @@ def run(
 
     if logprobs is not None and not as_json:
         raise UsageError("--logprobs needs --json: plain text has no place for them")
+    system = telling.system_text()
     if raw and system:
-        raise UsageError("give --system or --raw, not both: raw text has no system turn")
+        raise UsageError("--raw text has no system turn: leave --system and --persona out")
     if tools and (raw or schema or grammar):
         raise UsageError("give --tools or one of --raw, --schema and --grammar")
     toolbox = tools_of(tools)
@@ -253,7 +254,7 @@ Ctrl-C stops an answer, not the chat. A line that ends in \\ goes on."""
 
 def chat(
     bundle: BundleArg,
-    system: SystemOption = None,
+    telling: TellingOptions = TELLING,
     tools: ToolsOption = None,
     sampling: SamplingOptions = CHATTING,
     loading: LoadingOptions = LOADING,
@@ -261,6 +262,7 @@ def chat(
 ) -> None:
     """Talk with a bundle. /help lists what can be typed besides words."""
     options = sampling.sampling(bundle)
+    system = telling.system_text()
     toolbox = tools_of(tools)
     model, _ = load_model(bundle, loading, structured=toolbox is not None)
     with model, Speaking(model, system, toolbox) as speaking:

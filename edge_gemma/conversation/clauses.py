@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from edge_gemma.conversation.language_guess import LanguageGuess
 from edge_gemma.errors import MissingExtra
 
 _END_OF_SENTENCE = re.compile(r"(?<=[.!?…。！？])[\"')\]]*\s+|\n+")
@@ -67,17 +68,18 @@ _UNITS: dict[str, dict[str, tuple[str, str]]] = {
 
 @dataclass(frozen=True)
 class Clause:
-    """``text`` as it is read aloud, perhaps nothing; the answer's characters up to ``end`` are
-    said with it.
+    """``text`` as it is read aloud, perhaps nothing, in ``language``; the answer's characters up to
+    ``end`` are said with it.
     """
 
     text: str
     end: int
+    language: str = "en"
 
 
 class Clauses:
     """Text in pieces → clauses, as soon as they are known to be whole. ``language`` (a code like
-    ``en``) is for units.
+    ``en``) is for units; of several, each clause's is guessed.
 
     With ``hungry`` (nothing is left to be spoken) a pause within the sentence is enough, so that
     sound comes early. Raises MissingExtra.
@@ -88,9 +90,11 @@ class Clauses:
     ['It is warm today,', 'I think.', 'Go o']
     """
 
-    def __init__(self, language: str = "en"):
+    def __init__(self, language: str | Sequence[str] = "en"):
         self._first_sentence = _sentence_finder()
-        self._language = language.partition("-")[0].lower()
+        languages = (language,) if isinstance(language, str) else tuple(language)
+        self._language = languages[0]
+        self._guess = LanguageGuess(languages) if len(languages) > 1 else None
         self._text, self._begin = "", 0
         self._in_code = False
         self._any = False
@@ -130,10 +134,12 @@ class Clauses:
         if fence:
             self._in_code = not self._in_code
         if not fence and not self._in_code:
+            if self._guess is not None:
+                self._language = self._guess(taken)
             text = spoken_form(taken, self._language)
             if text:
                 self._any = True
-                yield Clause(text, self._begin)
+                yield Clause(text, self._begin, self._language)
 
 
 class Sentences:
@@ -227,7 +233,7 @@ def _is_picture(character: str) -> bool:
 
 
 def _in_words(text: str, language: str) -> str:
-    units = _UNITS.get(language)
+    units = _UNITS.get(language.partition("-")[0].lower())
     if not units:
         return text
     names = "|".join(sorted(map(re.escape, units), key=len, reverse=True))

@@ -17,7 +17,7 @@ import subprocess
 import threading
 import time
 import wave
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,9 +181,10 @@ class Voice:
     ``play(samples, rate_hz) -> bool`` is usually
     :meth:`edge_gemma.hearing.devices.Speaker.play`, ``silence()`` its ``stop``. ``heard()`` says
     how many samples of the present sound were heard by now (its ``n_heard``); without it the
-    clock says so. ``language`` is for :func:`~edge_gemma.conversation.clauses.spoken_form`. A
-    failure is kept in ``error`` and ends the speaking, not the answer. ``spoken`` lists the
-    clauses that were begun; :attr:`said` is the part of the answer that was heard.
+    clock says so. ``language`` is for :func:`~edge_gemma.conversation.clauses.spoken_form`; with
+    a mapping language → synthesizer each clause is spoken by the one of its language. A failure is
+    kept in ``error`` and ends the speaking, not the answer. ``spoken`` lists the clauses that were
+    begun; :attr:`said` is the part of the answer that was heard.
 
     >>> synthesize = lambda text: (np.zeros(160, np.float32), 16000)
     >>> voice = Voice(synthesize, play=lambda samples, rate_hz: True)
@@ -197,16 +198,16 @@ class Voice:
 
     def __init__(
         self,
-        synthesize: Synthesizer,
+        synthesize: Synthesizer | Mapping[str, Synthesizer],
         play: Callable[[np.ndarray, int], bool],
         silence: Callable[[], None] = _nothing,
         heard: Callable[[], int] | None = None,
         *,
         language: str = "en",
     ):
-        self._synthesize, self._play, self._silence = synthesize, play, silence
-        self._heard = heard
-        self._clauses = Clauses(language)
+        self._play, self._silence, self._heard = play, silence, heard
+        self._speakers = {language: synthesize} if callable(synthesize) else dict(synthesize)
+        self._clauses = Clauses(tuple(self._speakers))
         self._text = ""
         self._to_say: queue.Queue[Clause | None] = queue.Queue()  # None: no more
         self._to_play: queue.Queue[_Sound | None] = queue.Queue(_N_AHEAD)
@@ -292,7 +293,7 @@ class Voice:
         begin = 0
         try:
             while (clause := self._to_say.get()) is not None and not self._stopped.is_set():
-                samples, rate_hz = self._checked(self._synthesize(clause.text))
+                samples, rate_hz = self._checked(self._speakers[clause.language](clause.text))
                 self.first_synthesized_s = self.first_synthesized_s or time.perf_counter()
                 self._hand_on(_Sound(clause, begin, samples, rate_hz))
                 begin = clause.end
