@@ -182,7 +182,9 @@ def run(
         raise UsageError("--logprobs needs --json: plain text has no place for them")
     system = telling.system_text()
     if raw and system:
-        raise UsageError("--raw text has no system turn: leave --system and --persona out")
+        raise UsageError(
+            "give --raw, or --system and --persona, not both: raw text has no system turn"
+        )
     if tools and (raw or schema or grammar):
         raise UsageError("give --tools or one of --raw, --schema and --grammar")
     toolbox = tools_of(tools)
