@@ -15,8 +15,9 @@ help:
 demo: $(STAMP)
 	@$(VENV)/bin/edge-gemma demo
 
+# A file's tests stay on one core: they share what is dear to make.
 test: system $(STAMP)
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: system $(STAMP)
 	$(PY) -m pytest -m slow

@@ -27,10 +27,9 @@ from edge_gemma.conversation.sequences import Sequences
 from edge_gemma.conversation.session import Session
 from edge_gemma.conversation.stream import Chunk
 from edge_gemma.embedding import TextEmbedder
-from edge_gemma.engines.engine import EVALUATE_ROWS, Weights
-from edge_gemma.engines.llama.weights import Weights as LlamaWeights
+from edge_gemma.engines.engine import EVALUATE_ROWS
 from edge_gemma.engines.llama.weights import repacked_here
-from edge_gemma.engines.onnx.weights import Weights as OnnxWeights
+from edge_gemma.engines.opening import open_weights
 from edge_gemma.errors import UsageError
 from edge_gemma.machine.device import Device
 from edge_gemma.machine.probe import find_device, machine_for
@@ -44,6 +43,7 @@ from edge_gemma.seeing.video import Video
 from edge_gemma.senses import Content, Senses
 from edge_gemma.spans import Rows, Span, Tokens
 from edge_gemma.store.installed import resolve
+from edge_gemma.tuning import plan_here
 from edge_gemma.units import parse_bytes
 
 PromptLike = str | Sequence[Part | Video | Tokens]
@@ -81,7 +81,11 @@ def load(
     if lora:
         sizes = (Path(file).stat().st_size for file, _ in lora if Path(file).is_file())
         request = dataclasses.replace(request, lora_bytes=sum(sizes))
-    made = make_plan(bundle.manifest, machine_for(device), request, repacked_here).require()
+    machine = machine_for(device)
+    if device == "auto":
+        made = plan_here(bundle, machine, request).require()
+    else:
+        made = make_plan(bundle.manifest, machine, request, repacked_here).require()
     return Model(bundle, made, lora=lora, prompt_folder=prompt_folder, on_progress=on_progress)
 
 
@@ -106,9 +110,10 @@ def plan_bundle(
     """
     bundle = _opened(bundle)
     found = find_device(device) if isinstance(device, str) else device
-    repacks = repacked_here if device == "auto" else repacks_for(found)
     request = _request(request, budget, n_ctx, level, engine)
-    return make_plan(bundle.manifest, found, request, repacks)
+    if device == "auto":
+        return plan_here(bundle, found, request)
+    return make_plan(bundle.manifest, found, request, repacks_for(found))
 
 
 def _opened(bundle: str | os.PathLike[str] | Bundle) -> Bundle:
@@ -162,7 +167,7 @@ class Model:
     ):
         self.bundle, self.plan = bundle, plan
         manifest = bundle.manifest
-        self.weights = _opened_weights(bundle, plan, lora, on_progress)
+        self.weights = open_weights(bundle, plan, lora, on_progress)
         try:
             self.decoder = self.weights.decoder
             identity = self.weights.identity
@@ -455,17 +460,6 @@ class Model:
 
     def __exit__(self, *_) -> None:
         self.close()
-
-
-def _opened_weights(
-    bundle: Bundle,
-    plan: Plan,
-    lora: Sequence[tuple[str | Path, float]],
-    on_progress: Callable[[float], bool | None] | None,
-) -> Weights:
-    if plan.settings.engine == "llama":
-        return LlamaWeights(bundle, plan, lora=lora, on_progress=on_progress)
-    return OnnxWeights(bundle, plan, on_progress=on_progress)
 
 
 async def in_thread(

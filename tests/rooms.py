@@ -52,7 +52,8 @@ TOGETHER = {
     "spans": "records",
     "messages": "records",
     "options": "records",
-    "recommendation": "model",  # a front door, as load is
+    "recommendation": "model",  # front doors, as load is
+    "tuning": "model",
     "__main__": "cli",
 }
 RUNTIME = ROOMS[: ROOMS.index("doctor") + 1]

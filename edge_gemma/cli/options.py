@@ -91,7 +91,7 @@ class PlanningOptions:
         typer.Option(
             "--engine",
             help="llama (llama.cpp runs the GGUF), or onnx (onnxruntime runs decoder.onnx, where "
-            "the bundle holds one). auto: llama.",
+            "the bundle holds one). auto: what `edge-gemma tune` found faster here, else llama.",
         ),
     ] = "auto"
     prompt_cache: Annotated[

@@ -7,6 +7,7 @@ built for a GPU is for ``engines.llama.library`` to say).
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
@@ -366,6 +367,19 @@ def _cpu(root: Path) -> tuple[str, tuple[str, ...]]:
         f"{parts.count(part)} × {_ARM_PARTS.get(part, hex(part))}" for part in dict.fromkeys(parts)
     ]
     return ", ".join(names), features or _assumed_features(text)
+
+
+@functools.cache
+def cpu_kind() -> str:
+    """A text that differs wherever libraries may choose other kernels: architecture, model, every
+    feature the kernel lists.
+    """
+    import platform
+
+    text = read_text(Path("/proc/cpuinfo"))
+    names = r"^(?:model name|flags|Features|CPU (?:implementer|architecture|variant|part))\s*:.*$"
+    lines = sorted(set(re.findall(names, text, re.MULTILINE)))
+    return "\n".join((platform.machine(), *(lines or [platform.processor()])))
 
 
 def _assumed_features(cpuinfo: str) -> tuple[str, ...]:

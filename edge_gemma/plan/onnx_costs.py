@@ -27,19 +27,25 @@ def onnx_decoder_items(
 ) -> Iterator[Item]:
     """Library, weights, tables, KV cache and activations."""
     decoder = manifest.decoder
-    packed = PACKED_PER_STORED.get(part.recipe, PACKED_BLOCKS_PER_STORED)
     yield Item("onnxruntime", RUNTIME_ANON_BYTES, "anon", PHASES)
     yield Item("onnxruntime, code", RUNTIME_FILE_BYTES, "file_hot", PHASES)
-    rotary = (
-        4 * part.n_positions * (decoder.head_dim // 2) * _FLOAT_BYTES
-    )  # mapped, a few rows read
-    stored = max(0, part.weights_bytes - rotary)
-    yield Item("weights, packed", int(stored * packed), "anon", PHASES)
+    # the rotary tables are mapped, and few of their rows read
+    rotary = 4 * part.n_positions * (decoder.head_dim // 2) * _FLOAT_BYTES
+    packed = packed_bytes(part, rotary)
+    if s.prepacked:
+        yield Item("weights, packed in a file", packed, "file_hot", PHASES)
+    else:
+        yield Item("weights, packed", packed, "anon", PHASES)
     cell = 2 * _FLOAT_BYTES * decoder.n_head_kv * decoder.head_dim
     n_layer = len(decoder.kv_layers)
     yield Item("KV cache, all layers", n_layer * cell * s.n_ctx * s.n_seq_max, "anon", AFTER_LOAD)
     yield Item("activations", _activation_bytes(manifest, s), "anon", AFTER_LOAD)
     yield _cold_rows(manifest, part, s, device)
+
+
+def packed_bytes(part: OnnxPart, rotary_bytes: int = 0) -> int:
+    stored = max(0, part.weights_bytes - rotary_bytes)
+    return int(stored * PACKED_PER_STORED.get(part.recipe, PACKED_BLOCKS_PER_STORED))
 
 
 def _activation_bytes(manifest: Manifest, s: Settings) -> int:

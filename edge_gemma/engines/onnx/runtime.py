@@ -136,10 +136,11 @@ def _decoders_runtime() -> Any:
     return onnxruntime
 
 
-def open_decoder(path: Path, *, n_threads: int) -> BoundGraph:
+def open_decoder(path: Path, *, n_threads: int, save_packed: Path | None = None) -> BoundGraph:
     """Load a decoder's graph, which was checked (graph_file.py), on the CPU. Activations are freed
-    at once: an arena keeps what the largest prefill took. Raises BundleError, MissingExtra,
-    UsageError.
+    at once: an arena keeps what the largest prefill took. ``save_packed``: write it with packed
+    weights there, its data in a file of the same name and ``.data``. Raises BundleError,
+    MissingExtra, UsageError.
     """
     onnxruntime = _decoders_runtime()
     options = onnxruntime.SessionOptions()
@@ -149,6 +150,14 @@ def open_decoder(path: Path, *, n_threads: int) -> BoundGraph:
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if save_packed is not None:
+        options.optimized_model_filepath = str(save_packed)
+        for key, value in (
+            ("optimized_model_external_initializers_file_name", f"{save_packed.name}.data"),
+            ("optimized_model_external_initializers_min_size_in_bytes", "1024"),
+            ("save_external_prepacked_constant_initializers", "1"),
+        ):
+            options.add_session_config_entry(f"session.{key}", value)
     try:
         session: BoundGraph = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]
@@ -156,6 +165,20 @@ def open_decoder(path: Path, *, n_threads: int) -> BoundGraph:
     except Exception as error:  # see open_onnx
         raise BundleError(f"onnxruntime cannot open {path}: {first_line(error)}") from error
     return session
+
+
+def probe_logits(graph: Any) -> np.ndarray:
+    """What a decoder's graph answers to one row at the beginning. Raises RuntimeFailure."""
+    feeds: dict[str, np.ndarray] = {}
+    for value in graph.get_inputs():
+        shape = [side if isinstance(side, int) else 1 for side in value.shape]
+        if value.name.startswith("past_key_values."):
+            shape[2] = 0
+        if value.type == "tensor(int64)":
+            feeds[value.name] = np.ones(shape, np.int64)
+        else:
+            feeds[value.name] = np.full(shape, 0.5, np.float32)
+    return run_onnx(graph, ["logits"], feeds)[0]
 
 
 def run_options() -> Any:

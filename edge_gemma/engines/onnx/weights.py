@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from pathlib import Path
 
 from edge_gemma.bundles.folder import Bundle, sha256_file
 from edge_gemma.bundles.manifest import Manifest, OnnxPart, end_tokens
@@ -18,9 +19,10 @@ from edge_gemma.engines.llama.weights import media_tokens, overrides
 from edge_gemma.engines.onnx.context import LoadedGraph
 from edge_gemma.engines.onnx.decoder import Decoder
 from edge_gemma.engines.onnx.graph_file import GraphFile, read_graph_file
+from edge_gemma.engines.onnx.prepacked import find_prepacked
 from edge_gemma.engines.onnx.row_table import Table
 from edge_gemma.engines.onnx.runtime import open_decoder, version
-from edge_gemma.errors import BundleError, HashMismatch
+from edge_gemma.errors import BundleError, HashMismatch, RuntimeFailure
 from edge_gemma.machine.footprint import trim_heap
 from edge_gemma.plan.engines import onnx_part
 from edge_gemma.plan.records import Plan
@@ -73,7 +75,9 @@ class Weights:
                     f"{manifest.decoder.n_vocab}"
                 )
             _tell(on_progress, 0.0)
-            session = open_decoder(bundle.path(part.file), n_threads=plan.settings.n_threads)
+            session = open_decoder(
+                _graph_path(bundle, part, plan), n_threads=plan.settings.n_threads
+            )
             _tell(on_progress, 1.0)
             opened.pop_all()
         trim_heap()
@@ -126,6 +130,19 @@ class Weights:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _graph_path(bundle: Bundle, part: OnnxPart, plan: Plan) -> Path:
+    """The bundle's graph, or the same over packed weights, where the plan counts on those."""
+    if not plan.settings.prepacked:
+        return bundle.path(part.file)
+    packed = find_prepacked(bundle, part)
+    if packed is None:
+        raise RuntimeFailure(
+            f"the packed weights of {bundle.manifest.name} that the plan counted on are gone or "
+            "damaged; load again"
+        )
+    return packed
 
 
 def _identity(manifest: Manifest, part: OnnxPart) -> str:
