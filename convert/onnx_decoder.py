@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,14 +33,29 @@ from edge_gemma.convert.onnx_weights import (
     TABLES,
     OnnxPlan,
     Weights,
+    shares_rows,
     steps,
     write_table,
 )
-from edge_gemma.convert.onnx_writer import MICROSOFT, OPSET_OF_BLOCKS, OnnxWriter
+from edge_gemma.convert.onnx_writer import MICROSOFT, OPSET_OF_BLOCKS, Matrix, OnnxWriter
 from edge_gemma.convert.tensors import TensorReader
 
 GRAPH = "decoder.onnx"
 _END = 1 << 62
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the program that runs the graph calls it."""
+
+    takes_ids: bool = False  # ``input_ids`` in place of ``inputs_embeds``; the table is inside
+    asks_rows: bool = True  # has ``num_logits_to_keep``; else there are logits of the last row
+    # layers that share K/V are given the owner's new rows and its past once more: onnxruntime below
+    # 1.31.1 dies without. Then every layer runs for every row
+    repeats_kv: bool = False
+
+
+OURS = Form()
 
 
 def write_onnx_decoder(
@@ -66,8 +82,7 @@ def write_onnx_decoder(
         }
         with OnnxWriter(folder / GRAPH, opset=OPSET_OF_BLOCKS) as writer:
             weights = Weights(writer, plan, sources, tensors, importance or {}, written, progress)
-            graph = _Gemma3n if plan.mapping.dims.family == "gemma3n" else _Gemma3
-            graph(writer, weights, plan).build()
+            build_decoder(writer, weights, plan)
     return OnnxPart(
         file=GRAPH,
         recipe=plan.recipe,
@@ -78,20 +93,64 @@ def write_onnx_decoder(
     )
 
 
+def build_decoder(writer: OnnxWriter, weights: Weights, plan: OnnxPlan, form: Form = OURS) -> None:
+    graph = _Gemma3n if plan.mapping.dims.family == "gemma3n" else _Gemma3
+    graph(writer, weights, plan, form).build()
+
+
+def build_embeddings(writer: OnnxWriter, weights: Weights, plan: OnnxPlan) -> None:
+    """``input_ids`` → ``inputs_embeds`` and, of a Gemma 3n, ``per_layer_inputs``. An id beyond a
+    table (of media) gets row 0: its embedding comes from an encoder.
+    """
+    ids = writer.input("input_ids", np.int64, ["batch_size", "sequence"])
+    dims = plan.mapping.dims
+    names: list[tuple[str, str, tuple[int, ...]]] = [(EMBEDDINGS, "inputs_embeds", (dims.n_embd,))]
+    if dims.family == "gemma3n":
+        names.append((PER_LAYER, "per_layer_inputs", (dims.n_layer, dims.ple_width)))
+    for name, output, shape in names:
+        n_rows = writer.integer(weights.sources[name].n_rows)
+        inside = writer.node("Where", [writer.node("Less", [ids, n_rows]), ids, writer.integer(0)])
+        rows = looked_up(writer, weights.table(name), inside, shape)
+        scaled = writer.mul(rows, writer.number(shape[-1] ** 0.5))
+        writer.output(output, scaled, np.float32, ["batch_size", "sequence", *shape])
+
+
+def looked_up(writer: OnnxWriter, table: Sequence[str], ids: str, shape: Sequence[int]) -> str:
+    """Rows of :meth:`~.onnx_weights.Weights.table`, each as ``shape``: ``[b, s, *shape]``."""
+    if len(table) == 1:
+        rows = writer.node("Gather", [table[0], ids])
+        rows = writer.node("Cast", [rows], to=TensorProto.FLOAT)
+        return writer.reshape(rows, 0, 0, *shape)
+    codes, scales = table
+    scales = writer.node("Unsqueeze", [scales, writer.ints(2)])
+    blocks = writer.node(
+        "GatherBlockQuantized",
+        [codes, ids, scales],
+        domain=MICROSOFT,
+        bits=8,
+        block_size=32,
+        gather_axis=0,
+        quantize_axis=2,
+    )
+    return writer.reshape(blocks, 0, 0, *shape)
+
+
 class _Gemma3:
     """The graph of a Gemma 3, and what a Gemma 3n has in common with it."""
 
-    def __init__(self, writer: OnnxWriter, weights: Weights, plan: OnnxPlan):
-        self.writer, self.weights = writer, weights
+    def __init__(self, writer: OnnxWriter, weights: Weights, plan: OnnxPlan, form: Form):
+        self.writer, self.weights, self.form = writer, weights, form
+        self.plan = plan
         self.dims: Dims = plan.mapping.dims
         self.n_positions = plan.n_positions
         self.n_own = self.dims.n_layer - self.dims.n_kv_shared  # layers with K/V of their own
         self.head = EMBEDDINGS if self.dims.tied else "output.weight"
         self._present: dict[int, tuple[str, str]] = {}
+        self._given: dict[int, tuple[str, ...]] = {}  # layer → its new k and v, its past
 
     def build(self) -> None:
         writer, dims = self.writer, self.dims
-        x = writer.input("inputs_embeds", np.float32, ["batch_size", "sequence", dims.n_embd])
+        x = self._embedded()
         self.declare_inputs()
         mask = writer.input("attention_mask", np.int64, ["batch_size", "total_sequence"])
         n = writer.node("ReduceSum", [mask, writer.ints(1)], keepdims=0)
@@ -100,21 +159,45 @@ class _Gemma3:
         )
         total = writer.node("Gather", [writer.node("Shape", [mask]), writer.integer(1)])
         self._total = writer.node("Cast", [total], to=TensorProto.INT32)
-        keep = writer.input("num_logits_to_keep", np.int64, [])
-        self._first_kept = writer.node("Unsqueeze", [writer.node("Neg", [keep]), writer.ints(0)])
+        if self.form.asks_rows:
+            keep = writer.input("num_logits_to_keep", np.int64, [])
+            negative = writer.node("Neg", [keep])
+            self._first_kept = writer.node("Unsqueeze", [negative, writer.ints(0)])
+        else:
+            self._first_kept = writer.ints(-1)
         self._rotary = {
             True: self._rotary_tables(dims.rope_base_sliding, 1.0),
             False: self._rotary_tables(dims.rope_base, dims.rope_factor),
         }
-        width = dims.n_head_kv * dims.head_dim
-        self._no_rows = writer.constant(np.zeros((1, 0, width), np.float32), "no_rows")
         y = self.norm(self.layers(x), "output_norm")
-        logits = writer.multiply(y, self.weights.matrix(self.head))
+        logits = writer.multiply(y, self._head_matrix)
         if dims.softcap:
             small = writer.node("Tanh", [writer.mul(logits, writer.number(1 / dims.softcap))])
             logits = writer.mul(small, writer.number(dims.softcap))
-        shape: list[int | str] = ["batch_size", "kept", self.weights.sources[self.head].n_rows]
+        kept = "kept" if self.form.asks_rows else 1  # onnxruntime-genai makes room by this shape
+        shape: list[int | str] = ["batch_size", kept, self.weights.sources[self.head].n_rows]
         writer.output("logits", logits, np.float32, shape)
+
+    @functools.cached_property
+    def _no_rows(self) -> str:
+        width = self.dims.n_head_kv * self.dims.head_dim
+        return self.writer.constant(np.zeros((1, 0, width), np.float32), "no_rows")
+
+    @functools.cached_property
+    def _head_matrix(self) -> Matrix:
+        return self.weights.matrix(self.head)
+
+    def _embedded(self) -> str:
+        writer, n_embd = self.writer, self.dims.n_embd
+        if not self.form.takes_ids:
+            return writer.input("inputs_embeds", np.float32, ["batch_size", "sequence", n_embd])
+        ids = writer.input("input_ids", np.int64, ["batch_size", "sequence"])
+        if shares_rows(self.plan):
+            table: Sequence[str] = self._head_matrix.constants
+        else:
+            table = self.weights.table(EMBEDDINGS)
+        rows = looked_up(writer, table, ids, (n_embd,))
+        return writer.mul(rows, writer.number(n_embd**0.5))
 
     def declare_inputs(self) -> None:
         """Inputs besides the embeddings."""
@@ -187,17 +270,22 @@ class _Gemma3:
             self._present[i] = named[0], named[1]
             k = self.head_norm(k, self.weights.array(f"{p}k_norm.weight"), dims.n_head_kv)
             v = self.value(v)
+            self._given[i] = k, v, *past
         else:
             q = self.linear(x, f"{p}q")
             owner = max(j for j in range(self.n_own) if dims.sliding[j] == dims.sliding[i])
-            past, named = list(self._present[owner]), ()
-            k = v = self._no_rows
+            named = ()
+            if self.form.repeats_kv:
+                k, v, *past = self._given[owner]
+            else:
+                past, k = list(self._present[owner]), self._no_rows
+                v = k
         q = self.head_norm(q, self.weights.array(f"{p}q_norm.weight"), dims.n_head)
         cos, sin = self._rotary[dims.sliding[i]]
         attended = writer.nodes(
             "GroupQueryAttention",
             [q, k, v, *past, self._last_position, self._total, cos, sin],
-            3 if is_own else 1,
+            3 if is_own or self.form.repeats_kv else 1,
             named,
             domain=MICROSOFT,
             num_heads=dims.n_head,
@@ -263,10 +351,10 @@ class _Gemma3n(_Gemma3):
         streams = self._spread(x)
         self._not_first = writer.constant(np.array([0, 1, 1, 1], np.float32).reshape(4, 1), "rest")
         for i in range(dims.n_layer):
-            if i == self.n_own:  # nothing is cached from here on
+            if i == self.n_own and not self.form.repeats_kv:  # nothing is cached from here on
                 streams, inputs = self.kept(streams), [self.kept(row) for row in inputs]
             streams = self._layer(streams, inputs[i], i)
-        if not dims.n_kv_shared:
+        if not dims.n_kv_shared or self.form.repeats_kv:
             streams = self.kept(streams)
         return self._join(streams)
 

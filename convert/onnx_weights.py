@@ -53,13 +53,20 @@ class OnnxPlan:
     @property
     def total_bytes(self) -> int:
         """What the files take, at most: the weights with the gaps between them."""
+        tables = (source for source in self.mapping.sources if source.name in self.tables)
+        return self.graph_bytes + sum(
+            source.n_rows * row_bytes(self.tables[source.name], source.n_per_row)
+            for source in tables
+        )
+
+    @property
+    def graph_bytes(self) -> int:
+        """Of the graph with its data, the tables apart."""
         table = _aligned(4 * self.n_positions * (self.mapping.dims.head_dim // 2))
         total = 4 * table + _GRAPH_BYTES  # cosines and sines of two kinds of layers
         for source in self.mapping.sources:
             if source.use != "unused" and _is_in_graph(self.mapping, source):
                 total += _constant_bytes(source, self.types[source.name])
-            if source.name in self.tables:
-                total += source.n_rows * row_bytes(self.tables[source.name], source.n_per_row)
         return total
 
 
@@ -107,6 +114,18 @@ def _is_in_graph(mapping: Mapping, source: Source) -> bool:
     if source.name == PER_LAYER:
         return False
     return source.name != EMBEDDINGS or mapping.dims.tied
+
+
+def table_bytes(plan: OnnxPlan) -> int:
+    """Of the tables as constants of a graph: scales are float32 there."""
+    tables = (source for source in plan.mapping.sources if source.name in plan.tables)
+    return sum(_constant_bytes(source, plan.tables[source.name]) for source in tables)
+
+
+def shares_rows(plan: OnnxPlan) -> bool:
+    """Whether the head's constants are the embedding's rows as a table holds them."""
+    is_tied = plan.mapping.dims.tied
+    return is_tied and plan.types[EMBEDDINGS] == plan.tables[EMBEDDINGS] == "Q8_0"
 
 
 def steps(n_rows: int, n_per_row: int) -> Iterator[tuple[int, int]]:
@@ -182,14 +201,28 @@ class Weights:
         )
         if kind in _BITS:
             return self._blocks(kind, n, k, jobs, names[0])
-        place = self.writer.reserve(np.float16 if kind == "F16" else np.float32, (n, k), names[0])
-        for values in self.written(jobs):
-            place.put(values)
-            self.progress(values.nbytes)
-        stored = place.name
+        stored = self._floats(kind, n, k, jobs, names[0])
         if kind == "F16":
             stored = self.writer.node("Cast", [stored], to=TensorProto.FLOAT)
         return Matrix("FusedMatMul", (stored,), {"domain": MICROSOFT, "transB": 1})
+
+    def table(self, name: str) -> Sequence[str]:
+        """A table whose rows are looked up, as a bundle keeps it beside the graph: ``[n, k]``, or
+        codes uint8 ``[n, blocks, 32]`` around 128 and scales float32 ``[n, blocks]``.
+        """
+        source, kind = self.sources[name], self.plan.tables[name]
+        n, k = source.n_rows, source.n_per_row
+        jobs = (functools.partial(self._chunk, source, kind, *step) for step in steps(n, k))
+        if kind == "Q8_0":
+            return self._blocks(kind, n, k, jobs, name).constants
+        return (self._floats(kind, n, k, jobs, name),)
+
+    def _floats(self, kind: str, n: int, k: int, jobs: Iterator[Callable], name: str) -> str:
+        place = self.writer.reserve(np.float16 if kind == "F16" else np.float32, (n, k), name)
+        for values in self.written(jobs):
+            place.put(values)
+            self.progress(values.nbytes)
+        return place.name
 
     def _blocks(self, kind: str, n: int, k: int, jobs: Iterator[Callable], name: str) -> Matrix:
         n_blocks, n_bytes = k // _BLOCK, _BLOCK * _BITS[kind] // 8

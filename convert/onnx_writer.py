@@ -87,9 +87,9 @@ class OnnxWriter:
     [[2.0, 2.0]]
     """
 
-    def __init__(self, path: Path, *, opset: int = OPSET):
+    def __init__(self, path: Path, *, opset: int = OPSET, data_suffix: str = ".data"):
         self.path, self.opset = Path(path), opset
-        self.data_path = self.path.with_name(self.path.name + ".data")
+        self.data_path = self.path.with_name(self.path.name + data_suffix)
         # All constants, inline ones too: what a session must hold at least
         self.weights_bytes = 0
         # Those of them that are stored in half precision and cast: a

@@ -200,9 +200,14 @@ class BundleWriter:
 
     def commit(self, manifest: Manifest) -> Bundle:
         check_manifest(manifest)
-        (self.folder / ".pid").unlink(missing_ok=True)
         with written_whole(self.folder / MANIFEST) as file:
             file.write(encode_manifest(manifest))
+        self.publish()
+        return Bundle.open(self.out)
+
+    def publish(self) -> None:
+        """The folder takes its place as it is, also without a manifest."""
+        (self.folder / ".pid").unlink(missing_ok=True)
         if self.out.exists():  # overwrite was asked for: the old one leaves in one step, too
             old = self.folder.with_name(self.folder.name.replace("partial", "old"))
             self.out.rename(old)
@@ -210,7 +215,6 @@ class BundleWriter:
             shutil.rmtree(old, ignore_errors=True)
         else:
             self.folder.rename(self.out)
-        return Bundle.open(self.out)
 
     def __exit__(
         self,

@@ -135,6 +135,10 @@ RelayoutOption = Annotated[
         "best under a tight limit.",
     ),
 ]
+FOR = (
+    "What for. recommend: text, voice (it hears) or pictures (it sees). export: transformers.js, "
+    "or onnxruntime-genai (Gemma 3)."
+)
 SystemOption = Annotated[str | None, typer.Option("--system", help="System text.")]
 LanguageOption = Annotated[
     str | None,

@@ -51,6 +51,27 @@ ImatrixOption = Annotated[
         help="An importance matrix (GGUF), from `edge-gemma calibrate` or llama.cpp.",
     ),
 ]
+OnnxQuantOption = Annotated[
+    str | None,
+    typer.Option(
+        "--onnx-quant",
+        help="The recipe of decoder.onnx, of types F32, F16, Q8_0 and Q4_0. Default: q8_0.",
+    ),
+]
+MergeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--merge",
+        help="Fold a PEFT adapter into the weights: FOLDER or FOLDER:SCALE. May be repeated.",
+    ),
+]
+DryRunOption = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Print what would be written, with sizes, disk and memory; write nothing.",
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -79,13 +100,7 @@ def convert(
             "programs that run onnxruntime.",
         ),
     ] = "gguf",
-    onnx_quant: Annotated[
-        str | None,
-        typer.Option(
-            "--onnx-quant",
-            help="The recipe of decoder.onnx, of types F32, F16, Q8_0 and Q4_0. Default: q8_0.",
-        ),
-    ] = None,
+    onnx_quant: OnnxQuantOption = None,
     imatrix: ImatrixOption = None,
     slice: Annotated[
         str | None,
@@ -93,13 +108,7 @@ def convert(
             "--slice", help="Cut a Gemma 3n E4B: e2b, or a TOML file with ffn and drop_layers."
         ),
     ] = None,
-    merge: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--merge",
-            help="Fold a PEFT adapter into the weights: FOLDER or FOLDER:SCALE. May be repeated.",
-        ),
-    ] = None,
+    merge: MergeOption = None,
     audio: Annotated[
         str | None,
         typer.Option(
@@ -134,13 +143,7 @@ def convert(
             "--verify/--no-verify", help="Read everything back, load it and generate a few tokens."
         ),
     ] = True,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="Print what would be written, with sizes, disk and memory; write nothing.",
-        ),
-    ] = False,
+    dry_run: DryRunOption = False,
     recipes: Annotated[
         bool,
         typer.Option(

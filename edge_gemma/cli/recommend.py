@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from edge_gemma.cli.common import (
+    FOR,
     BudgetOption,
     ContextOption,
     DeviceOption,
@@ -34,9 +35,7 @@ def register(app: typer.Typer) -> None:
 
 def recommend(
     device: DeviceOption = "auto",
-    purpose: Annotated[
-        str, typer.Option("--for", help="text, voice (it hears) or pictures (it sees).")
-    ] = "text",
+    purpose: Annotated[str, typer.Option("--for", help=FOR)] = "text",
     languages: LanguagesOption = None,
     level: LevelOption = "balanced",
     budget: BudgetOption = None,
