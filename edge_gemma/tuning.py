@@ -23,7 +23,12 @@ from edge_gemma.bundles.folder import Bundle
 from edge_gemma.bundles.manifest import Manifest
 from edge_gemma.engines.engine import Context, Weights
 from edge_gemma.engines.llama.weights import repacked_here
-from edge_gemma.engines.onnx.prepacked import find_prepacked, forget_prepacked, make_prepacked
+from edge_gemma.engines.onnx.prepacked import (
+    find_prepacked,
+    forget_prepacked,
+    kept_bytes,
+    make_prepacked,
+)
 from edge_gemma.engines.opening import open_weights
 from edge_gemma.errors import EdgeGemmaError, PlanRefused, UnsupportedModel, UsageError
 from edge_gemma.files import cache_folder, written_whole
@@ -147,7 +152,7 @@ def _with_packed(bundle: Bundle, request: PlanRequest) -> PlanRequest:
     part = bundle.manifest.onnx
     if request.engine != "onnx" or part is None:
         return request
-    return dataclasses.replace(request, prepacked=find_prepacked(bundle, part) is not None)
+    return dataclasses.replace(request, prepacked_bytes=kept_bytes(bundle, part))
 
 
 def tune(bundle: Bundle, *, pack: bool = True, tell: Tell = lambda text: None) -> Tuned:
@@ -316,6 +321,8 @@ def _is_coarser(manifest: Manifest) -> bool:
     is taken where a recipe is not known.
     """
     assert manifest.onnx is not None
+    if manifest.onnx.recipe == manifest.recipe.get("name"):
+        return False
     names = manifest.onnx.recipe, manifest.recipe.get("name", "")
     if not all(name in _BY_DIVERGENCE for name in names):
         return True

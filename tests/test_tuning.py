@@ -57,15 +57,17 @@ def logits(bundle: Bundle, **wanted) -> np.ndarray:
 def test_packed_weights_answer_to_the_bit_and_are_planned_as_a_file(both):
     before = logits(both)
     plan = edge_gemma.plan_bundle(both, engine="onnx")
-    assert not plan.settings.prepacked
+    assert not plan.settings.prepacked_bytes
     graph = make_prepacked(both, both.manifest.onnx, 1)
     assert find_prepacked(both, both.manifest.onnx) == graph
     assert np.array_equal(before, logits(both))
     packed = edge_gemma.plan_bundle(both, engine="onnx")
-    assert packed.settings.prepacked
+    assert packed.settings.prepacked_bytes
     assert {item.kind for item in packed.items if item.name.startswith("weights")} == {"file_hot"}
     assert packed.total_bytes == plan.total_bytes
-    assert not edge_gemma.plan_bundle(both, device="pi-5-4gb", engine="onnx").settings.prepacked
+    assert not edge_gemma.plan_bundle(
+        both, device="pi-5-4gb", engine="onnx"
+    ).settings.prepacked_bytes
     assert edge_gemma.plan_bundle(both).settings == edge_gemma.plan_bundle(both).settings
 
 
@@ -102,7 +104,7 @@ def test_packed_weights_that_are_not_as_they_were_made_are_not_used(both, harm):
     graph = make_prepacked(both, part, 1)
     harm(graph.parent)
     assert find_prepacked(both, part) is None
-    assert not edge_gemma.plan_bundle(both, engine="onnx").settings.prepacked
+    assert not edge_gemma.plan_bundle(both, engine="onnx").settings.prepacked_bytes
     assert logits(both).shape[0] == 40
     make_prepacked(both, part, 1)
     assert find_prepacked(both, part) is not None

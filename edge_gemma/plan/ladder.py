@@ -196,7 +196,7 @@ def _ladder(
             kv_type=ONNX_KV_TYPE,
             repack=False,
             rescore=False,
-            prepacked=request.prepacked,
+            prepacked_bytes=request.prepacked_bytes,
         )
         request = replace(request, kv_type=ONNX_KV_TYPE, repack=False)  # nothing to concede
     if manifest.embedding is not None:

@@ -31,11 +31,10 @@ def onnx_decoder_items(
     yield Item("onnxruntime, code", RUNTIME_FILE_BYTES, "file_hot", PHASES)
     # the rotary tables are mapped, and few of their rows read
     rotary = 4 * part.n_positions * (decoder.head_dim // 2) * _FLOAT_BYTES
-    packed = packed_bytes(part, rotary)
-    if s.prepacked:
-        yield Item("weights, packed in a file", packed, "file_hot", PHASES)
+    if s.prepacked_bytes:
+        yield Item("weights, packed in a file", s.prepacked_bytes, "file_hot", PHASES)
     else:
-        yield Item("weights, packed", packed, "anon", PHASES)
+        yield Item("weights, packed", packed_bytes(part, rotary), "anon", PHASES)
     cell = 2 * _FLOAT_BYTES * decoder.n_head_kv * decoder.head_dim
     n_layer = len(decoder.kv_layers)
     yield Item("KV cache, all layers", n_layer * cell * s.n_ctx * s.n_seq_max, "anon", AFTER_LOAD)

@@ -41,7 +41,7 @@ class Settings:
     prompt_cache_bytes: int = 0  # for kept states of the KV cache; 0: none are kept
     encoders: Encoders = "resident"
     engine: Engine = "llama"
-    prepacked: bool = False  # onnxruntime's weights lie packed in a file and are mapped
+    prepacked_bytes: int = 0  # of onnxruntime's packed weights in a file that is mapped
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class PlanRequest:
     level: Level = "balanced"
     rescore: bool | None = None  # None: where the bundle's head is coarser than its embedding
     engine: EngineChoice = "auto"  # llama.cpp, or onnxruntime; auto: see plan.engine_for
-    prepacked: bool = False  # onnxruntime's packed weights are kept in a file on this machine
+    # of onnxruntime's packed weights, where they are kept in a file on this machine
+    prepacked_bytes: int = 0
 
 
 @dataclass(frozen=True)

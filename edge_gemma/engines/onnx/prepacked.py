@@ -79,6 +79,15 @@ def find_prepacked(bundle: Bundle, part: OnnxPart) -> Path | None:
     return folder / GRAPH
 
 
+def kept_bytes(bundle: Bundle, part: OnnxPart) -> int:
+    """Of the packed weights alone, in the file that :func:`find_prepacked` finds; 0 without one."""
+    graph = find_prepacked(bundle, part)
+    if graph is None:
+        return 0
+    unpacked = bundle.manifest.files[f"{part.file}.data"].size
+    return max(1, graph.with_name(DATA).stat().st_size - unpacked)
+
+
 def needed_bytes(part: OnnxPart) -> int:
     """On the disk: onnxruntime keeps the weights as they were beside the packed ones."""
     return part.weights_bytes + packed_bytes(part) + _MARGIN_BYTES

@@ -23,7 +23,7 @@ from edge_gemma.engines.onnx.prepacked import find_prepacked
 from edge_gemma.engines.onnx.row_table import Table
 from edge_gemma.engines.onnx.runtime import open_decoder, version
 from edge_gemma.errors import BundleError, HashMismatch, RuntimeFailure
-from edge_gemma.machine.footprint import trim_heap
+from edge_gemma.machine.footprint import let_mapping_go, trim_heap
 from edge_gemma.plan.engines import onnx_part
 from edge_gemma.plan.records import Plan
 
@@ -75,12 +75,13 @@ class Weights:
                     f"{manifest.decoder.n_vocab}"
                 )
             _tell(on_progress, 0.0)
-            session = open_decoder(
-                _graph_path(bundle, part, plan), n_threads=plan.settings.n_threads
-            )
+            graph_path = _graph_path(bundle, part, plan)
+            session = open_decoder(graph_path, n_threads=plan.settings.n_threads)
+            self._packed = _data_of(graph_path) if plan.settings.prepacked_bytes else None
             _tell(on_progress, 1.0)
             opened.pop_all()
         trim_heap()
+        self._let_weights_go()
         decoder = manifest.decoder
         graph = LoadedGraph(
             session,
@@ -111,11 +112,19 @@ class Weights:
             table.trim()
 
     def rest(self, on_wake: Callable[[], None]) -> None:
-        """Rows that were looked up go. The weights were packed into memory of their own, which
-        cannot be read again: they stay, and no plan counts on more.
+        """Rows that were looked up go, and packed weights that lie in a file. Those that were
+        packed into memory of their own cannot be read again: no plan counts on more.
         """
         self.trim()
+        self._let_weights_go()
         self._on_wake = on_wake
+
+    def _let_weights_go(self) -> None:
+        """Of a file with packed weights: what lies unpacked in it was mapped while it was opened,
+        and is never read.
+        """
+        if self._packed is not None:
+            let_mapping_go(self._packed)
 
     def wake(self) -> None:
         on_wake, self._on_wake = self._on_wake, None
@@ -134,7 +143,7 @@ class Weights:
 
 def _graph_path(bundle: Bundle, part: OnnxPart, plan: Plan) -> Path:
     """The bundle's graph, or the same over packed weights, where the plan counts on those."""
-    if not plan.settings.prepacked:
+    if not plan.settings.prepacked_bytes:
         return bundle.path(part.file)
     packed = find_prepacked(bundle, part)
     if packed is None:
@@ -156,6 +165,10 @@ def _identity(manifest: Manifest, part: OnnxPart) -> str:
 
 def _data_name(part: OnnxPart) -> str:
     return f"{part.file}.data"
+
+
+def _data_of(graph: Path) -> Path:
+    return graph.with_name(f"{graph.name}.data")
 
 
 def _tell(on_progress: Callable[[float], bool | None] | None, fraction: float) -> None:
