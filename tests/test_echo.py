@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from edge_gemma.assistant.tones import wake_tone
 from edge_gemma.benchmarks.room import RATE_HZ, Room, as_loud_as, own_speech, placed, said
 from edge_gemma.errors import MediaError, MissingExtra, UsageError
 from edge_gemma.hearing.echo import EchoCanceller, noise_filter
@@ -109,6 +110,42 @@ def test_silence_at_the_loudspeaker_changes_no_sample(size):
         out.append(canceller.clean(block))
     clean = np.concatenate(out)
     assert len(sound) - len(clean) < 256 and np.array_equal(clean, sound[: len(clean)])
+
+
+@pytest.mark.parametrize("harmless", [True, False])
+def test_a_tone_silences_nobody_while_the_room_is_unknown(harmless):
+    """Who speaks right behind the wake word's tone is heard from the first sample."""
+    tone = wake_tone()
+    played = np.zeros(2 * RATE_HZ, np.float32)
+    played[8000 : 8000 + len(tone)] = tone
+    user = placed(said("What time is it?", "en+f3"), 0.7, len(played))
+    canceller, clean = EchoCanceller(), []
+    heard = Room(0.1).echo(played) + user
+    for at in range(0, len(played), 512):
+        canceller.played(played[at : at + 512], RATE_HZ, harmless=harmless)
+        clean.append(canceller.clean(heard[at : at + 512]))
+    got = np.concatenate(clean)
+    word = slice(int(0.75 * RATE_HZ), int(1.2 * RATE_HZ))
+    assert np.array_equal(got[word], heard[word]) == harmless
+    assert np.abs(got[word]).max() > 0.01 or not harmless
+
+
+def test_a_loudspeaker_that_is_opened_anew_counts_anew():
+    """While it was away the microphone went on counting."""
+    played = own_speech(4)
+    for reopened in (True, False):
+        canceller, detector, starts = EchoCanceller(), SpeechDetector(), 0
+        canceller.played(np.zeros(512, np.float32), RATE_HZ)
+        for _ in range(100):  # 3 s in which nothing is played or counted
+            canceller.clean(np.zeros(512, np.float32))
+        if reopened:
+            canceller.reopened()
+        echo = Room(0.1).echo(played)
+        for at in range(0, len(played), 512):
+            canceller.played(played[at : at + 512], RATE_HZ)
+            events = detector.push(canceller.clean(echo[at : at + 512]))
+            starts += sum(event.kind == "start" for event in events)
+        assert (starts == 0) == reopened
 
 
 def test_a_loudspeaker_at_another_rate():

@@ -561,3 +561,153 @@ def test_a_listener_hears_through_the_echo_canceller_and_the_filters(hearing_mod
     assert kinds.count("speech") == 1 and "turn" in kinds
     heard = np.concatenate(got)
     assert np.array_equal(heard, sound[: len(heard)]) and len(sound) - len(heard) < 256
+
+
+def test_behind_a_gate_times_count_all_of_the_sound(hearing_model):
+    """And an utterance begins behind the gate: not with the end of the one before."""
+    opens = {3 * 16000 // BLOCK_SAMPLES, 8 * 16000 // BLOCK_SAMPLES}
+    numbers = iter(range(10_000))
+    x = np.concatenate([silence(4), speech(1), silence(4), speech(1), silence(1)])
+    with hearing_model.chat(pad_audio=False) as chat:
+        asked = []
+
+        def gate(block):
+            asked.append(next(numbers) + skipped())
+            return asked[-1] in opens
+
+        def skipped():
+            """Blocks that were not asked about, because it was open."""
+            return round(listener._listening._n_samples / BLOCK_SAMPLES) - len(asked)
+
+        listener = Listener(
+            chat,
+            blocks(x),
+            ListenOptions(sampling=GREEDY),
+            gate=gate,
+            detector=SpeechDetector(probability=loudness),
+        )
+        records = list(listener.records())
+        starts = [r.at_s for r in records if r.kind == "speech"]
+        assert starts == pytest.approx([4.0, 9.0], abs=0.05)
+        turns = [m.content[0] for m in chat.messages if m.role == "user"]
+        assert len(turns) == 2 and len(turns[0].rows) == len(turns[1].rows)
+
+
+def test_an_answer_is_shown_while_it_comes_with_a_wake_word_too(hearing_model, monkeypatch):
+    seen, gated = threading.Event(), iter([True])
+
+    class Slow:
+        asks = False
+
+        def instruction(self, usual):
+            return usual
+
+        def answer(self, generate, sampling, stopped, tell):
+            from edge_gemma.conversation.stream import Chunk
+
+            time.sleep(0.3)  # the block that ended the utterance has been worked off
+            yield Chunk("One ")
+            assert seen.wait(5)
+            yield Chunk("two.", finish_reason="stop")
+
+        def spoken(self):
+            pass
+
+    said = np.concatenate([silence(0.1), speech(1), silence(1)])
+    quiet = [b for _ in range(400) for b in (*blocks(silence(0.032)), lambda mic: time.sleep(0.02))]
+    source, _ = live([*blocks(said), *quiet], monkeypatch)
+    with hearing_model.chat() as chat:
+        listener = Listener(
+            chat,
+            source,
+            ListenOptions(sampling=GREEDY),
+            gate=lambda block: next(gated, False),
+            detector=SpeechDetector(probability=loudness),
+            responder=Slow(),
+        )
+        for record in listener.records():
+            if record.kind == "text":
+                seen.set()
+            if record.kind == "turn":
+                listener.stop()
+        assert seen.is_set() and record.text == "One two."
+
+
+def test_attention_decides_block_by_block_and_cuts(hearing_model):
+    """What is being said when it cuts is forgotten; too little speech is no turn."""
+    x = np.concatenate([speech(1), silence(0.1), speech(1), silence(1), speech(0.15), silence(1)])
+
+    class Attention:
+        n, cut = 0, False
+
+        def hears(self, samples):
+            self.n += len(samples)
+            return True
+
+        def cuts(self):
+            cuts, self.cut = not self.cut and self.n > 17000, self.cut or self.n > 17000
+            return cuts
+
+    with hearing_model.chat(pad_audio=False) as chat:
+        listener = Listener(
+            chat,
+            blocks(x),
+            ListenOptions(sampling=GREEDY, shortest_s=0.2),
+            attention=Attention(),
+            detector=SpeechDetector(probability=loudness),
+        )
+        records = list(listener.records())
+        kinds = [r.kind for r in records if r.kind in ("speech", "silence", "turn", "ignored")]
+        assert kinds == ["speech", "speech", "silence", "turn", "speech", "ignored"]
+        (turn,) = [m.content[0] for m in chat.messages if m.role == "user"]
+        assert len(turn.rows) < 12  # of the second second alone
+
+
+@pytest.mark.parametrize("look_back_s", [0.0, 0.16])
+def test_what_is_said_while_the_word_is_not_known_yet(hearing_model, look_back_s):
+    """The gate opens 0.16 s into an utterance."""
+    x = np.concatenate([silence(2.016), speech(2), silence(1)])
+    numbers = iter(range(1000))
+    with hearing_model.chat(pad_audio=False) as chat:
+        listener = Listener(
+            chat,
+            blocks(x),
+            ListenOptions(sampling=GREEDY, look_back_s=look_back_s),
+            gate=lambda block: next(numbers) == 67,
+            detector=SpeechDetector(probability=loudness),
+        )
+        records = list(listener.records())
+        (start,) = [r.at_s for r in records if r.kind == "speech"]
+        assert start == pytest.approx(2.176 - look_back_s, abs=0.001)
+        (turn,) = [m.content[0] for m in chat.messages if m.role == "user"]
+        expected = hearing_model.encode_audio(np.zeros(round((2.04 + look_back_s) * 16000)))
+        assert abs(len(turn.rows) - len(expected)) <= 1
+
+
+def test_stopping_ends_a_voice_too(hearing_model, monkeypatch):
+    """Not only the decoding: what was decoded is not spoken to its end."""
+    silenced, speaking = threading.Event(), threading.Event()
+
+    def play(samples, rate_hz):
+        speaking.set()
+        assert silenced.wait(20)
+        return False
+
+    said = np.concatenate([silence(0.1), speech(1), silence(1)])
+    source, _ = live([*blocks(said), lambda mic: speaking.wait(20)], monkeypatch)
+    with hearing_model.chat() as chat:
+        listener = Listener(
+            chat,
+            source,
+            ListenOptions(sampling=Sampling(max_tokens=40, seed=1)),
+            make_voice=lambda: Voice(
+                lambda text: (np.zeros(10, np.float32), 16000), play, silenced.set
+            ),
+            detector=SpeechDetector(probability=loudness),
+        )
+        source.at_end = lambda: listener.stop() if speaking.is_set() else None
+        started = time.monotonic()
+        kinds = [record.kind for record in listener.records()]
+    assert kinds[-1] == "interrupted" and "turn" not in kinds
+    assert time.monotonic() - started < 15
+    assert not [t for t in threading.enumerate() if t.name.startswith("edge-gemma")]

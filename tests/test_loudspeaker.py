@@ -158,7 +158,8 @@ def test_a_sound_server_without_its_canceller_or_none_at_all(tmp_path, monkeypat
 RING = """
 import json, sys, threading, time
 import numpy as np
-from edge_gemma.assistant.ringing import RATE_HZ, Ringing
+from edge_gemma.assistant.ringing import Ringing
+from edge_gemma.assistant.tones import RATE_HZ
 from edge_gemma.assistant.timers import Timers
 from edge_gemma.hearing.devices import Microphone, Speaker
 

@@ -114,3 +114,16 @@ def test_a_status_is_one_line(manager):
     opened, name = manager
     Notifier({"NOTIFY_SOCKET": name}).ready("a\nSTOPPING=1")
     assert opened.recv(4096) == b"READY=1\nSTATUS=a STOPPING=1"
+
+
+def test_a_sign_of_life_without_an_event_loop(manager):
+    """No more of them than the manager wants."""
+    opened, name = manager
+    notifier = Notifier({"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "60000000"})
+    for _ in range(100):
+        notifier.alive()
+    assert opened.recv(4096) == b"WATCHDOG=1"
+    opened.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        opened.recv(4096)
+    Notifier({"NOTIFY_SOCKET": name}).alive()  # which wants none

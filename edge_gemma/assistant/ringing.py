@@ -13,21 +13,11 @@ import numpy as np
 
 from edge_gemma.assistant.phrases import Phrases
 from edge_gemma.assistant.timers import Ring, Timers
+from edge_gemma.assistant.tones import RATE_HZ, ringing_tone
 from edge_gemma.conversation.notice import Notice
 
 N_RINGS = 12
 GAP_S = 2.0  # between them, in which somebody is heard even where nothing takes the echo out
-RATE_HZ = 16000
-_TONE_HZ = 880.0
-
-
-def tone() -> np.ndarray:
-    """Three short beeps: ``[n]`` float32 at 16 kHz, 1.2 s."""
-    t = np.arange(int(0.25 * RATE_HZ)) / RATE_HZ
-    edges = np.minimum(1, np.minimum(t, t[::-1]) / 0.01)  # 10 ms, so that nothing clicks
-    beep = 0.3 * np.sin(2 * np.pi * _TONE_HZ * t) * edges
-    pause = np.zeros(int(0.15 * RATE_HZ))
-    return np.concatenate([beep, pause] * 3).astype(np.float32)
 
 
 class Ringing:
@@ -68,7 +58,7 @@ class Ringing:
     def _ring(self, ring: Ring) -> Notice:
         return Notice(
             self._over(ring),
-            ring=lambda: self._play(tone(), RATE_HZ),
+            ring=lambda: self._play(ringing_tone(), RATE_HZ),
             silence=self._silence,
             done=lambda _: self._rang(ring),
             spoken_to=lambda: self._timers.done(ring.timer),

@@ -69,7 +69,7 @@ def functions_of(path: Path) -> list[Callable[..., Any]]:
     """Run a Python file and return its public functions: those of ``__all__``, or those defined
     there whose names do not begin with ``_``. Raises UsageError.
     """
-    module = _module(path)
+    module = module_of(path)
     names = getattr(module, "__all__", None)
     found: list[Any]
     if names is None:
@@ -88,7 +88,8 @@ def functions_of(path: Path) -> list[Callable[..., Any]]:
     return functions
 
 
-def _module(path: Path) -> ModuleType:
+def module_of(path: Path) -> ModuleType:
+    """Run a Python file, the program of the user's that it is. Raises UsageError."""
     name = f"edge_gemma_tools_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -28,15 +27,14 @@ from edge_gemma.cli.hear import (
 )
 from edge_gemma.cli.options import LOADING, LoadingOptions, SamplingOptions, grouped
 from edge_gemma.cli.personas import TELLING, TellingOptions
-from edge_gemma.cli.tools import BUILTIN, StateOption, TalkTools, ToolsOption, talk_tools
+from edge_gemma.cli.tools import BUILTIN, StateOption, ToolsOption, opened_tools
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from edge_gemma.conversation.listener import Heard, Listener
-    from edge_gemma.conversation.voice import Synthesizer, Voice
+    from edge_gemma.conversation.listener import Heard
+    from edge_gemma.conversation.voice import Voice
     from edge_gemma.hearing.devices import SoundDevice, Speaker
-    from edge_gemma.hearing.echo import EchoCanceller
 
 SpeakerOption = Annotated[
     str | None,
@@ -122,25 +120,31 @@ def listen(
     """
     import numpy as np
 
+    from edge_gemma.assistant.talk_tools import tools_at_work
     from edge_gemma.conversation.listener import Listener
+    from edge_gemma.conversation.voices import voice_languages
     from edge_gemma.errors import UsageError
     from edge_gemma.hearing.devices import Microphone, Speaker, find_sound_device
     from edge_gemma.hearing.echo import noise_filter
+    from edge_gemma.hearing.echo_choice import EchoChoice
     from edge_gemma.hearing.pauses import PauseRule
     from edge_gemma.hearing.samples import RATE_HZ
 
     rings = BUILTIN in (tools or ())
-    echo = EchoChoice.of(echo_cancel, speaks=voice != "none" or rings)
-    loudspeaker = Speaker(speaker, echo.canceller.played if echo.canceller else None)
+    echo = EchoChoice.of(echo_cancel, speaks=voice != "none" or rings, note=note)
+    loudspeaker = Speaker(speaker)
+    if echo.canceller:
+        loudspeaker = Speaker(speaker, echo.canceller.played, echo.canceller.reopened)
     make_voice = _voice_maker(voice, loudspeaker)
     find_sound_device(name, "input")  # before the model is loaded
     if voice != "none" or rings:
         find_sound_device(speaker, "output")
-    gate = None
+    gate, look_back_s = None, 0.0
     if wake_word:
+        from edge_gemma.hearing.wake_word import KNOWN_LATE_S
         from edge_gemma.hearing.wake_word import wake_word as make_gate
 
-        gate = make_gate(wake_word)
+        gate, look_back_s = make_gate(wake_word), KNOWN_LATE_S
     filters = [noise_filter(noise_suppression, gain)] if noise_suppression or gain else []
     options = listen_options(bundle, pad_audio, pause, sampling)
     if ask_for_end and not adaptive_pause:
@@ -155,9 +159,10 @@ def listen(
         options,
         instruction=instruction or told.instruction,
         barge_in=barge_in and not echo.half_duplex,
+        look_back_s=look_back_s,
     )
     with contextlib.ExitStack() as opened:
-        found = opened.enter_context(talk_tools(tools, state))
+        found = opened.enter_context(opened_tools(tools, state))
         specs = found.toolbox.specs if found else ()
         model, chat = open_chat(bundle, loading, options, told.system or None, specs)
         opened.enter_context(model)
@@ -173,7 +178,8 @@ def listen(
             filters=filters,
         )
         if found:
-            add_tools(listener, found, loudspeaker, _languages(voice))
+            work = tools_at_work(chat, found, loudspeaker, voice_languages(voice))
+            listener.responder, listener.notices = work.loop, work.notice
         if echo.canceller:
             loudspeaker.play(np.zeros(0, np.float32), RATE_HZ)  # open: its samples are counted
         try:
@@ -181,75 +187,13 @@ def listen(
                 if as_json:
                     print_json(record)
                 else:
-                    _show(record)
+                    show_heard(record)
         except KeyboardInterrupt:
             listener.stop()
             note("")
 
 
-def add_tools(
-    listener: Listener, tools: TalkTools, speaker: Speaker, languages: tuple[str, ...]
-) -> None:
-    """The listener answers with tools, and rings where there are timers, in the first of
-    ``languages`` (none: English); yes is understood in all.
-    """
-    from edge_gemma.assistant.ringing import Ringing
-    from edge_gemma.assistant.tool_loop import ToolLoop
-    from edge_gemma.conversation.notice import Notice
-
-    loop = ToolLoop(listener.chat, tools.toolbox, languages=languages)
-    ringing = None
-    if tools.timers is not None:
-        language = languages[0] if languages else "en"
-        ringing = Ringing(tools.timers, speaker.play, speaker.stop, language=language)
-
-    def notices() -> Notice | None:
-        text = loop.overdue()
-        if text is not None:
-            return Notice(text)
-        return ringing() if ringing is not None else None
-
-    listener.responder, listener.notices = loop, notices
-
-
-@dataclasses.dataclass(frozen=True)
-class EchoChoice:
-    """What --echo-cancel came to. ``half_duplex``: nothing hears while an answer is spoken."""
-
-    canceller: EchoCanceller | None = None
-    half_duplex: bool = False
-
-    @classmethod
-    def of(cls, wanted: str, *, speaks: bool) -> EchoChoice:
-        """Choose, and say what was chosen. Raises UsageError, MissingExtra."""
-        from edge_gemma.errors import MissingExtra, UsageError
-        from edge_gemma.hearing import sound_server
-        from edge_gemma.hearing.echo import EchoCanceller
-
-        if wanted not in ("auto", "off", "aec", "system"):
-            raise UsageError(f"--echo-cancel is {wanted!r}; expected auto, off, aec or system")
-        if wanted == "off" or (wanted == "auto" and not speaks):
-            return cls()
-        server = sound_server.sound_server() if wanted == "auto" else None
-        if wanted == "system" or (server and server.echo_cancelled):
-            pair = sound_server.require()
-            sound_server.use(pair)
-            note(f"echo: cancelled by the sound server ({pair.source})")
-            return cls()
-        try:
-            canceller = EchoCanceller()
-        except MissingExtra as error:
-            if wanted == "aec":
-                raise
-            note(f"echo: {error}. Until then nothing is heard while an answer is spoken")
-            return cls(half_duplex=True)
-        note(
-            "echo: cancelled here; barge-in works once it knows the room, after some 4 s of speech"
-        )
-        return cls(canceller)
-
-
-def _show(record: Heard) -> None:
+def show_heard(record: Heard) -> None:
     if record.kind == "text":
         print(record.text, end="", flush=True)
     elif record.kind == "interrupted":
@@ -288,53 +232,11 @@ def _voice_maker(voice: str, speaker: Speaker) -> Callable[[], Voice | None]:
         return lambda: None
     from edge_gemma.conversation.clauses import Clauses
     from edge_gemma.conversation.voice import Voice
+    from edge_gemma.conversation.voices import synthesizers
 
-    languages = _languages(voice)
-    synthesizers = dict(zip(languages, map(_synthesizer, voice.split(",")), strict=True))
-    Clauses(languages)  # raises now where a library is missing
-    return lambda: Voice(synthesizers, speaker.play, speaker.stop, lambda: speaker.n_heard)
-
-
-def _synthesizer(voice: str) -> Synthesizer:
-    """``--voice`` → what speaks."""
-    from edge_gemma.conversation.voice import espeak, kokoro, piper
-
-    file, colon, name = voice.partition(".onnx")
-    if not colon:
-        return espeak(voice)
-    if name.startswith(":"):
-        folder = Path(file).parent
-        voices = sorted(folder.glob("voices*.bin"))
-        return kokoro(f"{file}.onnx", voices[-1] if voices else folder / "voices.bin", name[1:])
-    return piper(voice)
-
-
-def _languages(voice: str) -> tuple[str, ...]:
-    """What ``--voice`` speaks: its units, its yes and no; () without a voice. Raises UsageError for
-    two voices of one language.
-    """
-    from edge_gemma.errors import UsageError
-
-    if voice == "none":
-        return ()
-    found = tuple(map(_language, voice.split(",")))
-    if len({language.partition("-")[0] for language in found}) < len(found):
-        raise UsageError(f"--voice {voice} has two voices of one language; give one for each")
-    return found
-
-
-def _language(voice: str) -> str:
-    from edge_gemma.errors import UsageError
-
-    if voice in ("", "none"):
-        raise UsageError(f"--voice is {voice!r} among others; give one voice for each language")
-    _, colon, name = voice.partition(".onnx")
-    if not colon:
-        return voice
-    if name.startswith(":"):
-        return "en"
-    # piper's files are named LANGUAGE_COUNTRY-NAME-QUALITY.onnx
-    return Path(voice).name.partition("_")[0]
+    found = synthesizers(voice)
+    Clauses(tuple(found))  # raises now where a library is missing
+    return lambda: Voice(found, speaker.play, speaker.stop, lambda: speaker.n_heard)
 
 
 def devices(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +13,7 @@ from edge_gemma.cli.common import note
 from edge_gemma.sources import typed
 
 if TYPE_CHECKING:
-    from edge_gemma.assistant.timers import Timers
+    from edge_gemma.assistant.talk_tools import TalkTools
     from edge_gemma.assistant.tools import Toolbox
 
 BUILTIN = "builtin"
@@ -41,46 +40,36 @@ StateOption = Annotated[
 
 def tools_of(files: Sequence[str] | None) -> Toolbox | None:
     """Of chat and run. Raises UsageError."""
-    from edge_gemma.assistant.tools import Toolbox
+    from edge_gemma.assistant.talk_tools import tools_of_files
     from edge_gemma.errors import UsageError
 
-    if not files:
-        return None
-    if BUILTIN in files:
+    if files and BUILTIN in files:
         raise UsageError(
             "--tools builtin sets timers that ring, which needs: edge-gemma listen. Here, give a "
             "FILE.py or FILE.json"
         )
-    toolboxes = [Toolbox.from_file(typed(file)) for file in files]
-    return Toolbox([tool for toolbox in toolboxes for tool in toolbox.tools])
-
-
-@dataclass(frozen=True)
-class TalkTools:
-    """Of listen: ``timers`` where the built-in tools are among them."""
-
-    toolbox: Toolbox
-    timers: Timers | None = None
+    return tools_of_files([typed(file) for file in files or ()])
 
 
 @contextlib.contextmanager
-def talk_tools(files: Sequence[str] | None, state: str | None) -> Iterator[TalkTools | None]:
-    """Open the state folder, read the files; None without ``--tools``. Raises UsageError."""
+def opened_tools(files: Sequence[str] | None, state: str | None) -> Iterator[TalkTools | None]:
+    """Of listen: open the state folder, read the files; None without ``--tools``. Raises
+    UsageError.
+    """
+    from edge_gemma.assistant.talk_tools import talk_tools
+    from edge_gemma.assistant.timers import Timers
     from edge_gemma.errors import UsageError
+    from edge_gemma.files import state_folder
 
+    others = [typed(file) for file in files or () if file != BUILTIN]
     if not files or BUILTIN not in files:
         if state is not None:
             raise UsageError("--state is for --tools builtin: nothing else is kept")
-        toolbox = tools_of(files)
-        yield None if toolbox is None else TalkTools(toolbox)
+        yield talk_tools(others)
         return
-    from edge_gemma.assistant.builtin_tools import builtin_tools
-    from edge_gemma.assistant.timers import Timers
-    from edge_gemma.files import state_folder
-
-    others = tools_of([file for file in files if file != BUILTIN])
     folder = Path(typed(state)) if state is not None else state_folder("assistant")
     with Timers(folder) as timers:
-        toolbox = builtin_tools(timers, folder, others.tools if others else ())
-        note(f"tools: {', '.join(tool.name for tool in toolbox.tools)}; kept in {folder}")
-        yield TalkTools(toolbox, timers)
+        found = talk_tools(others, timers, folder)
+        assert found is not None
+        note(f"tools: {', '.join(tool.name for tool in found.toolbox.tools)}; kept in {folder}")
+        yield found

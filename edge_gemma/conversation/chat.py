@@ -18,11 +18,12 @@ import numpy as np
 
 from edge_gemma.conversation.call_stream import CallStream
 from edge_gemma.conversation.fitting import fit
+from edge_gemma.conversation.plain_messages import PlainMessage, messages_of, plain_messages
 from edge_gemma.conversation.sequences import Sequences
 from edge_gemma.conversation.session import Mark, Session
 from edge_gemma.conversation.stream import Chunk
 from edge_gemma.errors import BundleError, Cancelled, EdgeGemmaError, RuntimeFailure
-from edge_gemma.messages import Audio, FunctionCall, Image, Message, Part, TextItem
+from edge_gemma.messages import Audio, FunctionCall, Message, Part
 from edge_gemma.options import Sampling
 from edge_gemma.prompts.calls import check_tools, parse_calls
 from edge_gemma.prompts.prompt import Listening, Prompt
@@ -281,6 +282,30 @@ class Chat:
         n_rows = self._close_clip(turn)
         self.session.append(turn.after(n_rows), prefill=False)
 
+    @property
+    def spoken_rows(self) -> int:
+        """Soft tokens of the turn that was spoken and is not answered yet, 0 where there is none;
+        one is 0.16 s.
+        """
+        return 0 if self._turn is None else sum(map(len, self._turn.clips))
+
+    def aside(self, question: str, sampling: Sampling) -> Generator[Chunk, None, None]:
+        """Between :meth:`end_turn` and :meth:`answer`: what the model says to ``question`` about
+        the turn that was spoken. Afterwards the conversation is as if nobody had asked, however far
+        the answer was taken. Raises ContextFull, Cancelled, RuntimeFailure.
+        """
+        turn, session = self._open_turn(), self.session
+        clips = [Audio(rows=rows) for rows in turn.clips]
+        # the model's turn was opened and stays empty; what is cut off here is all before its end
+        spoken = [Message("user", [*turn.head, *clips]), Message("assistant", "…")]
+        messages = [*turn.before, *spoken, Message("user", question)]
+        spans, mark = self._render(messages, continued=True), session.mark()
+        try:
+            session.append(spans, prefill=False)
+            yield from session.generate(sampling)
+        finally:
+            session.return_to(mark)
+
     def answer(self, sampling: Sampling | None = None) -> Generator[Chunk, None, None]:
         """Answer the turn that was spoken, after :meth:`end_turn`. From here on it is part of the
         conversation. Raises UsageError, RuntimeFailure; the turn is taken back then.
@@ -383,7 +408,7 @@ class Chat:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the conversation, its media and its KV cache to one file. Raises RuntimeFailure."""
-        plain = [(message.role, _content_out(message)) for message in self.messages]
+        plain = plain_messages(self.messages)
         self.session.save(path, msgspec.msgpack.encode((plain, self._continues)))
 
     def restore(self, path: str | os.PathLike[str]) -> None:
@@ -398,11 +423,11 @@ class Chat:
             raise
         try:
             plain, self._continues = msgspec.msgpack.decode(
-                extra, type=tuple[list[tuple[str, list[_SavedPart]]], bool]
+                extra, type=tuple[list[PlainMessage], bool]
             )
         except ValueError as error:
             raise BundleError(f"{Path(path)} holds a session without turns ({error})") from None
-        self.messages = [Message(role, _content_in(parts)) for role, parts in plain]
+        self.messages = messages_of(plain)
         self._turn = None
 
     def close(self) -> None:
@@ -428,53 +453,3 @@ def _length(spans: Sequence[Span]) -> int:
 def _around(listening: Listening) -> int:
     """Positions that a spoken turn takes beside its soft tokens."""
     return _length(listening.before) + 2 + _length(listening.after(0))
-
-
-# text, or kind, shape and float32 bytes; or kind, (0, 0) and JSON
-_SavedPart = str | tuple[str, tuple[int, int], bytes]
-_KINDS: dict[str, Callable[[np.ndarray], Part]] = {
-    "image": lambda rows: Image(rows=rows),
-    "audio": lambda rows: Audio(rows=rows),
-    "rows": lambda rows: Rows(rows),
-    "block": lambda rows: Rows(rows, causal=False),
-}
-
-
-def _content_out(message: Message) -> list[_SavedPart]:
-    if isinstance(message.content, str):
-        return [message.content]
-    return [_part_out(part) for part in message.content]
-
-
-def _part_out(part: Part) -> _SavedPart:
-    if isinstance(part, FunctionCall):
-        return "call", (0, 0), part.to_json().encode()
-    if isinstance(part, TextItem):
-        return "item", (0, 0), msgspec.json.encode((str(part), dict(part.fields)))
-    if isinstance(part, str):
-        return part
-    if isinstance(part, Rows):
-        kind, rows = "rows" if part.causal else "block", part.rows
-    else:
-        assert part.rows is not None  # media are encoded when they are sent
-        kind, rows = part.kind, np.ascontiguousarray(part.rows, np.float32)
-    return kind, (rows.shape[0], rows.shape[1]), rows.tobytes()
-
-
-def _content_in(parts: list[_SavedPart]) -> str | list[Part]:
-    if len(parts) == 1 and isinstance(parts[0], str):
-        return parts[0]
-    return [_part_in(part) for part in parts]
-
-
-def _part_in(part: _SavedPart) -> Part:
-    if isinstance(part, str):
-        return part
-    kind, shape, data = part
-    if kind == "call":
-        call = msgspec.json.decode(data)
-        return FunctionCall(call["name"], call["parameters"])
-    if kind == "item":
-        text, fields = msgspec.json.decode(data)
-        return TextItem(text, fields)
-    return _KINDS[kind](np.frombuffer(data, np.float32).reshape(shape))

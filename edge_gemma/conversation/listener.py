@@ -16,13 +16,14 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 
 from edge_gemma.conversation.chat import Chat
 from edge_gemma.conversation.live_turn import LiveTurn
 from edge_gemma.conversation.notice import Notice, SpokenNotice
-from edge_gemma.conversation.spoken_answer import Heard, Responder, SpokenAnswer
+from edge_gemma.conversation.spoken_answer import Heard, Responder, SpokenAnswer, failed
 from edge_gemma.conversation.transcription import ListenOptions, Source, blocks_of, live_turn
 from edge_gemma.conversation.voice import Voice
 from edge_gemma.errors import (
@@ -37,10 +38,20 @@ from edge_gemma.hearing.echo import EchoCanceller, SoundFilter
 from edge_gemma.hearing.samples import BLOCK_SAMPLES, RATE_HZ
 from edge_gemma.hearing.utterances import SpeechDetector, UtteranceEvent
 
-__all__ = ["Heard", "ListenOptions", "Listener"]
+__all__ = ["Attention", "Heard", "ListenOptions", "Listener"]
 
 RETRY_S = 0.5  # between attempts to get a lost microphone back
 _FLUSH = 3 * BLOCK_SAMPLES  # of silence: canceller and filters give out what they hold back
+
+
+class Attention(Protocol):
+    """Decides at every moment whether the detector hears: a life with more than a wake word."""
+
+    def hears(self, samples: np.ndarray) -> bool:
+        """Asked with every block, while somebody speaks and while an answer is spoken, too."""
+
+    def cuts(self) -> bool:
+        """Asked right behind it, once: whether what is being said and answered ends here."""
 
 
 @dataclass
@@ -51,6 +62,7 @@ class Listener:
     sample blocks; the last two wait for each answer. ``make_voice`` makes a :class:`Voice` for each
     answer, None for a silent one. ``gate(samples) -> bool`` is asked, block by block, before an
     utterance may begin (a wake word); once it says yes, the next utterance is heard.
+    ``attention`` takes its place where more than a word decides.
 
     ``turn_over`` is asked at each pause how likely the turn is over by what was said
     (:class:`~edge_gemma.conversation.turn_end.TurnEnd` knows from a transcript); it counts where
@@ -74,6 +86,7 @@ class Listener:
     filters: Sequence[SoundFilter] = ()
     responder: Responder | None = None
     notices: Callable[[], Notice | None] = lambda: None
+    attention: Attention | None = None
     retry_s: float | None = None  # between attempts to get a lost microphone back; None: 0.5
     _stopping: threading.Event = field(default_factory=threading.Event, repr=False)
     _listening: _Listening | None = field(default=None, repr=False)
@@ -105,9 +118,11 @@ class Listener:
                     yield from listening.hear_live(self.source)
             else:
                 yield from listening.hear_all(blocks_of(self.source))
-            if not self._stopping.is_set():
+            if self._stopping.is_set():
+                yield from listening.interrupted()
+            else:
                 yield from listening.finish()
-            yield from listening.drain(wait=True)
+                yield from listening.drain(wait=True)
         finally:
             listening.close()
 
@@ -117,14 +132,19 @@ class _Listening:
 
     def __init__(self, listener: Listener, detector: SpeechDetector, stopping: threading.Event):
         self._chat, self._options = listener.chat, listener.options
-        self._make_voice, self._gate = listener.make_voice, listener.gate
+        self._make_voice = listener.make_voice
+        self._gate, self._attention = listener.gate, listener.attention
         self._detector, self._stopping = detector, stopping
         self._turn_over = listener.turn_over
         self._echo, self._filters = listener.echo, listener.filters
         self._responder, self._notices = listener.responder, listener.notices
         self._retry_s = RETRY_S if listener.retry_s is None else listener.retry_s
         self._n_samples = self._n_dropped = 0
+        self._from = 0  # the sample that the detector counts from
+        self._unheard = np.zeros(0, np.float32)  # the last of what the detector did not get
+        self._was_deaf = False
         self._gate_open = self._gate is None
+        self._speech_at = 0  # where the present utterance began, as the detector counts
         self._turn: LiveTurn | None = None
         self._expected = False  # what follows the turn was tried at the present pause
         self._given_up = False  # the present utterance failed; its end alone would make no sense
@@ -157,7 +177,7 @@ class _Listening:
                 yield Heard("lost", self._at_s, str(error))
                 yield from self._hear(np.zeros(_FLUSH, np.float32))
                 yield from self.finish()
-                self._detector = self._detector.restarted()
+                self._restart_detector()
                 yield from self._reopened(microphone)
                 continue
             yield from self._hear(block)
@@ -189,20 +209,60 @@ class _Listening:
             yield from self._event(event, time.perf_counter())
 
     def _hear(self, block: np.ndarray) -> Iterator[Heard]:
-        self._n_samples += len(block)
         arrived_s = time.perf_counter()
         if self._answer and self._answer.done:
             yield from self.drain(wait=True)
         self._notice()
         block = self._cleaned(block)
-        is_asked = self._responder is not None and self._responder.asks
-        if not self._gate_open and self._gate is not None and not is_asked:
-            self._gate_open = self._gate(block)
-            return
-        if not self._answer or self._options.barge_in:
+        n, hears = len(block), self._hears(block)
+        if self._attention is not None and self._attention.cuts():
+            yield from self._cut_short()
+        if hears and self._was_deaf:
+            # or the next utterance would begin with the last one's end
+            self._restart_detector(len(self._unheard))
+            block, self._unheard = np.concatenate([self._unheard, block]), self._unheard[:0]
+        elif not hears:
+            self._remember_unheard(block)
+        self._was_deaf = not hears
+        self._n_samples += n
+        if hears and (not self._answer or self._options.barge_in):
             for event in self._detector.push(block):
                 yield from self._event(event, arrived_s)
         yield from self.drain()
+
+    def _hears(self, block: np.ndarray) -> bool:
+        """Whether the detector gets this block."""
+        if self._attention is not None:
+            return self._attention.hears(block)
+        is_asked = self._responder is not None and self._responder.asks
+        if self._gate_open or self._gate is None or is_asked:
+            return True
+        self._gate_open = self._gate(block)
+        return False
+
+    def _remember_unheard(self, block: np.ndarray) -> None:
+        n = round(self._options.look_back_s * RATE_HZ)
+        whole = np.concatenate([self._unheard, block])
+        self._unheard = whole[len(whole) - min(n, len(whole)) :]
+        if self._answer:  # what is said then is the loudspeaker's
+            self._unheard = whole[:0]
+
+    def _restart_detector(self, n_back: int = 0) -> None:
+        """It counts from here, or from ``n_back`` samples before."""
+        self._detector = self._detector.restarted()
+        self._from = self._n_samples - n_back
+
+    def _cut_short(self) -> Iterator[Heard]:
+        """What is being said is forgotten, what is being answered or rung ends."""
+        yield from self.interrupted()
+        self._spoken_to()
+        self._abandon()
+        self._restart_detector()
+
+    def _spoken_to(self) -> None:
+        if self._last_notice is not None:
+            self._last_notice.spoken_to()
+            self._last_notice = None
 
     def _notice(self) -> None:
         """Say what is to be said unasked, while nobody speaks."""
@@ -222,12 +282,11 @@ class _Listening:
 
     def _event(self, event: UtteranceEvent, arrived_s: float) -> Iterator[Heard]:
         if event.kind == "start":
-            yield from self._interrupted()
-            if self._last_notice is not None:
-                self._last_notice.spoken_to()
-                self._last_notice = None
-            yield Heard("speech", event.at / RATE_HZ)
+            yield from self.interrupted()
+            self._spoken_to()
+            yield Heard("speech", self._said_at_s(event))
             self._turn, self._given_up = None, False
+            self._speech_at = event.at
         if self._given_up:
             return
         try:
@@ -237,9 +296,13 @@ class _Listening:
         except EdgeGemmaError as error:
             self._abandon()
             self._given_up = True
-            yield Heard("failed", self._at_s, str(error))
+            yield failed(error, self._at_s)
 
-    def _interrupted(self) -> Iterator[Heard]:
+    def _said_at_s(self, event: UtteranceEvent) -> float:
+        return (self._from + event.at) / RATE_HZ
+
+    def interrupted(self) -> Iterator[Heard]:
+        """What is being said ends now."""
         if self._answer:
             text = self._answer.stop()
             while (record := self._answer.next_record(timeout_s=0.0)) is not None:
@@ -260,8 +323,11 @@ class _Listening:
             yield Heard("partial", self._at_s, n=turn.n_rows)
         if event.kind == "cut":
             turn.cut()
-        if event.kind == "end":
-            yield Heard("silence", event.at / RATE_HZ)
+        if event.kind == "end" and self._too_short(event):
+            self._abandon()
+            yield Heard("ignored", self._said_at_s(event))
+        elif event.kind == "end":
+            yield Heard("silence", self._said_at_s(event))
             self._turn = None
             self._answer = SpokenAnswer(
                 self._chat,
@@ -273,6 +339,9 @@ class _Listening:
                 responder=self._responder,
             )
             self._gate_open = self._gate is None
+
+    def _too_short(self, end: UtteranceEvent) -> bool:
+        return end.at - self._speech_at < self._options.shortest_s * RATE_HZ
 
     def _expect_end(self) -> Iterator[Heard]:
         """At a pause: have the answer begun with, in case this was the end of the turn."""
@@ -289,7 +358,7 @@ class _Listening:
         except EdgeGemmaError as error:
             self._abandon()
             self._given_up = True
-            yield Heard("failed", self._at_s, str(error))
+            yield failed(error, self._at_s)
         else:
             self._detector.over = self._turn_over() if self._turn_over else over
 

@@ -34,7 +34,9 @@ class Heard:
       ``called`` (a tool; ``text`` says with what, and what came of it), ``notice`` (something was
       said or rung unasked: a timer), ``lost``, ``back`` (the microphone; ``text`` says why; what
       was said until then is answered),
-      ``failed`` (a turn that could not be answered, or spoken; ``text`` says why).
+      ``failed`` (a turn that could not be answered, or spoken; ``text`` says why; ``error`` is the
+      class of what kept it from being answered, like ContextFull), ``ignored`` (the utterance had
+      less speech than ``ListenOptions.shortest_s``).
 
     ``at_s`` counts seconds of sound; ``wait_s`` (with turn) is the time from the last sample's
     arrival to the first token, ``sound_wait_s`` to the first sound.
@@ -54,6 +56,7 @@ class Heard:
         "lost",
         "back",
         "failed",
+        "ignored",
     ]
     at_s: float
     text: str = ""
@@ -61,6 +64,12 @@ class Heard:
     wait_s: float | None = None
     sound_wait_s: float | None = None
     end: Chunk | None = None
+    error: str = ""
+
+
+def failed(error: EdgeGemmaError, at_s: float = 0.0) -> Heard:
+    """The record of a turn that could not be answered."""
+    return Heard("failed", at_s, str(error), error=type(error).__name__)
 
 
 class Responder(Protocol):
@@ -173,7 +182,7 @@ class SpokenAnswer(Spoken):
         except Cancelled:
             pass  # stopped before the first token
         except EdgeGemmaError as error:
-            self._records.put(Heard("failed", 0.0, str(error)))
+            self._records.put(failed(error))
         finally:
             self._open_ears()
             # else what turns free piles up in the C library's heap: 20 MiB in the first ten minutes
@@ -228,7 +237,7 @@ class SpokenAnswer(Spoken):
             try:
                 self._chat.senses.audio()
             except EdgeGemmaError as error:
-                self._records.put(Heard("failed", 0.0, str(error)))
+                self._records.put(failed(error))
 
     def stop(self) -> str:
         """Stop speaking and decoding, wait for the thread. Returns what was said of the answer

@@ -43,6 +43,10 @@ class ListenOptions:
     ``expect_end``: at each pause, what follows the turn is computed in case it was its end, which
     hides encoder tail and prefill in the pause; speech that goes on takes it back exactly.
     ``ask_for_end``: the model is asked then whether the turn is over, for ``vad.rule``.
+
+    ``shortest_s``: an utterance with less speech is no turn (a cough, the rest of a wake word).
+    ``look_back_s``: so much of what was not heard before a wake word was known is heard all the
+    same, since it is known late.
     """
 
     instruction: str = ""
@@ -50,6 +54,8 @@ class ListenOptions:
     barge_in: bool = True
     expect_end: bool = True
     ask_for_end: bool = False
+    shortest_s: float = 0.0
+    look_back_s: float = 0.0
     vad: VadSettings = VadSettings()
     sampling: Sampling | None = None  # None: as the model's authors sample it
 

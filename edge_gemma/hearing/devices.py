@@ -319,17 +319,19 @@ class Speaker:
     be counted.
 
     ``on_block(samples [n], rate_hz)`` is called from PortAudio's thread with everything that goes
-    out, silence included (:meth:`edge_gemma.hearing.echo.EchoCanceller.played`). Where the device
-    takes only its own rate, sound is resampled to it. Raises DeviceLost, UsageError, MediaError.
+    out, silence included (:meth:`edge_gemma.hearing.echo.EchoCanceller.played`); ``on_open()``
+    when it is opened, also anew (``reopened``). Where the device takes only its own rate, sound is
+    resampled to it. Raises DeviceLost, UsageError, MediaError.
     """
 
     def __init__(
         self,
         device: str | int | None = None,
         on_block: Callable[[np.ndarray, int], None] | None = None,
+        on_open: Callable[[], None] | None = None,
     ):
         self.device, self.name, self.rate_hz = device, "", 0
-        self._on_block_out = on_block
+        self._on_block_out, self._on_open = on_block, on_open
         self._stream: Any = None  # sounddevice.OutputStream, which has no types
         self._change = threading.Condition()
         self._waiting: deque[_Playing] = deque()  # the first one is being played
@@ -417,6 +419,8 @@ class Speaker:
     def _started(self, found: SoundDevice, rate_hz: int, channels: int) -> Any:
         self._finished.clear()
         self.rate_hz, self._called_s = rate_hz, time.monotonic()
+        if self._on_open is not None:
+            self._on_open()
         stream = _sounddevice().OutputStream(
             samplerate=rate_hz,
             channels=channels,

@@ -70,7 +70,8 @@ class EchoCanceller:
     def __init__(self) -> None:
         self._new_filter = _speex()  # raises now, not at the first sound
         self._lock = threading.Lock()
-        self._arrived: deque[tuple[np.ndarray, int]] = deque()
+        self._is_stale = False
+        self._arrived: deque[tuple[np.ndarray, int, bool]] = deque()
         self.restart()
 
     def restart(self) -> None:
@@ -96,10 +97,16 @@ class EchoCanceller:
         self._open = 0  # frames that the rule still holds
         self._before = self._after = 0.0  # energies, for echo_left_db
 
-    def played(self, samples: np.ndarray, rate_hz: int) -> None:
-        """``samples [n]`` float32 went to the loudspeaker."""
+    def reopened(self) -> None:
+        """The loudspeaker begins to count anew; from any thread."""
+        self._is_stale = True
+
+    def played(self, samples: np.ndarray, rate_hz: int, *, harmless: bool = False) -> None:
+        """``samples [n]`` float32 went to the loudspeaker. ``harmless``: nobody takes them for
+        speech (a short tone), so the microphone is not silenced for them while the room is unknown.
+        """
         with self._lock:
-            self._arrived.append((samples, rate_hz))
+            self._arrived.append((samples, rate_hz, harmless))
 
     def lost(self, n: int) -> None:
         """The microphone dropped ``n`` samples here."""
@@ -118,6 +125,9 @@ class EchoCanceller:
         """``samples [n]`` at 16 kHz → as many, 16 ms later; 64 ms while something is played.
         Raises MediaError.
         """
+        if self._is_stale:
+            self._is_stale = False
+            self.restart()
         self._take_played()
         if not self._begun:
             self._begun, self._offset = True, self._played.end - self._heard.end
@@ -133,10 +143,10 @@ class EchoCanceller:
         with self._lock:
             arrived = list(self._arrived)
             self._arrived.clear()
-        for samples, rate_hz in arrived:
+        for samples, rate_hz, harmless in arrived:
             if self._resampler is None or self._resampler[0] != rate_hz:
                 self._resampler = rate_hz, Resampler(rate_hz)
-            self._played.push(self._resampler[1].push(samples))
+            self._played.push(self._resampler[1].push(samples), harmless)
 
     def _frame(self, heard: np.ndarray) -> list[np.ndarray]:
         """The frames that are ready: while something is played, up to ``_AHEAD`` wait."""
@@ -159,11 +169,11 @@ class EchoCanceller:
         """Whether something that was played may be heard at ``at``; wherever it is looked for,
         until the delay is known.
         """
-        first, last = at - _RINGS, at - _SEARCH[0]
+        first, last, known = at - _RINGS, at - _SEARCH[0], False
         if self._filter is not None and self._shift is not None:
-            begins = at - self._shift
+            begins, known = at - self._shift, True
             first, last = begins - _REACH[1] - _DECAY, begins - _REACH[0] + FRAME
-        return self._played.has_sound(first, last - first)
+        return self._played.has_sound(first, last - first, harmless=known)
 
     def _judged(self, heard: np.ndarray, beside: np.ndarray) -> tuple[bool, np.ndarray]:
         """Whether somebody speaks, and the sound without the echo."""
@@ -265,23 +275,26 @@ class _Tape:
 
     def __init__(self, n_kept: int):
         self._n_kept, self._data, self.end = n_kept, np.zeros(n_kept, np.float32), 0
-        self._sounds: deque[int] = deque(maxlen=n_kept // FRAME)  # ends of blocks that were loud
+        # ends of blocks that were loud, and whether they were harmless
+        self._sounds: deque[tuple[int, bool]] = deque(maxlen=n_kept // FRAME)
 
-    def push(self, samples: np.ndarray) -> None:
+    def push(self, samples: np.ndarray, harmless: bool = False) -> None:
         for start in range(0, len(samples), FRAME):
-            self._push(samples[start : start + FRAME])
+            self._push(samples[start : start + FRAME], harmless)
 
-    def _push(self, samples: np.ndarray) -> None:
+    def _push(self, samples: np.ndarray, harmless: bool) -> None:
         at = (self.end + np.arange(len(samples))) % self._n_kept
         self._data[at] = samples
         self.end += len(samples)
         if float(np.mean(np.square(samples))) > _ACTIVE:
-            self._sounds.append(self.end)
+            self._sounds.append((self.end, harmless))
 
-    def has_sound(self, start: int, n: int) -> bool:
-        """Whether any of those samples is louder than silence."""
-        for end in reversed(self._sounds):
-            if end <= start + n:
+    def has_sound(self, start: int, n: int, *, harmless: bool = True) -> bool:
+        """Whether any of those samples is louder than silence; without ``harmless``, of those that
+        are not.
+        """
+        for end, is_harmless in reversed(self._sounds):
+            if end <= start + n and (harmless or not is_harmless):
                 return end > start
         return False
 

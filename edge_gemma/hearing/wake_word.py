@@ -9,6 +9,10 @@ import numpy as np
 
 from edge_gemma.errors import MissingExtra, UsageError
 
+# okay_nabu is known 0.19 s after its end (median of espeak-ng voices, docs/talk.md): so much of
+# what follows is heard all the same. More would be the word itself, which must begin no utterance.
+KNOWN_LATE_S = 0.16
+
 # samples ``[n]`` float32 at 16 kHz → whether the word was completed by them
 WakeWord = Callable[[np.ndarray], bool]
 

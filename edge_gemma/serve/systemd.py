@@ -26,6 +26,7 @@ class Notifier:
     def __init__(self, environment: Mapping[str, str] = os.environ):
         self._address = _address(environment.get("NOTIFY_SOCKET", ""))
         self._failed = False
+        self._alive_s = 0.0  # when the last sign of life was given, on the monotonic clock
         #: seconds between two signs of life: half of what the manager allows; None: it wants none
         self.watchdog_s = _watchdog_s(environment) if self._address else None
 
@@ -48,6 +49,13 @@ class Notifier:
             if is_live():
                 self._tell("WATCHDOG=1")
             await asyncio.sleep(self.watchdog_s)
+
+    def alive(self) -> None:
+        """:meth:`keep_alive` for a program without an event loop: call it at least so often."""
+        now_s = time.monotonic()
+        if self.watchdog_s is not None and now_s >= self._alive_s + self.watchdog_s:
+            self._alive_s = now_s
+            self._tell("WATCHDOG=1")
 
     def _tell(self, *lines: str) -> None:
         if self._address is None:
