@@ -185,6 +185,7 @@ def test_json_is_json(run, tiny_bundle, tiny_checkpoint, embedding_bundle, tmp_p
         ["convert", tiny_checkpoint, tmp_path / "converted", "--dry-run"],
         ["bench", "memory", tiny_bundle, "--plan-only", "-d", "pi-5-4gb"],
         ["rm", "--unfinished"],
+        ["assistant", "init", tmp_path / "assistant"],
     ):
         code, out, err = run(*arguments, "--json")
         assert code == 0, (arguments, err)

@@ -11,7 +11,7 @@ from scripted import ScriptedDecoder
 
 import edge_gemma
 from edge_gemma import FunctionCall, Message, Sampling
-from edge_gemma.assistant.phrases import Phrases, known_languages, says_yes
+from edge_gemma.assistant.phrases import Phrases, known_languages, may_say_stop, says_stop, says_yes
 from edge_gemma.assistant.tool import dangerous
 from edge_gemma.assistant.tool_loop import ToolLoop
 from edge_gemma.assistant.tools import Tool, Toolbox, ToolError
@@ -281,7 +281,22 @@ def test_yes_and_no_in_every_language(language):
     assert all(says_yes(yes.capitalize() + ".", [language]) for yes in words["yes"])
     assert not any(says_yes(no.capitalize() + "!", [language]) for no in words["no"])
     assert not any(says_yes(f"{yes}, {words['no'][0]}", [language]) for yes in words["yes"])
-    for name in ("ask", "undone", "rounds", "timer", "alarm", "missed"):
+    for name in ("ask", "undone", "rounds", "timer", "alarm", "missed", "model_lost", "model_back"):
         said = Phrases.of(language).say(name, what="x", label=" y", time="1", ago="2")
         assert said and "{" not in said
     assert all("{n}" in span for span in words["spans"]) and len(words["spans"]) == 4
+
+
+@pytest.mark.parametrize("language", known_languages())
+def test_stop_phrases_in_every_language(language):
+    import tomllib
+    from importlib.resources import files
+
+    table = tomllib.loads((files("edge_gemma.assistant") / "phrases.toml").read_text("utf-8"))
+    for phrase in table[language]["stop"]:
+        assert says_stop(phrase.capitalize() + "!", [language]) and says_stop(phrase)
+        assert says_stop(f"{phrase}, {table[language]['polite'][0]}.", [language])
+        assert all(may_say_stop(phrase[:n], [language]) for n in range(len(phrase)))
+        assert not says_stop(phrase + " xyz", [language])
+    for other in ("What time is it?", "Stop the music", "12", "…", "", "x" * 10_000):
+        assert not says_stop(other, [language])

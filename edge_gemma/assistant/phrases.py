@@ -66,14 +66,59 @@ def says_yes(text: str, languages: Sequence[str] = ()) -> bool:
     >>> [says_yes(text) for text in ("Yes, please!", "Ja.", "No", "Yes. No, wait!", "", "Maybe")]
     [True, True, False, False, False, False]
     """
-    text = unicodedata.normalize("NFKC", text).casefold().translate(_APOSTROPHES)
-    words = re.findall(r"[\w'-]+", text)
+    words = _words(text)
     if not 0 < len(words) <= _MAX_WORDS:
         return False
-    chosen = [Phrases.of(language).language for language in languages] or list(_table())
+    chosen = _chosen(languages)
     if any(_found(_table()[language]["no"], words, language) for language in chosen):
         return False
     return any(_found(_table()[language]["yes"], words, language) for language in chosen)
+
+
+def says_stop(text: str, languages: Sequence[str] = ()) -> bool:
+    """Whether this whole utterance sends the assistant to sleep, in one of ``languages`` (none
+    given: in any that is known).
+
+    >>> [says_stop(text) for text in ("Stop!", "Good-bye.", "Stop, please.", "Stop the music", "")]
+    [True, True, True, False, False]
+    """
+    said = _key(_words(text))
+    return bool(said) and any(said in _stops(language) for language in _chosen(languages))
+
+
+def may_say_stop(text: str, languages: Sequence[str] = ()) -> bool:
+    """Whether more words could still make :func:`says_stop` true.
+
+    >>> [may_say_stop(text) for text in ("", "That's", "What")]
+    [True, True, False]
+    """
+    said = _key(_words(text))
+    chosen = _chosen(languages)
+    return any(stop.startswith(said) for language in chosen for stop in _stops(language))
+
+
+@functools.cache
+def _stops(language: str) -> frozenset[str]:
+    """The stop phrases as :func:`_key` writes them, alone and with a polite word on either side."""
+    table = _table()[language]
+    alone = [_key(_words(phrase)) for phrase in table["stop"]]
+    polite = [_key(_words(word)) for word in table["polite"]]
+    around = [pair for stop in alone for word in polite for pair in (stop + word, word + stop)]
+    return frozenset(alone + around)
+
+
+def _key(words: Sequence[str]) -> str:
+    """Without gaps and hyphens: "good-bye" is "good bye" is "goodbye"."""
+    return "".join(words).replace("-", "")
+
+
+def _words(text: str) -> list[str]:
+    text = unicodedata.normalize("NFKC", text).casefold().translate(_APOSTROPHES)
+    return re.findall(r"[\w'-]+", text)
+
+
+def _chosen(languages: Sequence[str]) -> list[str]:
+    return [Phrases.of(language).language for language in languages] or list(_table())
 
 
 def _found(phrases: Sequence[str], words: Sequence[str], language: str) -> bool:

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edge_gemma.cli.common import JsonOption, LoadingLine, note, open_bundle, print_json
+from edge_gemma.cli.common import (
+    BundleOption,
+    JsonOption,
+    LoadingLine,
+    note,
+    open_bundle,
+    print_json,
+)
 from edge_gemma.cli.options import LOADING, LoadingOptions, grouped
 from edge_gemma.cli.serve import ParallelOption
 
@@ -28,14 +35,7 @@ def batch(
         Path, typer.Argument(metavar="IN.jsonl", help="Requests as OpenAI's batches have them.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Their answers.")],
-    bundle: Annotated[
-        str | None,
-        typer.Option(
-            "--bundle",
-            help="Who answers: a folder or an installed name. Default: the model that all lines "
-            "name.",
-        ),
-    ] = None,
+    bundle: BundleOption = None,
     parallel: ParallelOption = 1,
     loading: LoadingOptions = LOADING,
     as_json: JsonOption = False,

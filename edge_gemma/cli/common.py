@@ -73,6 +73,15 @@ BundleArg = Annotated[
         help="A bundle's folder, or the name of an installed one (`edge-gemma ls`).",
     ),
 ]
+BundleOption = Annotated[
+    str | None,
+    typer.Option(
+        "--bundle",
+        autocompletion=bundle_names,
+        help="Who answers: a folder or an installed name. Default: the model that all lines of a "
+        "batch name; for an assistant the installed one that hears.",
+    ),
+]
 BundlesArg = Annotated[
     list[str],
     typer.Argument(
