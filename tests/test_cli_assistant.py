@@ -344,7 +344,10 @@ def server(tmp_path):
     (tmp_path / "pulse").mkdir()
     found = pulse.VirtualMicrophone(tmp_path / "pulse")
     found.start()
+    found.running = []
     yield found
+    for running in found.running:  # of a test that failed
+        running.process.kill()
     found.kill()
 
 
@@ -360,7 +363,8 @@ class Running:
             stderr=subprocess.PIPE,
             text=True,
         )
-        self._thread = threading.Thread(target=self._read)
+        server.running.append(self)
+        self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
     def _read(self):
@@ -375,7 +379,17 @@ class Running:
 
     def until(self, found, timeout=60):
         with self._seen:
-            assert self._seen.wait_for(lambda: found(self), timeout), self.records[-5:]
+            assert self._seen.wait_for(lambda: found(self), timeout), self.records
+
+    def asked(self, server, question):
+        """Play it, again where the wake word was missed, as espeak-ng's is now and then."""
+        for _ in range(3):
+            n = len(self.states)
+            server.play(question).wait(60)
+            time.sleep(1)
+            if "listening" in self.states[n:]:
+                return
+        raise AssertionError(f"the wake word was missed three times: {self.records}")
 
     def until_kind(self, kind):
         self.until(lambda running: any(r["kind"] == kind for r in running.records))
@@ -456,7 +470,7 @@ def test_a_day_in_its_life(hearing_bundle, server, tmp_path):
     server.play(another).wait(60)
     time.sleep(1)
     assert running.states == ["away", "asleep"]
-    server.play(question).wait(60)
+    running.asked(server, question)
     running.until_state("listening", "hearing", "answering", "following")
     running.until_state("following", "asleep")
     assert running.process.poll() is None
@@ -466,7 +480,7 @@ def test_a_day_in_its_life(hearing_bundle, server, tmp_path):
     notes = [record["text"] for record in running.records if record["kind"] == "note"]
     assert any("power cut" in note for note in notes)
     assert any("going on with the conversation of before" in note for note in notes)
-    server.play(question).wait(60)
+    running.asked(server, question)
     running.until_state("answering", "following")
     assert running.end() == 0
     whos = [line.who for line in read_transcript(folder / "state")]
@@ -491,7 +505,7 @@ def test_a_sound_server_that_ends(hearing_bundle, server, tmp_path):
     running.until_kind("lost")
     server.start()
     running.until_kind("back")
-    server.play(question).wait(60)
+    running.asked(server, question)
     running.until_state("hearing", "answering", "following")
     assert running.end() == 0
     kinds = [record["kind"] for record in running.records]
