@@ -395,8 +395,15 @@ class Running:
         self.until(lambda running: any(r["kind"] == kind for r in running.records))
 
     def until_state(self, *states):
-        n = len(states)
-        self.until(lambda running: tuple(running.states[-n:]) == states)
+        """These, one after the other, since the last call; another one may have followed."""
+        n, first = len(states), getattr(self, "_looked_to", 0)
+
+        def found(running):
+            starts = range(first, len(running.states) - n + 1)
+            return [at for at in starts if tuple(running.states[at : at + n]) == states]
+
+        self.until(found)
+        self._looked_to = found(self)[0] + n - 1
 
     def end(self, number=signal.SIGTERM):
         self.process.send_signal(number)
