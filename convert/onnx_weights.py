@@ -90,7 +90,16 @@ def plan_onnx(mapping: Mapping, recipe: Recipe, *, has_imatrix: bool = False) ->
         raise UnsupportedModel("an embedding model has no ONNX decoder here; use --decoder gguf")
     types, notes = choose_types(recipe, mapping, has_imatrix=has_imatrix)
     wrong = sorted({kind for kind in types.values() if kind not in TYPES})
-    if wrong:
+    if wrong and recipe.matrix in TYPES:  # exceptions of a few tensors: in what is finer
+        finer = "Q8_0" if recipe.matrix in _BITS else "F32"
+        n = sum(kind in wrong for kind in types.values())
+        types = {name: finer if kind in wrong else kind for name, kind in types.items()}
+        notes = [
+            *notes,
+            f"{n} of the recipe's tensors are {finer} in place of {', '.join(wrong)}, for which "
+            "onnxruntime has no operator",
+        ]
+    elif wrong:
         raise UsageError(
             f"the recipe {recipe.name} asks for {', '.join(wrong)}; an ONNX decoder holds "
             f"{', '.join(TYPES)}: choose f32, f16, q8_0, edge_onnx or a .toml file with these"

@@ -237,7 +237,7 @@ def test_a_bundle_with_both(tiny_checkpoint, tmp_path):
     [
         (Conversion(decoder="tflite"), "--decoder tflite: expected gguf or both"),
         (Conversion(onnx_quant="f32"), "add --decoder both"),
-        (Conversion(decoder="both", onnx_quant="q4_0"), "q4_0 asks for Q6_K"),
+        (Conversion(decoder="both", onnx_quant="q6_k"), "q6_k asks for Q6_K"),
         (Conversion(decoder="both", onnx_quant="nothing"), "no recipe 'nothing'"),
     ],
 )
@@ -262,6 +262,9 @@ def test_types_without_an_operator_are_refused_by_name(tiny_checkpoint, embeddin
     mapping = map_tensors(checkpoint, read_dims(checkpoint.config))
     with pytest.raises(UsageError, match=r"q4_k_m asks for .*an ONNX decoder holds F32, F16"):
         plan_onnx(mapping, read_recipe("q4_k_m"))
+    plan = plan_onnx(mapping, read_recipe("q4_0"))  # a head of Q6_K is written finer, and said
+    assert set(plan.types.values()) <= {"F32", "F16", "Q8_0", "Q4_0"}
+    assert any("are Q8_0 in place of Q6_K" in said for said in plan.notes)
     checkpoint = Checkpoint.open(embedding_checkpoint)
     mapping = map_tensors(checkpoint, read_dims(checkpoint.config))
     with pytest.raises(UnsupportedModel, match="embedding model has no ONNX decoder"):
