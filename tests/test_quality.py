@@ -256,6 +256,7 @@ def test_the_ladder_makes_a_table_and_a_plot(world, tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_speeds_can_be_added_to_a_kept_ladder_later(world, tmp_path, capsys):
     checkpoint, _, text = world
     where = [str(checkpoint), str(tmp_path / "ladder"), str(text), "--recipes", "q8_0,q4_0"]
