@@ -30,7 +30,13 @@ from edge_gemma.engines.onnx.prepacked import (
     make_prepacked,
 )
 from edge_gemma.engines.opening import open_weights
-from edge_gemma.errors import EdgeGemmaError, PlanRefused, UnsupportedModel, UsageError
+from edge_gemma.errors import (
+    EdgeGemmaError,
+    PlanRefused,
+    RuntimeFailure,
+    UnsupportedModel,
+    UsageError,
+)
 from edge_gemma.files import cache_folder, written_whole
 from edge_gemma.machine.device import Device
 from edge_gemma.machine.probe import cpu_kind, machine_for
@@ -163,6 +169,7 @@ def tune(bundle: Bundle, *, pack: bool = True, tell: Tell = lambda text: None) -
     manifest = bundle.manifest
     if manifest.embedding is not None:
         raise UsageError(f"{manifest.name} makes vectors of texts: there is nothing to choose")
+    path = _made_folder_of(kept_in(bundle))  # before anything takes time
     asked = _Asked(bundle, machine_for("auto"), tell)
     notes: list[str] = []
     engines: list[Engine] = ["llama"]
@@ -177,11 +184,20 @@ def tune(bundle: Bundle, *, pack: bool = True, tell: Tell = lambda text: None) -
     best = min(near, key=_favoured(near[0]))
     found = [*others, *near]
     tuned = Tuned(bundle=manifest.name, chosen=best, measured=tuple(found), notes=tuple(notes))
-    path = kept_in(bundle)
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with written_whole(path) as file:
         file.write(msgspec.json.format(msgspec.json.encode(tuned)))
     return tuned
+
+
+def _made_folder_of(path: Path) -> Path:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise RuntimeFailure(
+            f"cannot keep a choice in {path.parent}: {error.strerror}; set XDG_CACHE_HOME to a "
+            "folder that can be written"
+        ) from None
+    return path
 
 
 def _packed(asked: _Asked, pack: bool) -> str:

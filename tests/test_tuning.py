@@ -292,6 +292,13 @@ def test_what_cannot_be_tuned_is_refused(embedding_bundle, tiny_bundle):
     assert (done.returncode, "not both" in done.stderr) == (2, True)
 
 
+def test_a_cache_that_cannot_be_written_is_told_before_anything_is_measured(both, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    monkeypatch.setattr(tuning, "_measure", None)
+    with pytest.raises(RuntimeFailure, match="set XDG_CACHE_HOME"):
+        tuning.tune(both)
+
+
 def test_a_bundle_of_one_decoder_finds_its_threads(tiny_bundle):
     tuned = tuning.tune(Bundle.open(tiny_bundle))
     assert {each.engine for each in tuned.measured} == {"llama"}
