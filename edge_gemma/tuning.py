@@ -144,7 +144,11 @@ def _as_tuned(bundle: Bundle, request: PlanRequest, device: Device) -> PlanReque
 
 
 def _runs_all(manifest: Manifest, request: PlanRequest) -> bool:
-    """Whether the ONNX engine does all that is asked, and all that may be asked later."""
+    """Whether the ONNX engine does all that is asked, and all that may be asked later. Several
+    sequences at once were not measured: it runs them one after the other.
+    """
+    if request.n_seq_max > 1:
+        return False
     if manifest.family == "gemma3" and manifest.vision and request.senses is None:
         return False
     try:

@@ -199,7 +199,12 @@ def test_what_a_request_leaves_open_is_as_it_was_tuned(both):
     assert edge_gemma.plan_bundle(both, engine="llama").settings.engine == "llama"
     assert edge_gemma.plan_bundle(both, device="pi-5-4gb").settings.engine == "llama"
     # what that engine cannot do is done by the other one
-    for asked in (PlanRequest(kv_type="q8_0"), PlanRequest(lora_bytes=5), PlanRequest(repack=True)):
+    for asked in (
+        PlanRequest(kv_type="q8_0"),
+        PlanRequest(lora_bytes=5),
+        PlanRequest(repack=True),
+        PlanRequest(n_seq_max=2),
+    ):
         assert edge_gemma.plan_bundle(both, request=asked).settings.engine == "llama"
 
 
