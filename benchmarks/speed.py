@@ -230,8 +230,9 @@ def compare(
     progress: Progress = silent,
 ) -> Section:
     """One interleaved run of this project against what a user would pick instead;
-    ``llama_cpp.Llama`` on the same file is always among them. ``unlocked``: this project also
-    without the right to lock memory. Raises UsageError for a system that is not here.
+    ``llama_cpp.Llama`` on the same file is always among them, and both engines where the bundle
+    has both decoders. ``unlocked``: this project also without the right to lock memory. Raises
+    UsageError for a system that is not here.
     """
     from edge_gemma.benchmarks import rivals
 
@@ -245,15 +246,18 @@ def compare(
         n_predict=n_predict,
         rounds=rounds,
     )
-    tasks = [base, replace(base, system=STOCK, path=str(opened.decoder_path))]
+    stock = replace(base, system=STOCK, path=str(opened.decoder_path))
+    engines = ("llama", "onnx") if opened.manifest.onnx else ()
+    ours = [replace(base, settings=(("engine", engine),)) for engine in engines] or [base]
+    tasks = [*ours[:1], stock, *ours[1:]]
     tasks += [replace(base, system=system, path=str(path)) for system, path in others]
     for task in tasks:
         if reason := rivals.missing(task.system):
             raise UsageError(reason)
-    names = [task.system for task in tasks]
+    names = [f"{OURS}, ONNX engine" if task in ours[1:] else task.system for task in tasks]
     limits = [NO_LIMITS] * len(tasks)
     if unlocked:
-        tasks.append(base)
+        tasks.append(ours[0])
         names.append(f"{OURS}, may not lock memory")
         limits.append(Limits(may_lock=False))
     section = Section("compare")

@@ -304,6 +304,18 @@ def test_compare_runs_the_stock_library_on_the_same_file(compare_section):
     )
 
 
+def test_compare_runs_both_engines_of_a_bundle(both_bundle):
+    section = speed.compare(
+        both_bundle, n_prompt=32, n_predict=4, n_ctx=128, n_threads=1, repeats=1
+    )
+    assert [row["system"] for row in section.rows] == [
+        "edge-gemma",
+        "llama_cpp.Llama",
+        "edge-gemma, ONNX engine",
+    ]
+    assert any(said.startswith("edge-gemma, ONNX engine over") for said in section.notes)
+
+
 def test_compare_says_what_is_not_installed(folder):
     with pytest.raises(
         UsageError,
