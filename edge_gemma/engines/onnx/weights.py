@@ -77,7 +77,7 @@ class Weights:
             _tell(on_progress, 0.0)
             graph_path = _graph_path(bundle, part, plan)
             session = open_decoder(graph_path, n_threads=plan.settings.n_threads)
-            self._packed = _data_of(graph_path) if plan.settings.prepacked_bytes else None
+            self._data_path = _data_of(graph_path)
             _tell(on_progress, 1.0)
             opened.pop_all()
         trim_heap()
@@ -120,11 +120,10 @@ class Weights:
         self._on_wake = on_wake
 
     def _let_weights_go(self) -> None:
-        """Of a file with packed weights: what lies unpacked in it was mapped while it was opened,
-        and is never read.
+        """Pages of the data file: what lies unpacked in it was mapped while it was opened, and most
+        of it is never read again.
         """
-        if self._packed is not None:
-            let_mapping_go(self._packed)
+        let_mapping_go(self._data_path)
 
     def wake(self) -> None:
         on_wake, self._on_wake = self._on_wake, None
