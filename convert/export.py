@@ -80,10 +80,9 @@ class Export:
     @property
     def total_bytes(self) -> int:
         """At most."""
-        inside = 0 if shares_rows(self.plan) else table_bytes(self.plan)
-        if self.prepared.mapping.dims.family == "gemma3n":
-            inside = table_bytes(self.plan)
-        return self.plan.graph_bytes + inside
+        is_split = self.prepared.mapping.dims.family == "gemma3n"  # tables in a graph of their own
+        has_tables = is_split or not shares_rows(self.plan)
+        return self.plan.graph_bytes + (table_bytes(self.plan) if has_tables else 0)
 
 
 def plan_export(folder: str | Path, host: str, options: Conversion = Conversion()) -> Export:

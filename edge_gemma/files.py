@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from edge_gemma.errors import RuntimeFailure
+from edge_gemma.errors import RuntimeFailure, UsageError
+from edge_gemma.units import format_bytes
 
 
 def cache_folder(name: str) -> Path:
@@ -30,6 +31,20 @@ def state_folder(name: str) -> Path:
     """
     chosen = os.environ.get("XDG_STATE_HOME")
     return (Path(chosen) if chosen else Path.home() / ".local" / "state") / "edge-gemma" / name
+
+
+def read_bounded(path: str | os.PathLike[str], max_bytes: int, expected: str) -> bytes:
+    """A small file that somebody else may have written. Raises UsageError: it cannot be read, or is
+    larger; ``expected`` says what it should have been.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    if len(data) > max_bytes:
+        raise UsageError(f"{path} is larger than {format_bytes(max_bytes)}; expected {expected}")
+    return data
 
 
 def pages(n_bytes: int) -> memoryview:

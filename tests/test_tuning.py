@@ -69,7 +69,7 @@ def test_packed_weights_answer_to_the_bit_and_are_planned_as_a_file(both):
     assert not edge_gemma.plan_bundle(
         both, device="pi-5-4gb", engine="onnx"
     ).settings.prepacked_bytes
-    assert edge_gemma.plan_bundle(both).settings == edge_gemma.plan_bundle(both).settings
+    assert not edge_gemma.plan_bundle(both, engine="llama").settings.prepacked_bytes
 
 
 def damaged_graph(folder: Path) -> None:

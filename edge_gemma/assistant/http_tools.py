@@ -29,6 +29,7 @@ import msgspec
 
 from edge_gemma.assistant.tool import MAX_CHARS, TIMEOUT_S, Tool, ToolError
 from edge_gemma.errors import UsageError, first_line
+from edge_gemma.files import read_bounded
 
 _MAX_FILE_BYTES = 1 << 20
 _MAX_BYTES = 1 << 20  # of an answer; what the model is told of it is shorter still
@@ -51,13 +52,7 @@ class HttpTool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def read_http_tools(path: Path) -> list[Tool]:
     """Raises UsageError: no JSON, a field that is missing, wrong or not known."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(_MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    if len(data) > _MAX_FILE_BYTES:
-        raise UsageError(f"{path} is larger than 1 MiB; expected an array of tools")
+    data = read_bounded(path, _MAX_FILE_BYTES, "an array of tools")
     try:
         entries = msgspec.json.decode(data, type=list[HttpTool])
     except (msgspec.DecodeError, RecursionError) as error:

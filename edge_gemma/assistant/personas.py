@@ -19,8 +19,9 @@ from pathlib import Path
 import msgspec
 
 from edge_gemma.errors import UsageError, first_line
+from edge_gemma.files import read_bounded
 from edge_gemma.languages import NAMES
-from edge_gemma.units import KiB, format_bytes
+from edge_gemma.units import KiB
 
 _FOLDER = files("edge_gemma.assistant") / "prompts"
 _CULTURES = "cultures"
@@ -81,7 +82,9 @@ class Persona:
         """By name, or by the path of a ``.toml`` file. Raises UsageError."""
         name = os.fspath(name)
         if name.endswith(".toml"):
-            return cls._checked(Path(name).stem, _read(Path(name)), name)
+            return cls._checked(
+                Path(name).stem, read_bounded(name, _MAX_FILE_BYTES, "a persona"), name
+            )
         if name not in persona_names():
             near = difflib.get_close_matches(name, persona_names(), 1, 0.5)
             hint = f"did you mean {near[0]}? " if near else ""
@@ -206,17 +209,6 @@ def culture_of(code: str | None, written_in: str = "en") -> str:
 def _cultures() -> dict[str, _Culture]:
     data = (_FOLDER / f"{_CULTURES}.toml").read_bytes()
     return msgspec.toml.decode(data, type=dict[str, _Culture])
-
-
-def _read(path: Path) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            data = file.read(_MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    if len(data) > _MAX_FILE_BYTES:
-        raise UsageError(f"{path} is larger than {format_bytes(_MAX_FILE_BYTES)}: no persona")
-    return data
 
 
 def _used(text: _Text) -> set[str]:

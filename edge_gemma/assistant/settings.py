@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from edge_gemma.errors import UsageError, first_line
+from edge_gemma.files import read_bounded
 
 FILE_NAME = "assistant.toml"
 _MAX_BYTES = 64 << 10
@@ -230,17 +231,11 @@ class Home:
 def read_home(folder: Path) -> Home:
     """Raises UsageError."""
     path = folder / FILE_NAME
-    try:
-        with open(path, "rb") as file:
-            data = file.read(_MAX_BYTES + 1)
-    except FileNotFoundError:
+    if not path.exists():
         raise UsageError(
             f"{folder} holds no {FILE_NAME}; make one with: edge-gemma assistant init {folder}"
-        ) from None
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    if len(data) > _MAX_BYTES:
-        raise UsageError(f"{path} is larger than 64 KiB; expected a few lines of settings")
+        )
+    data = read_bounded(path, _MAX_BYTES, "a few lines of settings")
     try:
         table = tomllib.loads(data.decode("utf-8"))
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:

@@ -33,7 +33,11 @@ PAGE_BYTES = mmap.PAGESIZE  # 16 KiB on a Raspberry Pi 5
 # bit 63 of a pagemap entry (uint64): the page is in memory
 # (Documentation/admin-guide/mm/pagemap.rst)
 _PRESENT = 1 << 63
-_MADV_DONTNEED = 4
+# <asm-generic/mman-common.h>; the last since Linux 5.14
+MADV_RANDOM, MADV_WILLNEED, MADV_DONTNEED, MADV_POPULATE_READ = 1, 3, 4, 22
+_libc = ctypes.CDLL(None, use_errno=True) if sys.platform.startswith("linux") else None
+if _libc is not None:
+    _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 @dataclass(frozen=True)
@@ -154,10 +158,16 @@ def trim_heap() -> None:
     """Hand back what was freed but is kept by the C library for later. Does nothing where it has no
     such call (only glibc does).
     """
-    import ctypes
+    if _libc is not None and hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(0)
 
-    if sys.platform.startswith("linux") and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
-        library.malloc_trim(0)
+
+def madvise(start: int, length: int, advice: int) -> None:
+    """Advice only, and only Linux takes it: a kernel that will not leaves the pages where they are,
+    and the measured figures show it.
+    """
+    assert _libc is not None
+    _libc.madvise(start, length, advice)
 
 
 def drop_cached(paths: Iterable[str | os.PathLike]) -> None:
@@ -196,15 +206,13 @@ def let_mapping_go(path: str | os.PathLike) -> int:
     the page cache. Pages that were written to are left alone. Returns bytes of mappings; 0 where
     there are none, or where no page can be given back (only Linux can).
     """
-    if not sys.platform.startswith("linux"):
+    if _libc is None:
         return 0
-    madvise = ctypes.CDLL(None, use_errno=True).madvise
-    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     written = _written_mappings()
     n_bytes = 0
     for piece in mapping_of(path):
         if piece.start not in written:
-            madvise(piece.start, piece.end - piece.start, _MADV_DONTNEED)
+            madvise(piece.start, piece.end - piece.start, MADV_DONTNEED)
             n_bytes += piece.end - piece.start
     return n_bytes
 

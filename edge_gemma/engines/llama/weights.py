@@ -41,12 +41,18 @@ from edge_gemma.engines.llama.decoder import Decoder
 from edge_gemma.engines.llama.library import repacks, version
 from edge_gemma.engines.llama.rescoring import rescorer_of
 from edge_gemma.errors import BundleError
-from edge_gemma.machine.footprint import PAGE_BYTES, mapping_of
+from edge_gemma.machine.footprint import (
+    MADV_DONTNEED,
+    MADV_POPULATE_READ,
+    MADV_RANDOM,
+    MADV_WILLNEED,
+    PAGE_BYTES,
+    madvise,
+    mapping_of,
+    trim_heap,
+)
 from edge_gemma.plan.records import Plan
 
-# <asm-generic/mman-common.h>; the last since Linux 5.14
-_MADV_RANDOM, _MADV_WILLNEED, _MADV_DONTNEED = 1, 3, 4
-_MADV_POPULATE_READ = 22
 _MCL_FUTURE, _MCL_ONFAULT = 2, 4  # mlockall(2)
 _STEP = 0.02  # of the load, between two releases of what was copied
 
@@ -164,19 +170,19 @@ class Weights:
         self._release(self._copied, cache_too=True)
         lookups = [(t.offset, t.nbytes) for t in self._lookups]
         for start, length in self._mapped(lookups):
-            _madvise(start, length, _MADV_RANDOM)
+            madvise(start, length, MADV_RANDOM)
         self._addresses = list(self._mapped(_merge(lookups)))
-        _malloc_trim()
+        trim_heap()
 
     def _populate(self) -> None:
         """Every hot page in place."""
         for start, length in self._mapped(self._hot):
-            _madvise(start, length, _MADV_POPULATE_READ)
+            madvise(start, length, MADV_POPULATE_READ)
 
     def trim(self) -> None:
         """Give back the rows that were looked up since the last call; the page cache keeps them."""
         for start, length in self._addresses:
-            _madvise(start, length, _MADV_DONTNEED)
+            madvise(start, length, MADV_DONTNEED)
         if self.decoder.rescorer:
             self.decoder.rescorer.trim()
 
@@ -214,7 +220,7 @@ class Weights:
                 continue
             for token in set(ids):
                 first = (base + token * row) // PAGE_BYTES * PAGE_BYTES
-                _madvise(first, base + (token + 1) * row - first, _MADV_WILLNEED)
+                madvise(first, base + (token + 1) * row - first, MADV_WILLNEED)
 
     def _base(self, tensor: Tensor) -> int:
         """The address of a lookup tensor's first byte; 0 when it is not mapped in one piece."""
@@ -259,7 +265,7 @@ class Weights:
 
     def _release(self, ranges: list[tuple[int, int]], cache_too: bool = False) -> None:
         for start, length in self._mapped(ranges):
-            _madvise(start, length, _MADV_DONTNEED)
+            madvise(start, length, MADV_DONTNEED)
         if cache_too and ranges:
             try:
                 with open(self.path, "rb") as file:
@@ -320,21 +326,3 @@ def _lazy_mapping(nbytes: int) -> Iterator[None]:
 
 
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform.startswith("linux") else None
-if _libc is not None:
-    _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-
-
-def _madvise(start: int, length: int, advice: int) -> None:
-    """Advice only: a kernel that will not take it leaves the pages where they are, and the measured
-    figures show it.
-    """
-    assert _libc is not None  # only Linux gives pages back
-    _libc.madvise(start, length, advice)
-
-
-def _malloc_trim() -> None:
-    """glibc keeps what the loader freed (the GGUF's second copy of the vocabulary); hand it back.
-    Other C libraries do by themselves.
-    """
-    if _libc is not None and hasattr(_libc, "malloc_trim"):
-        _libc.malloc_trim(0)

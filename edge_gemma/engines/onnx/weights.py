@@ -150,6 +150,7 @@ def _graph_path(bundle: Bundle, part: OnnxPart, plan: Plan) -> Path:
             f"the packed weights of {bundle.manifest.name} that the plan counted on are gone or "
             "damaged; load again"
         )
+    read_graph_file(packed, _data_of(packed))
     return packed
 
 
