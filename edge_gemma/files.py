@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from edge_gemma.errors import RuntimeFailure, UsageError
-from edge_gemma.units import format_bytes
+from edge_gemma.units import KiB, MiB
 
 
 def cache_folder(name: str) -> Path:
@@ -43,7 +43,8 @@ def read_bounded(path: str | os.PathLike[str], max_bytes: int, expected: str) ->
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
     if len(data) > max_bytes:
-        raise UsageError(f"{path} is larger than {format_bytes(max_bytes)}; expected {expected}")
+        limit = f"{max_bytes // KiB} KiB" if max_bytes % MiB else f"{max_bytes // MiB} MiB"
+        raise UsageError(f"{path} is larger than {limit}; expected {expected}")
     return data
 
 
