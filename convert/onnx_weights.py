@@ -24,14 +24,15 @@ from edge_gemma.convert.onnx_writer import ALIGNMENT, INLINE_BYTES, MICROSOFT, M
 from edge_gemma.convert.quantize import quantize_rows, row_bytes
 from edge_gemma.convert.recipe import Recipe, choose_types
 from edge_gemma.convert.tensors import TensorReader
+from edge_gemma.convert.zero_points import around_zero_points, packed_zeros_bytes
 from edge_gemma.errors import UnsupportedModel, UsageError
 
 EMBEDDINGS, PER_LAYER = "token_embd.weight", "per_layer_token_embd.weight"
 TABLES = {EMBEDDINGS: "embed_tokens.rows", PER_LAYER: "embed_tokens_per_layer.rows"}
-TYPES = ("F32", "F16", "Q8_0", "Q4_0")
+TYPES = ("F32", "F16", "Q8_0", "Q4_1", "Q4_0")
 MAX_POSITIONS = 32768  # rotary tables of 16 MiB each at 256 values a head
 _BLOCK = 32
-_BITS = {"Q8_0": 8, "Q4_0": 4}
+_BITS = {"Q8_0": 8, "Q4_1": 4, "Q4_0": 4}
 _GRAPH_BYTES = 512 << 10  # nodes and names
 TableType = Literal["F32", "F16", "Q8_0"]
 
@@ -77,8 +78,10 @@ def _aligned(n_bytes: int) -> int:
 def _constant_bytes(source: Source, kind: str) -> int:
     """What a tensor takes in the graph or in its data file, with the gap that follows."""
     n_values = source.n_rows * source.n_per_row
-    if kind in _BITS:  # codes and scales are two constants
-        return _aligned(n_values * _BITS[kind] // 8) + _aligned(4 * n_values // _BLOCK)
+    if kind in _BITS:  # codes, scales and zero points are constants of their own
+        zeros = source.n_rows * packed_zeros_bytes(source.n_per_row) if kind == "Q4_1" else 0
+        codes = _aligned(n_values * _BITS[kind] // 8)
+        return codes + _aligned(4 * n_values // _BLOCK) + _aligned(zeros)
     n_bytes = n_values * (2 if kind == "F16" else 4)
     is_inline = len(source.shape) == 1 and n_bytes < INLINE_BYTES
     return n_bytes if is_inline else _aligned(n_bytes)
@@ -237,10 +240,14 @@ class Weights:
         n_blocks, n_bytes = k // _BLOCK, _BLOCK * _BITS[kind] // 8
         codes = self.writer.reserve(np.uint8, (n, n_blocks, n_bytes), name)
         scales = self.writer.reserve(np.float32, (n, n_blocks), "scales")
-        for new_codes, new_scales in self.written(jobs):
-            codes.put(new_codes)
-            scales.put(new_scales)
-            self.progress(new_codes.nbytes + new_scales.nbytes)
+        places = [codes, scales]
+        if kind == "Q4_1":
+            shape = (n, packed_zeros_bytes(k))
+            places.append(self.writer.reserve(np.uint8, shape, "zero_points"))
+        for arrays in self.written(jobs):
+            for place, values in zip(places, arrays, strict=True):
+                place.put(values)
+                self.progress(values.nbytes)
         attributes = {
             "domain": MICROSOFT,
             "K": k,
@@ -249,13 +256,16 @@ class Weights:
             "block_size": _BLOCK,
             "accuracy_level": 4,
         }
-        return Matrix("MatMulNBits", (codes.name, scales.name), attributes)
+        return Matrix("MatMulNBits", tuple(place.name for place in places), attributes)
 
     def _chunk(self, source: Source, kind: str, start: int, stop: int):
         values = source.rows(self.tensors, start, stop)
         if kind == "F32":
             return values
-        blocks = quantize_rows(kind, values, self.importance.get(source.name))
+        importance = self.importance.get(source.name)
+        if kind == "Q4_1":
+            return around_zero_points(values, importance)
+        blocks = quantize_rows(kind, values, importance)
         if kind == "F16":
             return blocks.view(np.float16)
         return onnx_blocks(kind, blocks, stop - start)

@@ -56,7 +56,7 @@ _UBATCHES = (128, 512)  # beside the plan's own
 _MAX_BYTES = 1 << 16
 # recipes by how far answers lie from the whole weights' (docs/convert.md), the nearest first
 _BY_DIVERGENCE = tuple(
-    """f32 bf16 f16 q8_0 q6_k q5_k_m q4_k_m q4_k_s edge iq4_nl iq4_xs edge_fast q4_0 edge_onnx
+    """f32 bf16 f16 q8_0 q6_k q5_k_m q4_k_m q4_k_s edge iq4_nl iq4_xs edge_fast edge_onnx q4_0
     q3_k_m""".split()
 )
 Tell = Callable[[str], None]

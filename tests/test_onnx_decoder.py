@@ -14,9 +14,11 @@ from edge_gemma.convert.checkpoint import Checkpoint
 from edge_gemma.convert.gemma import map_tensors, read_dims
 from edge_gemma.convert.onnx_decoder import write_onnx_decoder
 from edge_gemma.convert.onnx_weights import onnx_blocks, plan_onnx
+from edge_gemma.convert.onnx_writer import MICROSOFT, OPSET_OF_BLOCKS, OnnxWriter
 from edge_gemma.convert.pipeline import Conversion, convert, prepare
 from edge_gemma.convert.quantize import quantize_rows
 from edge_gemma.convert.recipe import read_recipe
+from edge_gemma.convert.zero_points import around_zero_points
 from edge_gemma.engines.onnx.runtime import open_onnx, run_onnx
 from edge_gemma.errors import BundleError, RuntimeFailure, UnsupportedModel, UsageError
 
@@ -269,3 +271,41 @@ def test_types_without_an_operator_are_refused_by_name(tiny_checkpoint, embeddin
     mapping = map_tensors(checkpoint, read_dims(checkpoint.config))
     with pytest.raises(UnsupportedModel, match="embedding model has no ONNX decoder"):
         plan_onnx(mapping, read_recipe("f32"))
+
+
+def in_numbers(codes, scales, zeros, k):
+    """The values that MatMulNBits makes of its constants, by its documentation."""
+    n, n_blocks = scales.shape
+    unpacked = np.stack([codes & 15, codes >> 4], axis=-1).reshape(n, n_blocks, 32)
+    around = np.stack([zeros & 15, zeros >> 4], axis=-1).reshape(n, -1)[:, :n_blocks]
+    steps = unpacked.astype(np.float32) - around[..., None].astype(np.float32)
+    return (steps * scales[..., None]).reshape(n, k)
+
+
+@pytest.mark.parametrize("k", [64, 96, 640])
+def test_zero_points_cost_less_than_none_and_are_what_the_operator_reads(k, tmp_path):
+    rng = np.random.default_rng(k)
+    rows = rng.standard_normal((24, k)).astype(np.float32) + rng.uniform(-1, 1, (24, 1))
+    rows = rows.astype(np.float32)
+    rows[0], rows[1, :32], rows[2] = 0.0, 1.0, -np.abs(rows[2])  # nothing, one value, one sign
+    importance = rng.uniform(0.1, 4, k).astype(np.float32)
+    codes, scales, zeros = around_zero_points(rows, importance)
+    values = in_numbers(codes, scales, zeros, k)
+    assert np.isfinite(scales).all() and not values[0].any()
+    assert np.allclose(values[1, :32], 1.0)
+
+    symmetric, plain = onnx_blocks("Q4_0", quantize_rows("Q4_0", rows, importance), len(rows))
+    eights = np.full_like(zeros, 0x88)
+    coarse = in_numbers(symmetric, plain, eights, k)
+    error, coarser = (np.sum(importance * (rows - v) ** 2) for v in (values, coarse))
+    assert error < 0.9 * coarser
+
+    path = tmp_path / "product.onnx"
+    with OnnxWriter(path, opset=OPSET_OF_BLOCKS) as writer:
+        x = writer.input("x", np.float32, ["n", k])
+        constants = [writer.constant(a, "w") for a in (codes, scales, zeros)]
+        sizes = {"K": k, "N": len(rows), "bits": 4, "block_size": 32}
+        y = writer.node("MatMulNBits", [x, *constants], domain=MICROSOFT, **sizes)
+        writer.output("y", y, np.float32, ["n", len(rows)])
+    found = run_onnx(open_onnx(path, n_threads=1), ["y"], {"x": np.eye(k, dtype=np.float32)})[0]
+    assert np.allclose(found.T, values, atol=1e-6)

@@ -55,7 +55,7 @@ OnnxQuantOption = Annotated[
     str | None,
     typer.Option(
         "--onnx-quant",
-        help="The recipe of decoder.onnx, of types F32, F16, Q8_0 and Q4_0. Default: q8_0.",
+        help="The recipe of decoder.onnx, of types F32, F16, Q8_0, Q4_1 and Q4_0. Default: q8_0.",
     ),
 ]
 MergeOption = Annotated[
