@@ -8,7 +8,8 @@ are in memory at a time.
 
 Inputs and outputs are called as in onnx-community's files: ``inputs_embeds``,
 ``per_layer_inputs``, ``attention_mask``, ``past_key_values.N.key|value``, ``num_logits_to_keep``
-(0: all) → ``logits``, ``present.N.key|value``. Positions follow from the mask's length. Layers that
+(0: all) → ``logits``, ``present.N.key|value``; a Gemma 3 that sees is told who attends to whom
+(engines/onnx/masks.py). Positions follow from the mask's length. Layers that
 share K/V have no cache of their own, and only rows whose logits are wanted enter them (exact, since
 nothing that they compute is cached). That needs onnxruntime 1.31.1 and one sequence per run.
 """
@@ -53,6 +54,8 @@ class Form:
     # layers that share K/V are given the owner's new rows and its past once more: onnxruntime below
     # 1.31.1 dies without. Then every layer runs for every row
     repeats_kv: bool = False
+    # is told who attends to whom (``attention_bias.global|sliding``): Gemma 3's pictures need it
+    takes_masks: bool = False
 
 
 OURS = Form()
@@ -65,9 +68,11 @@ def write_onnx_decoder(
     *,
     importance: dict[str, np.ndarray] | None = None,
     n_threads: int = 1,
+    takes_masks: bool = False,
     progress: Progress = lambda n_bytes: None,
 ) -> OnnxPart:
-    """Write the graph, its data and the tables into ``folder``.
+    """Write the graph, its data and the tables into ``folder``. ``takes_masks``: for a Gemma 3 that
+    looks at pictures.
 
     Raises CheckpointError (the input), OSError (the disk).
     """
@@ -82,7 +87,7 @@ def write_onnx_decoder(
         }
         with OnnxWriter(folder / GRAPH, opset=OPSET_OF_BLOCKS) as writer:
             weights = Weights(writer, plan, sources, tensors, importance or {}, written, progress)
-            build_decoder(writer, weights, plan)
+            build_decoder(writer, weights, plan, Form(takes_masks=takes_masks))
     return OnnxPart(
         file=GRAPH,
         recipe=plan.recipe,
@@ -90,6 +95,7 @@ def write_onnx_decoder(
         embeddings=tables[EMBEDDINGS],
         per_layer=tables.get(PER_LAYER),
         weights_bytes=writer.weights_bytes,
+        takes_masks=takes_masks,
     )
 
 
@@ -165,6 +171,13 @@ class _Gemma3:
             self._first_kept = writer.node("Unsqueeze", [negative, writer.ints(0)])
         else:
             self._first_kept = writer.ints(-1)
+        self._masks = {
+            is_sliding: writer.input(
+                f"attention_bias.{layers}", np.float32, [1, 1, "sequence", "total_sequence"]
+            )
+            for is_sliding, layers in ((False, "global"), (True, "sliding"))
+            if self.form.takes_masks
+        }
         self._rotary = {
             True: self._rotary_tables(dims.rope_base_sliding, 1.0),
             False: self._rotary_tables(dims.rope_base, dims.rope_factor),
@@ -282,9 +295,13 @@ class _Gemma3:
                 v = k
         q = self.head_norm(q, self.weights.array(f"{p}q_norm.weight"), dims.n_head)
         cos, sin = self._rotary[dims.sliding[i]]
+        reach = {"local_window_size": dims.sliding_window if dims.sliding[i] else -1}
+        mask: list[str] = []
+        if self._masks:  # behind position ids, which follow from the mask's length
+            mask, reach = ["", self._masks[dims.sliding[i]]], {"causal": 0}
         attended = writer.nodes(
             "GroupQueryAttention",
-            [q, k, v, *past, self._last_position, self._total, cos, sin],
+            [q, k, v, *past, self._last_position, self._total, cos, sin, *mask],
             3 if is_own or self.form.repeats_kv else 1,
             named,
             domain=MICROSOFT,
@@ -293,7 +310,7 @@ class _Gemma3:
             scale=self.scale,
             do_rotary=1,
             rotary_interleaved=0,
-            local_window_size=dims.sliding_window if dims.sliding[i] else -1,
+            **reach,
         )
         return self.linear(attended[0], f"{p}output")
 

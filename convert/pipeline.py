@@ -246,6 +246,7 @@ def _write_onnx(
         prepared.tensors,
         importance=prepared.importance,
         n_threads=options.threads(),
+        takes_masks="vision" in prepared.towers and prepared.mapping.dims.family == "gemma3",
         progress=report.advance,
     )
     return msgspec.structs.replace(part, decoder_sha256=decoder.sha256)

@@ -200,7 +200,7 @@ def test_lanes_answer_as_each_alone(onnx_model):
         (lambda c: c.logits(), "no logits are kept"),
         (
             lambda c: c.decode(0, 0, Rows(np.zeros((2, 256)), causal=False)),
-            "attend to each other .* do not run in the ONNX engine",
+            "attend to each other .* do not run in this bundle's decoder.onnx",
         ),
     ],
 )

@@ -91,6 +91,9 @@ class OnnxPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     weights_bytes: int
     # of the GGUF that was written from the same weights; "" in a bundle from before this field
     decoder_sha256: str = ""
+    # the graph is told who attends to whom (attention_bias.global|sliding), so that rows of a
+    # Gemma 3's picture may attend to each other
+    takes_masks: bool = False
 
 
 class VocabularyPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

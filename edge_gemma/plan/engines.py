@@ -56,8 +56,10 @@ def _check_onnx(manifest: Manifest, request: PlanRequest) -> None:
     for name, asked in not_here.items():
         if asked:
             raise UsageError(f"the ONNX engine has no {name}; leave it out or use engine='llama'")
-    if manifest.family == "gemma3" and "vision" in (request.senses or ()):
+    is_looking = manifest.family == "gemma3" and "vision" in (request.senses or ())
+    if is_looking and not part.takes_masks:
         raise UnsupportedModel(
-            "pictures of a Gemma 3 attend to each other's rows, which the causal graph of the ONNX "
-            "engine cannot; use engine='llama'"
+            f"rows of a Gemma 3's picture attend to each other, which {part.file} of "
+            f"{manifest.name} cannot: it was written before that was possible, or without the "
+            "vision encoder; convert again, or use engine='llama'"
         )

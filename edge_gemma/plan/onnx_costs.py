@@ -39,6 +39,8 @@ def onnx_decoder_items(
     n_layer = len(decoder.kv_layers)
     yield Item("KV cache, all layers", n_layer * cell * s.n_ctx * s.n_seq_max, "anon", AFTER_LOAD)
     yield Item("activations", _activation_bytes(manifest, s), "anon", AFTER_LOAD)
+    if part.takes_masks:
+        yield Item("masks", 2 * _FLOAT_BYTES * s.n_ubatch * s.n_ctx, "anon", AFTER_LOAD)
     yield _cold_rows(manifest, part, s, device)
 
 

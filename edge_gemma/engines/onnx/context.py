@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 
 from edge_gemma.engines.engine import Buffer, Outputs, Step
+from edge_gemma.engines.onnx.masks import NAMES as MASKS
+from edge_gemma.engines.onnx.masks import fill_masks
 from edge_gemma.engines.onnx.row_table import Table
 from edge_gemma.engines.onnx.runtime import BoundGraph, run_bound, run_options
 from edge_gemma.errors import (
@@ -49,6 +51,7 @@ class LoadedGraph:
     head_dim: int
     embeddings: Table
     per_layer: Table | None  # gemma3n
+    masked_window: int | None = None  # of sliding layers, where the graph is told who sees whom
 
     @property
     def ple_width(self) -> int:
@@ -76,6 +79,7 @@ class _Feed:
     embeddings: np.ndarray
     per_layer: np.ndarray | None
     mask: np.ndarray
+    biases: np.ndarray | None  # [2, n_ubatch · n_ctx]: who attends to whom
     keep: np.ndarray = field(default_factory=lambda: np.zeros((), np.int64))
 
 
@@ -110,6 +114,7 @@ class Context:
                 np.zeros((n, graph.n_embd), np.float32),
                 per_layer,
                 np.ones((1, settings.n_ctx), np.int64),
+                np.empty((2, n * settings.n_ctx), np.float32) if graph.masked_window else None,
             )
             # the kernel gives a page of it when it is first written
             self._logits = np.empty((self.n_outputs, graph.n_vocab), np.float32)
@@ -130,7 +135,7 @@ class Context:
         for start in range(0, n, step):
             stop = min(start + step, n)
             self._fill(span, start, stop)
-            self._run(sequence, position + start, stop - start)
+            self._run(sequence, position + start, stop - start, is_block=_is_block(span))
         self._n_kept = int(outputs == "last" and n > 0)
         if self._n_kept:
             self._check_numbers(self._logits[:1])
@@ -170,10 +175,16 @@ class Context:
                     f"embedding rows are {span.rows.shape[1]} wide; this model takes "
                     f"{self._graph.n_embd}"
                 )
-            if not span.causal:
+            if not span.causal and self._feed.biases is None:
                 raise UnsupportedModel(
-                    "rows that attend to each other (a picture of Gemma 3) do not run in the ONNX "
-                    "engine, whose graph is causal; load with engine='llama'"
+                    "rows that attend to each other (a picture of Gemma 3) do not run in this "
+                    "bundle's decoder.onnx, which is causal; load with engine='llama', or convert "
+                    "again with the vision encoder"
+                )
+            if not span.causal and len(span) > self.settings.n_ubatch:
+                raise UsageError(
+                    f"{len(span)} rows that attend to each other need n_ubatch ≥ {len(span)}; it "
+                    f"is {self.settings.n_ubatch}"
                 )
         elif span.ids and not 0 <= min(span.ids) <= max(span.ids) < self._graph.n_vocab:
             raise UsageError(
@@ -192,8 +203,19 @@ class Context:
         if graph.per_layer and self._feed.per_layer is not None:
             graph.per_layer.read(ids, self._feed.per_layer[:n].reshape(n, -1))
 
-    def _run(self, sequence: int, position: int, n: int, *, keep: int = 1, row: int = 0) -> None:
-        """Run ``n`` fed rows; logits of the last ``keep`` go into the kept rows from ``row`` on."""
+    def _run(
+        self,
+        sequence: int,
+        position: int,
+        n: int,
+        *,
+        keep: int = 1,
+        row: int = 0,
+        is_block: bool = False,
+    ) -> None:
+        """Run ``n`` fed rows, which attend to each other if they are a block; logits of the last
+        ``keep`` go into the kept rows from ``row`` on.
+        """
         self.check_open()
         held, total = self._held(sequence), position + n
         if total > self.settings.n_ctx:
@@ -215,6 +237,11 @@ class Context:
         if feed.per_layer is not None:
             _bind(bind, "per_layer_inputs", feed.per_layer, (1, n, *feed.per_layer.shape[1:]))
         _bind(bind, "attention_mask", feed.mask, (1, total))
+        window = self._graph.masked_window
+        if feed.biases is not None and window:
+            biases = fill_masks(feed.biases, position, n, window=window, is_block=is_block)
+            for name, bias in zip(MASKS, biases, strict=True):
+                _bind(bind, name, bias, (1, 1, n, total))
         _bind(held.binding.bind_output, "logits", logits, (1, *logits.shape))
         try:
             run_bound(self._graph.session, held.binding, self._options)
@@ -270,6 +297,10 @@ class Context:
         position = 0
         for span in spans:
             self._check_span(span)
+            if _is_block(span):
+                yield from self._evaluate_block(position, span, wanted)
+                position += len(span)
+                continue
             n_most = min(self.settings.n_ubatch, step or self.n_outputs, self.n_outputs)
             start = 0
             while start < len(span):
@@ -282,6 +313,23 @@ class Context:
                 if keep:
                     self._check_numbers(self._logits[:keep])
                     yield self._logits[:keep].copy()
+
+    def _evaluate_block(
+        self, position: int, span: Span, wanted: range | None
+    ) -> Iterator[np.ndarray]:
+        """Rows that attend to each other, in one run: those wanted may end before the last."""
+        n = len(span)
+        asked = range(position, position + n)
+        if wanted is not None:
+            asked = range(max(wanted.start, asked.start), min(wanted.stop, asked.stop))
+        keep = position + n - asked.start if asked else 0
+        if keep > self.n_outputs:
+            raise UsageError(f"{keep} logits rows asked of a context made for {self.n_outputs}")
+        self._fill(span, 0, n)
+        self._run(0, position, n, keep=max(keep, 1), is_block=True)
+        if keep:
+            self._check_numbers(self._logits[:keep])
+            yield self._logits[: len(asked)].copy()
 
     # the cache
 
@@ -397,6 +445,10 @@ class Context:
 def _bind(bind: Callable, name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
     """Have the graph use the beginning of ``array``, as ``shape``, where it lies."""
     bind(name, "cpu", 0, array.dtype.type, list(shape), array.ctypes.data)
+
+
+def _is_block(span: Span) -> bool:
+    return isinstance(span, Rows) and not span.causal
 
 
 def _piece(

@@ -16,6 +16,7 @@ from edge_gemma.bundles.folder import Bundle, sha256_file
 from edge_gemma.bundles.manifest import Manifest, OnnxPart, end_tokens
 from edge_gemma.engines.llama.decoder import Decoder as LlamaDecoder
 from edge_gemma.engines.llama.weights import media_tokens, overrides
+from edge_gemma.engines.onnx import masks
 from edge_gemma.engines.onnx.context import LoadedGraph
 from edge_gemma.engines.onnx.decoder import Decoder
 from edge_gemma.engines.onnx.graph_file import GraphFile, read_graph_file
@@ -93,6 +94,7 @@ class Weights:
             decoder.head_dim,
             embeddings,
             per_layer,
+            decoder.sliding_window if part.takes_masks else None,
         )
         self._on_wake: Callable[[], None] | None = None
         self._tables = [embeddings, *([per_layer] if per_layer else [])]
@@ -208,6 +210,8 @@ def _wanted_inputs(manifest: Manifest, part: OnnxPart) -> set[str]:
     names = {"inputs_embeds", "attention_mask", "num_logits_to_keep"}
     if part.per_layer:
         names.add("per_layer_inputs")
+    if part.takes_masks:
+        names |= {*masks.NAMES}
     layers = range(len(manifest.decoder.kv_layers))
     return names | {f"past_key_values.{n}.{side}" for n in layers for side in ("key", "value")}
 
