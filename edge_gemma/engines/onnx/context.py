@@ -100,7 +100,8 @@ class Context:
         self.n_outputs = max(n_outputs or 0, settings.n_seq_max)
         self.lock = threading.RLock()
         self._cancelled = threading.Event()
-        self._options = run_options()
+        self._step_options = run_options(empties_arena=False)
+        self._options = run_options(empties_arena=True)
         self._sequences: dict[int, _Sequence] = {}
         self._open = True
         self._n_kept = 0
@@ -244,7 +245,8 @@ class Context:
                 _bind(bind, name, bias, (1, 1, n, total))
         _bind(held.binding.bind_output, "logits", logits, (1, *logits.shape))
         try:
-            run_bound(self._graph.session, held.binding, self._options)
+            options = self._step_options if n == 1 else self._options
+            run_bound(self._graph.session, held.binding, options)
         except RuntimeFailure:
             if self._cancelled.is_set():
                 raise Cancelled(position) from None
@@ -418,11 +420,11 @@ class Context:
     def cancel(self) -> None:
         """Stop a decode that is running, from any thread, between two nodes of the graph."""
         self._cancelled.set()
-        self._options.terminate = True
+        self._options.terminate = self._step_options.terminate = True
 
     def clear_cancel(self) -> None:
         self._cancelled.clear()
-        self._options.terminate = False
+        self._options.terminate = self._step_options.terminate = False
 
     def close(self) -> None:
         self.cancel()
