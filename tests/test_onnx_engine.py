@@ -413,3 +413,13 @@ def test_rows_are_what_the_table_says(kind, tmp_path):
 
 def test_the_library_is_named_with_its_version():
     assert runtime.version().startswith("onnxruntime 1.")
+
+
+def test_an_encoder_has_no_arena_and_a_decoder_one_that_is_emptied(onnx_model):
+    """An arena that nobody empties keeps what the largest run took."""
+    path = onnx_model.bundle.path(onnx_model.bundle.manifest.onnx.file)
+    encoder = runtime.open_onnx(path, n_threads=1, in_place=True).get_session_options()
+    decoder = runtime.open_decoder(path, n_threads=1).get_session_options()
+    assert (encoder.enable_cpu_mem_arena, decoder.enable_cpu_mem_arena) == (False, True)
+    key = "memory.enable_memory_arena_shrinkage"
+    assert runtime.run_options(empties_arena=True).get_run_config_entry(key) == "cpu:0"

@@ -86,7 +86,7 @@ def open_onnx(
 
 def _use_weights_in_place(options: Any, levels: Any) -> None:
     """``options`` and ``levels`` are onnxruntime's SessionOptions and GraphOptimizationLevel."""
-    options.enable_cpu_mem_arena = True
+    options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.disable_prepacking", "1")
     # it would make other operators of weights that are stored in 8 bits
